@@ -1,0 +1,81 @@
+"""What can go wrong for a user, and the exit code that says so."""
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """How a command ended; part of the contract with launch and batch scripts.
+
+    Source:
+        The numbers from 64 to 77 follow ``sysexits.h`` of BSD where it has a word for the case.
+    """
+
+    DONE = 0
+    CONFIG = 64
+    DATA = 65
+    PEER = 69
+    INTERNAL = 70
+    OUTPUT = 73
+    STOPPED = 75
+    DIVERGED = 76
+    REFUSED = 77
+
+
+class UserError(Exception):
+    """A mistake or a mishap that the user can mend; the message says how.
+
+    The message reads ``WHERE is WHAT; REMEDY``, on one line. Raise one of the subclasses.
+
+    Attributes:
+        exit_code: What the command returns when this error ends it.
+    """
+
+    exit_code = ExitCode.INTERNAL
+
+    def __init__(self, message: str) -> None:
+        """Fold the message onto one line, since that is what a log collector keeps together."""
+        super().__init__(" ".join(message.split()))
+
+
+class ConfigError(UserError):
+    """The configuration, the command line or the environment asks for what cannot be."""
+
+    exit_code = ExitCode.CONFIG
+
+
+class DataError(UserError):
+    """A data set cannot be read, is empty, or does not fit the model."""
+
+    exit_code = ExitCode.DATA
+
+
+class PeerError(UserError):
+    """Another rank, or the meeting point of the ranks, cannot be reached."""
+
+    exit_code = ExitCode.PEER
+
+
+class OutputError(UserError):
+    """The run folder cannot be written."""
+
+    exit_code = ExitCode.OUTPUT
+
+
+class DivergedError(UserError):
+    """The gradients stopped being finite."""
+
+    exit_code = ExitCode.DIVERGED
+
+
+class FaultElsewhereError(UserError):
+    """Another rank failed first and has told the user; this rank ends with the same code, in silence.
+
+    Args:
+        message: The line which the other rank printed.
+        exit_code: The code with which the other rank ends.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        """Take over the code of the rank that failed."""
+        super().__init__(message)
+        self.exit_code = ExitCode(exit_code)

@@ -1,0 +1,161 @@
+"""The run's arithmetic, worked out once: batches, steps, rates. No torch."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ddp_sgd.config.schema import RunConfig
+from ddp_sgd.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Every derived number of a run. Batches and sizes are in samples, lengths in optimizer steps.
+
+    Args:
+        world_size: Ranks, W.
+        samples: Length of the training set, n.
+        batch_size: Samples of one rank in one micro-batch, b.
+        accumulate: Micro-batches of one rank in a full step, A.
+        global_batch: Samples of all ranks in a full step, G = W A b.
+        tail: ``exact`` trains the last, smaller batch of an epoch; ``drop`` leaves it out.
+        steps_per_epoch: ceil(n / G), or floor(n / G) if the tail is dropped.
+        samples_per_epoch: Samples that an epoch trains: n, or steps_per_epoch x G.
+        last_batch: Samples in the last step of an epoch.
+        smallest_micro_batch: Fewest samples in any forward pass of any rank; 0 if a rank is ever empty.
+        epochs: Passes over the data.
+        total_steps: Steps in the run.
+        total_samples: Samples in the run.
+        reference_batch: Samples a step that base_lr is quoted for.
+        scale: k = global_batch / reference_batch.
+        scaling: Rule that leads from base_lr to peak_lr.
+        base_lr: Rate for reference_batch.
+        peak_lr: Rate for global_batch.
+        schedule: Name of the curve.
+        warmup_steps: Length of the warm-up.
+        warmup_start: Factor of the peak rate at step 0, in (0, 1].
+    """
+
+    world_size: int
+    samples: int
+    batch_size: int
+    accumulate: int
+    global_batch: int
+    tail: str
+    steps_per_epoch: int
+    samples_per_epoch: int
+    last_batch: int
+    smallest_micro_batch: int
+    epochs: int
+    total_steps: int
+    total_samples: int
+    reference_batch: int
+    scale: float
+    scaling: str
+    base_lr: float
+    peak_lr: float
+    schedule: str
+    warmup_steps: int
+    warmup_start: float
+
+    def epoch_at(self, step: int) -> float:
+        """Passes over the data after ``step`` steps, as a real number: samples seen / samples of an epoch."""
+        return self.samples_at(step) / self.samples_per_epoch
+
+    def samples_at(self, step: int) -> int:
+        """Samples that the first ``step`` steps train."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        return epoch * self.samples_per_epoch + step_in_epoch * self.global_batch
+
+    def step_samples(self, step: int) -> int:
+        """Samples that the step with this number trains, over all ranks and micro-batches."""
+        return self.samples_at(step + 1) - self.samples_at(step)
+
+
+def make_plan(config: RunConfig, *, samples: int, world_size: int) -> Plan:
+    """Work out every derived number of a run.
+
+    Args:
+        config: Description of the run.
+        samples: Length of the training set, n.
+        world_size: Ranks, at least 1.
+
+    Raises:
+        DataError: The training set is empty.
+        ConfigError: No step is left, since the global batch is larger than the data and the tail is dropped.
+    """
+    data, optim = config.data, config.optim
+    if samples < 1:
+        raise DataError("data.train is empty; name a data set with at least one sample.")
+    rank_batch = data.accumulate * data.batch_size
+    global_batch = world_size * rank_batch
+    steps_per_epoch = (
+        samples // global_batch if data.tail == "drop" else -(-samples // global_batch)
+    )
+    if steps_per_epoch == 0:
+        raise ConfigError(
+            f"data.tail is drop while the global batch is {global_batch} of {samples} samples, so that no step is "
+            f"left; set data.tail=exact, or data.batch_size={max(1, samples // (world_size * data.accumulate))} or less."
+        )
+    samples_per_epoch = min(samples, steps_per_epoch * global_batch)
+    last_batch = samples_per_epoch - (steps_per_epoch - 1) * global_batch
+    reference_batch = optim.reference_batch or rank_batch
+    scale = global_batch / reference_batch
+    peak_lr = optim.lr * {"linear": scale, "sqrt": math.sqrt(scale), "none": 1.0}[optim.scaling]
+    warmup_epochs = _warmup_epochs(config, scale)
+    start = config.schedule.warmup_start
+    return Plan(
+        world_size=world_size,
+        samples=samples,
+        batch_size=data.batch_size,
+        accumulate=data.accumulate,
+        global_batch=global_batch,
+        tail=data.tail,
+        steps_per_epoch=steps_per_epoch,
+        samples_per_epoch=samples_per_epoch,
+        last_batch=last_batch,
+        smallest_micro_batch=min(
+            size
+            for step_size in (min(global_batch, samples_per_epoch), last_batch)
+            for rank in (0, world_size - 1)
+            for size in micro_batch_sizes(step_size, rank, world_size, data.batch_size) or (0,)
+        ),
+        epochs=config.epochs,
+        total_steps=config.epochs * steps_per_epoch,
+        total_samples=config.epochs * samples_per_epoch,
+        reference_batch=reference_batch,
+        scale=scale,
+        scaling=optim.scaling,
+        base_lr=optim.lr,
+        peak_lr=peak_lr,
+        schedule=config.schedule.name,
+        warmup_steps=round(warmup_epochs * steps_per_epoch),
+        warmup_start=min(1.0, optim.lr / peak_lr) if start == "auto" else start,
+    )
+
+
+def micro_batch_sizes(
+    step_samples: int, rank: int, world_size: int, batch_size: int
+) -> tuple[int, ...]:
+    """Sizes of one rank's micro-batches in a step.
+
+    The rank owns every ``world_size``-th of the step's samples, from number ``rank`` on, in pieces of at most
+    ``batch_size``; there are none if the step has too few samples to reach it.
+    """
+    share = (step_samples - rank + world_size - 1) // world_size
+    return tuple(_pieces(share, batch_size))
+
+
+def _pieces(total: int, most: int) -> Iterator[int]:
+    while total > 0:
+        yield min(total, most)
+        total -= most
+
+
+def _warmup_epochs(config: RunConfig, scale: float) -> float:
+    asked = config.schedule.warmup_epochs
+    if asked != "auto":
+        return asked
+    return (
+        min(5.0, config.epochs / 10) if scale > 1 and config.schedule.name != "one_cycle" else 0.0
+    )

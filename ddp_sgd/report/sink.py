@@ -1,0 +1,91 @@
+"""Where measurements go: the protocol that every reporter follows, the null reporter, and a group of them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ddp_sgd.plan import Plan
+
+Value = float | int | str | None
+Row = Mapping[str, Value]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """What is known about a run before its first step.
+
+    Args:
+        folder: The run folder, which exists.
+        name: Name of the run.
+        config: Resolved configuration, as plain data.
+        plan: The run's arithmetic.
+        world_size: Ranks.
+        git_commit: Commit of the working directory, with ``+changes`` if it is not clean; None outside a repository.
+    """
+
+    folder: Path
+    name: str
+    config: Mapping[str, Any]
+    plan: Plan
+    world_size: int
+    git_commit: str | None
+
+
+class Sink(Protocol):
+    """One way out for measurements. Only rank 0 holds sinks that write; a sink never raises for its own troubles."""
+
+    def start(self, record: RunRecord) -> None:
+        """Open the outlet; called once, before the first row."""
+
+    def write(self, event: str, row: Row) -> None:
+        """Take one row.
+
+        Args:
+            event: ``start``, ``train``, ``eval``, ``stop`` or ``end``.
+            row: Values by name. Each row has ``time`` (unix s), ``step``, ``epoch`` (real) and ``samples``; a
+                measurement that is not finite comes as None.
+        """
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Close the outlet; called once, also when the run failed.
+
+        Args:
+            result: The content of ``result.json``.
+        """
+
+
+class NoSink:
+    """Takes everything and says nothing: the sink of every rank but 0."""
+
+    def start(self, record: RunRecord) -> None:
+        """Do nothing."""
+
+    def write(self, event: str, row: Row) -> None:
+        """Do nothing."""
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+
+class Sinks:
+    """Several sinks as one; each gets every row, in the order given."""
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        """Keep the sinks."""
+        self._sinks = tuple(sinks)
+
+    def start(self, record: RunRecord) -> None:
+        """Open every outlet."""
+        for sink in self._sinks:
+            sink.start(record)
+
+    def write(self, event: str, row: Row) -> None:
+        """Give the row to every outlet."""
+        for sink in self._sinks:
+            sink.write(event, row)
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Close every outlet, the last opened first."""
+        for sink in reversed(self._sinks):
+            sink.finish(result)
