@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ddp_sgd.config.schema import RunConfig
+from ddp_sgd.config.schema import DataConfig, OptimConfig, RunConfig
 from ddp_sgd.errors import ConfigError, DataError
 
 
@@ -22,7 +22,8 @@ class Plan:
         steps_per_epoch: ceil(n / G), or floor(n / G) if the tail is dropped.
         samples_per_epoch: Samples that an epoch trains: n, or steps_per_epoch x G.
         last_batch: Samples in the last step of an epoch.
-        smallest_micro_batch: Fewest samples in any forward pass of any rank; 0 if a rank is ever empty.
+        smallest_micro_batch: Fewest samples in any forward pass of any rank; 0 if a rank is ever
+            empty.
         epochs: Passes over the data.
         total_steps: Steps in the run.
         total_samples: Samples in the run.
@@ -59,13 +60,17 @@ class Plan:
     warmup_start: float
 
     def epoch_at(self, step: int) -> float:
-        """Passes over the data after ``step`` steps, as a real number: samples seen / samples of an epoch."""
+        """Passes over the data after ``step`` steps: samples seen / samples of an epoch."""
         return self.samples_at(step) / self.samples_per_epoch
 
     def samples_at(self, step: int) -> int:
         """Samples that the first ``step`` steps train."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         return epoch * self.samples_per_epoch + step_in_epoch * self.global_batch
+
+    def ends_epochs(self, step: int, every: int) -> bool:
+        """Whether ``step`` steps complete a multiple of ``every`` epochs, or the run."""
+        return step % (every * self.steps_per_epoch) == 0 or step == self.total_steps
 
     def step_samples(self, step: int) -> int:
         """Samples that the step with this number trains, over all ranks and micro-batches."""
@@ -82,27 +87,20 @@ def make_plan(config: RunConfig, *, samples: int, world_size: int) -> Plan:
 
     Raises:
         DataError: The training set is empty.
-        ConfigError: No step is left, since the global batch is larger than the data and the tail is dropped.
+        ConfigError: No step is left, since the global batch is larger than the data and the tail is
+            dropped; or the peak rate is too large, or too small, for a number.
     """
     data, optim = config.data, config.optim
     if samples < 1:
         raise DataError("data.train is empty; name a data set with at least one sample.")
     rank_batch = data.accumulate * data.batch_size
     global_batch = world_size * rank_batch
-    steps_per_epoch = (
-        samples // global_batch if data.tail == "drop" else -(-samples // global_batch)
-    )
-    if steps_per_epoch == 0:
-        raise ConfigError(
-            f"data.tail is drop while the global batch is {global_batch} of {samples} samples, so that no step is "
-            f"left; set data.tail=exact, or data.batch_size={max(1, samples // (world_size * data.accumulate))} or less."
-        )
+    steps_per_epoch = _steps_per_epoch(data, samples, world_size)
     samples_per_epoch = min(samples, steps_per_epoch * global_batch)
     last_batch = samples_per_epoch - (steps_per_epoch - 1) * global_batch
     reference_batch = optim.reference_batch or rank_batch
     scale = global_batch / reference_batch
-    peak_lr = optim.lr * {"linear": scale, "sqrt": math.sqrt(scale), "none": 1.0}[optim.scaling]
-    warmup_epochs = _warmup_epochs(config, scale)
+    peak_lr = _peak_lr(optim, scale)
     start = config.schedule.warmup_start
     return Plan(
         world_size=world_size,
@@ -115,10 +113,8 @@ def make_plan(config: RunConfig, *, samples: int, world_size: int) -> Plan:
         samples_per_epoch=samples_per_epoch,
         last_batch=last_batch,
         smallest_micro_batch=min(
-            size
-            for step_size in (min(global_batch, samples_per_epoch), last_batch)
-            for rank in (0, world_size - 1)
-            for size in micro_batch_sizes(step_size, rank, world_size, data.batch_size) or (0,)
+            _smallest_micro_batch(size, world_size, data.batch_size)
+            for size in (min(global_batch, samples_per_epoch), last_batch)
         ),
         epochs=config.epochs,
         total_steps=config.epochs * steps_per_epoch,
@@ -129,7 +125,7 @@ def make_plan(config: RunConfig, *, samples: int, world_size: int) -> Plan:
         base_lr=optim.lr,
         peak_lr=peak_lr,
         schedule=config.schedule.name,
-        warmup_steps=round(warmup_epochs * steps_per_epoch),
+        warmup_steps=round(_warmup_epochs(config, scale) * steps_per_epoch),
         warmup_start=min(1.0, optim.lr / peak_lr) if start == "auto" else start,
     )
 
@@ -139,8 +135,8 @@ def micro_batch_sizes(
 ) -> tuple[int, ...]:
     """Sizes of one rank's micro-batches in a step.
 
-    The rank owns every ``world_size``-th of the step's samples, from number ``rank`` on, in pieces of at most
-    ``batch_size``; there are none if the step has too few samples to reach it.
+    The rank owns every ``world_size``-th of the step's samples, from number ``rank`` on, in pieces
+    of at most ``batch_size``; there are none if the step has too few samples to reach it.
     """
     share = (step_samples - rank + world_size - 1) // world_size
     return tuple(_pieces(share, batch_size))
@@ -150,6 +146,40 @@ def _pieces(total: int, most: int) -> Iterator[int]:
     while total > 0:
         yield min(total, most)
         total -= most
+
+
+def _steps_per_epoch(data: DataConfig, samples: int, world_size: int) -> int:
+    global_batch = world_size * data.accumulate * data.batch_size
+    if data.tail == "exact":
+        return -(-samples // global_batch)
+    if samples >= global_batch:
+        return samples // global_batch
+    fitting = samples // (world_size * data.accumulate)
+    smaller = f"data.batch_size={fitting} or less" if fitting else "use fewer ranks"
+    raise ConfigError(
+        f"data.tail is drop while the global batch is {global_batch} of {samples} samples, so that "
+        f"no step is left; set data.tail=exact, or {smaller}."
+    )
+
+
+def _smallest_micro_batch(step_samples: int, world_size: int, batch_size: int) -> int:
+    """Look at the first and the last rank: the shares of all others equal one of theirs."""
+    return min(
+        size
+        for rank in (0, world_size - 1)
+        for size in micro_batch_sizes(step_samples, rank, world_size, batch_size) or (0,)
+    )
+
+
+def _peak_lr(optim: OptimConfig, scale: float) -> float:
+    factor = {"linear": scale, "sqrt": math.sqrt(scale), "none": 1.0}[optim.scaling]
+    peak = optim.lr * factor
+    if not 0 < peak < math.inf:
+        raise ConfigError(
+            f"optim.lr is {optim.lr}, which the rule {optim.scaling} takes to {peak} at k = "
+            f"{scale:.6g}; choose a rate nearer to 0.1."
+        )
+    return peak
 
 
 def _warmup_epochs(config: RunConfig, scale: float) -> float:

@@ -1,6 +1,7 @@
 """The run, described: one frozen model for each section of the configuration.
 
-Each field carries its docstring, unit and range; ``--help`` and ``docs/configuration.md`` are made from them.
+Each field carries its docstring, unit and range; ``--help`` and ``docs/configuration.md`` are made
+from them.
 """
 
 from typing import Annotated, Any, ClassVar, Literal
@@ -38,11 +39,13 @@ class Section(BaseModel):
 class Component(Section):
     """An object that the run builds: an importable name and the arguments of its call.
 
-    Any argument may itself be such a mapping, or hold some in lists and mappings, as deep as needed.
+    Any argument may itself be such a mapping, or hold some in lists and mappings, as deep as
+    needed.
     """
 
     class_path: Annotated[StrictStr, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")]
-    """Importable name of a class or a function, such as torch.nn.CrossEntropyLoss. Naming it runs its module."""
+    """Importable name of a class or a function, such as torch.nn.CrossEntropyLoss. Naming it runs
+    its module."""
 
     init_args: dict[str, Any] = {}
     """Keyword arguments of the call."""
@@ -63,13 +66,15 @@ class DataConfig(Section):
     """Samples of one rank in one forward pass (a micro-batch), at least 1."""
 
     accumulate: Count = 1
-    """Micro-batches of one rank in one optimizer step, at least 1. Global batch = ranks x accumulate x batch_size."""
+    """Micro-batches of one rank in one optimizer step, at least 1. Global batch = ranks x
+    accumulate x batch_size."""
 
     tail: Literal["exact", "drop"] = "exact"
     """The last, smaller global batch of an epoch: train it with its true count, or leave it out."""
 
     workers: Annotated[StrictInt, Field(ge=0)] = 0
-    """Loader processes of each rank; 0 reads in the rank itself, which is faster for data in memory."""
+    """Loader processes of each rank; 0 reads in the rank itself, which is faster for data in
+    memory."""
 
 
 class OptimConfig(Section):
@@ -79,8 +84,8 @@ class OptimConfig(Section):
     """Learning rate for reference_batch samples a step, above 0."""
 
     reference_batch: Count | None = None
-    """Samples a step that lr is quoted for; null means one rank's batch_size x accumulate, so that the rate grows
-    with the number of ranks."""
+    """Samples a step that lr is quoted for; null means one rank's batch_size x accumulate, so that
+    the rate grows with the number of ranks."""
 
     scaling: Literal["linear", "sqrt", "none"] = "linear"
     """How the peak rate follows from k = global batch / reference_batch: lr k, lr sqrt(k), or lr.
@@ -96,7 +101,8 @@ class OptimConfig(Section):
     """Factor of the weight that is added to its gradient, at least 0."""
 
     decay_norm_and_bias: StrictBool = False
-    """Decay biases and the scales of normalization layers as well. Source: He et al. 2019, arXiv:1812.01187."""
+    """Decay biases and the scales of normalization layers as well. Source: He et al. 2019,
+    arXiv:1812.01187."""
 
     clip_norm: Positive | None = None
     """Largest L2 norm of the whole gradient, above 0; null does not clip."""
@@ -117,11 +123,13 @@ class ScheduleConfig(Section):
     """Shape of the curve after the warm-up, which multiplies it and does not shift it."""
 
     warmup_epochs: Literal["auto"] | NonNegative = "auto"
-    """Length of the rise from lr to the peak, in epochs, at least 0; auto: 5, at most a tenth of the run, when k > 1.
+    """Length of the rise from lr to the peak, in epochs, at least 0; auto: 5, at most a tenth of
+    the run, when k > 1.
     Source: Goyal et al. 2017, arXiv:1706.02677, section 2.2."""
 
     warmup_start: Literal["auto"] | Annotated[StrictFloat, Field(gt=0.0, le=1.0)] = "auto"
-    """Factor of the peak rate at which the warm-up starts, in (0, 1]; auto: lr / peak, that is 1 when k <= 1."""
+    """Factor of the peak rate at which the warm-up starts, in (0, 1]; auto: lr / peak, that is 1
+    when k <= 1."""
 
     milestones: tuple[Positive, ...] = ()
     """Epochs at which the rate is multiplied by gamma, ascending (step only)."""
@@ -133,10 +141,12 @@ class ScheduleConfig(Section):
     """Exponent of the decay (polynomial only)."""
 
     final: Fraction = 0.0
-    """Factor of the peak rate at the end of the run, in [0, 1] (cosine, linear, polynomial, one_cycle)."""
+    """Factor of the peak rate at the end of the run, in [0, 1] (cosine, linear, polynomial,
+    one_cycle)."""
 
     peak_at: Annotated[StrictFloat, Field(gt=0.0, lt=1.0)] = 0.3
-    """Part of the run at which the peak is reached, in (0, 1) (one_cycle only). Source: Smith 2018, arXiv:1803.09820."""
+    """Part of the run at which the peak is reached, in (0, 1) (one_cycle only). Source: Smith 2018,
+    arXiv:1803.09820."""
 
     _used_by: ClassVar[dict[str, tuple[str, ...]]] = {
         "milestones": ("step",),
@@ -160,16 +170,18 @@ class ScheduleConfig(Section):
                 )
         if self.name == "step" and not self.milestones:
             raise ValueError(
-                "schedule.milestones is empty while schedule.name is step; name epochs, such as [30, 60]"
+                "schedule.milestones is empty while schedule.name is step; "
+                "name epochs, such as [30, 60]"
             )
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError(
-                f"schedule.milestones is {list(self.milestones)}; put the epochs in ascending order, once"
+                f"schedule.milestones is {list(self.milestones)}; "
+                "put the epochs in ascending order, once"
             )
         if self.name == "one_cycle" and self.warmup_epochs not in ("auto", 0.0):
             raise ValueError(
-                f"schedule.warmup_epochs is {self.warmup_epochs} while schedule.name is one_cycle, which has its own "
-                "rise; set schedule.warmup_epochs=0 and move schedule.peak_at"
+                f"schedule.warmup_epochs is {self.warmup_epochs} while schedule.name is one_cycle, "
+                "which has its own rise; set schedule.warmup_epochs=0 and move schedule.peak_at"
             )
         return self
 
@@ -192,7 +204,7 @@ class LogConfig(Section):
 
 
 class WandbConfig(Section):
-    """Weights & Biases. What is left null follows the user's own settings, such as WANDB_PROJECT."""
+    """Weights & Biases. What is left null follows the user's settings, such as WANDB_PROJECT."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto: as WANDB_MODE says, else online with an API key, else offline."""
@@ -225,6 +237,10 @@ class ParallelConfig(Section):
     static_graph: StrictBool = False
     """Promise that every step uses the same parameters in the same order."""
 
+    find_unused_parameters: StrictBool = False
+    """Search every step for parameters that got no gradient; needed where a forward pass leaves
+    some out."""
+
 
 class RuntimeConfig(Section):
     """The processes and the devices."""
@@ -236,7 +252,8 @@ class RuntimeConfig(Section):
     """Kind of device, one for each rank; auto: an accelerator where there is one, else cpu."""
 
     timeout_s: Annotated[StrictFloat, Field(gt=0.0, le=86_400.0)] = 300.0
-    """Longest wait for another rank, when joining and in every collective, in seconds, in (0, 86400]."""
+    """Longest wait for another rank, when joining and in every collective, in seconds, in (0,
+    86400]."""
 
 
 class RunConfig(Section):
@@ -255,7 +272,8 @@ class RunConfig(Section):
     """Passes over the training data, at least 1."""
 
     resume: Literal["auto", "never"] = "auto"
-    """What becomes of a run folder that exists: it is moved aside to NAME.1, NAME.2, ...; nothing is overwritten."""
+    """What becomes of a run folder that exists: it is moved aside to NAME.1, NAME.2, ...; nothing
+    is overwritten."""
 
     model: Component = Component(
         class_path="ddp_sgd.models.MLP", init_args={"inputs": 64, "hidden": [64, 64], "classes": 10}
@@ -283,12 +301,13 @@ class RunConfig(Section):
         warmup = self.schedule.warmup_epochs
         if warmup != "auto" and warmup > self.epochs:
             raise ValueError(
-                f"schedule.warmup_epochs is {warmup} while epochs is {self.epochs}; warm up for part of the run"
+                f"schedule.warmup_epochs is {warmup} while epochs is {self.epochs}; "
+                "warm up for part of the run"
             )
         late = [milestone for milestone in self.schedule.milestones if milestone >= self.epochs]
         if late:
             raise ValueError(
-                f"schedule.milestones is {list(self.schedule.milestones)} while epochs is {self.epochs}; "
-                "name epochs before the end"
+                f"schedule.milestones is {list(self.schedule.milestones)} "
+                f"while epochs is {self.epochs}; name epochs before the end"
             )
         return self

@@ -1,0 +1,62 @@
+"""What every command does around its work: read the command line, and end with one line and one code."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from ddp_sgd.config import CommandLine, Option, read_command_line
+from ddp_sgd.distributed.ranks import told_once
+from ddp_sgd.errors import ExitCode, FaultElsewhereError, UserError
+
+
+def run_command(
+    work: Callable[[CommandLine], int | None],
+    argv: Sequence[str] | None,
+    *,
+    program: str,
+    about: str,
+    options: Sequence[Option] = (),
+) -> int:
+    """Run a command and turn whatever happens into an exit code.
+
+    Args:
+        work: What the command does; returns its exit code, None for 0.
+        argv: Arguments after the name of the command; None takes those of the process.
+        program: How the command is called, for ``--help``.
+        about: One sentence on what it does, for ``--help``.
+        options: Options besides the keys of the configuration.
+
+    Returns:
+        The exit code of the contract. An error of the user's is one line on stderr, from one rank.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv
+    try:
+        with told_once(os.environ):
+            line = read_command_line(
+                argv, os.environ, program=program, about=about, options=options
+            )
+        if line.text is not None:
+            sys.stdout.write(line.text)
+            return ExitCode.DONE
+        return work(line) or ExitCode.DONE
+    except FaultElsewhereError as error:
+        return error.exit_code
+    except UserError as error:
+        _tell(str(error), debug=debug)
+        return error.exit_code
+    except Exception as error:  # a defect of ours, or of the user's model: still one line and a code
+        _tell(
+            f"{type(error).__name__} is unexpected: {' '.join(str(error).split())}; "
+            "run again with --debug to see where it comes from.",
+            debug=debug,
+        )
+        return ExitCode.INTERNAL
+
+
+def _tell(message: str, *, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    sys.stdout.flush()
+    print(f"ddp_sgd: error: {message}", file=sys.stderr, flush=True)  # noqa: T201

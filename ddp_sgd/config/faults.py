@@ -1,0 +1,161 @@
+"""All faults of a configuration, in one line that says for each what to write instead."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from ddp_sgd.config.fields import Key, all_keys, keys_below, yaml_value
+from ddp_sgd.errors import ConfigError
+
+_SHOWN_CHARACTERS = 60
+_NEAR = 0.6
+
+
+def explain_faults(
+    error: ValidationError,
+    values: Mapping[str, Any],
+    origins: Mapping[str, str],
+    options: Iterable[str] = (),
+) -> ConfigError:
+    """Turn what pydantic found into one error that lists every fault.
+
+    Args:
+        error: What pydantic found.
+        values: The merged mapping that was checked.
+        origins: Where each leaf came from, by dotted path. Files and variables are named in the
+            message, flags of the command line are not, since the fault itself shows them.
+        options: Names of the command's own options, which an unknown key may have been meant for.
+
+    Returns:
+        The error, with faults in the order of the models, joined by `` | ``.
+    """
+    kinds: dict[str, list[str]] = {}
+    messages: dict[str, str] = {}
+    for fault in error.errors(include_url=False):
+        path = _path(fault["loc"], values, fault["type"])
+        kinds.setdefault(path, []).append(fault["type"])
+        if fault["type"] == "value_error":
+            messages[path] = str(fault["ctx"]["error"])
+    lines = []
+    for path, found in kinds.items():
+        if path in messages:
+            origin = _origin(messages[path].partition(" ")[0], origins)
+            lines.append(f"{messages[path].rstrip('.')}{origin}.")
+        elif "extra_forbidden" in found:
+            what, remedy = f"unknown key {path}", _remedy_for_unknown(path, options)
+            lines.append(_sentence(what, remedy, _origin(path, origins)))
+        else:
+            what, remedy = _wrong_value(path, _value_at(path, values), found)
+            lines.append(_sentence(what, remedy, _origin(path, origins)))
+    return ConfigError(" | ".join(lines))
+
+
+def show(value: Any) -> str:
+    """A value for a message: short, in Python's notation but for null, true and false."""
+    if value is None or isinstance(value, bool):
+        return yaml_value(value)
+    text = repr(list(value) if isinstance(value, tuple) else value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 3]}..."
+
+
+def nearest(name: str, options: Iterable[str] = ()) -> str | None:
+    """The key, or the option with its dashes, that someone who wrote an unknown name may have
+    meant."""
+    parent, _, leaf = name.rpartition(".")
+    scores = {
+        key.name: _likeness(leaf, key.leaf) - (0.1 if key.parent != parent else 0.0)
+        for key in all_keys().values()
+        if key.leaf not in ("class_path", "init_args") or key.parent == parent
+    }
+    if not parent:
+        scores |= {other: max(score, _likeness(name, other)) for other, score in scores.items()}
+        scores |= {f"--{option}": _likeness(name, option) for option in options}
+    best = max(scores, key=scores.__getitem__)
+    return best if scores[best] >= _NEAR else None
+
+
+def _likeness(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
+
+
+def _path(location: tuple[int | str, ...], values: Mapping[str, Any], kind: str) -> str:
+    """Dotted path of the key at fault, without list positions and the names of union members."""
+    path: list[str] = []
+    here: Any = values
+    for part in location:
+        is_key = isinstance(here, Mapping) and part in here
+        is_missing_key = kind == "missing" and isinstance(here, Mapping)
+        if not is_key and not is_missing_key:
+            break
+        path.append(str(part))
+        here = here[part] if is_key else None
+    return ".".join(path)
+
+
+def _value_at(path: str, values: Mapping[str, Any]) -> Any:
+    here: Any = values
+    for part in path.split("."):
+        here = here.get(part)
+    return here
+
+
+def _origin(path: str, origins: Mapping[str, str]) -> str:
+    """Where a key came from, as `` (set in FILE)``; nothing for a flag or a default."""
+    below = (origin for leaf, origin in origins.items() if leaf.startswith(f"{path}."))
+    origin = origins.get(path) or next(below, "")
+    return "" if not origin or origin.startswith("--") else f" (set in {origin})"
+
+
+def _sentence(what: str, remedy: str, origin: str) -> str:
+    is_question = remedy.endswith("?")
+    return f"{what}{origin}; {remedy}" if is_question else f"{what}; {remedy}{origin}."
+
+
+def _remedy_for_unknown(path: str, options: Iterable[str]) -> str:
+    parent, _, leaf = path.rpartition(".")
+    near = nearest(path, options)
+    holder = all_keys().get(parent)
+    if path in all_keys():
+        section, _, key = path.partition(".")
+        return f"nest it, as {section}: {{{key}: ...}}"
+    if holder and holder.kind == "component" and (near is None or not near.startswith(parent)):
+        return f"did you mean {parent}.init_args.{leaf}?"
+    if near:
+        return f"did you mean {near}?"
+    keys = ", ".join(key.leaf for key in keys_below(parent))
+    return f"the keys {f'of {parent}' if parent else 'at the top'} are {keys}"
+
+
+def _wrong_value(path: str, value: Any, found: list[str]) -> tuple[str, str]:
+    """What is wrong with the value of a known key, and what to do about it."""
+    key = all_keys()[path]
+    if "missing" in found:
+        return f"{path} is not set", f"choose {_choices(key)}"
+    what = f"{path} is {show(value)}"
+    if key.kind == "component":
+        return what, _remedy_for_component(key, value)
+    if key.kind == "section":
+        child = next(child for child in keys_below(path) if child.kind == "value")
+        example = f"{child.name}={yaml_value(child.default)}"
+        return what, f"set its keys, such as {example}"
+    remedy = f"choose {_choices(key)}"
+    if "finite_number" in found:
+        remedy = remedy.replace("a number", "a finite number")
+    if "string_type" in found and isinstance(value, int | float):
+        remedy += f", or quote it to make it text: '\"{yaml_value(value)}\"'"
+    if isinstance(value, str):
+        near = difflib.get_close_matches(value, key.names, n=1, cutoff=0.5)
+        remedy += f"; did you mean {near[0]}?" if near else ""
+    return what, remedy
+
+
+def _remedy_for_component(key: Key, value: Any) -> str:
+    if isinstance(value, str):
+        return f"write {key.name}.class_path={value}"
+    return f"name what to build, such as {key.name}.class_path={key.default['class_path']}"
+
+
+def _choices(key: Key) -> str:
+    return f"{key.choices}, such as {key.example}" if key.example else key.choices

@@ -1,0 +1,158 @@
+"""Every key of the configuration: what it takes, in words, its default, and its meaning."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+from ddp_sgd.config.schema import RunConfig
+from ddp_sgd.config.yaml_text import write_yaml
+
+Node = Mapping[str, Any]
+
+# What an example looks like where the default is null or empty and so shows nothing.
+_EXAMPLES = {"integer": "256", "number": "1.0", "array of number": "[30, 60]"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """One key of the configuration.
+
+    Args:
+        name: Dotted path, such as ``optim.lr``.
+        kind: ``section`` holds keys of its own, ``component`` holds class_path and init_args.
+        choices: What it takes, such as ``a value in [0, 1)``.
+        names: The words that it takes, if it takes nothing else.
+        example: A good value as YAML; empty if there is none to offer.
+        default: Plain data.
+        meaning: The docstring of the field, on one line.
+    """
+
+    name: str
+    kind: Literal["section", "component", "value"]
+    choices: str
+    names: tuple[str, ...]
+    example: str
+    default: Any
+    meaning: str
+
+    @property
+    def parent(self) -> str:
+        """Dotted path of the section that holds the key; empty at the top."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def leaf(self) -> str:
+        """Last part of the dotted path."""
+        return self.name.rpartition(".")[2]
+
+
+@cache
+def all_keys() -> Mapping[str, Key]:
+    """Every key by its dotted path, in the order of the models."""
+    schema = RunConfig.model_json_schema()
+    defaults = RunConfig().model_dump(mode="json")
+    return {key.name: key for key in _walk("", schema, schema["$defs"], defaults)}
+
+
+def keys_below(parent: str) -> tuple[Key, ...]:
+    """Keys that a section or component holds itself; those at the top for an empty path."""
+    return tuple(key for key in all_keys().values() if key.parent == parent)
+
+
+def yaml_value(value: Any) -> str:
+    """A scalar or a short collection on one line, as YAML."""
+    lines = write_yaml(value).removesuffix("...\n").splitlines()
+    return " ".join(line.strip() for line in lines)
+
+
+def _walk(parent: str, model: Node, models: Node, defaults: Any) -> Iterator[Key]:
+    for leaf, node in model["properties"].items():
+        name = f"{parent}.{leaf}" if parent else leaf
+        default = defaults.get(leaf) if isinstance(defaults, dict) else None
+        reference = next((part["$ref"] for part in _alternatives(node) if "$ref" in part), "")
+        below = models.get(reference.rpartition("/")[2])
+        meaning = node.get("description") or (below or {}).get("description", "")
+        yield Key(
+            name=name,
+            kind=_kind(below),
+            choices=_choices(node),
+            names=tuple(node.get("enum", ())),
+            example=_example(node, default),
+            default=default,
+            meaning=" ".join(meaning.split()),
+        )
+        if below:
+            yield from _walk(name, below, models, default)
+
+
+def _kind(model: Node | None) -> Literal["section", "component", "value"]:
+    if model is None:
+        return "value"
+    return "component" if "class_path" in model["properties"] else "section"
+
+
+def _alternatives(node: Node) -> list[Node]:
+    """The members of a union, null last, since it is what people look for last."""
+    return sorted(node.get("anyOf", [node]), key=lambda part: part.get("type") == "null")
+
+
+def _choices(node: Node) -> str:
+    return " or ".join(_words(part) for part in _alternatives(node))
+
+
+def _words(node: Node) -> str:
+    if "const" in node:
+        return str(node["const"])
+    if "enum" in node:
+        return f"one of {', '.join(node['enum'])}"
+    words: dict[str, Callable[[], str]] = {
+        "boolean": lambda: "true or false",
+        "integer": lambda: f"a whole number{_range(node)}",
+        "number": lambda: f"a number{_range(node)}".replace("a number in", "a value in"),
+        "string": lambda: f"text{_form(node)}",
+        "array": lambda: f"a list, each item {_choices(node['items'])}",
+        "null": lambda: "null",
+    }
+    return words.get(node.get("type", ""), lambda: "a mapping")()
+
+
+def _range(node: Node) -> str:
+    """The interval of a number as `` in [0, 1)``, `` above 0``, or nothing."""
+    at_least, above = node.get("minimum"), node.get("exclusiveMinimum")
+    at_most, less_than = node.get("maximum"), node.get("exclusiveMaximum")
+    lower, upper = (
+        (above if at_least is None else at_least),
+        (less_than if at_most is None else at_most),
+    )
+    if lower is not None and upper is not None:
+        left, right = "(" if at_least is None else "[", ")" if at_most is None else "]"
+        return f" in {left}{_number(lower)}, {_number(upper)}{right}"
+    if lower is not None:
+        return f" {'above' if at_least is None else 'of at least'} {_number(lower)}"
+    if upper is not None:
+        return f" {'below' if at_most is None else 'of at most'} {_number(upper)}"
+    return ""
+
+
+def _number(value: float) -> str:
+    if value >= 2**53 and int(value).bit_count() == 1:
+        return f"2^{int(value).bit_length() - 1}"
+    return str(int(value)) if value == int(value) else str(value)
+
+
+def _form(node: Node) -> str:
+    if pattern := node.get("pattern"):
+        return f" that matches {pattern}"
+    return " that is not empty" if node.get("minLength") else ""
+
+
+def _example(node: Node, default: Any) -> str:
+    if default not in (None, "auto", [], {}) and not isinstance(default, dict | bool):
+        return "" if "enum" in node else yaml_value(default)
+    for part in _alternatives(node):
+        items = f" of {part['items'].get('type')}" if "items" in part else ""
+        is_choice = default == "auto" or "const" in part
+        if not is_choice and (example := _EXAMPLES.get(f"{part.get('type')}{items}")):
+            return example
+    return ""

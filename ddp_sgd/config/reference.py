@@ -1,0 +1,174 @@
+"""The reference of all keys, for ``--help`` and for the documentation, made from the models."""
+
+import textwrap
+from collections.abc import Iterator, Sequence
+
+from ddp_sgd.config.fields import Key, all_keys, keys_below, yaml_value
+from ddp_sgd.config.options import Option
+
+_EXAMPLES = (
+    "--config=configs/digits.yaml --optim.lr=0.1",
+    "--epochs=5 --data.batch_size=64 --optim.nesterov=true",
+    "--model='{class_path: my_package.Net, init_args: {width: 32}}'",
+)
+
+
+def help_text(program: str, about: str, options: Sequence[Option], *, width: int = 100) -> str:
+    """Text of ``--help``: usage, examples, options, and every key by section.
+
+    Args:
+        program: How the command is started.
+        about: What the command does.
+        options: Options of the command, those of every command included.
+        width: Longest line, in characters.
+    """
+    lines = [f"usage: {program} [--config FILE]... [--key=value]...", ""]
+    lines += [*textwrap.wrap(about, width), "", "examples:"]
+    lines += [f"  {program} {example}" for example in _EXAMPLES]
+    lines += ["", "options:"]
+    for option in options:
+        form = f"--{option.name}" if option.kind is bool else f"--{option.name}={_metavar(option)}"
+        default = "" if option.default in (None, False) else f" [{option.default}]"
+        lines += _entry(f"{form}{default}", option.help, width)
+    lines += [
+        "",
+        *textwrap.wrap(
+            "Keys of the configuration, as --key=value with a value in YAML, or in a YAML file. "
+            "Later sources win: defaults, files in order, variables such as DDP_SGD_OPTIM__LR=0.1, "
+            "command line. Defaults stand in brackets.",
+            width,
+        ),
+    ]
+    for section, keys in _sections():
+        title = f"{section.name}: {section.meaning}" if section else "the run:"
+        lines += ["", *textwrap.wrap(title, width)]
+        for key in keys:
+            lines += _entry(
+                f"--{key.name}: {_type_of(key)} [{_default_of(key)}]", key.meaning, width
+            )
+    return "\n".join(lines) + "\n"
+
+
+def reference_markdown() -> str:
+    """Text of ``docs/configuration.md``."""
+    parts = [_INTRODUCTION]
+    for section, keys in _sections():
+        title, about = (f"`{section.name}`", section.meaning) if section else ("The run", "")
+        parts.append(f"### {title}\n")
+        parts += [f"{about}\n"] if about else []
+        rows = ["| key | type and range | default | meaning |", "|---|---|---|---|"]
+        rows += [
+            f"| `{key.name}` | {_cell(_type_of(key))} "
+            f"| `{_default_of(key)}` | {_cell(key.meaning)} |"
+            for key in keys
+        ]
+        parts.append("\n".join(rows) + "\n")
+    return "\n".join(parts)
+
+
+def _sections() -> Iterator[tuple[Key | None, tuple[Key, ...]]]:
+    """The keys at the top, then each section with its keys."""
+    yield None, tuple(key for key in keys_below("") if key.kind != "section")
+    for section in all_keys().values():
+        if section.kind == "section":
+            yield section, keys_below(section.name)
+
+
+def _entry(head: str, meaning: str, width: int) -> list[str]:
+    indent = " " * 6
+    head_lines = textwrap.wrap(
+        head, width, initial_indent="  ", subsequent_indent=" " * 4, break_on_hyphens=False
+    )
+    return head_lines + textwrap.wrap(
+        meaning, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+    )
+
+
+def _metavar(option: Option) -> str:
+    return "FILE" if option.name == "config" else {int: "N", float: "X", str: "TEXT"}[option.kind]
+
+
+def _type_of(key: Key) -> str:
+    return (
+        key.choices.replace("a mapping", "a component") if key.kind == "component" else key.choices
+    )
+
+
+def _default_of(key: Key) -> str:
+    if key.kind != "component" or key.default is None:
+        return yaml_value(key.default)
+    arguments = ", ".join(
+        f"{name}={yaml_value(value)}" for name, value in key.default["init_args"].items()
+    )
+    return f"{key.default['class_path']}({arguments})"
+
+
+def _cell(text: str) -> str:
+    """Escape what Markdown would take for a cell border or an emphasis."""
+    return text.replace("|", "\\|").replace("*", "\\*").replace("_", "\\_")
+
+
+_INTRODUCTION = """# Configuration
+
+<!-- Made by ddp_sgd.config.reference.reference_markdown(); a test fails when it is stale. -->
+
+A run is described by one nested mapping. Every key has a default, which trains the embedded
+digits; you write down only what differs. The whole of it is checked before anything slow is
+imported, and all faults are reported together.
+
+## Sources, and which one wins
+
+From the weakest to the strongest:
+
+1. the defaults in the tables below;
+2. YAML files, in the order of their `--config FILE` flags;
+3. environment variables: `DDP_SGD_` and the key in capitals, with `__` for the dot, such as
+   `DDP_SGD_OPTIM__LR=0.1`. A variable with this prefix that names no key is an error;
+4. the command line: `--optim.lr=0.1` or `--optim.lr 0.1`.
+
+Values in variables and on the command line are YAML, so that `--schedule.milestones='[30, 60]'`
+is a list and `--data.eval=null` is null. `--print_config` prints what all sources come to; saved
+to a file and given as `--config`, it resolves to the same.
+
+```bash
+python -m ddp_sgd.train --optim.lr=0.1 --epochs=5 --print_config
+```
+
+Mappings merge key by key; lists and other values are replaced whole. One more rule: where a
+source gives a component another `class_path`, the `init_args` from weaker sources are dropped,
+since they belong to another class.
+
+## Components: `class_path` and `init_args`
+
+`model`, `loss`, `data.train` and `data.eval` name what the run builds: an importable class or
+function, and the keyword arguments of its call. An argument may be a component itself, as deep as
+needed, also inside lists and mappings:
+
+```yaml
+data:
+  train:
+    class_path: torchvision.datasets.MNIST
+    init_args:
+      root: datasets
+      transform:
+        class_path: torchvision.transforms.v2.Compose
+        init_args:
+          transforms:
+            - class_path: torchvision.transforms.v2.ToImage
+            - class_path: torchvision.transforms.v2.ToDtype
+              init_args: {dtype: torch.float32, scale: true}
+```
+
+**A `class_path` imports code and runs it.** Configurations are trusted input: read a file from
+somebody else before you run it, as you would read their script.
+
+## YAML
+
+Files follow the core schema of YAML 1.2: only `true` and `false` are booleans, so that `on`,
+`yes` and `no` are text; `1e-3` is a number, `010` is ten, `0o10` is eight; `1:30` and dates are
+text. To make a number text, put it in quotes. Refused, each with file and line: duplicate keys,
+keys that are not text, tags (`!!...`), merge keys (`<<`), a second document, more than 1 MiB,
+more than 64 levels, and more than 100,000 values with aliases expanded.
+
+## Keys
+"""

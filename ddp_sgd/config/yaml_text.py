@@ -1,0 +1,147 @@
+"""YAML as people read it: core schema of YAML 1.2, no tags, no duplicates, limited in size."""
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ddp_sgd.config.yaml_events import DocumentBuilder, plain_scalar
+from ddp_sgd.errors import ConfigError
+
+MAX_BYTES = 2**20
+
+_PARSER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_FORBIDDEN = re.compile(
+    "[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"  # YAML 1.2, section 5.1
+)
+
+
+def read_yaml(text: str, where: str) -> Any:
+    """Read one YAML document into plain data: mappings with text keys, lists, and scalars.
+
+    Only ``true`` and ``false`` are booleans, and only what looks like a number is one: ``on``,
+    ``1:30`` and dates are text, ``010`` is ten, ``1e-3`` a thousandth.
+
+    Args:
+        text: The document, at most 1 MiB.
+        where: What the text came from, for messages: a file, a variable, or a flag.
+
+    Returns:
+        The data; None if the document is empty.
+
+    Raises:
+        ConfigError: The text is not YAML, or uses what a configuration does not need: tags,
+            duplicate keys, keys that are not text, several documents, nesting below 64 levels, more
+            than 100,000 nodes.
+    """
+    if len(text) > MAX_BYTES:
+        raise ConfigError(f"{where} is larger than 1 MiB; keep data out of the configuration.")
+    text = text.removeprefix("\ufeff")
+    if forbidden := _FORBIDDEN.search(text):
+        line = text.count("\n", 0, forbidden.start()) + 1
+        raise ConfigError(
+            f"{where} line {line} holds the character {forbidden.group()!a}; remove it, "
+            "or save the text as UTF-8."
+        )
+    try:
+        return DocumentBuilder(where).build(yaml.parse(text, Loader=_PARSER))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        raise ConfigError(
+            f"{where} line {line} is not YAML ({error.problem or error.context}); check its "
+            "brackets, quotes, colons and indentation."
+        ) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not YAML ({error}); save it as UTF-8 text.") from None
+
+
+def read_yaml_file(path: str | Path) -> dict[str, Any]:
+    """Read a file that holds one mapping; an empty file is an empty mapping.
+
+    Args:
+        path: The file, or a pipe; its name stands in messages as it is given here.
+
+    Raises:
+        ConfigError: The file is missing, unreadable, not UTF-8, not YAML, or holds something else
+            than a mapping.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        text = content.decode()
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; {_remedy_for_missing(Path(path))}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder; name a YAML file in it.") from None
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path} line {line} is not UTF-8; save the file as UTF-8.") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path} cannot be read ({reason}); name a readable file.") from None
+    data = read_yaml(text, str(path))
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(
+            f"{path} line 1 is a {'list' if isinstance(data, list) else 'single value'}, not a "
+            "mapping; write lines of the form `key: value`."
+        )
+    return data
+
+
+def write_yaml(data: Any) -> str:
+    """Write plain data as YAML that ``read_yaml`` reads back as it was.
+
+    Raises:
+        ConfigError: The data holds an object that YAML has no word for.
+    """
+    try:
+        return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**20)
+    except yaml.representer.RepresenterError as error:
+        kind = type(error.args[-1]).__name__
+        raise ConfigError(
+            f"the configuration holds an object of type {kind}; use text, numbers, lists and "
+            "mappings only."
+        ) from None
+
+
+def _remedy_for_missing(path: Path) -> str:
+    """Name a neighbour with a similar name, if there is one."""
+    try:
+        neighbours = [entry.name for entry in path.parent.iterdir() if entry.is_file()]
+    except OSError:
+        return "name a YAML file that does."
+    near = difflib.get_close_matches(path.name, neighbours, n=1)
+    return f"did you mean {path.with_name(near[0])}?" if near else "name a YAML file that does."
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what ``read_yaml`` reads: text in quotes where it would read as something else."""
+
+    def ignore_aliases(self, _data: Any) -> bool:
+        """Write equal objects twice: people read this."""
+        return True
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    try:
+        is_text = isinstance(plain_scalar(text), str)
+    except ValueError:
+        is_text = False
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if is_text else '"')
+
+
+def _represent_list(dumper: yaml.SafeDumper, items: Iterable[Any]) -> yaml.SequenceNode:
+    values = list(items)
+    on_one_line = not any(isinstance(value, dict | list | tuple) for value in values)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=on_one_line)
+
+
+_Dumper.add_representer(str, _represent_text)
+_Dumper.add_representer(list, _represent_list)
+_Dumper.add_representer(tuple, _represent_list)

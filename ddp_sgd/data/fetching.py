@@ -1,0 +1,130 @@
+"""One batch out of a map-style data set, in one call: whole where the data set can, else sample by sample."""
+
+import random
+from collections.abc import Sequence, Sized
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import TensorDataset, default_collate
+
+from ddp_sgd.data.in_memory import InMemory
+from ddp_sgd.errors import DataError, UserError
+from ddp_sgd.seeds import seed_for
+
+EVAL_EPOCH = -1
+"""Stands for the epoch where samples are read for evaluation, so that they always come out alike."""
+
+
+class Request(NamedTuple):
+    """What a loader asks for. The epoch travels along, since loader processes outlive epochs."""
+
+    epoch: int
+    indices: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Takes the place of a batch that could not be read; an exception would lose its one line between processes."""
+
+    message: str
+
+
+class Fetcher:
+    """Reads requests from a data set, with random numbers that depend on (seed, epoch, index) only.
+
+    A data set whose ``__getitems__`` returns a pair of stacked arrays or tensors is read a whole batch at a time, and
+    seeded by the first index of the batch; any other is read, seeded and collated sample by sample, so that neither
+    loader processes, nor ranks, nor a restart change an augmentation.
+
+    Args:
+        dataset: Map-style data set of (input, target).
+        where: Its key in the configuration, for errors.
+        seed: Seed of the run.
+    """
+
+    def __init__(self, dataset: Any, where: str, seed: int) -> None:
+        self._dataset = dataset
+        self._where = where
+        self._seed = seed
+        self._whole = _gives_whole_batches(dataset)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitems__(self, request: Request) -> Any:
+        """Return (inputs, targets) as tensors, or in nested containers of tensors; ``Unreadable`` on a fault."""
+        try:
+            if self._whole:
+                return self._read_whole(request)
+            return default_collate([self._read_sample(request.epoch, i) for i in request.indices])
+        except Exception as error:  # whatever a user's data set raises
+            return Unreadable(self._describe(error, request))
+
+    def _read_whole(self, request: Request) -> Any:
+        indices = list(request.indices)
+        if isinstance(self._dataset, TensorDataset):
+            return tuple(tensor[indices] for tensor in self._dataset.tensors)
+        if not isinstance(self._dataset, InMemory):
+            _seed_everything(seed_for("sample", self._seed, request.epoch, indices[0]))
+        return tuple(_to_tensor(part) for part in self._dataset.__getitems__(indices))
+
+    def _read_sample(self, epoch: int, index: int) -> Any:
+        _seed_everything(seed_for("sample", self._seed, epoch, index))
+        try:
+            sample = self._dataset[index]
+        except UserError:
+            raise
+        except Exception as error:
+            cause = f"{type(error).__name__}: {error}"
+            raise DataError(
+                f"{self._where}[{index}] cannot be read, {cause}; mend or remove that sample."
+            ) from error
+        if not (isinstance(sample, (tuple, list)) and len(sample) == 2):
+            raise DataError(
+                f"{self._where}[{index}] is {_shape_of(sample)}, not (input, target); wrap the data set in "
+                "ddp_sgd.data.Columns, or return a pair."
+            )
+        return sample
+
+    def _describe(self, error: Exception, request: Request) -> str:
+        if isinstance(error, UserError):
+            return str(error)
+        first = request.indices[0]
+        return (
+            f"{self._where} gave samples that do not form a batch (from index {first} on), {type(error).__name__}: "
+            f"{error}; give all samples the same shapes and number types."
+        )
+
+
+def _gives_whole_batches(dataset: Any) -> bool:
+    if isinstance(dataset, TensorDataset):
+        return len(dataset.tensors) == 2
+    if not hasattr(dataset, "__getitems__") or len(dataset) == 0:
+        return False
+    if isinstance(dataset, InMemory):
+        return True
+    try:
+        batch = dataset.__getitems__([0])
+    except Exception:  # reading sample by sample finds the same fault, and names the index
+        return False
+    return isinstance(batch, tuple) and len(batch) == 2 and all(isinstance(p, Sized) for p in batch)
+
+
+def _to_tensor(part: Any) -> Any:
+    return torch.from_numpy(part) if isinstance(part, np.ndarray) else part
+
+
+def _seed_everything(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFF_FFFF)  # noqa: NPY002  # augmentations draw from the global one
+
+
+def _shape_of(sample: Any) -> str:
+    if isinstance(sample, dict):
+        return f"a mapping with {', '.join(map(str, sample))}"
+    if isinstance(sample, (tuple, list)):
+        return f"a {type(sample).__name__} of {len(sample)}"
+    return f"a {type(sample).__name__}"

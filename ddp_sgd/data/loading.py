@@ -1,0 +1,191 @@
+"""Batches on the way from the data set to the device."""
+
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from ddp_sgd.data.fetching import EVAL_EPOCH, Fetcher, Request, Unreadable
+from ddp_sgd.data.order import Chunks, Order
+from ddp_sgd.errors import DataError
+from ddp_sgd.seeds import seed_for
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """What one rank sends through the model at once.
+
+    Args:
+        inputs: Tensor of shape (m, ...), or a container of such.
+        targets: Tensor of shape (m, ...), or a container of such.
+        samples: True number of samples in it, m; 0 for a stand-in, whose loss must count for nothing.
+        is_last: Whether it ends this rank's part of the step.
+    """
+
+    inputs: Any
+    targets: Any
+    samples: int
+    is_last: bool
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """Return the same batch on a device; the copy from pinned memory does not wait."""
+        if device.type == "cpu":
+            return self
+        return replace(self, inputs=move(self.inputs, device), targets=move(self.targets, device))
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatches:
+    """What one rank computes in one step.
+
+    Args:
+        step: Number of the step in the run, from 0.
+        samples: Samples in the step, over all ranks, N.
+        micro_batches: This rank's part, at least one.
+        wait_s: Time that the reading took, in seconds.
+    """
+
+    step: int
+    samples: int
+    micro_batches: tuple[MicroBatch, ...]
+    wait_s: float
+
+
+class TrainLoader:
+    """The training set in the order of the run, one step at a time.
+
+    Args:
+        dataset: Map-style data set of (input, target).
+        order: Which samples this rank reads.
+        epochs: Passes over the data.
+        workers: Loader processes; 0 reads in this process.
+        device: Where the batches go.
+    """
+
+    def __init__(
+        self, dataset: Any, order: Order, *, epochs: int, workers: int, device: torch.device
+    ) -> None:
+        self._order = order
+        self._epochs = epochs
+        fetcher = Fetcher(dataset, "data.train", order.seed)
+        self._loader = _data_loader(fetcher, _Requests(order), workers, device, order.seed)
+
+    def from_step(self, step: int) -> Iterator[StepBatches]:
+        """Yield what this rank computes in each step, on the host, from a step on to the end of the run.
+
+        Raises:
+            DataError: A sample cannot be read.
+        """
+        first_epoch, first_step = divmod(step, self._order.steps_per_epoch)
+        for epoch in range(first_epoch, self._epochs):
+            self._order.set_epoch(epoch, first_step)
+            batches = iter(self._loader)
+            for step_in_epoch in range(first_step, self._order.steps_per_epoch):
+                yield self._read_step(batches, step, step_in_epoch)
+                step += 1
+            first_step = 0
+
+    def _read_step(self, batches: Iterator[Any], step: int, step_in_epoch: int) -> StepBatches:
+        start = time.perf_counter()
+        sizes = self._order.micro_batch_sizes(step_in_epoch)
+        micro_batches = []
+        for number, size in enumerate(sizes, start=1):
+            inputs, targets = _next(batches)
+            micro_batches.append(MicroBatch(inputs, targets, size, is_last=number == len(sizes)))
+        samples = self._order.step_samples(step_in_epoch)
+        return StepBatches(step, samples, tuple(micro_batches), time.perf_counter() - start)
+
+
+class EvalLoader:
+    """A held-out set in chunks that do not depend on the number of ranks.
+
+    Args:
+        dataset: Map-style data set of (input, target).
+        chunks: Which chunks this rank reads.
+        seed: Seed of the run.
+        workers: Loader processes; 0 reads in this process.
+        device: Where the batches go.
+    """
+
+    def __init__(
+        self, dataset: Any, chunks: Chunks, *, seed: int, workers: int, device: torch.device
+    ) -> None:
+        self.chunks = chunks
+        fetcher = Fetcher(dataset, "data.eval", seed)
+        self._loader = _data_loader(fetcher, _Requests(chunks), workers, device, seed)
+
+    def __iter__(self) -> Iterator[tuple[int, Any, Any]]:
+        """Yield (number of the chunk, inputs, targets), on the host."""
+        batches = iter(self._loader)
+        for chunk in self.chunks.mine:
+            yield chunk, *_next(batches)
+
+
+class _Requests:
+    """An order as DataLoader's batch sampler."""
+
+    def __init__(self, order: Order | Chunks) -> None:
+        self._order = order
+
+    def __iter__(self) -> Iterator[Request]:
+        epoch = self._order.epoch if isinstance(self._order, Order) else EVAL_EPOCH
+        for indices in self._order:
+            yield Request(epoch, indices)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+
+def _data_loader(
+    fetcher: Fetcher, requests: _Requests, workers: int, device: torch.device, seed: int
+) -> "DataLoader[Any]":
+    return DataLoader(
+        fetcher,
+        batch_sampler=requests,  # type: ignore[arg-type]  # torch types it as lists of indices
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=device.type == "cuda",
+        persistent_workers=workers > 0,
+        worker_init_fn=_leave_signals_to_the_rank,
+        # Its own generator: making an iterator draws from one, and the global one belongs to the model.
+        generator=torch.Generator().manual_seed(seed_for("loader", seed)),
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _leave_signals_to_the_rank(_: int) -> None:
+    """A signal to the whole process group must not take the data away from a rank that is about to save."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _next(batches: Iterator[Any]) -> tuple[Any, Any]:
+    try:
+        batch = next(batches)
+    except RuntimeError as error:  # a loader process was killed
+        cause = str(error).strip().splitlines()[0]
+        raise DataError(
+            f"data.workers lost a process: {cause}; lower data.workers, or give the job more memory."
+        ) from error
+    if isinstance(batch, Unreadable):
+        raise DataError(batch.message)
+    inputs, targets = batch
+    return inputs, targets
+
+
+def move(value: Any, device: torch.device) -> Any:
+    """Put tensors, also those in lists, tuples and mappings, on a device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {key: move(item, device) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(move(item, device) for item in value)
+    return value

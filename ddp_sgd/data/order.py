@@ -1,0 +1,121 @@
+"""Which sample is read when, and by whom: a pure function of seed, epoch and position."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import DistributedSampler
+
+from ddp_sgd.plan import micro_batch_sizes
+from ddp_sgd.seeds import seed_for
+
+
+class Order(DistributedSampler[list[int]]):
+    """One permutation an epoch, dealt out to the ranks step by step, without padding.
+
+    Step k of an epoch owns the positions [k G, min((k + 1) G, n)) of the permutation. Of these, rank r reads every W-th
+    from number r on, in micro-batches of at most b. So the union of what the ranks read in a step does not depend on W,
+    and every sample is read once an epoch.
+
+    Iterating yields this rank's micro-batches from ``first_step`` to the end of the epoch, as lists of indices. A rank
+    that has no sample in a step yields one index of that step all the same, a stand-in to be weighted with zero, so
+    that every rank takes part in every step.
+
+    Args:
+        samples: Length of the data set, n, at least 1.
+        global_batch: Samples of all ranks in a full step, G.
+        batch_size: Most samples in a micro-batch, b.
+        rank: Number of this process, r.
+        world_size: Number of processes, W.
+        seed: Seed of the run.
+        tail: ``exact`` yields the last, smaller step of an epoch; ``drop`` leaves it out.
+
+    Source:
+        The strided share is that of torch.utils.data.DistributedSampler, which pads instead.
+    """
+
+    def __init__(
+        self,
+        samples: int,
+        *,
+        global_batch: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int = 0,
+        tail: str = "exact",
+    ) -> None:
+        super().__init__(
+            range(samples), num_replicas=world_size, rank=rank, seed=seed, drop_last=tail == "drop"
+        )
+        self.samples = samples
+        self.global_batch = global_batch
+        self.batch_size = batch_size
+        self.first_step = 0
+        full_steps, rest = divmod(samples, global_batch)
+        self.steps_per_epoch = full_steps + (1 if rest and not self.drop_last else 0)
+
+    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """Choose the epoch, and the step in it, that the next iteration starts with."""
+        super().set_epoch(epoch)
+        self.first_step = first_step
+
+    def step_samples(self, step_in_epoch: int) -> int:
+        """Samples in a step of the epoch, over all ranks."""
+        return min(self.global_batch, self.samples - step_in_epoch * self.global_batch)
+
+    def micro_batch_sizes(self, step_in_epoch: int) -> tuple[int, ...]:
+        """Count the samples in each of this rank's micro-batches of a step; ``(0,)`` stands for a stand-in."""
+        samples = self.step_samples(step_in_epoch)
+        return micro_batch_sizes(samples, self.rank, self.num_replicas, self.batch_size) or (0,)
+
+    def permutation(self) -> torch.Tensor:
+        """Return the order of this epoch: int64 of shape (n,), each index once, equal on all ranks."""
+        generator = torch.Generator().manual_seed(seed_for("order", self.seed, self.epoch))
+        return torch.randperm(self.samples, generator=generator)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        permutation = self.permutation()
+        for step in range(self.first_step, self.steps_per_epoch):
+            start = step * self.global_batch
+            stop = start + self.step_samples(step)
+            share = permutation[start + self.rank : stop : self.num_replicas].tolist()
+            stand_in = [int(permutation[start])]
+            yield from _cut(share or stand_in, self.batch_size)
+
+    def __len__(self) -> int:
+        return sum(
+            len(self.micro_batch_sizes(step)) for step in range(self.first_step, self.steps_per_epoch)
+        )
+
+
+class Chunks:
+    """The data set in its own order, in chunks of equal size; rank r reads every W-th chunk from number r on.
+
+    The chunks do not depend on the number of ranks, so that a model sees the same batches, and gives the same bits,
+    on any number of them. Nothing is padded.
+
+    Args:
+        samples: Length of the data set, n.
+        batch_size: Samples in a chunk; the last may have fewer.
+        rank: Number of this process, r.
+        world_size: Number of processes, W.
+    """
+
+    def __init__(self, samples: int, *, batch_size: int, rank: int, world_size: int) -> None:
+        self.samples = samples
+        self.batch_size = batch_size
+        self.count = -(-samples // batch_size)
+        self.mine = range(rank, self.count, world_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for chunk in self.mine:
+            start = chunk * self.batch_size
+            yield list(range(start, min(start + self.batch_size, self.samples)))
+
+    def __len__(self) -> int:
+        return len(self.mine)
+
+
+def _cut(indices: Sequence[int], most: int) -> Iterator[list[int]]:
+    for start in range(0, len(indices), most):
+        yield list(indices[start : start + most])

@@ -1,0 +1,202 @@
+"""Who am I among the processes: read from the environment of torchrun, of srun, or of neither. No torch."""
+
+import os
+import re
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from ddp_sgd.errors import ConfigError, FaultElsewhereError
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_SRUN = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+_SRUN_MEETING = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """This process among all.
+
+    Args:
+        rank: Number of this process, in [0, world_size).
+        world_size: Number of processes.
+        local_rank: Number of this process on its machine.
+        local_world_size: Processes on this machine, if the launcher says so; else world_size.
+        launcher: ``torchrun``, ``srun`` or ``none``.
+        address: Host where the ranks meet.
+        port: Port where the ranks meet, in [1, 65535].
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    launcher: str
+    address: str = "localhost"
+    port: int = 0
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is one process only, so that no group is needed."""
+        return self.world_size == 1
+
+
+def read_ranks(environ: Mapping[str, str]) -> Ranks:
+    """Find out which process this is.
+
+    torchrun's variables come first, then srun's; with neither there is one process.
+
+    Args:
+        environ: The environment, such as ``os.environ``.
+
+    Raises:
+        ConfigError: Only some of a launcher's variables are set, or they contradict each other.
+    """
+    if any(name in environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
+        return _from_torchrun(environ)
+    if "SLURM_PROCID" in environ and not _in_batch_shell(environ):
+        return _from_srun(environ)
+    return Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1, launcher="none")
+
+
+@contextmanager
+def told_once(environ: Mapping[str, str]) -> Iterator[None]:
+    """Let rank 0 alone tell of a wrong configuration, which every rank finds by itself before they meet.
+
+    Args:
+        environ: The environment, such as ``os.environ``; where it does not say who is rank 0, everybody tells.
+
+    Raises:
+        FaultElsewhereError: In place of a ``ConfigError``, on the other ranks.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        if _may_be_rank_0(environ):
+            raise
+        raise FaultElsewhereError(str(error), error.exit_code) from error
+
+
+def _may_be_rank_0(environ: Mapping[str, str]) -> bool:
+    for rank, world_size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        if world_size in environ and environ.get(rank, "").isdigit():
+            return int(environ[rank]) == 0
+    return True
+
+
+def first_host(node_list: str) -> str:
+    """First host of a SLURM node list, such as ``node03`` of ``node[03-07,12],other``.
+
+    Source:
+        The notation is that of ``scontrol show hostnames``, which need not be there inside a container.
+    """
+    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", node_list.strip())
+    if not match:
+        raise ConfigError(
+            f"SLURM_JOB_NODELIST is {node_list!r}; it must name hosts, such as node[01-04]."
+        )
+    prefix, first, suffix = match.groups()
+    return prefix + (first or "") + (suffix or "")
+
+
+def free_port() -> int:
+    """Find a TCP port that nobody listens on at this moment."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _from_torchrun(environ: Mapping[str, str]) -> Ranks:
+    missing = [name for name in _TORCHRUN if not environ.get(name)]
+    present = [name for name in _TORCHRUN[:3] if environ.get(name)]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise ConfigError(
+            f"{' '.join(missing)} {verb} not set, though {' '.join(present) or 'RANK'} is; start with "
+            "torchrun, or unset RANK WORLD_SIZE LOCAL_RANK to run one process."
+        )
+    world_size = _number(environ, "WORLD_SIZE", least=1)
+    return Ranks(
+        rank=_number(environ, "RANK", most=world_size - 1),
+        world_size=world_size,
+        local_rank=_number(environ, "LOCAL_RANK", most=world_size - 1),
+        local_world_size=_number(environ, "LOCAL_WORLD_SIZE", least=1, most=world_size)
+        if "LOCAL_WORLD_SIZE" in environ
+        else world_size,
+        launcher="torchrun",
+        address=environ["MASTER_ADDR"],
+        port=_number(environ, "MASTER_PORT", least=1, most=65_535),
+    )
+
+
+def _in_batch_shell(environ: Mapping[str, str]) -> bool:
+    """A batch script has a task number of its own, but no task count unless one was asked for, and no step."""
+    return "SLURM_NTASKS" not in environ and "SLURM_JOB_ID" in environ
+
+
+def _from_srun(environ: Mapping[str, str]) -> Ranks:
+    missing = [name for name in _SRUN if not environ.get(name)]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise ConfigError(
+            f"{' '.join(missing)} {verb} not set, though SLURM_PROCID is; start with srun, or unset "
+            "SLURM_PROCID to run one process."
+        )
+    world_size = _number(environ, "SLURM_NTASKS", least=1)
+    address, port = ("localhost", 0) if world_size == 1 else _srun_meeting_point(environ)
+    return Ranks(
+        rank=_number(environ, "SLURM_PROCID", most=world_size - 1),
+        world_size=world_size,
+        local_rank=_number(environ, "SLURM_LOCALID", most=world_size - 1),
+        local_world_size=_tasks_on_this_node(environ, world_size),
+        launcher="srun",
+        address=address,
+        port=port,
+    )
+
+
+def _srun_meeting_point(environ: Mapping[str, str]) -> tuple[str, int]:
+    """Take the first node and a port that follows from the job; the user's own choice goes before."""
+    job, *lists = _SRUN_MEETING
+    nodes = next((environ[name] for name in lists if environ.get(name)), None)
+    address = environ.get("MASTER_ADDR") or (first_host(nodes) if nodes else None)
+    if not address:
+        raise ConfigError(
+            "SLURM_JOB_NODELIST is not set, though SLURM_NTASKS is above 1; start with srun, or set MASTER_ADDR."
+        )
+    if environ.get("MASTER_PORT"):
+        return address, _number(environ, "MASTER_PORT", least=1, most=65_535)
+    if not environ.get(job):
+        raise ConfigError(
+            f"{job} is not set, though SLURM_NTASKS is above 1; start with srun, or set MASTER_PORT."
+        )
+    return address, 10_000 + _number(environ, job) % 20_000
+
+
+def _tasks_on_this_node(environ: Mapping[str, str], world_size: int) -> int:
+    """Read ``4(x2),3`` at the place of this node; sites differ in which variables they set."""
+    counts = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE", "")
+    expanded: list[int] = []
+    for count, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts):
+        expanded += [int(count)] * int(repeat or 1)
+    node = environ.get("SLURM_NODEID", "0")
+    if node.isdigit() and int(node) < len(expanded):
+        return max(1, min(expanded[int(node)], world_size))
+    return world_size
+
+
+def _number(environ: Mapping[str, str], name: str, *, least: int = 0, most: int | None = None) -> int:
+    text = environ[name]
+    value = int(text) if text.isascii() and text.isdigit() else -1
+    if value < least or (most is not None and value > most):
+        span = f"from {least} to {most}" if most is not None else f"of at least {least}"
+        raise ConfigError(
+            f"{name} is {text!r}; it must be a whole number {span}: start with torchrun or srun, which set it."
+        )
+    return value

@@ -1,0 +1,177 @@
+"""The process group: device first, then joining, then leaving, whatever happens in between."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from ddp_sgd.distributed.fate import Fate, OwnFate, SharedFate, shared_fate
+from ddp_sgd.distributed.ranks import Ranks, read_ranks, told_once, usable_cpus
+from ddp_sgd.errors import ConfigError, PeerError
+
+_FAREWELL_S = 5.0
+"""Longest wait of the store's host for the others to read of a fault."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runtime:
+    """This process, its device and its ties to the others.
+
+    Args:
+        rank: Number of this process, in [0, world_size).
+        world_size: Number of processes.
+        local_rank: Number of this process on its machine.
+        device: Where this rank computes.
+        backend: Library that carries tensors between ranks; None when alone.
+        fate: What becomes of errors.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    backend: str | None = None
+    fate: Fate = field(default_factory=OwnFate)
+
+    @property
+    def alone(self) -> bool:
+        """Whether this is the only process."""
+        return self.world_size == 1
+
+
+@contextmanager
+def start_runtime(
+    *, backend: str = "auto", device: str = "auto", timeout_s: float = 300.0
+) -> Iterator[Runtime]:
+    """Join the other ranks, if the environment names any, and leave them at the end, also on an error.
+
+    Args:
+        backend: ``auto`` takes the one that fits the device; else ``gloo``, ``nccl`` or ``xccl``.
+        device: ``auto`` takes an accelerator where there is one; else ``cpu``, ``cuda``, ``xpu`` or ``mps``.
+        timeout_s: Longest wait for another rank, when joining and in every collective, in seconds.
+
+    Yields:
+        What this process needs to know of itself.
+
+    Raises:
+        ConfigError: The environment is half-set, or the device or backend does not exist here.
+        PeerError: The others did not come, or went.
+
+    Example:
+        >>> with start_runtime(device="cpu") as runtime:
+        ...     runtime.world_size
+        1
+    """
+    with told_once(os.environ):
+        ranks = read_ranks(os.environ)
+        place = _choose_device(device, ranks)
+        name = _choose_backend(backend, place)
+    if ranks.alone:
+        yield Runtime(device=place)
+        return
+    _share_cpus(ranks)
+    store = _join(ranks, place, name, timeout_s)
+    fate = SharedFate(store, ranks.rank, ranks.world_size)
+    runtime = Runtime(
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        local_rank=ranks.local_rank,
+        device=place,
+        backend=name,
+        fate=fate,
+    )
+    try:
+        with shared_fate(fate):
+            yield runtime
+    except Exception:
+        dist.destroy_process_group()  # first of all, so that the others stop waiting for this rank
+        _say_farewell(store, ranks)
+        raise
+    except BaseException:
+        dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def _choose_device(wanted: str, ranks: Ranks) -> torch.device:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    here = accelerator.type if accelerator else "cpu"
+    kind = here if wanted == "auto" else wanted
+    if kind == "cpu":
+        return torch.device("cpu")
+    if kind != here:
+        raise ConfigError(
+            f"runtime.device is {wanted}, but this host has {here} only; set runtime.device=auto."
+        )
+    count = torch.accelerator.device_count()
+    # A site that binds one device to each task shows every rank its own as number 0.
+    index = 0 if count == 1 and ranks.launcher == "srun" else ranks.local_rank
+    if index >= count:
+        raise ConfigError(
+            f"LOCAL_RANK is {index}, but this host has {count} {kind} devices; start at most {count} ranks a "
+            "host, or set runtime.device=cpu."
+        )
+    torch.accelerator.set_device_index(index)
+    return torch.device(kind, index)
+
+
+def _share_cpus(ranks: Ranks) -> None:
+    """Divide the CPUs among the ranks of this machine, unless the user did."""
+    if not os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(max(1, usable_cpus() // ranks.local_world_size))
+
+
+def _choose_backend(backend: str, device: torch.device) -> str:
+    name = dist.get_default_backend_for_device(device) if backend == "auto" else backend
+    if not dist.is_backend_available(name):
+        raise ConfigError(
+            f"runtime.backend is {name}, which this build of torch lacks; set runtime.backend=gloo."
+        )
+    return name
+
+
+def _join(ranks: Ranks, device: torch.device, backend: str, timeout_s: float) -> dist.Store:
+    timeout = timedelta(seconds=timeout_s)
+    where = f"{ranks.address}:{ranks.port}"
+    os.environ.update(
+        RANK=str(ranks.rank),
+        WORLD_SIZE=str(ranks.world_size),
+        MASTER_ADDR=ranks.address,
+        MASTER_PORT=str(ranks.port),
+    )
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("group", store),
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout=timeout,
+            device_id=None if device.type == "cpu" else device,
+        )
+    except (RuntimeError, ValueError) as error:  # torch's own classes are RuntimeErrors
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        cause = str(error).strip().splitlines()[0]
+        raise PeerError(
+            f"rank {ranks.rank} of {ranks.world_size} could not join at {where} within {timeout_s:g} s: {cause}; "
+            "check that every rank was started, that MASTER_ADDR names rank 0's host and that the port is free."
+        ) from error
+    return dist.PrefixStore("fate", store)
+
+
+def _say_farewell(store: dist.Store, ranks: Ranks) -> None:
+    """Keep the store alive until every rank has read of the fault, where its host is one of them."""
+    with suppress(RuntimeError):
+        store.add("left", 1)
+        deadline = time.monotonic() + _FAREWELL_S
+        hosts_store = ranks.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        while hosts_store and store.add("left", 0) < ranks.world_size:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.01)

@@ -1,0 +1,191 @@
+"""The parts of a run, built from its description and checked against each other."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ddp_sgd.building import build
+from ddp_sgd.config.schema import RunConfig
+from ddp_sgd.data.loading import EvalLoader, TrainLoader
+from ddp_sgd.data.order import Chunks, Order
+from ddp_sgd.distributed.replica import Replica
+from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.engine.evaluation import Metrics, evaluate
+from ddp_sgd.engine.step import Stepper, model_generators
+from ddp_sgd.engine.trial import check_dataset, check_normalization, try_out
+from ddp_sgd.errors import ConfigError, DataError
+from ddp_sgd.losses import LossFunction, Objective
+from ddp_sgd.optim.schedule import Schedule, build_schedule
+from ddp_sgd.optim.sgd import build_sgd
+from ddp_sgd.plan import Plan, make_plan
+from ddp_sgd.seeds import seed_for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What the user brings: a model, a loss and data, on the host.
+
+    Args:
+        model: Module to train.
+        loss: Module or function of (outputs, targets).
+        train_set: Map-style data set of (input, target).
+        eval_set: The same, held out; None trains without evaluation.
+    """
+
+    model: nn.Module
+    loss: LossFunction
+    train_set: Any
+    eval_set: Any | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A run that is ready to start.
+
+    Args:
+        plan: The run's arithmetic.
+        replica: The model, equal on all ranks.
+        stepper: Takes steps.
+        loader: The training set, step by step.
+        schedule: Factor of the peak rate for each step.
+        score: Evaluates the model; gives nothing if there is no held-out set.
+        seed_model: Seeds what the model draws in a step, such as dropout.
+    """
+
+    plan: Plan
+    replica: Replica
+    stepper: Stepper
+    loader: TrainLoader
+    schedule: Schedule
+    score: Callable[[], Metrics]
+    seed_model: Callable[[int], None]
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step."""
+        return self.plan.peak_lr * self.schedule(step)
+
+
+def gather_parts(
+    config: RunConfig,
+    *,
+    model: nn.Module | None,
+    loss: LossFunction | None,
+    train_set: Any,
+    eval_set: Any,
+) -> Parts:
+    """Take what is given, build the rest from the configuration.
+
+    A given training set without a held-out set means that there is none.
+
+    Raises:
+        ConfigError: Something is of the wrong kind.
+        DataError: A data set cannot be opened, or is empty.
+    """
+    if train_set is None:
+        train_set = build(config.data.train, "data.train", failure=DataError)
+        if eval_set is None and config.data.eval is not None:
+            eval_set = build(config.data.eval, "data.eval", failure=DataError)
+    check_dataset(train_set, "data.train")
+    if eval_set is not None:
+        check_dataset(eval_set, "data.eval")
+    # The weights follow from the seed alone: not from what the data sets drew before.
+    torch.manual_seed(seed_for("weights", config.seed))
+    model = build(config.model, "model") if model is None else model
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"model is a {type(model).__name__}; name a torch.nn.Module, or a function that returns one."
+        )
+    loss = build(config.loss, "loss") if loss is None else loss
+    if not callable(loss):
+        raise ConfigError(
+            f"loss is a {type(loss).__name__}; name a module or function of (outputs, targets)."
+        )
+    return Parts(model=model, loss=loss, train_set=train_set, eval_set=eval_set)
+
+
+def assemble(config: RunConfig, parts: Parts, runtime: Runtime) -> Job:
+    """Work out the plan and put the parts together.
+
+    Raises:
+        ConfigError: The parts do not fit together, or not to the plan.
+        DataError: A sample cannot be read, or labels lie out of range.
+    """
+    plan = make_plan(config, samples=len(parts.train_set), world_size=runtime.world_size)
+    model = parts.model.to(runtime.device)
+    loss = parts.loss.to(runtime.device) if isinstance(parts.loss, nn.Module) else parts.loss
+    check_normalization(model, plan)
+    objective = try_out(model, loss, parts.train_set, "data.train", runtime.device)
+    optimizer = build_sgd(
+        model,
+        lr=plan.base_lr,
+        momentum=config.optim.momentum,
+        nesterov=config.optim.nesterov,
+        weight_decay=config.optim.weight_decay,
+        decay_norm_and_bias=config.optim.decay_norm_and_bias,
+    )
+    replica = Replica(model, runtime, **config.parallel.model_dump())
+    return Job(
+        plan=plan,
+        replica=replica,
+        stepper=Stepper(
+            replica, objective, optimizer, runtime, clip_norm=config.optim.clip_norm
+        ),
+        loader=_train_loader(config, plan, parts.train_set, runtime),
+        schedule=build_schedule(config.schedule, plan),
+        score=_scorer(config, parts, replica, objective, runtime),
+        seed_model=_model_seeder(config.seed, runtime),
+    )
+
+
+def _train_loader(
+    config: RunConfig, plan: Plan, dataset: Any, runtime: Runtime
+) -> TrainLoader:
+    order = Order(
+        plan.samples,
+        global_batch=plan.global_batch,
+        batch_size=plan.batch_size,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        seed=config.seed,
+        tail=plan.tail,
+    )
+    return TrainLoader(
+        dataset, order, epochs=plan.epochs, workers=config.data.workers, device=runtime.device
+    )
+
+
+def _scorer(
+    config: RunConfig, parts: Parts, replica: Replica, objective: Objective, runtime: Runtime
+) -> Callable[[], Metrics]:
+    if parts.eval_set is None:
+        return dict
+    try_out(replica.inner, parts.loss, parts.eval_set, "data.eval", runtime.device)
+    chunks = Chunks(
+        len(parts.eval_set),
+        batch_size=config.data.batch_size,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+    )
+    loader = EvalLoader(
+        parts.eval_set, chunks, seed=config.seed, workers=config.data.workers, device=runtime.device
+    )
+
+    def score() -> Metrics:
+        replica.sync_buffers()
+        return evaluate(replica.inner, objective, loader, runtime)
+
+    return score
+
+
+def _model_seeder(seed: int, runtime: Runtime) -> Callable[[int], None]:
+    generators = model_generators(runtime.device)
+
+    def seed_model(step: int) -> None:
+        number = seed_for("model", seed, step, runtime.rank)
+        for generator in generators:
+            generator.manual_seed(number)
+
+    return seed_model

@@ -1,0 +1,63 @@
+"""Errors of torch in the middle of a run, said in the words of the configuration."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ddp_sgd.errors import ConfigError, DataError, DivergedError
+
+_PATIENCE = 10
+"""Steps in a row without a finite gradient that end a run."""
+
+
+@contextmanager
+def plain_faults() -> Iterator[None]:
+    """Translate the errors that a configuration can mend; others pass unchanged.
+
+    Raises:
+        ConfigError: Parameters without a gradient, or too little memory on the device.
+        DataError: A label out of range.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"data.batch_size is too large for the memory of the device: {_first_line(error)}; "
+            "lower data.batch_size and raise data.accumulate by the same factor: the steps stay the same."
+        ) from error
+    except RuntimeError as error:
+        if "finished reduction in the prior iteration" not in str(error):
+            raise
+        raise ConfigError(
+            "parallel.find_unused_parameters is false, but a step left parameters of the model without a gradient; "
+            "set parallel.find_unused_parameters=true, or remove the parameters."
+        ) from error
+    except IndexError as error:
+        if "out of bounds" not in str(error):
+            raise
+        raise DataError(
+            f"data.train has a label that the model has no score for: {_first_line(error)}; number the labels from 0 to "
+            "the number of classes less one."
+        ) from error
+
+
+def refuse_divergence(skipped_in_a_row: int, lr: float) -> None:
+    """End a run whose gradients stay non-finite.
+
+    Args:
+        skipped_in_a_row: The longest row of skipped steps so far.
+        lr: Rate of the last step.
+
+    Raises:
+        DivergedError: There were 10 or more.
+    """
+    if skipped_in_a_row >= _PATIENCE:
+        raise DivergedError(
+            f"the gradient is not finite for {skipped_in_a_row} steps in a row at a rate of {lr:g}; lower optim.lr, warm "
+            "up longer, set optim.clip_norm, or look for bad samples."
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

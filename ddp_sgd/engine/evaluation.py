@@ -1,0 +1,97 @@
+"""The score of a model on a held-out set: every sample once, the same bits on any number of ranks."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from ddp_sgd.data.loading import EvalLoader, move
+from ddp_sgd.distributed.collectives import sum_over_ranks
+from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.losses import Objective
+
+Metrics = dict[str, float | int]
+
+
+def evaluate(
+    model: nn.Module, objective: Objective, loader: EvalLoader, runtime: Runtime
+) -> Metrics:
+    """Score a model.
+
+    Every rank scores its chunks; losses stay apart by chunk until all are there, and are summed in the order of
+    chunks, so that not even rounding depends on the number of ranks.
+
+    Args:
+        model: The module itself, not its wrapper, which may talk to other ranks in a forward pass. Left in the mode
+            that it was in.
+        objective: The loss.
+        loader: This rank's chunks.
+        runtime: This process.
+
+    Returns:
+        ``eval/loss``, the mean over all units, and ``eval/count``, the samples scored. For scores of shape (m, C) and
+        integer targets of shape (m,), C > 1, also ``eval/correct`` and ``eval/accuracy`` in [0, 1], with C > 5
+        ``eval/correct_top5`` and ``eval/accuracy_top5``.
+    """
+    on_host = runtime.device.type == "mps"  # Metal has no float64
+    place = torch.device("cpu") if on_host else runtime.device
+    sums = torch.zeros((2, loader.chunks.count), dtype=torch.float64, device=place)
+    counts = torch.zeros(5, dtype=torch.int64, device=place)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        for chunk, inputs, targets in loader:
+            outputs = model(move(inputs, runtime.device))
+            _score(outputs, move(targets, runtime.device), objective, sums[:, chunk], counts)
+    model.train(was_training)
+    sum_over_ranks(sums, runtime)
+    sum_over_ranks(counts, runtime)
+    return _metrics(*sums.sum(dim=1).tolist(), *counts.tolist())
+
+
+def _score(
+    outputs: Any, targets: Any, objective: Objective, sums: torch.Tensor, counts: torch.Tensor
+) -> None:
+    samples = _length(targets)
+    sums[0] = objective.total(outputs, targets, samples)
+    sums[1] = samples if objective.counts_samples else objective.units(targets, samples)
+    counts[0] += samples
+    if is_classification(outputs, targets):
+        counts[1] += samples
+        counts[2] += (outputs.argmax(dim=1) == targets).sum()
+        if outputs.shape[1] > 5:
+            counts[3] += samples
+            counts[4] += (outputs.topk(5, dim=1).indices == targets[:, None]).any(dim=1).sum()
+
+
+def is_classification(outputs: Any, targets: Any) -> bool:
+    """Whether outputs are scores of shape (m, C), C > 1, for integer targets of shape (m,)."""
+    return (
+        isinstance(outputs, torch.Tensor)
+        and isinstance(targets, torch.Tensor)
+        and outputs.ndim == 2
+        and outputs.shape[1] > 1
+        and targets.ndim == 1
+        and not targets.is_floating_point()
+    )
+
+
+def _length(targets: Any) -> int:
+    while not isinstance(targets, torch.Tensor):
+        targets = next(iter(targets.values() if isinstance(targets, dict) else targets))
+    return int(targets.shape[0])
+
+
+def _metrics(
+    loss: float, units: float, count: int, judged: int, correct: int, judged_top5: int, correct_top5: int
+) -> Metrics:
+    metrics: Metrics = {"eval/loss": loss / units if units else math.nan, "eval/count": count}
+    if judged:
+        metrics |= {"eval/accuracy": correct / judged, "eval/correct": correct}
+    if judged_top5:
+        metrics |= {
+            "eval/accuracy_top5": correct_top5 / judged_top5,
+            "eval/correct_top5": correct_top5,
+        }
+    return metrics

@@ -1,0 +1,74 @@
+"""How a run ended."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ddp_sgd.engine.digest import weights_digest
+from ddp_sgd.engine.evaluation import Metrics
+from ddp_sgd.engine.state import State
+from ddp_sgd.distributed.collectives import gather_over_ranks
+from ddp_sgd.distributed.replica import Replica
+from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.errors import ExitCode
+from ddp_sgd.plan import Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """How a run ended; equal on all ranks.
+
+    Args:
+        status: ``finished`` or ``stopped``; a run that fails raises.
+        exit_code: What the command returns.
+        step: Optimizer steps taken.
+        epoch: Passes over the data, a real number.
+        samples: Samples trained.
+        world_size: Ranks.
+        scores: The last evaluation, by name.
+        weights_digest: SHA-256 of all parameters and buffers.
+    """
+
+    status: str
+    exit_code: ExitCode
+    step: int
+    epoch: float
+    samples: int
+    world_size: int
+    scores: Metrics
+    weights_digest: str
+
+    def as_row(self) -> dict[str, Any]:
+        """Return the result as plain data, as ``result.json`` holds it."""
+        return {
+            "status": self.status,
+            "exit_code": int(self.exit_code),
+            "step": self.step,
+            "epoch": self.epoch,
+            "samples": self.samples,
+            "world_size": self.world_size,
+            **self.scores,
+            "weights_digest": self.weights_digest,
+        }
+
+
+def conclude(state: State, plan: Plan, replica: Replica, runtime: Runtime) -> RunResult:
+    """Compare the replicas and say how the run ended.
+
+    Raises:
+        RuntimeError: The weights differ between ranks.
+    """
+    replica.sync_buffers()
+    digests = gather_over_ranks(weights_digest(replica.inner), runtime)
+    if len(set(digests)) > 1:
+        raise RuntimeError(f"the weights differ between ranks: {digests}")
+    finished = state.step == plan.total_steps
+    return RunResult(
+        status="finished" if finished else "stopped",
+        exit_code=ExitCode.DONE if finished else ExitCode.STOPPED,
+        step=state.step,
+        epoch=plan.epoch_at(state.step),
+        samples=plan.samples_at(state.step),
+        world_size=runtime.world_size,
+        scores=state.scores,
+        weights_digest=digests[0],
+    )

@@ -1,0 +1,18 @@
+"""Where a run stands. What can be computed from the step is not kept here."""
+
+from dataclasses import dataclass, field
+
+from ddp_sgd.engine.evaluation import Metrics
+
+
+@dataclass(slots=True)
+class State:
+    """The moving part of a run besides weights and velocities.
+
+    Attributes:
+        step: Optimizer steps taken, skipped ones included.
+        scores: The last evaluation.
+    """
+
+    step: int = 0
+    scores: Metrics = field(default_factory=dict)

@@ -1,0 +1,143 @@
+"""A look at data, model and loss before the run: what does not fit is found in the first second, and named."""
+
+from collections.abc import Sized
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ddp_sgd.data.fetching import EVAL_EPOCH, Fetcher, Request, Unreadable
+from ddp_sgd.data.loading import move
+from ddp_sgd.engine.evaluation import is_classification
+from ddp_sgd.errors import ConfigError, DataError
+from ddp_sgd.losses import LossFunction, Objective
+from ddp_sgd.plan import Plan
+
+
+def check_dataset(dataset: Any, where: str) -> None:
+    """Refuse what is not a map-style data set with at least one sample.
+
+    Raises:
+        ConfigError: It has no length, or gives no sample for an index.
+        DataError: It is empty.
+    """
+    if not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
+        raise ConfigError(
+            f"{where} is a {type(dataset).__name__}, which has no length or no samples by index; name a map-style data "
+            "set (streaming data sets are not supported)."
+        )
+    if len(dataset) == 0:
+        raise DataError(f"{where} is empty; name a data set with at least one sample.")
+
+
+def check_normalization(model: nn.Module, plan: Plan) -> None:
+    """Refuse steps in which batch normalization would see fewer than two samples of a rank.
+
+    Raises:
+        ConfigError: There are such steps.
+    """
+    normalizes = any(
+        isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm) for m in model.modules()
+    )
+    if normalizes and plan.smallest_micro_batch < 2:
+        raise ConfigError(
+            f"data.batch_size is {plan.batch_size} on {plan.world_size} ranks, which leaves a rank with "
+            f"{plan.smallest_micro_batch} samples in a step of {plan.last_batch}, too few for the batch normalization of "
+            f"{type(model).__name__}; set data.tail=drop, or another data.batch_size of at least 2."
+        )
+
+
+def try_out(
+    model: nn.Module, loss: LossFunction, dataset: Any, where: str, device: torch.device
+) -> Objective:
+    """Send the first two samples through model and loss, without a trace.
+
+    Args:
+        model: On the device; its mode, weights and buffers stay as they are.
+        loss: Module or function of (outputs, targets).
+        dataset: Map-style data set with at least one sample.
+        where: Its key, for errors.
+        device: Where to compute.
+
+    Returns:
+        The loss, as the sum over units that it is made of.
+
+    Raises:
+        DataError: The samples cannot be read, or labels lie out of range.
+        ConfigError: Model, loss and samples do not fit together.
+    """
+    request = Request(EVAL_EPOCH, list(range(min(2, len(dataset)))))
+    batch = Fetcher(dataset, where, seed=0).__getitems__(request)
+    if isinstance(batch, Unreadable):
+        raise DataError(batch.message)
+    inputs, targets = (move(part, device) for part in batch)
+    objective = Objective(loss, targets)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            outputs = _call_model(model, inputs)
+            check_labels(outputs, targets, dataset, where, loss)
+            total = _call_loss(objective, outputs, targets, len(request.indices))
+    finally:
+        model.train(was_training)
+    if not isinstance(total, torch.Tensor) or total.ndim:
+        raise ConfigError(
+            f"loss is {type(loss).__name__}, which gives {describe(total)}; let it give the mean over samples, a tensor "
+            "without dimensions."
+        )
+    return objective
+
+
+def check_labels(
+    outputs: Any, targets: Any, dataset: Any, where: str, loss: LossFunction
+) -> None:
+    """Refuse class labels outside of what the model can say, looking at all of them where the data set lists them.
+
+    Raises:
+        DataError: A label is negative or too large.
+    """
+    if not is_classification(outputs, targets):
+        return
+    classes = outputs.shape[1]
+    listed = getattr(dataset, "targets", None)
+    labels = targets if listed is None else torch.as_tensor(listed)
+    if labels.ndim != 1 or labels.is_floating_point():
+        labels = targets
+    labels = labels[labels != getattr(loss, "ignore_index", -100)]
+    if labels.numel() == 0:
+        return
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise DataError(
+            f"{where} has labels from {low} to {high} while the model gives {classes} scores; number the labels from 0, "
+            f"or give the model {max(high + 1, 2)} classes."
+        )
+
+
+def describe(value: Any) -> str:
+    """Say what a value is, for an error: the shape and type of a tensor, else its class."""
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"
+
+
+def _call_model(model: nn.Module, inputs: Any) -> Any:
+    try:
+        return model(inputs)
+    except Exception as error:  # whatever a user's model raises
+        raise ConfigError(
+            f"model is {type(model).__name__}, which fails on inputs of {describe(inputs)}, {type(error).__name__}: "
+            f"{error}; make model.init_args fit the data, or transform the data."
+        ) from error
+
+
+def _call_loss(objective: Objective, outputs: Any, targets: Any, samples: int) -> Any:
+    try:
+        return objective.total(outputs, targets, samples)
+    except Exception as error:  # whatever a user's loss raises
+        raise ConfigError(
+            f"the model gives {describe(outputs)}, which does not fit targets of {describe(targets)}: "
+            f"{type(error).__name__}: {error}; change the last layer of the model, the loss or the targets."
+        ) from error

@@ -1,0 +1,83 @@
+"""The loss as a sum over units, so that it can be split over ranks and micro-batches exactly."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ddp_sgd.errors import ConfigError
+
+LossFunction = Callable[[Any, Any], torch.Tensor]
+
+_PER_TARGET = (nn.CrossEntropyLoss, nn.NLLLoss)
+
+
+class Objective:
+    """What the run minimizes: the sum of the loss over all units of a step, divided by their number.
+
+    A unit is a sample, for a loss that gives the mean over samples. Cross entropy with class weights, with ignored
+    targets or with one target a pixel or token divides by the weight of the targets instead; then that weight is the
+    unit, since only so a split over ranks equals the whole.
+
+    Args:
+        loss: Module or function of (outputs, targets) that returns the mean, a tensor without dimensions.
+        targets: A batch of targets, to tell which kind of unit applies.
+
+    Raises:
+        ConfigError: The loss is set to return something else than a mean.
+
+    Attributes:
+        counts_samples: Whether the unit is a sample, whose number every rank knows without asking.
+    """
+
+    def __init__(self, loss: LossFunction, targets: Any) -> None:
+        reduction = getattr(loss, "reduction", "mean")
+        if reduction != "mean":
+            raise ConfigError(
+                f"loss.init_args.reduction is {reduction}; leave it at mean: the run weights every micro-batch itself."
+            )
+        self.counts_samples = not _weighs_targets(loss, targets)
+        self._loss = loss
+        if not self.counts_samples:
+            self._loss = copy.copy(loss)
+            self._loss.reduction = "sum"  # type: ignore[attr-defined]
+
+    def total(self, outputs: Any, targets: Any, samples: int) -> torch.Tensor:
+        """Sum the loss over the units of a micro-batch.
+
+        Args:
+            outputs: What the model returned.
+            targets: What the data set gave.
+            samples: True number of samples; with 0 the result is 0, with gradients of 0.
+
+        Returns:
+            Tensor without dimensions.
+        """
+        factor = samples if self.counts_samples else min(samples, 1)
+        return self._loss(outputs, targets) * factor
+
+    def units(self, targets: Any, samples: int) -> torch.Tensor:
+        """Count the units of a micro-batch, for a loss that weighs targets.
+
+        Args:
+            targets: Integer tensor of shape (m, ...).
+            samples: True number of samples; with 0 the result is 0.
+
+        Returns:
+            Float tensor without dimensions, on the device of the targets.
+        """
+        loss: Any = self._loss
+        counted = targets[targets != loss.ignore_index]
+        weight = loss.weight
+        units = counted.new_tensor(counted.numel()) if weight is None else weight[counted].sum()
+        return units.to(torch.get_default_dtype()) * min(samples, 1)
+
+
+def _weighs_targets(loss: LossFunction, targets: Any) -> bool:
+    if not isinstance(loss, _PER_TARGET) or not isinstance(targets, torch.Tensor):
+        return False
+    if targets.is_floating_point():  # probabilities: torch takes the mean over samples
+        return False
+    return loss.weight is not None or loss.ignore_index != -100 or targets.ndim > 1

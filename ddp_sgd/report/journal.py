@@ -1,0 +1,113 @@
+"""The journal: ``metrics.jsonl``, one JSON object a line, the truth about a run."""
+
+import json
+import math
+from collections.abc import Mapping
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from ddp_sgd.errors import DataError
+from ddp_sgd.report.run_folder import unwritable
+from ddp_sgd.report.sink import Row, RunRecord, Value
+
+FILE_NAME = "metrics.jsonl"
+
+_FIRST = ("time", "step", "epoch", "samples")
+
+
+class Journal:
+    """Writes every row at once, so that a run that is killed loses at most the line being written.
+
+    Unlike the other sinks it does raise: a run that cannot be written down must end.
+    """
+
+    def __init__(self) -> None:
+        """Open nothing yet."""
+        self._path = Path(FILE_NAME)
+        self._file: FileIO | None = None
+
+    def start(self, record: RunRecord) -> None:
+        """Open the file.
+
+        Raises:
+            OutputError: It cannot be opened.
+        """
+        self._path = record.folder / FILE_NAME
+        try:
+            # Unbuffered: a line that met a full disk is not tried again when the file is closed.
+            self._file = self._path.open("ab", buffering=0)
+        except OSError as error:
+            raise unwritable(self._path, error) from error
+
+    def write(self, event: str, row: Row) -> None:
+        """Append a line: ``event``, ``time``, ``step``, ``epoch``, ``samples``, then the rest.
+
+        Raises:
+            OutputError: The line cannot be written, for instance to a full disk.
+        """
+        if self._file is None:
+            raise RuntimeError(f"row {event!r} came before the journal was started")
+        first = {key: row[key] for key in _FIRST if key in row}
+        ordered = {"event": event, **first, **row}
+        line = json.dumps({key: _strict(value) for key, value in ordered.items()}, allow_nan=False)
+        rest = f"{line}\n".encode()
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            raise unwritable(self._path, error) from error
+
+    def finish(self, result: Mapping[str, Any]) -> None:  # noqa: ARG002
+        """Close the file.
+
+        Raises:
+            OutputError: The file system reports a failure of an earlier write.
+        """
+        if self._file is None:
+            return
+        try:
+            self._file.close()
+        except OSError as error:
+            raise unwritable(self._path, error) from error
+        finally:
+            self._file = None
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of a journal.
+
+    The last line may be torn, as a run that was killed leaves it; it is then left out.
+
+    Raises:
+        DataError: The file cannot be read, or another line is no JSON object.
+    """
+    try:
+        *lines, last = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(
+            f"{path} is not readable ({error.strerror}); name the metrics.jsonl of a run folder."
+        ) from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        row = _parse(line)
+        if row is None:
+            raise DataError(
+                f"{path}:{number} is not a JSON object; take the line out, or restore the file."
+            )
+        rows.append(row)
+    torn_or_whole = _parse(last)
+    return rows if torn_or_whole is None else [*rows, torn_or_whole]
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _strict(value: Value) -> Value:
+    """Turn NaN and infinity into null, since JSON has no word for them."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

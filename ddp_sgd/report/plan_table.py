@@ -1,0 +1,175 @@
+"""The plan of a run in words and numbers: a table for people, and a few lines for the log."""
+
+from collections.abc import Iterator
+
+from ddp_sgd.optim.schedule import Schedule
+from ddp_sgd.plan import Plan, micro_batch_sizes
+
+_RULES = {
+    "linear": "linear: peak = base x k",
+    "sqrt": "sqrt: peak = base x sqrt(k)",
+    "none": "none: peak = base",
+}
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """Sum the plan up for the head of a log.
+
+    Args:
+        plan: The run's arithmetic.
+
+    Returns:
+        Four lines: batches, steps, rates, schedule.
+    """
+    return [
+        f"batch     {_product(plan)} = {_count(plan.global_batch, 'sample')} a step; "
+        f"the data set has {plan.samples:,}",
+        f"steps     {plan.steps_per_epoch:,} an epoch, {plan.total_steps:,} in "
+        f"{_count(plan.epochs, 'epoch')}; {_tail(plan)}",
+        f"rate      {plan.base_lr:.6g} for {_count(plan.reference_batch, 'sample')} -> "
+        f"{plan.peak_lr:.6g} for {plan.global_batch:,} ({plan.scaling}, k = {plan.scale:.6g})",
+        f"schedule  {plan.schedule}; warm-up: {_warm_up(plan)}",
+    ]
+
+
+def plan_table(plan: Plan, schedule: Schedule) -> str:
+    """Show every number of the plan, and the rate at each tenth of the run.
+
+    Args:
+        plan: The run's arithmetic.
+        schedule: Factor of ``plan.peak_lr`` at each step.
+
+    Returns:
+        Sections with a heading each, as text of several lines without a newline at the end.
+    """
+    sections = {
+        "Batches": _batch_rows(plan),
+        "Steps": _step_rows(plan),
+        "Learning rate": _rate_rows(plan),
+    }
+    width = max(len(name) for rows in sections.values() for name, _ in rows)
+    blocks = {
+        title: [f"  {name:<{width}}   {value}" for name, value in rows]
+        for title, rows in sections.items()
+    }
+    blocks["Rate over the run"] = _tenths(plan, schedule)
+    return "\n\n".join("\n".join([title, *lines]) for title, lines in blocks.items())
+
+
+def _batch_rows(plan: Plan) -> list[tuple[str, str]]:
+    return [
+        ("training samples, n", f"{plan.samples:,}"),
+        ("ranks, W", f"{plan.world_size:,}"),
+        ("micro-batch, b", f"{plan.batch_size:,} on one rank in one pass"),
+        ("accumulate, A", f"{_count(plan.accumulate, 'micro-batch')} of one rank in one step"),
+        ("rank batch, A b", f"{plan.accumulate * plan.batch_size:,} on one rank in one step"),
+        ("global batch, W A b", f"{plan.global_batch:,} in one step"),
+    ]
+
+
+def _step_rows(plan: Plan) -> list[tuple[str, str]]:
+    return [
+        ("an epoch", _length(plan.steps_per_epoch, plan.samples_per_epoch)),
+        (_count(plan.epochs, "epoch"), _length(plan.total_steps, plan.total_samples)),
+        (f"tail ({plan.tail})", _tail(plan)),
+        *(("", line) for line in _shares(plan)),
+    ]
+
+
+def _rate_rows(plan: Plan) -> list[tuple[str, str]]:
+    reference = f"{plan.global_batch:,} / {plan.reference_batch:,}"
+    return [
+        ("base", f"{plan.base_lr:.6g} for {_count(plan.reference_batch, 'sample')} a step"),
+        ("k", f"{plan.scale:.6g} = {reference}"),
+        ("rule", _RULES[plan.scaling]),
+        ("peak", f"{plan.peak_lr:.6g} for {_count(plan.global_batch, 'sample')} a step"),
+        ("schedule", plan.schedule),
+        ("warm-up", _warm_up(plan)),
+    ]
+
+
+def _tail(plan: Plan) -> str:
+    """Say what becomes of the samples that do not fill a global batch."""
+    left_out = plan.samples - plan.samples_per_epoch
+    if left_out:
+        return f"{_count(left_out, 'sample')} of each epoch left out"
+    if plan.last_batch == plan.global_batch:
+        return "every step is full"
+    return f"the last step of an epoch has {_count(plan.last_batch, 'sample')}"
+
+
+def _shares(plan: Plan) -> Iterator[str]:
+    """Say which ranks get how much of an unfilled last step, in which micro-batches, and notes.
+
+    Shares differ by one sample at most, and the lower ranks have the larger ones.
+    """
+    if plan.last_batch < plan.global_batch:
+        larger = plan.last_batch % plan.world_size
+        for first, end in ((0, larger), (larger, plan.world_size)):
+            if first < end:
+                sizes = micro_batch_sizes(plan.last_batch, first, plan.world_size, plan.batch_size)
+                yield _share(range(first, end), sizes)
+    if plan.smallest_micro_batch:
+        yield f"smallest micro-batch of the run: {_count(plan.smallest_micro_batch, 'sample')}"
+    else:
+        idle = plan.world_size - plan.last_batch
+        yield f"note: {idle:,} of {plan.world_size:,} ranks idle in that step, which stays exact"
+    if plan.samples < plan.global_batch:
+        yield "note: no step fills the global batch, for which the rate is scaled"
+
+
+def _share(ranks: range, sizes: tuple[int, ...]) -> str:
+    """Describe the micro-batches that each of these ranks has; all are equal but the last."""
+    several = len(ranks) > 1
+    owner = f"ranks {ranks[0]:,} to {ranks[-1]:,}: " if several else f"rank {ranks[0]:,}: "
+    if not sizes:
+        return f"{owner}no sample"
+    full = sizes.count(sizes[0])
+    shape = f"{full:,} x {sizes[0]:,}" + (f" + {sizes[-1]:,}" if full < len(sizes) else "")
+    return f"{owner}{_count(sum(sizes), 'sample')}{' each' if several else ''} ({shape})"
+
+
+def _warm_up(plan: Plan) -> str:
+    if plan.warmup_steps == 0 or plan.warmup_start == 1:  # a ramp from the peak to the peak
+        return "none"
+    part = f"{plan.epoch_at(plan.warmup_steps):.4g} of {_count(plan.epochs, 'epoch')}"
+    samples = _count(plan.samples_at(plan.warmup_steps), "sample")
+    start = f"{plan.peak_lr * plan.warmup_start:.6g}"
+    return f"{_count(plan.warmup_steps, 'step')} ({samples}, {part}) from {start}"
+
+
+def _tenths(plan: Plan, schedule: Schedule) -> list[str]:
+    """Tabulate the rate at each tenth of the run; the last row is the last step that is taken."""
+    last = plan.total_steps - 1
+    steps = sorted({min(last, plan.total_steps * tenth // 10) for tenth in range(11)})
+    rows = [("step", "epoch", "samples before", "rate")] + [
+        (
+            f"{step:,}",
+            f"{plan.epoch_at(step):.2f}",
+            f"{plan.samples_at(step):,}",
+            f"{plan.peak_lr * schedule(step):.6g}",
+        )
+        for step in steps
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  " + "   ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    ]
+
+
+def _product(plan: Plan) -> str:
+    """Write the global batch as ranks x micro-batches x samples."""
+    factors = [_count(plan.world_size, "rank"), f"{plan.batch_size:,}"]
+    if plan.accumulate > 1:
+        factors.insert(1, _count(plan.accumulate, "micro-batch"))
+    return " x ".join(factors)
+
+
+def _length(steps: int, samples: int) -> str:
+    return f"{_count(steps, 'step')} ({_count(samples, 'sample')})"
+
+
+def _count(number: int, noun: str) -> str:
+    plural = "es" if noun.endswith("batch") else "s"
+    return f"{number:,} {noun}{'' if number == 1 else plural}"

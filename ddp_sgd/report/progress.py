@@ -1,0 +1,127 @@
+"""The run on the terminal: a bar where somebody watches, plain lines where a file does."""
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from tqdm import tqdm
+
+from ddp_sgd.report.plan_table import plan_lines
+from ddp_sgd.report.sink import Row, RunRecord
+
+_SILENCE_S = 30.0
+"""Longest time without a plain line, as far as rows come in, in seconds."""
+
+
+class Progress:
+    """Prints the plan once, a line an epoch, and a last line with what came out."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+        self._record: RunRecord | None = None
+        self._loss = _Mean()
+        self._last_line = time.monotonic()
+
+    def say(self, line: str) -> None:
+        """Print a line without breaking the bar."""
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stdout)
+        else:
+            print(line, flush=True)  # noqa: T201
+        self._last_line = time.monotonic()
+
+    def start(self, record: RunRecord) -> None:
+        """Print the plan, and open the bar on a terminal."""
+        self._record = record
+        for line in plan_lines(record.plan):
+            self.say(line)
+        self.say(f"results in {record.folder}")
+        if sys.stderr.isatty():
+            self._bar = tqdm(
+                total=record.plan.total_steps, unit="step", dynamic_ncols=True, leave=False
+            )
+
+    def write(self, event: str, row: Row) -> None:
+        """Move the bar; print a line at the end of each epoch, for each score, and now and then."""
+        if event == "train":
+            self._show_training(dict(row))
+        elif event == "eval":
+            self.say(f"{'':26}{_scores(dict(row))}")
+        elif event == "stop":
+            self.say(f"stopping after step {row['step']}: {row['reason']}")
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Close the bar and print the last line."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        if self._record is None or result["status"] == "failed":
+            return
+        rate = result["samples"] / max(result["wall_s"], 1e-9)
+        parts = [
+            f"{result['status']}: {result['step']} steps in {result['wall_s']:.1f} s",
+            _scores(result),
+            f"{rate:,.0f} samples/s in all",
+            f"results in {self._record.folder}",
+        ]
+        self.say(", ".join(part for part in parts if part))
+
+    def _show_training(self, row: dict[str, Any]) -> None:
+        self._loss.add(row["train/loss"], row["samples"])
+        epoch_ends = row["epoch"] == int(row["epoch"])
+        if self._bar is not None:
+            self._bar.update(row["step"] - self._bar.n)
+            self._bar.set_postfix_str(f"loss {_text(row['train/loss'])} lr {row['train/lr']:.4g}")
+        if epoch_ends or (
+            self._bar is None and time.monotonic() - self._last_line > _SILENCE_S
+        ):
+            self.say(self._line(row))
+        if epoch_ends:
+            self._loss.start(row["samples"])
+
+    def _line(self, row: dict[str, Any]) -> str:
+        plan = self._record.plan if self._record else None
+        epochs = plan.epochs if plan else 0
+        line = (
+            f"epoch {row['epoch']:6.4g}/{epochs}  step {row['step']:7d}  "
+            f"loss {_text(self._loss.value)}  lr {row['train/lr']:.4g}  "
+            f"{row['throughput/samples_per_s']:,.0f} samples/s"
+        )
+        skipped = int(row["train/skipped_steps"] or 0)
+        return line + (f"  {skipped} steps skipped, gradient not finite" if skipped else "")
+
+
+class _Mean:
+    """Mean loss over the samples of an epoch, from the means of its rows."""
+
+    def __init__(self) -> None:
+        self._total = 0.0
+        self._first = self._last = self._counted = 0
+
+    def start(self, samples: int) -> None:
+        self._total, self._counted = 0.0, 0
+        self._first = self._last = samples
+
+    def add(self, mean: float | None, samples: int) -> None:
+        if mean is not None:
+            self._total += mean * (samples - self._last)
+            self._counted += samples - self._last
+        self._last = samples
+
+    @property
+    def value(self) -> float | None:
+        return self._total / self._counted if self._counted else None
+
+
+def _text(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
+
+
+def _scores(row: Mapping[str, Any]) -> str:
+    if "eval/count" not in row:
+        return ""
+    text = f"eval loss {_text(row['eval/loss'])}"
+    if "eval/accuracy" in row:
+        text += f"  accuracy {100 * row['eval/accuracy']:.2f} % ({row['eval/correct']}/{row['eval/count']})"
+    return text

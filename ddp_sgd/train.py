@@ -1,0 +1,59 @@
+"""Command: describe the run, join the ranks, fit.
+
+Usage: ``torchrun --nproc_per_node=4 -m ddp_sgd.train --config run.yaml --optim.lr=0.1``.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ddp_sgd.command import run_command
+from ddp_sgd.config import CommandLine, Option
+from ddp_sgd.distributed.ranks import read_ranks, told_once
+from ddp_sgd.engine.stopping import stop_on_signal
+
+_OPTIONS = (
+    Option(
+        "print_folder",
+        bool,
+        "Print the folder of the run instead of running: what launch scripts need to find result.json.",
+        default=False,
+    ),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, and return the exit code of the contract.
+
+    Args:
+        argv: Arguments after the name of the command; None takes those of the process.
+    """
+    return run_command(
+        train,
+        argv,
+        program="python -m ddp_sgd.train",
+        about="Train a PyTorch model by data-parallel SGD.",
+        options=_OPTIONS,
+    )
+
+
+def train(line: CommandLine) -> int:
+    """Join the ranks that the environment names, and fit."""
+    config = line.config
+    if line.options["print_folder"]:
+        sys.stdout.write(f"{Path(config.output_dir) / config.name}\n")
+        return 0
+    with told_once(os.environ):
+        read_ranks(os.environ)
+    # A signal that comes while torch is being imported would end the process: listen first.
+    with stop_on_signal() as stop:
+        from ddp_sgd.distributed.runtime import start_runtime
+        from ddp_sgd.engine.fit import fit
+
+        with start_runtime(**config.runtime.model_dump()) as runtime:
+            return fit(config, runtime, stop=stop).exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""Real ranks for tests: processes forked from one server that has imported torch, joined by gloo on loopback."""
+
+import multiprocessing
+import os
+import traceback
+from typing import Any
+
+from ddp_sgd.distributed.ranks import free_port
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch", "torch.optim", "numpy", "ddp_sgd.engine.fit"])
+
+
+class RankError(Exception):
+    """What a rank raised: the name of its class, the message, and the traceback."""
+
+    def __init__(self, rank, error, text):
+        super().__init__(rank, error, text)
+        self.rank, self.error, self.text = rank, error, text
+
+    def __str__(self):
+        return f"rank {self.rank}: {self.text}"
+
+
+def rank_environment(rank, world_size, port):
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def run_ranks(world_size, work, *args, timeout_s=60.0, raises=False, deadline_s=150.0):
+    """Call ``work(runtime, *args)`` on every rank; return the values in order, or what each one raised."""
+    port = free_port()
+    pipes, processes = [], []
+    for rank in range(world_size):
+        receive, send = _CONTEXT.Pipe(duplex=False)
+        environment = rank_environment(rank, world_size, port) if world_size > 1 else {}
+        process = _CONTEXT.Process(
+            target=_rank, args=(send, environment, rank, timeout_s, work, args)
+        )
+        process.start()
+        send.close()
+        pipes.append(receive)
+        processes.append(process)
+    results = []
+    try:
+        for rank, receive in enumerate(pipes):
+            if not receive.poll(deadline_s):
+                raise TimeoutError(f"rank {rank} of {world_size} said nothing for {deadline_s} s")
+            try:
+                results.append(receive.recv())
+            except EOFError:
+                results.append(RankError(rank, "EOFError", "ended without a word"))
+    finally:
+        for process in processes:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+            process.close()
+    failed = [result for result in results if isinstance(result, RankError)]
+    if failed and not raises:
+        raise failed[0]
+    return results
+
+
+def _rank(send, environment: dict[str, str], rank: int, timeout_s: float, work: Any, args: Any):
+    os.environ.update(environment)
+    import torch
+
+    from ddp_sgd.distributed.runtime import start_runtime
+
+    torch.set_num_threads(1)
+    try:
+        with start_runtime(device="cpu", timeout_s=timeout_s) as runtime:
+            value = work(runtime, *args)
+    except Exception as error:
+        value = RankError(rank, type(error).__name__, "".join(traceback.format_exception(error)))
+    send.send(value)
+    send.close()

@@ -1,0 +1,164 @@
+import pytest
+
+from ddp_sgd.config.schema import RunConfig
+from ddp_sgd.optim.schedule import build_schedule
+from ddp_sgd.plan import make_plan
+from ddp_sgd.report.plan_table import plan_lines, plan_table
+
+GOLDEN = """\
+Batches
+  training samples, n   1,437
+  ranks, W              5
+  micro-batch, b        10 on one rank in one pass
+  accumulate, A         3 micro-batches of one rank in one step
+  rank batch, A b       30 on one rank in one step
+  global batch, W A b   150 in one step
+
+Steps
+  an epoch              10 steps (1,437 samples)
+  30 epochs             300 steps (43,110 samples)
+  tail (exact)          the last step of an epoch has 87 samples
+                        ranks 0 to 1: 18 samples each (1 x 10 + 8)
+                        ranks 2 to 4: 17 samples each (1 x 10 + 7)
+                        smallest micro-batch of the run: 7 samples
+
+Learning rate
+  base                  0.05 for 30 samples a step
+  k                     5 = 150 / 30
+  rule                  linear: peak = base x k
+  peak                  0.25 for 150 samples a step
+  schedule              step
+  warm-up               30 steps (4,311 samples, 3 of 30 epochs) from 0.05
+
+Rate over the run
+  step   epoch   samples before     rate
+     0    0.00                0     0.05
+    30    3.00            4,311     0.25
+    60    6.00            8,622     0.25
+    90    9.00           12,933     0.25
+   120   12.00           17,244    0.025
+   150   15.00           21,555    0.025
+   180   18.00           25,866    0.025
+   210   21.00           30,177   0.0025
+   240   24.00           34,488   0.0025
+   270   27.00           38,799   0.0025
+   299   29.94           43,023   0.0025"""
+
+GOLDEN_LINES = [
+    "batch     5 ranks x 3 micro-batches x 10 = 150 samples a step; the data set has 1,437",
+    "steps     10 an epoch, 300 in 30 epochs; the last step of an epoch has 87 samples",
+    "rate      0.05 for 30 samples -> 0.25 for 150 (linear, k = 5)",
+    "schedule  step; warm-up: 30 steps (4,311 samples, 3 of 30 epochs) from 0.05",
+]
+
+
+def _plan(*, samples=1437, world_size=4, **sections):
+    config = RunConfig.model_validate(sections)
+    plan = make_plan(config, samples=samples, world_size=world_size)
+    return plan, build_schedule(config.schedule, plan)
+
+
+def _accumulating():
+    return _plan(
+        world_size=5,
+        epochs=30,
+        data={"accumulate": 3, "batch_size": 10},
+        schedule={"name": "step", "milestones": [10.0, 20.0]},
+    )
+
+
+def test_table_word_for_word():
+    assert plan_table(*_accumulating()) == GOLDEN
+
+
+def test_lines_word_for_word():
+    assert plan_lines(_accumulating()[0]) == GOLDEN_LINES
+
+
+@pytest.mark.parametrize(
+    ("sizes", "data", "phrases"),
+    [
+        (
+            {"samples": 1437},
+            {},
+            [
+                "the last step of an epoch has 29 samples",
+                "rank 0: 8 samples (1 x 8)",
+                "ranks 1 to 3: 7 samples each (1 x 7)",
+                "smallest micro-batch of the run: 7 samples",
+            ],
+        ),
+        ({"samples": 1280}, {}, ["every step is full", "smallest micro-batch of the run: 32"]),
+        ({"samples": 1437}, {"tail": "drop"}, ["29 samples of each epoch left out"]),
+        (
+            {"samples": 10, "world_size": 64},
+            {},
+            [
+                "ranks 0 to 9: 1 sample each (1 x 1)",
+                "ranks 10 to 63: no sample",
+                "note: 54 of 64 ranks idle in that step, which stays exact",
+                "note: no step fills the global batch, for which the rate is scaled",
+            ],
+        ),
+        (
+            {"samples": 37, "world_size": 2},
+            {"accumulate": 4, "batch_size": 5},
+            ["rank 0: 19 samples (3 x 5 + 4)", "rank 1: 18 samples (3 x 5 + 3)"],
+        ),
+        (
+            {"samples": 30, "world_size": 3},
+            {"accumulate": 4, "batch_size": 5},
+            ["ranks 0 to 2: 10 samples each (2 x 5)"],
+        ),
+    ],
+)
+def test_table_says_what_the_tail_does(sizes, data, phrases):
+    text = plan_table(*_plan(**sizes, data=data))
+    for phrase in phrases:
+        assert phrase in text
+
+
+def test_full_steps_have_no_note():
+    text = plan_table(*_plan(samples=1280))
+    assert "note" not in text
+    assert "rank 0" not in text
+
+
+@pytest.mark.parametrize(
+    ("scaling", "rule"),
+    [
+        ("linear", "linear: peak = base x k"),
+        ("sqrt", "sqrt: peak = base x sqrt(k)"),
+        ("none", "none: peak = base"),
+    ],
+)
+def test_table_names_the_rule(scaling, rule):
+    assert rule in plan_table(*_plan(optim={"scaling": scaling}))
+
+
+def test_a_ramp_from_the_peak_to_the_peak_is_no_warm_up():
+    plan, schedule = _plan(optim={"scaling": "none"})
+    assert plan.warmup_steps > 0
+    assert plan_lines(plan)[-1] == "schedule  cosine; warm-up: none"
+    assert schedule(0) == 1
+
+
+@pytest.mark.parametrize("samples", [1, 200, 1437, 1_281_167])
+def test_rates_at_each_tenth_are_those_that_the_steps_use(samples):
+    plan, schedule = _plan(samples=samples, epochs=3)
+    text = plan_table(plan, schedule).split("Rate over the run\n")[1]
+    rows = [line.replace(",", "").split() for line in text.splitlines()[1:]]
+    steps = [int(row[0]) for row in rows]
+    assert steps == sorted(set(steps))
+    assert (steps[0], steps[-1]) == (0, plan.total_steps - 1)
+    assert len(steps) == min(11, plan.total_steps)
+    for step, epoch, seen, rate in rows:
+        assert float(epoch) == pytest.approx(plan.epoch_at(int(step)), abs=0.005)
+        assert int(seen) == plan.samples_at(int(step))
+        assert float(rate) == pytest.approx(plan.peak_lr * schedule(int(step)), rel=1e-5)
+
+
+def test_text_is_ascii_and_fits_a_terminal():
+    for text in (plan_table(*_plan()), plan_table(*_plan(samples=10**7, world_size=1024))):
+        assert text.isascii()
+        assert max(map(len, text.splitlines())) <= 80

@@ -1,0 +1,128 @@
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from ddp_sgd.config.schema import RunConfig
+from ddp_sgd.errors import ExitCode
+from ddp_sgd.explain import main
+from ddp_sgd.optim.schedule import build_schedule
+from ddp_sgd.plan import make_plan
+from ddp_sgd.report.curve import curve
+from ddp_sgd.report.plan_table import plan_table
+
+
+def _expected(*, samples=1437, world_size=1, **sections):
+    config = RunConfig.model_validate(sections)
+    plan = make_plan(config, samples=samples, world_size=world_size)
+    schedule = build_schedule(config.schedule, plan)
+    return f"{plan_table(plan, schedule)}\n\n{curve(plan, schedule)}\n"
+
+
+def test_default_is_one_rank_on_the_embedded_digits(capsys):
+    assert main([]) == ExitCode.DONE
+    assert capsys.readouterr().out == _expected()
+
+
+def test_any_number_of_ranks_and_the_options_of_train(capsys):
+    argv = ["--world_size", "64", "--data.batch_size=8", "--optim.scaling=sqrt", "--epochs=7"]
+    assert main(argv) == ExitCode.DONE
+    assert capsys.readouterr().out == _expected(
+        world_size=64, epochs=7, data={"batch_size": 8}, optim={"scaling": "sqrt"}
+    )
+
+
+def test_goyal_et_al_2017_from_the_command_line(capsys):
+    argv = [
+        "--world_size=256",
+        "--samples=1281167",
+        "--epochs=90",
+        "--optim.lr=0.1",
+        "--optim.reference_batch=256",
+        "--schedule={name: step, milestones: [30, 60, 80], warmup_epochs: 5}",
+    ]
+    assert main(argv) == ExitCode.DONE
+    out = capsys.readouterr().out
+    assert "157 steps (1,281,167 samples)" in out
+    assert "3.2 for 8,192 samples a step" in out
+    assert "785 steps (6,405,835 samples, 5 of 90 epochs) from 0.1" in out
+
+
+def test_a_data_set_that_is_named_gives_the_number_of_samples(tmp_path, capsys):
+    path = tmp_path / "x.npz"
+    np.savez(path, x_train=np.zeros((77, 3), np.float32), y_train=np.zeros(77, np.int64))
+    train = f"{{class_path: ddp_sgd.data.Arrays, init_args: {{path: {path}, split: train}}}}"
+    assert main([f"--data.train={train}", "--world_size=2"]) == ExitCode.DONE
+    assert capsys.readouterr().out == _expected(samples=77, world_size=2)
+
+
+def test_samples_given_leave_the_data_alone(capsys):
+    argv = ["--samples=100", "--data.train.class_path=no_such_package.Data"]
+    assert main(argv) == ExitCode.DONE
+    assert capsys.readouterr().out == _expected(samples=100)
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "words"),
+    [
+        (["--world_size=0"], ExitCode.CONFIG, "--world_size is 0; choose"),
+        (["--samples=-3"], ExitCode.CONFIG, "--samples is -3; choose"),
+        (["--optim.lrr=1"], ExitCode.CONFIG, "optim.lr"),
+        (["--data.tail=drop", "--world_size=64"], ExitCode.CONFIG, "data.batch_size=22 or less"),
+        (
+            ["--data.train={class_path: itertools.count}"],
+            ExitCode.DATA,
+            "data.train is itertools.count, which has no length; name a map-style data set",
+        ),
+        (
+            ["--data.train={class_path: no_such_package.Data}"],
+            ExitCode.CONFIG,
+            "no_such_package",
+        ),
+    ],
+)
+def test_faults_are_one_line_with_a_remedy(argv, code, words, capsys):
+    assert main(argv) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("ddp_sgd: error: ")
+    assert captured.err.count("\n") == 1
+    assert words in captured.err
+
+
+def test_help_names_its_own_options(capsys):
+    assert main(["--help"]) == ExitCode.DONE
+    out = capsys.readouterr().out
+    assert "--world_size" in out
+    assert "--samples" in out
+
+
+def test_command_answers_fast_and_without_torch():
+    program = "import sys; sys.argv[0] = 'explain'; from ddp_sgd.explain import main; code = main()"
+    check = "; sys.exit(code or (9 if {'torch', 'wandb'} & set(sys.modules) else 0))"
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", program + check, "--world_size", "64"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    seconds = time.monotonic() - start
+    assert done.stdout == _expected(world_size=64)
+    assert done.stderr == ""
+    assert seconds < 1.5
+
+
+def test_module_runs_as_a_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "ddp_sgd.explain", "--world_size=0"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == ExitCode.CONFIG
+    assert done.stderr.startswith("ddp_sgd: error: --world_size is 0; ")
