@@ -66,13 +66,18 @@ class Objective:
             samples: True number of samples; with 0 the result is 0.
 
         Returns:
-            Float tensor without dimensions, on the device of the targets.
+            Tensor without dimensions, of ``wide_float``, on the device of the targets.
         """
         loss: Any = self._loss
         counted = targets[targets != loss.ignore_index]
         weight = loss.weight
         units = counted.new_tensor(counted.numel()) if weight is None else weight[counted].sum()
-        return units.to(torch.get_default_dtype()) * min(samples, 1)
+        return units.to(wide_float(targets.device)) * min(samples, 1)
+
+
+def wide_float(device: torch.device) -> torch.dtype:
+    """Return the widest float type of a device: sums and counts deserve it, and Metal has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _weighs_targets(loss: LossFunction, targets: Any) -> bool:

@@ -8,12 +8,16 @@ summary, end of the run) and file uploads.
 import base64
 import gzip
 import json
+import os
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 from urllib.parse import unquote
+
+import pytest
 
 ENTITY = "tester"
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -117,7 +121,8 @@ class WandbStub:
             given = {key: value for key, value in variables.items() if value is not None}
             known = self.runs.setdefault(run_id, {})
             known.update(given)
-        project = {**_named(known.get("project", "none")), "entity": _named(ENTITY)}
+        entity = _named(known.get("entity") or ENTITY)
+        project = {**_named(known.get("project", "none")), "entity": entity}
         bucket = {
             "id": run_id,
             "name": run_id,
@@ -234,3 +239,16 @@ def _viewer() -> dict[str, Any]:
         "flags": "{}",
         "teams": {"edges": []},
     }
+
+
+def isolate_wandb(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    """Take the user's wandb settings and keys away from this process and from those it starts."""
+    for name in list(os.environ):
+        if name.startswith("WANDB") or name == "NETRC":
+            monkeypatch.delenv(name)
+    home.mkdir(parents=True, exist_ok=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("NETRC", str(home / ".netrc"))
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    for name in ("CACHE", "CONFIG", "DATA", "ARTIFACT"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(home / name.lower()))

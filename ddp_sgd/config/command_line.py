@@ -118,11 +118,11 @@ def _pairs(argv: Sequence[str], known: Mapping[str, Option]) -> Iterator[tuple[s
         if not argument.startswith("--") or argument == "--":
             raise _stray(argument)
         name, equals, value = argument[2:].partition("=")
-        if equals:
+        if value or (equals and name != "config"):
             yield name, value
         elif name in known and known[name].kind is bool:
             yield name, "true"
-        elif rest and not rest[0].startswith("--"):
+        elif not equals and rest and not rest[0].startswith("--"):
             yield name, rest.pop(0)
         else:
             raise _without_value(name, known)
@@ -141,15 +141,13 @@ def _stray(argument: str) -> ConfigError:
 
 def _without_value(name: str, known: Mapping[str, Option]) -> ConfigError:
     if name in known:
-        example = "configs/digits.yaml" if name == "config" else known[name].choices.upper()
-        return ConfigError(f"--{name} has no value; write --{name}={example}.")
+        return ConfigError(f"--{name} has no value; write --{name}={known[name].example}.")
     key = all_keys().get(name)
     if key is None:
         near = nearest(name, known)
         remedy = f"did you mean --{near.removeprefix('--')}?" if near else "see --help."
         return ConfigError(f"unknown option --{name}; {remedy}")
-    example = "true" if key.choices == "true or false" else key.example or key.choices
-    return ConfigError(f"--{name} has no value; write --{name}={example}.")
+    return ConfigError(f"--{name} has no value; write --{key.setting}.")
 
 
 def _of_command(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,8 +44,8 @@ def explain_faults(
             origin = _origin(messages[path].partition(" ")[0], origins)
             lines.append(f"{messages[path].rstrip('.')}{origin}.")
         elif "extra_forbidden" in found:
-            what, remedy = f"unknown key {path}", _remedy_for_unknown(path, options)
-            lines.append(_sentence(what, remedy, _origin(path, origins)))
+            remedy = _remedy_for_unknown(path, options)
+            lines.append(f"unknown key {path}{_origin(path, origins)}; {remedy}")
         else:
             what, remedy = _wrong_value(path, _value_at(path, values), found)
             lines.append(_sentence(what, remedy, _origin(path, origins)))
@@ -61,8 +61,7 @@ def show(value: Any) -> str:
 
 
 def nearest(name: str, options: Iterable[str] = ()) -> str | None:
-    """The key, or the option with its dashes, that someone who wrote an unknown name may have
-    meant."""
+    """The key, or the option with its dashes, that an unknown name may have been meant for."""
     parent, _, leaf = name.rpartition(".")
     scores = {
         key.name: _likeness(leaf, key.leaf) - (0.1 if key.parent != parent else 0.0)
@@ -119,13 +118,13 @@ def _remedy_for_unknown(path: str, options: Iterable[str]) -> str:
     holder = all_keys().get(parent)
     if path in all_keys():
         section, _, key = path.partition(".")
-        return f"nest it, as {section}: {{{key}: ...}}"
+        return f"nest it, as {section}: {{{key}: ...}}."
     if holder and holder.kind == "component" and (near is None or not near.startswith(parent)):
         return f"did you mean {parent}.init_args.{leaf}?"
     if near:
         return f"did you mean {near}?"
     keys = ", ".join(key.leaf for key in keys_below(parent))
-    return f"the keys {f'of {parent}' if parent else 'at the top'} are {keys}"
+    return f"the keys {f'of {parent}' if parent else 'at the top'} are {keys}."
 
 
 def _wrong_value(path: str, value: Any, found: list[str]) -> tuple[str, str]:
@@ -134,12 +133,10 @@ def _wrong_value(path: str, value: Any, found: list[str]) -> tuple[str, str]:
     if "missing" in found:
         return f"{path} is not set", f"choose {_choices(key)}"
     what = f"{path} is {show(value)}"
-    if key.kind == "component":
-        return what, _remedy_for_component(key, value)
-    if key.kind == "section":
-        child = next(child for child in keys_below(path) if child.kind == "value")
-        example = f"{child.name}={yaml_value(child.default)}"
-        return what, f"set its keys, such as {example}"
+    if key.kind == "component" and isinstance(value, str):
+        return what, f"write {path}.class_path={value}"
+    if key.kind != "value":
+        return what, f"set its keys, such as {key.setting}"
     remedy = f"choose {_choices(key)}"
     if "finite_number" in found:
         remedy = remedy.replace("a number", "a finite number")
@@ -149,12 +146,6 @@ def _wrong_value(path: str, value: Any, found: list[str]) -> tuple[str, str]:
         near = difflib.get_close_matches(value, key.names, n=1, cutoff=0.5)
         remedy += f"; did you mean {near[0]}?" if near else ""
     return what, remedy
-
-
-def _remedy_for_component(key: Key, value: Any) -> str:
-    if isinstance(value, str):
-        return f"write {key.name}.class_path={value}"
-    return f"name what to build, such as {key.name}.class_path={key.default['class_path']}"
 
 
 def _choices(key: Key) -> str:

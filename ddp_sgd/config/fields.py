@@ -11,7 +11,12 @@ from ddp_sgd.config.yaml_text import write_yaml
 Node = Mapping[str, Any]
 
 # What an example looks like where the default is null or empty and so shows nothing.
-_EXAMPLES = {"integer": "256", "number": "1.0", "array of number": "[30, 60]"}
+_EXAMPLES = {
+    "integer": "256",
+    "number": "1.0",
+    "array of number": "[30, 60]",
+    "array of string": "[a, b]",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +40,16 @@ class Key:
     example: str
     default: Any
     meaning: str
+
+    @property
+    def setting(self) -> str:
+        """The key with a good value, ready to paste after two dashes."""
+        if self.kind == "section":
+            return next(key for key in keys_below(self.name) if key.kind == "value").setting
+        if self.kind == "component":
+            return f"{self.name}.class_path={self.default['class_path']}"
+        is_switch = isinstance(self.default, bool)
+        return f"{self.name}={'true' if is_switch else self.example or yaml_value(self.default)}"
 
     @property
     def parent(self) -> str:

@@ -29,6 +29,14 @@ class Option:
         words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
         return words[self.kind]
 
+    @property
+    def example(self) -> str:
+        """A value to show, as text."""
+        if self is CONFIG:
+            return "configs/digits.yaml"
+        by_kind = {bool: "true", int: "1", float: "1.0", str: "TEXT"}[self.kind]
+        return by_kind if self.default is None or self.kind is bool else str(self.default)
+
     def read(self, text: str) -> Any:
         """Value of the option.
 
@@ -46,7 +54,9 @@ class Option:
         }[self.kind]
         if not is_good:
             shown = text if len(text) <= 60 else f"{text[:57]}..."
-            raise ConfigError(f"--{self.name} is {shown!r}; choose {self.choices}.")
+            raise ConfigError(
+                f"--{self.name} is {shown!r}; choose {self.choices}, such as {self.example}."
+            )
         return self.kind(value)
 
 

@@ -28,14 +28,14 @@ def help_text(program: str, about: str, options: Sequence[Option], *, width: int
     lines += ["", "options:"]
     for option in options:
         form = f"--{option.name}" if option.kind is bool else f"--{option.name}={_metavar(option)}"
-        default = "" if option.default in (None, False) else f" [{option.default}]"
+        default = "" if option.default in (None, False) else f", default {option.default}"
         lines += _entry(f"{form}{default}", option.help, width)
     lines += [
         "",
         *textwrap.wrap(
             "Keys of the configuration, as --key=value with a value in YAML, or in a YAML file. "
             "Later sources win: defaults, files in order, variables such as DDP_SGD_OPTIM__LR=0.1, "
-            "command line. Defaults stand in brackets.",
+            "command line.",
             width,
         ),
     ]
@@ -44,7 +44,7 @@ def help_text(program: str, about: str, options: Sequence[Option], *, width: int
         lines += ["", *textwrap.wrap(title, width)]
         for key in keys:
             lines += _entry(
-                f"--{key.name}: {_type_of(key)} [{_default_of(key)}]", key.meaning, width
+                f"--{key.name}: {_type_of(key)}, default {_default_of(key)}", key.meaning, width
             )
     return "\n".join(lines) + "\n"
 

@@ -166,7 +166,8 @@ class ScheduleConfig(Section):
             ):
                 names = " or ".join(self._used_by[key])
                 raise ValueError(
-                    f"schedule.{key} is {value} while schedule.name is {self.name}; choose {names}"
+                    f"schedule.{key} is {value} while schedule.name is {self.name}; "
+                    f"set schedule.name={names}, or leave schedule.{key} out"
                 )
         if self.name == "step" and not self.milestones:
             raise ValueError(

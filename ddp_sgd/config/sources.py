@@ -96,6 +96,10 @@ def _set(layer: Sources, key: str, value: Any, origin: str) -> None:
     Within a layer a class_path drops nothing, so that the order of flags does not matter.
     """
     *parents, leaf = key.split(".")
+    if not all((*parents, leaf)):
+        raise ConfigError(
+            f"{origin} names no key; write --optim.lr=0.05 or {PREFIX}OPTIM__LR=0.05, for example."
+        )
     if len(parents) > MAX_DEPTH:
         raise ConfigError(f"{origin[:40]}... nests deeper than {MAX_DEPTH} levels; flatten it.")
     here = layer.values

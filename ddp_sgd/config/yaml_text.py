@@ -50,7 +50,8 @@ def read_yaml(text: str, where: str) -> Any:
         return DocumentBuilder(where).build(yaml.parse(text, Loader=_PARSER))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line = mark.line + 1 if mark else 1
+        # Unclosed brackets are noticed past the end of the text.
+        line = min(mark.line, text.count("\n")) + 1 if mark else 1
         raise ConfigError(
             f"{where} line {line} is not YAML ({error.problem or error.context}); check its "
             "brackets, quotes, colons and indentation."

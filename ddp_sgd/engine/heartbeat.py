@@ -9,6 +9,7 @@ from ddp_sgd.distributed.collectives import sum_over_ranks
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.step import StepResult
 from ddp_sgd.engine.stopping import StopRequest
+from ddp_sgd.losses import wide_float
 from ddp_sgd.plan import Plan
 
 _PERIOD_S = 1.0
@@ -120,9 +121,7 @@ class _Tally:
     """
 
     def __init__(self, device: torch.device) -> None:
-        # Metal has no float64; everywhere else sums of many small losses deserve it.
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.sums = torch.zeros(6, dtype=dtype, device=device)
+        self.sums = torch.zeros(6, dtype=wide_float(device), device=device)
         self._loss, self._units, self._own_units, self._skipped, self._row, self._longest = self.sums
 
     def add(self, result: StepResult) -> None:

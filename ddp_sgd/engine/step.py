@@ -10,7 +10,7 @@ from ddp_sgd.data.loading import StepBatches
 from ddp_sgd.distributed.collectives import sum_over_ranks
 from ddp_sgd.distributed.replica import Replica
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.losses import Objective
+from ddp_sgd.losses import Objective, wide_float
 from ddp_sgd.optim.sgd import set_lr
 
 
@@ -91,7 +91,7 @@ class Stepper:
         """Count the units of this rank and of all; samples are known, weighed targets need one small all-reduce."""
         if self._objective.counts_samples:
             return sum(b.samples for b in batches.micro_batches), batches.samples
-        local = torch.zeros((), device=self._runtime.device)
+        local = torch.zeros((), dtype=wide_float(self._runtime.device), device=self._runtime.device)
         for batch in batches.micro_batches:
             local = local + self._objective.units(batch.to(self._runtime.device).targets, batch.samples)
         return local, sum_over_ranks(local.clone(), self._runtime)

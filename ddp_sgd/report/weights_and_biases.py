@@ -148,8 +148,8 @@ class WeightsAndBiases:
         why = ""
         if not offline:
             try:
-                # It finds the key where wandb itself does, and asks nobody for one.
-                if wandb.login(prompt=False):
+                # Finds the key where wandb itself does, asks nobody for one and no server about it.
+                if wandb.login(prompt=False, verify=False):
                     run = wandb.init(**arguments, settings=_run_settings())
                     self._opened(run, f"online, {run.url}")
                     return run

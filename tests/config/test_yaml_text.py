@@ -1,0 +1,205 @@
+import math
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ddp_sgd.config.yaml_text import MAX_BYTES, read_yaml, read_yaml_file, write_yaml
+from ddp_sgd.errors import ConfigError
+
+TRAPS = ["on", "yes", "no", "1:30", "2020-01-01", "1_000", "1e-3", "010", "0o10", "0x1F", ".5"]
+TRAPS += ["", "~", "null", "true", "<<", "=", "-", "- a", "a: b", "#", ".nan", "-.inf", "\u0085"]
+
+text = st.sampled_from(TRAPS) | st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\ufffe\uffff")
+)
+scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | text
+plain_data = st.recursive(
+    scalars,
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(text.filter(bool), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("true", True),
+        ("TRUE", True),
+        ("False", False),
+        ("", None),
+        ("~", None),
+        ("Null", None),
+        ("on", "on"),
+        ("yes", "yes"),
+        ("y", "y"),
+        ("1:30", "1:30"),
+        ("2020-01-01", "2020-01-01"),
+        ("1_000", "1_000"),
+        ("010", 10),
+        ("-010", -10),
+        ("0o10", 8),
+        ("0x1F", 31),
+        ("+4", 4),
+        ("1e-3", 0.001),
+        ("1E5", 100_000.0),
+        (".5", 0.5),
+        ("1.", 1.0),
+        ("-.inf", -math.inf),
+        ("+.INF", math.inf),
+        ("nan", "nan"),
+        ("1e", "1e"),
+        ("'1e-3'", "1e-3"),
+        ('"010"', "010"),
+        ("torch.float32", "torch.float32"),
+        ("[a, {b: 1}]", ["a", {"b": 1}]),
+        ("{on: 1, 'x': &a [2], y: *a}", {"on": 1, "x": [2], "y": [2]}),
+        ("&a k", "k"),
+        ("%YAML 1.1\n---\non", "on"),
+        ("\ufeffa: 1", {"a": 1}),
+        ("|\n  two\n  lines\n", "two\nlines\n"),
+    ],
+)
+def test_values_are_what_they_look_like(written, value):
+    read = read_yaml(written, "x")
+    assert read == value
+    assert type(read) is type(value)
+
+
+def test_nan_is_a_number():
+    assert math.isnan(read_yaml(".NaN", "x"))
+
+
+def test_an_alias_is_a_copy():
+    read = read_yaml("a: &x [1]\nb: *x", "x")
+    read["a"].append(2)
+    assert read["b"] == [1]
+
+
+LAUGHS = "\n".join(
+    ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
+)
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("a: 1\nb: 2\na: 3", "f.yaml line 3 repeats the key a of line 1; keep one of the two."),
+        ("1: 2", 'f.yaml line 1 has a key 1 that is not text; put it in quotes, such as "1".'),
+        ("true: 2", "line 1 has a key True that is not text"),
+        ("? [a]\n: 3", "line 1 has a key that is not text"),
+        ("~: 3", "line 1 has a key that is not text"),
+        ("a: &k 3\n*k : 3", "line 2 has a key 3 that is not text"),
+        ("a: !!python/object:os.x {}", "line 1 has the tag !!python/object:os.x; write plain data"),
+        ("a: !!int 3", "line 1 has the tag !!int; "),
+        ("a: ! 3", "line 1 has the tag !; "),
+        ("a: 1\n---\nb: 2", "line 2 starts a second document; keep one document"),
+        ("a: &x [*x]", "line 1 uses *x inside &x; write the value out."),
+        ("a:\n  - *d", "line 2 uses *d; define &d above it."),
+        ("<<: {a: 3}", "line 1 has the merge key <<; write the keys out"),
+        ("[" * 100_000, "line 1 nests deeper than 64 levels; flatten it."),
+        ("{a: " * 3_000, "line 1 nests deeper than 64 levels; flatten it."),
+        ("- " * 5_000, "line 1 nests deeper than 64 levels; flatten it."),
+        (LAUGHS, "line 5 makes more than 100000 values, aliases expanded; write less."),
+        ("a: b\nc: \x00", "f.yaml line 2 holds the character '\\x00'; remove it"),
+        ("a: \ud800", "line 1 holds the character '\\ud800'; remove it"),
+        ("\n" * MAX_BYTES + "a", "f.yaml is larger than 1 MiB; keep data out"),
+        ("a: " + "9" * 5_000, "line 1 holds a number with thousands of digits; shorten it."),
+        ("a: 1\nb: [1,\n", "f.yaml line 3 is not YAML ("),
+        ("[", "f.yaml line 1 is not YAML ("),
+        ("a: @x", "check its brackets, quotes, colons and indentation."),
+        ("a: 1\n\tb: 3", "f.yaml line 2 is not YAML ("),
+        ("a: 'x", "f.yaml line 1 is not YAML ("),
+    ],
+)
+def test_faults_name_file_line_and_remedy(written, message):
+    with pytest.raises(ConfigError) as caught:
+        read_yaml(written, "f.yaml")
+    assert message in str(caught.value)
+    assert str(caught.value).endswith(".")
+    assert "\n" not in str(caught.value)
+
+
+@given(st.text())
+def test_any_text_is_read_or_refused(written):
+    try:
+        read_yaml(written, "x")
+    except ConfigError as error:
+        assert str(error).startswith("x ")  # noqa: PT017
+
+
+@given(plain_data)
+def test_what_is_written_is_read_back(data):
+    assert read_yaml(write_yaml(data), "x") == data
+
+
+def test_tuples_are_written_as_lists_and_shared_objects_twice():
+    shared = [1]
+    assert write_yaml({"a": (1, 2), "b": shared, "c": shared}) == "a: [1, 2]\nb: [1]\nc: [1]\n"
+
+
+def test_an_object_cannot_be_written():
+    with pytest.raises(ConfigError, match="an object of type complex; use text, numbers"):
+        write_yaml({"a": 1j})
+
+
+def test_a_file_is_read_and_an_empty_one_is_an_empty_mapping(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("a: 1\n")
+    assert read_yaml_file(file) == {"a": 1}
+    file.write_text("# nothing\n")
+    assert read_yaml_file(str(file)) == {}
+
+
+def test_a_pipe_is_read():
+    reader, writer = os.pipe()
+    os.write(writer, b"a: 1")
+    os.close(writer)
+    try:
+        assert read_yaml_file(f"/dev/fd/{reader}") == {"a": 1}
+    finally:
+        os.close(reader)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"- 1", "line 1 is a list, not a mapping; write lines of the form `key: value`."),
+        (b"text", "line 1 is a single value, not a mapping; "),
+        (b"a: 1\nb: \xff", "line 2 is not UTF-8; save the file as UTF-8."),
+        (b"#" * (MAX_BYTES + 1), "is larger than 1 MiB; "),
+        (b"a: 1\na: 2", "line 2 repeats the key a of line 1; "),
+    ],
+)
+def test_broken_files_are_named(tmp_path, content, message):
+    file = tmp_path / "a.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        read_yaml_file(file)
+    assert str(caught.value).startswith(f"{file} {message}")
+
+
+def test_a_missing_file_has_a_neighbour(tmp_path):
+    (tmp_path / "digits.yaml").write_text("")
+    with pytest.raises(ConfigError) as caught:
+        read_yaml_file(tmp_path / "digit.yaml")
+    assert str(caught.value).endswith(f"does not exist; did you mean {tmp_path}/digits.yaml?")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("zzz", "zzz does not exist; name a YAML file that does."),
+        ("no/folder.yaml", "folder.yaml does not exist; name a YAML file that does."),
+        ("", "is a folder; name a YAML file in it."),
+        ("a\0b", "cannot be read (embedded null byte); name a readable file."),
+    ],
+)
+def test_what_is_not_a_file_is_refused(tmp_path, name, message):
+    with pytest.raises(ConfigError) as caught:
+        read_yaml_file(f"{tmp_path}/{name}")
+    assert message in str(caught.value)

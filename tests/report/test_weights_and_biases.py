@@ -1,0 +1,444 @@
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest
+from wandb_reader import inspect_offline_run, offline_folder, offline_records, offline_summary
+from wandb_stub import ENTITY, KEY, WandbStub, isolate_wandb
+
+from ddp_sgd.config.schema import RunConfig, WandbConfig
+from ddp_sgd.plan import make_plan
+from ddp_sgd.report import weights_and_biases
+from ddp_sgd.report.sink import RunRecord
+from ddp_sgd.report.weights_and_biases import WeightsAndBiases
+
+CONFIG = RunConfig(name="trial", epochs=2)
+RESULT = {"status": "finished", "exit_code": 0, "weights_digest": "5ca1e", "wall_s": 1.5}
+AXES = {"time": 1.7e9, "step": 0, "epoch": 0.0, "samples": 0}
+ROWS = [
+    ("train", {"time": 1.7e9, "step": 10, "epoch": 0.5, "samples": 320, "train/loss": 2.25}),
+    ("eval", {"time": 1.7e9, "step": 20, "epoch": 1.0, "samples": 640, "eval/accuracy": 0.75}),
+    ("train", {"time": 1.7e9, "step": 30, "epoch": 1.5, "samples": 960, "train/loss": 1.125}),
+    ("eval", {"time": 1.7e9, "step": 40, "epoch": 2.0, "samples": 1280, "eval/accuracy": 0.5}),
+]
+LOGGED = [{key: value for key, value in row.items() if key != "time"} for _, row in ROWS]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    folder = tmp_path / "home"
+    isolate_wandb(monkeypatch, folder)
+    return folder
+
+
+@pytest.fixture
+def record(tmp_path):
+    folder = tmp_path / "trial"
+    folder.mkdir()
+    return RunRecord(
+        folder=folder,
+        name="trial",
+        config=CONFIG.model_dump(mode="json"),
+        plan=make_plan(CONFIG, samples=1437, world_size=2),
+        world_size=2,
+        git_commit="0a1b2c3",
+    )
+
+
+@pytest.fixture
+def said():
+    return []
+
+
+@pytest.fixture
+def pickled(record, pickled):
+    path = tmp_path / "record.pickle"
+    path.write_bytes(pickle.dumps(record))
+    return path
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    with WandbStub() as server:
+        _use(monkeypatch, server.url)
+        yield server
+
+
+def _use(monkeypatch, url, key=KEY):
+    monkeypatch.setenv("WANDB_BASE_URL", url)
+    monkeypatch.setenv("WANDB_API_KEY", key)
+
+
+def _report(record, said, config=None, result=RESULT):
+    sink = WeightsAndBiases(config or WandbConfig(), say=said.append)
+    sink.start(record)
+    for event, row in ROWS:
+        sink.write(event, row)
+    sink.finish(result)
+    return sink
+
+
+def _files(*folders):
+    return [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+
+
+def test_an_offline_run_holds_the_rows_that_were_written(record, said, capfd):
+    _report(record, said)
+    assert inspect_offline_run(record.folder) == LOGGED
+    folder = offline_folder(record.folder)
+    assert said == [
+        f"W&B: offline (no API key), in {folder}; send it later: wandb sync {folder}"
+    ]
+    assert tuple(capfd.readouterr()) == ("", "")
+
+
+def test_a_row_keeps_its_time_and_the_axes_are_named(record, said):
+    _report(record, said)
+    history = offline_records(record.folder, "history")
+    assert {item["history"]["item"]["_timestamp"] for item in history} == {1.7e9}
+    metrics = [item["metric"] for item in offline_records(record.folder, "metric")]
+    assert {metric["name"] for metric in metrics if "name" in metric} >= {"step", "samples"}
+    assert {m.get("step_metric") for m in metrics if m.get("glob_name") == "*"} == {"step"}
+
+
+def test_only_numbers_of_train_and_eval_are_logged(record, said):
+    sink = WeightsAndBiases(WandbConfig(mode="offline"), say=said.append)
+    sink.start(record)
+    sink.write("start", {**AXES, "world_size": 2})
+    sink.write("train", {**AXES, "train/loss": None, "train/lr": 0.5, "note": "first"})
+    sink.write("end", {**AXES, "wall_s": 3.0})
+    sink.finish(RESULT)
+    rows = inspect_offline_run(record.folder)
+    assert rows == [{"step": 0, "epoch": 0.0, "samples": 0, "train/lr": 0.5}]
+
+
+def test_the_summary_has_the_best_and_the_last_accuracy_and_how_the_run_ended(record, said):
+    _report(record, said, result={**RESULT, "status": "stopped", "exit_code": 75})
+    summary = offline_summary(record.folder)
+    assert summary["best/eval/accuracy"] == 0.75
+    assert summary["eval/accuracy"] == 0.5
+    assert summary["status"] == "stopped"
+    assert summary["weights_digest"] == "5ca1e"
+    (end,) = offline_records(record.folder, "exit")
+    assert end["exit"]["exit_code"] == 75
+
+
+def test_the_configuration_the_plan_the_commit_and_the_world_size_are_recorded(record, said):
+    _report(record, said)
+    (run,) = offline_records(record.folder, "run")
+    config = run["run"]["config"]["update"]
+    assert config["optim"] == record.config["optim"]
+    assert config["plan"] == asdict(record.plan)
+    assert set(config["plan"]) == {field.name for field in fields(record.plan)}
+    assert config["git_commit"] == "0a1b2c3"
+    assert config["world_size"] == 2
+    assert run["run"]["project"] == "ddp_sgd"
+    assert run["run"]["display_name"] == "trial"
+    kept = (record.folder / "wandb" / "run_id").read_text().strip()
+    assert run["run"]["run_id"] == kept
+
+
+def test_no_code_and_no_environment_is_saved(record, said):
+    _report(record, said)
+    names = {path.name for path in _files(record.folder)}
+    assert not names & {"diff.patch", "requirements.txt", "conda-environment.yaml"}
+    assert not list(record.folder.rglob("*.py"))
+
+
+def test_an_online_run_holds_the_same_rows(stub, record, said, capfd):
+    _report(record, said, result={**RESULT, "exit_code": 3})
+    run_id = (record.folder / "wandb" / "run_id").read_text().strip()
+    rows = stub.rows[run_id]
+    assert [{k: v for k, v in row.items() if not k.startswith("_")} for row in rows] == LOGGED
+    assert stub.summaries[run_id]["best/eval/accuracy"] == 0.75
+    assert stub.exit_code == 3
+    assert said == [f"W&B: online, {stub.url}/{ENTITY}/ddp_sgd/runs/{run_id}"]
+    assert tuple(capfd.readouterr()) == ("", "")
+    names = {Path(name).name for name in stub.uploads}
+    assert not names & {"diff.patch", "requirements.txt", "conda-environment.yaml"}
+
+
+def test_a_key_in_the_environment_is_nowhere_on_disk(stub, record, said, home):
+    _report(record, said)
+    assert stub.ended.is_set()
+    files = _files(record.folder, home)
+    assert files
+    assert not [path for path in files if KEY.encode() in path.read_bytes()]
+
+
+def test_a_key_in_the_netrc_file_makes_the_run_online(stub, record, said, home, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY")
+    netrc = home / ".netrc"
+    netrc.write_text(f"machine {stub.url.removeprefix('http://')}\n  login user\n  password {KEY}\n")
+    netrc.chmod(0o600)
+    _report(record, said)
+    assert stub.ended.is_set()
+
+
+def test_the_users_variables_are_followed(stub, record, said, monkeypatch):
+    for name, value in {
+        "WANDB_PROJECT": "theirs",
+        "WANDB_NAME": "their name",
+        "WANDB_RUN_ID": "their-id",
+        "WANDB_ENTITY": "team",
+        "WANDB_RUN_GROUP": "their group",
+        "WANDB_TAGS": "one,two",
+    }.items():
+        monkeypatch.setenv(name, value)
+    _report(record, said)
+    run = stub.runs["their-id"]
+    assert (run["project"], run["displayName"], run["groupName"]) == (
+        "theirs",
+        "their name",
+        "their group",
+    )
+    assert run["entity"] == "team"
+    assert run["tags"] == ["one", "two"]
+    assert (record.folder / "wandb" / "run_id").read_text() == "their-id\n"
+
+
+def test_the_configuration_goes_before_the_users_variables(stub, record, said, monkeypatch):
+    for name in ("WANDB_PROJECT", "WANDB_NAME", "WANDB_RUN_GROUP", "WANDB_TAGS"):
+        monkeypatch.setenv(name, "theirs")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = WandbConfig(mode="online", project="p", name="n", group="g", tags=("t",))
+    _report(record, said, config)
+    (run,) = stub.runs.values()
+    assert (run["project"], run["displayName"], run["groupName"]) == ("p", "n", "g")
+    assert run["tags"] == ["t"]
+
+
+@pytest.mark.parametrize("mode", ["offline", "dryrun"])
+def test_the_users_mode_is_followed(stub, record, said, monkeypatch, mode):
+    monkeypatch.setenv("WANDB_MODE", mode)
+    monkeypatch.setenv("WANDB_DISABLED", "false")
+    _report(record, said)
+    assert inspect_offline_run(record.folder) == LOGGED
+    assert not stub.asked.is_set()
+
+
+@pytest.mark.parametrize(("mode", "variable"), [("disabled", "online"), ("auto", "disabled")])
+def test_disabled_starts_nothing(record, said, monkeypatch, mode, variable):
+    monkeypatch.setenv("WANDB_MODE", variable)
+    sink = WeightsAndBiases(WandbConfig(mode=mode), say=said.append)
+    before = threading.active_count()
+    sink.start(record)
+    assert threading.active_count() == before
+    sink.write(*ROWS[0])
+    sink.finish(RESULT)
+    assert not said
+    assert not list(record.folder.iterdir())
+
+
+def test_disabled_in_wandbs_settings_file_is_followed(record, said, home):
+    (home / "config").mkdir()
+    (home / "config" / "settings").write_text("[default]\nmode = disabled\n")
+    _report(record, said)
+    assert not said
+    assert not list(record.folder.iterdir())
+
+
+def test_a_server_that_refuses_connections_leads_offline(record, said, monkeypatch, capfd):
+    monkeypatch.setattr(weights_and_biases, "INIT_TIMEOUT_S", 1.0)
+    with WandbStub() as closed:
+        pass
+    _use(monkeypatch, closed.url)
+    _report(record, said)
+    (line,) = said
+    assert line.startswith("W&B: offline (")
+    assert "connection refused" in line
+    assert inspect_offline_run(record.folder) == LOGGED
+    assert tuple(capfd.readouterr()) == ("", "")
+
+
+def test_a_server_that_never_answers_holds_nobody(record, said, monkeypatch):
+    monkeypatch.setattr(weights_and_biases, "INIT_TIMEOUT_S", 1.0)
+    sink = WeightsAndBiases(WandbConfig(), say=said.append)
+    with WandbStub(hold=True) as server:
+        _use(monkeypatch, server.url)
+        sink.start(record)
+        assert server.asked.wait(60)
+        for event, row in ROWS:  # the server holds the request until the `with` ends
+            sink.write(event, row)
+        sink.finish(RESULT)
+        assert not server.operations  # it has answered nothing
+    (line,) = said
+    assert line.startswith("W&B: offline (")
+    assert inspect_offline_run(record.folder) == LOGGED
+
+
+def test_a_server_that_falls_silent_does_not_hold_the_end(stub, record, said, monkeypatch):
+    monkeypatch.setattr(weights_and_biases, "UPLOAD_TIMEOUT_S", 1.0)
+    opened = threading.Event()
+    sink = WeightsAndBiases(
+        WandbConfig(), say=lambda line: (said.append(line), opened.set())
+    )
+    sink.start(record)
+    assert opened.wait(60)
+    stub.hold = True
+    for event, row in ROWS:
+        sink.write(event, row)
+    sink.finish(RESULT)
+    (folder,) = (record.folder / "wandb").glob("run-*")
+    assert said[1:] == [f"W&B: not all sent after 1 s; the rest: wandb sync {folder}"]
+
+
+def test_a_wrong_key_leads_offline(stub, record, said, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", KEY[::-1])
+    _report(record, said)
+    (line,) = said
+    assert line.startswith("W&B: offline (invalid key), in ")
+    assert inspect_offline_run(record.folder) == LOGGED
+
+
+def test_a_key_that_is_none_leads_offline(stub, record, said, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "s3cret")
+    _report(record, said)
+    (line,) = said
+    assert line.startswith("W&B: offline (")
+    assert "s3cret" not in line
+
+
+def test_online_without_a_key_asks_nobody_and_leads_offline(stub, record, said, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY")
+    _report(record, said, WandbConfig(mode="online"))
+    (line,) = said
+    assert line.startswith("W&B: offline (no API key), in ")
+
+
+def test_the_command_that_is_said_sends_an_offline_run(stub, record, said):
+    _report(record, said, WandbConfig(mode="offline"))
+    *_, command = said[0].partition("; send it later: ")
+    program, *arguments = command.split()
+    assert program == "wandb"
+    subprocess.run(
+        [sys.executable, "-m", "wandb", *arguments], check=True, capture_output=True, timeout=60
+    )
+    (rows,) = stub.rows.values()
+    assert [row["step"] for row in rows] == [row["step"] for row in LOGGED]
+
+
+def test_a_variable_that_wandb_refuses_ends_in_one_line(record, said, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "sideways")
+    sink = _report(record, said)
+    (line,) = said
+    assert line.startswith("W&B: stopped (")
+    assert "\n" not in line
+    sink.write(*ROWS[0])
+
+
+def test_rows_that_find_no_room_are_left_out_with_one_line(record, said, monkeypatch):
+    monkeypatch.setattr(weights_and_biases, "INIT_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(weights_and_biases, "MOST_ROWS", 3)
+    sink = WeightsAndBiases(WandbConfig(), say=said.append)
+    with WandbStub(hold=True) as server:
+        _use(monkeypatch, server.url)
+        sink.start(record)
+        assert server.asked.wait(60)
+        for _ in range(5):
+            sink.write(*ROWS[0])
+        sink.finish(RESULT)
+    assert said[0].startswith("W&B: more than 3 rows wait;")
+    assert len(said) == 2
+    assert len(inspect_offline_run(record.folder)) == 3
+
+
+def test_a_system_without_a_free_thread_is_no_trouble(record, said, monkeypatch):
+    def refuse(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    _report(record, said)
+    assert said == ["W&B: not started (can't start new thread); metrics.jsonl has every row"]
+
+
+HELPER = """
+import os, pickle, signal, sys, threading
+from pathlib import Path
+from ddp_sgd.config.schema import WandbConfig
+from ddp_sgd.report import weights_and_biases
+
+weights_and_biases.FINISH_TIMEOUT_S = 0.5
+opened, stopped = threading.Event(), threading.Event()
+def say(line):
+    print(line, flush=True)
+    (stopped if opened.is_set() else opened).set()
+
+sink = weights_and_biases.WeightsAndBiases(WandbConfig(mode="offline"), say=say)
+sink.start(pickle.loads(Path(sys.argv[1]).read_bytes()))
+opened.wait(60)
+for task in Path("/proc/self/task").iterdir():
+    for pid in (task / "children").read_text().split():
+        print(pid, flush=True)
+        os.kill(int(pid), signal.Signals[sys.argv[2]])
+while sys.argv[2] != "SIGSTOP" and not stopped.is_set():
+    sink.write("train", {"time": 1.0, "step": 1})  # wandb notices within a row or two
+    stopped.wait(0.01)
+sink.write("train", {"time": 1.0, "step": 1})
+sink.finish({"exit_code": 0})
+sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("SIGKILL", "W&B: stopped ("),
+        ("SIGTERM", "W&B: stopped ("),
+        ("SIGSTOP", "W&B: not finished after 0.5 s; send the rest: wandb sync "),
+    ],
+)
+def test_what_happens_to_the_helper_stops_neither_training_nor_exit(pickled, tmp_path, name, said):
+    output = tmp_path / "output"  # no pipe: the helper would hold its other end
+    with output.open("w") as file:
+        command = [sys.executable, "-c", HELPER, str(pickled), name]
+        done = subprocess.run(command, check=False, stdout=file, stderr=file, timeout=60)
+    opened, helper, *end = output.read_text().splitlines()
+    if name == "SIGSTOP":
+        os.kill(int(helper), signal.SIGKILL)
+    assert opened.startswith("W&B: offline, in ")
+    (line,) = end
+    assert line.startswith(said)
+    assert done.returncode == 7
+
+
+FORK = """
+import os, pickle, sys, threading
+from pathlib import Path
+from ddp_sgd.config.schema import WandbConfig
+from ddp_sgd.report.weights_and_biases import WeightsAndBiases
+
+importing, forking, ended = threading.Event(), threading.Event(), threading.Event()
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "wandb":
+            importing.set()
+            forking.wait(60)
+            ended.set()
+            raise ImportError("no wandb here")
+
+sys.meta_path.insert(0, Finder())
+sink = WeightsAndBiases(WandbConfig(), say=print)
+sink.start(pickle.loads(Path(sys.argv[1]).read_bytes()))
+importing.wait(60)
+os.register_at_fork(before=forking.set)  # hooks run last registered first
+if (child := os.fork()) == 0:
+    os._exit(0 if ended.is_set() else 1)
+code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+sink.finish({})
+sys.exit(code)
+"""
+
+
+def test_a_fork_waits_for_the_import_and_a_missing_wandb_is_no_trouble(record, pickled):
+    command = [sys.executable, "-c", FORK, str(pickled)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert done.stdout.startswith("W&B: stopped (no wandb here);")
+    assert done.stderr == ""
