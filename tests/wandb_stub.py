@@ -36,6 +36,7 @@ class WandbStub:
         asked: Set when the first request has come in.
         ended: Set when a run has said that it is over.
         exit_code: What the last run that is over said its exit code is.
+        paths: Paths of the requests that came in, in order.
         operations: Names of the GraphQL operations that came in, in order.
         runs: Variables of the last UpsertBucket of every run, by run id.
         rows: Rows of history of every run, by run id.
@@ -49,6 +50,7 @@ class WandbStub:
         self.asked = threading.Event()
         self.ended = threading.Event()
         self.exit_code: int | None = None
+        self.paths: list[str] = []
         self.operations: list[str] = []
         self.runs: dict[str, dict[str, Any]] = {}
         self.rows: dict[str, list[dict[str, Any]]] = {}
@@ -181,6 +183,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _let_in(self) -> bool:
         """Hold the request, or refuse a wrong key."""
         stub = self.server.stub
+        stub.paths.append(self.path)
         stub.asked.set()
         if stub.hold:
             stub.closing.wait()
@@ -249,6 +252,7 @@ def isolate_wandb(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     home.mkdir(parents=True, exist_ok=True)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("NETRC", str(home / ".netrc"))
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "")  # so that what the sink sets is taken back
+    monkeypatch.delenv("WANDB_ERROR_REPORTING")
     for name in ("CACHE", "CONFIG", "DATA", "ARTIFACT"):
         monkeypatch.setenv(f"WANDB_{name}_DIR", str(home / name.lower()))

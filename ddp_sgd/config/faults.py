@@ -129,7 +129,9 @@ def _remedy_for_unknown(path: str, options: Iterable[str]) -> str:
 
 def _wrong_value(path: str, value: Any, found: list[str]) -> tuple[str, str]:
     """What is wrong with the value of a known key, and what to do about it."""
-    key = all_keys()[path]
+    key = all_keys().get(path)
+    if key is None:
+        return f"{path or 'the configuration'} cannot be read", "see --help for keys and values"
     if "missing" in found:
         return f"{path} is not set", f"choose {_choices(key)}"
     what = f"{path} is {show(value)}"

@@ -76,9 +76,8 @@ def keys_below(parent: str) -> tuple[Key, ...]:
 
 
 def yaml_value(value: Any) -> str:
-    """A scalar or a short collection on one line, as YAML."""
-    lines = write_yaml(value).removesuffix("...\n").splitlines()
-    return " ".join(line.strip() for line in lines)
+    """A value on one line, as YAML."""
+    return write_yaml(value, on_one_line=True).removesuffix("...\n").rstrip("\n")
 
 
 def _walk(parent: str, model: Node, models: Node, defaults: Any) -> Iterator[Key]:

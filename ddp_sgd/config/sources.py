@@ -96,9 +96,10 @@ def _set(layer: Sources, key: str, value: Any, origin: str) -> None:
     Within a layer a class_path drops nothing, so that the order of flags does not matter.
     """
     *parents, leaf = key.split(".")
-    if not all((*parents, leaf)):
+    if not all((*parents, leaf)) or not key.isprintable():
         raise ConfigError(
-            f"{origin} names no key; write --optim.lr=0.05 or {PREFIX}OPTIM__LR=0.05, for example."
+            f"{ascii(origin)[1:-1]} names no key; "
+            f"write --optim.lr=0.05 or {PREFIX}OPTIM__LR=0.05, for example."
         )
     if len(parents) > MAX_DEPTH:
         raise ConfigError(f"{origin[:40]}... nests deeper than {MAX_DEPTH} levels; flatten it.")

@@ -12,6 +12,7 @@ from ddp_sgd.errors import ConfigError
 
 MAX_NODES = 100_000
 MAX_DEPTH = 64
+MAX_DIGITS = 1_000  # Python refuses to show integers from 4,300 on
 
 _CORE_SCHEMA: tuple[tuple[re.Pattern[str], Callable[[str], Any]], ...] = (  # YAML 1.2, section 10.3
     (re.compile(r"~|null|Null|NULL|"), lambda _: None),
@@ -29,10 +30,12 @@ def plain_scalar(text: str) -> Any:
     """Value of an unquoted scalar: None, a boolean, a number, or the text itself.
 
     Raises:
-        ValueError: An integer has more digits than Python converts.
+        ValueError: A number has more than 1,000 characters.
     """
     for pattern, convert in _CORE_SCHEMA:
         if pattern.fullmatch(text):
+            if len(text) > MAX_DIGITS:
+                raise ValueError(f"a number has {len(text)} characters")
             return convert(text)
     return text
 
@@ -99,7 +102,7 @@ class DocumentBuilder:
             value = plain_scalar(event.value) if is_plain else event.value
         except ValueError:
             raise self._fault(
-                line, "holds a number with thousands of digits", "shorten it"
+                line, f"holds a number of more than {MAX_DIGITS} digits", "shorten it"
             ) from None
         if is_plain and value == "<<":
             raise self._fault(

@@ -1,6 +1,7 @@
 """YAML as people read it: core schema of YAML 1.2, no tags, no duplicates, limited in size."""
 
 import difflib
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -95,14 +96,25 @@ def read_yaml_file(path: str | Path) -> dict[str, Any]:
     return data
 
 
-def write_yaml(data: Any) -> str:
+def write_yaml(data: Any, *, on_one_line: bool = False) -> str:
     """Write plain data as YAML that ``read_yaml`` reads back as it was.
+
+    Args:
+        data: Mappings, lists and scalars.
+        on_one_line: Write mappings in braces, as for a command line, instead of one key a line.
 
     Raises:
         ConfigError: The data holds an object that YAML has no word for.
     """
     try:
-        return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**20)
+        return yaml.dump(
+            data,
+            Dumper=_Dumper,
+            sort_keys=False,
+            allow_unicode=True,
+            width=math.inf,
+            default_flow_style=on_one_line,
+        )
     except yaml.representer.RepresenterError as error:
         kind = type(error.args[-1]).__name__
         raise ConfigError(
@@ -131,15 +143,16 @@ class _Dumper(yaml.SafeDumper):
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     try:
-        is_text = isinstance(plain_scalar(text), str)
+        is_plain = text.isprintable() and isinstance(plain_scalar(text), str)
     except ValueError:
-        is_text = False
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if is_text else '"')
+        is_plain = False
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if is_plain else '"')
 
 
 def _represent_list(dumper: yaml.SafeDumper, items: Iterable[Any]) -> yaml.SequenceNode:
     values = list(items)
-    on_one_line = not any(isinstance(value, dict | list | tuple) for value in values)
+    is_short = not any(isinstance(value, dict | list | tuple) for value in values)
+    on_one_line = is_short or bool(dumper.default_flow_style)
     return dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=on_one_line)
 
 

@@ -51,23 +51,31 @@ def _to_float(inputs: Any) -> Any:
 
 def _read(path: Path, keys: tuple[str, str]) -> list[Any]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if isinstance(archive, np.ndarray):
-                raise DataError(f"{path} is a single array; write one with numpy.savez and {keys[0]}, {keys[1]}.")
-            missing = [key for key in keys if key not in archive]
-            if missing:
-                raise DataError(
-                    f"{path} has {', '.join(archive.files) or 'no arrays'} and no {missing[0]}; "
-                    f"save it with numpy.savez(path, {keys[0]}=..., {keys[1]}=...)."
-                )
-            arrays = [archive[key] for key in keys]
+        arrays = _load(path, keys)
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing; give the path of a .npz file.") from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} is not a readable .npz file: {error}; write it with numpy.savez.") from error
+        raise DataError(
+            f"{path} is not a readable .npz file: {error}; write it with numpy.savez."
+        ) from error
     for key, array in zip(keys, arrays, strict=True):
         if array.ndim == 0 or array.dtype.kind not in "buif":
             raise DataError(
-                f"{key} in {path} is of type {array.dtype} and shape {array.shape}; save numbers with one row a sample."
+                f"{key} in {path} is of type {array.dtype} and shape {array.shape}; save numbers, one "
+                "row a sample."
             )
     return arrays
+
+
+def _load(path: Path, keys: tuple[str, str]) -> list[Any]:
+    archive = np.load(path, allow_pickle=False)
+    if isinstance(archive, np.ndarray):
+        raise DataError(f"{path} is a single array; write {keys[0]} and {keys[1]} by numpy.savez.")
+    with archive:
+        missing = [key for key in keys if key not in archive]
+        if missing:
+            raise DataError(
+                f"{path} has {', '.join(archive.files) or 'no arrays'} and no {missing[0]}; "
+                f"save it with numpy.savez(path, {keys[0]}=..., {keys[1]}=...)."
+            )
+        return [archive[key] for key in keys]

@@ -73,6 +73,9 @@ class WeightsAndBiases:
         if asked == "disabled":
             return
         self._folder = record.folder / "wandb"
+        # wandb's reports about itself leave from an exit hook of their own, which a silent server
+        # holds for 20 s and whose failures are printed; only the environment turns them off.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         os.register_at_fork(before=partial(self._imported.wait, IMPORT_TIMEOUT_S))
         thread = Thread(target=self._work, args=(record,), name="wandb sink", daemon=True)
         try:

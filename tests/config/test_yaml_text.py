@@ -108,7 +108,8 @@ LAUGHS = "\n".join(
         ("a: b\nc: \x00", "f.yaml line 2 holds the character '\\x00'; remove it"),
         ("a: \ud800", "line 1 holds the character '\\ud800'; remove it"),
         ("\n" * MAX_BYTES + "a", "f.yaml is larger than 1 MiB; keep data out"),
-        ("a: " + "9" * 5_000, "line 1 holds a number with thousands of digits; shorten it."),
+        ("a: " + "9" * 5_000, "line 1 holds a number of more than 1000 digits; shorten it."),
+        ("a: 0x" + "f" * 5_000, "line 1 holds a number of more than 1000 digits; shorten it."),
         ("a: 1\nb: [1,\n", "f.yaml line 3 is not YAML ("),
         ("[", "f.yaml line 1 is not YAML ("),
         ("a: @x", "check its brackets, quotes, colons and indentation."),
@@ -140,6 +141,17 @@ def test_what_is_written_is_read_back(data):
 def test_tuples_are_written_as_lists_and_shared_objects_twice():
     shared = [1]
     assert write_yaml({"a": (1, 2), "b": shared, "c": shared}) == "a: [1, 2]\nb: [1]\nc: [1]\n"
+
+
+def test_mappings_on_one_line():
+    data = {"a": [{"b": None}, [1, "on"]], "c": {}}
+    written = write_yaml(data, on_one_line=True)
+    assert written.count("\n") == 1
+    assert read_yaml(written, "x") == data
+
+
+def test_text_that_is_a_number_too_long_to_read_is_quoted():
+    assert read_yaml(write_yaml("9" * 5_000), "x") == "9" * 5_000
 
 
 def test_an_object_cannot_be_written():

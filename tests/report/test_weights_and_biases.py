@@ -56,7 +56,7 @@ def said():
 
 
 @pytest.fixture
-def pickled(record, pickled):
+def pickled(record, tmp_path):
     path = tmp_path / "record.pickle"
     path.write_bytes(pickle.dumps(record))
     return path
@@ -91,9 +91,7 @@ def test_an_offline_run_holds_the_rows_that_were_written(record, said, capfd):
     _report(record, said)
     assert inspect_offline_run(record.folder) == LOGGED
     folder = offline_folder(record.folder)
-    assert said == [
-        f"W&B: offline (no API key), in {folder}; send it later: wandb sync {folder}"
-    ]
+    assert said == [f"W&B: offline (no API key), in {folder}; send it later: wandb sync {folder}"]
     assert tuple(capfd.readouterr()) == ("", "")
 
 
@@ -174,7 +172,9 @@ def test_a_key_in_the_environment_is_nowhere_on_disk(stub, record, said, home):
 def test_a_key_in_the_netrc_file_makes_the_run_online(stub, record, said, home, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY")
     netrc = home / ".netrc"
-    netrc.write_text(f"machine {stub.url.removeprefix('http://')}\n  login user\n  password {KEY}\n")
+    netrc.write_text(
+        f"machine {stub.url.removeprefix('http://')}\n  login user\n  password {KEY}\n"
+    )
     netrc.chmod(0o600)
     _report(record, said)
     assert stub.ended.is_set()
@@ -275,9 +275,7 @@ def test_a_server_that_never_answers_holds_nobody(record, said, monkeypatch):
 def test_a_server_that_falls_silent_does_not_hold_the_end(stub, record, said, monkeypatch):
     monkeypatch.setattr(weights_and_biases, "UPLOAD_TIMEOUT_S", 1.0)
     opened = threading.Event()
-    sink = WeightsAndBiases(
-        WandbConfig(), say=lambda line: (said.append(line), opened.set())
-    )
+    sink = WeightsAndBiases(WandbConfig(), say=lambda line: (said.append(line), opened.set()))
     sink.start(record)
     assert opened.wait(60)
     stub.hold = True
@@ -288,12 +286,15 @@ def test_a_server_that_falls_silent_does_not_hold_the_end(stub, record, said, mo
     assert said[1:] == [f"W&B: not all sent after 1 s; the rest: wandb sync {folder}"]
 
 
-def test_a_wrong_key_leads_offline(stub, record, said, monkeypatch):
+def test_a_wrong_key_leads_offline(stub, record, said, home, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", KEY[::-1])
     _report(record, said)
     (line,) = said
     assert line.startswith("W&B: offline (invalid key), in ")
     assert inspect_offline_run(record.folder) == LOGGED
+    assert not [
+        path for path in _files(record.folder, home) if KEY[::-1] in path.read_text("latin1")
+    ]
 
 
 def test_a_key_that_is_none_leads_offline(stub, record, said, monkeypatch):
@@ -333,18 +334,23 @@ def test_a_variable_that_wandb_refuses_ends_in_one_line(record, said, monkeypatc
 
 
 def test_rows_that_find_no_room_are_left_out_with_one_line(record, said, monkeypatch):
-    monkeypatch.setattr(weights_and_biases, "INIT_TIMEOUT_S", 1.0)
     monkeypatch.setattr(weights_and_biases, "MOST_ROWS", 3)
-    sink = WeightsAndBiases(WandbConfig(), say=said.append)
-    with WandbStub(hold=True) as server:
-        _use(monkeypatch, server.url)
-        sink.start(record)
-        assert server.asked.wait(60)
-        for _ in range(5):
-            sink.write(*ROWS[0])
-        sink.finish(RESULT)
-    assert said[0].startswith("W&B: more than 3 rows wait;")
-    assert len(said) == 2
+    opened, go_on = threading.Event(), threading.Event()
+
+    def say(line):
+        said.append(line)
+        if line.startswith("W&B: offline"):  # on the sink's thread, which takes no row until then
+            opened.set()
+            go_on.wait(60)
+
+    sink = WeightsAndBiases(WandbConfig(mode="offline"), say=say)
+    sink.start(record)
+    assert opened.wait(60)
+    for _ in range(5):
+        sink.write(*ROWS[0])
+    go_on.set()
+    sink.finish(RESULT)
+    assert said[1:] == ["W&B: more than 3 rows wait; rows are left out, metrics.jsonl has them"]
     assert len(inspect_offline_run(record.folder)) == 3
 
 
@@ -407,6 +413,31 @@ def test_what_happens_to_the_helper_stops_neither_training_nor_exit(pickled, tmp
     assert done.returncode == 7
 
 
+SILENT_SERVER = """
+import pickle, sys
+from pathlib import Path
+from ddp_sgd.config.schema import WandbConfig
+from ddp_sgd.report import weights_and_biases
+
+weights_and_biases.INIT_TIMEOUT_S = 1.0
+sink = weights_and_biases.WeightsAndBiases(WandbConfig(), say=print)
+sink.start(pickle.loads(Path(sys.argv[1]).read_bytes()))
+sink.finish({"exit_code": 0})
+sys.exit(7)
+"""
+
+
+def test_at_exit_nothing_more_is_sent_to_a_silent_server(pickled, monkeypatch):
+    with WandbStub(hold=True) as server:
+        _use(monkeypatch, server.url)
+        command = [sys.executable, "-c", SILENT_SERVER, str(pickled)]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert set(server.paths) == {"/graphql"}
+    assert done.stdout.startswith("W&B: offline (")
+    assert done.stderr == ""
+    assert done.returncode == 7
+
+
 FORK = """
 import os, pickle, sys, threading
 from pathlib import Path
@@ -436,7 +467,7 @@ sys.exit(code)
 """
 
 
-def test_a_fork_waits_for_the_import_and_a_missing_wandb_is_no_trouble(record, pickled):
+def test_a_fork_waits_for_the_import_and_a_missing_wandb_is_no_trouble(pickled):
     command = [sys.executable, "-c", FORK, str(pickled)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0

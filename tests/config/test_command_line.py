@@ -1,0 +1,161 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ddp_sgd.config import Option, RunConfig, dump_yaml, load_config, read_command_line
+from ddp_sgd.errors import ConfigError
+
+OPTIONS = (Option("world_size", int, "Ranks.", 1), Option("samples", int, "Samples."))
+
+
+def _read(*argv, environ=None):
+    return read_command_line(
+        argv, environ or {}, program="python -m x", about="About x.", options=OPTIONS
+    )
+
+
+def test_nothing_given_is_the_defaults():
+    line = _read()
+    assert line.config == RunConfig()
+    assert line.options == {"debug": False, "world_size": 1, "samples": None}
+    assert line.text is None
+
+
+def test_both_ways_of_writing_a_value(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("epochs: 3\noptim: {lr: 7}")
+    other = tmp_path / "b.yaml"
+    other.write_text("epochs: 4")
+    line = _read("--config", str(file), f"--config={other}", "--optim.momentum", "0.5", "--seed=3")
+    config = line.config
+    assert (config.epochs, config.optim.lr, config.optim.momentum, config.seed) == (4, 7.0, 0.5, 3)
+    assert _read("--world_size", "8", "--samples=9", "--debug").options == {
+        "debug": True,
+        "world_size": 8,
+        "samples": 9,
+    }
+
+
+def test_flags_win_over_files_wherever_they_stand(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("epochs: 3")
+    assert _read("--epochs=5", "--config", str(file)).config.epochs == 5
+
+
+def test_flags_win_over_the_environment():
+    environ = {"DDP_SGD_EPOCHS": "3", "DDP_SGD_OPTIM__LR": "2", "OTHER": "1"}
+    config = _read("--epochs=5", environ=environ).config
+    assert (config.epochs, config.optim.lr) == (5, 2.0)
+
+
+def test_a_value_may_hold_an_equals_sign_and_the_last_one_wins():
+    line = _read("--model.init_args.x=a=b", "--world_size=2", "--world_size=3", "--debug=false")
+    assert line.config.model.init_args["x"] == "a=b"
+    assert line.options["world_size"] == 3
+    assert line.options["debug"] is False
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["x.yaml"], "argument 'x.yaml' stands alone; write --config=x.yaml."),
+        (["optim.lr=3"], "argument 'optim.lr=3' stands alone; write --optim.lr=3."),
+        (["-epochs=3"], "argument '-epochs=3' stands alone; write --epochs=3."),
+        (["x"], "argument 'x' stands alone; write --key=value, or --help to see the keys."),
+        (["--"], "argument '--' stands alone; "),
+        (["--optim.nesterov"], "--optim.nesterov has no value; write --optim.nesterov=true."),
+        (["--optim.lr", "--debug"], "--optim.lr has no value; write --optim.lr=0.05."),
+        (["--optim.scaling"], "--optim.scaling has no value; write --optim.scaling=linear."),
+        (["--optim"], "--optim has no value; write --optim.lr=0.05."),
+        (["--model"], "--model has no value; write --model.class_path=ddp_sgd.models.MLP."),
+        (["--config"], "--config has no value; write --config=configs/digits.yaml."),
+        (["--config="], "--config has no value; write --config=configs/digits.yaml."),
+        (["--world_size"], "--world_size has no value; write --world_size=1."),
+        (["--world-size"], "unknown option --world-size; did you mean --world_size?"),
+        (["--momentum"], "unknown option --momentum; did you mean --optim.momentum?"),
+        (["--zzzzzz"], "unknown option --zzzzzz; see --help."),
+        (["--world-size=3"], "unknown key world-size; did you mean --world_size?"),
+        (["--optim.lrr=3"], "unknown key optim.lrr; did you mean optim.lr?"),
+        (["--world_size=x"], "--world_size is 'x'; choose a whole number, such as 1."),
+        (["--optim.lr", "-1"], "optim.lr is -1; choose a number above 0, such as 0.05."),
+        (["--optim=3"], "optim is 3; set its keys, such as optim.lr=0.05."),
+        (["--=3"], "-- names no key; "),
+        (["--config=no.yaml"], "no.yaml does not exist; "),
+    ],
+)
+def test_a_wrong_command_line_has_a_remedy(argv, message):
+    with pytest.raises(ConfigError) as caught:
+        _read(*argv)
+    assert message in str(caught.value)
+
+
+def test_an_unknown_variable_is_named():
+    with pytest.raises(ConfigError) as caught:
+        _read(environ={"DDP_SGD_OPTIM__LRR": "3"})
+    wanted = "unknown key optim.lrr (set in DDP_SGD_OPTIM__LRR); did you mean optim.lr?"
+    assert str(caught.value) == wanted
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_answers_before_anything_is_read(flag, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "70")
+    line = _read("--config=no.yaml", flag, environ={"DDP_SGD_X": "3"})
+    assert line.text.startswith("usage: python -m x ")
+    assert "About x." in line.text
+    assert "--world_size=N" in line.text
+
+
+def test_what_print_config_prints_resolves_to_the_same(tmp_path):
+    argv = ["--epochs=90", "--schedule={name: step, milestones: [30, 60]}", "--optim.lr=1e-5"]
+    argv += ["--wandb.group='1e-3'", "--wandb.name=on", "--data.eval=null"]
+    line = _read(*argv, "--print_config")
+    file = tmp_path / "config.yaml"
+    file.write_text(line.text)
+    assert load_config([f"--config={file}"], {}) == line.config
+
+
+@given(
+    st.dictionaries(
+        st.text(st.characters(codec="utf-8"), min_size=1),
+        st.floats(allow_nan=False) | st.sampled_from(["on", "1e-3", "010", "1:30", ""]) | st.text(),
+        max_size=4,
+    ),
+    st.floats(0, exclude_min=True, allow_infinity=False),
+)
+def test_any_configuration_survives_its_yaml(tmp_path_factory, init_args, lr):
+    config = RunConfig.model_validate(
+        {"model": {"class_path": "a.B", "init_args": init_args}, "optim": {"lr": lr}}
+    )
+    file = tmp_path_factory.mktemp("config") / "a.yaml"
+    file.write_bytes(dump_yaml(config).encode("utf-8"))
+    assert load_config(["--config", str(file)], {}) == config
+
+
+def test_load_config_takes_the_environment_of_the_process(monkeypatch):
+    monkeypatch.setenv("DDP_SGD_EPOCHS", "7")
+    assert load_config().epochs == 7
+    assert load_config(environ={}).epochs == 20
+
+
+def test_load_config_prints_nothing():
+    with pytest.raises(ConfigError, match="give them to a command instead"):
+        load_config(["--help"], {})
+
+
+def test_import_is_fast_and_leaves_the_heavy_packages_alone():
+    code = (
+        "import json, sys, time; start = time.perf_counter(); import ddp_sgd.config; "
+        "print(json.dumps([time.perf_counter() - start, sorted(sys.modules)]))"
+    )
+    seconds, modules = min(
+        json.loads(
+            subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
+        )
+        for _ in range(3)
+    )
+    assert {"torch", "numpy", "wandb"}.isdisjoint(modules)
+    assert seconds < 0.35

@@ -1,0 +1,62 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from ddp_sgd.config.fields import all_keys
+from ddp_sgd.config.options import OWN_OPTIONS, Option
+from ddp_sgd.config.reference import help_text, reference_markdown
+from ddp_sgd.config.schema import RunConfig
+from ddp_sgd.config.sources import gather
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "configuration.md"
+REMAKE = (
+    "python -c 'from ddp_sgd.config.reference import reference_markdown as make; "
+    'print(make(), end="")\' > docs/configuration.md'
+)
+
+
+def _shown_keys():
+    keys = all_keys()
+    return [key for key in keys.values() if key.kind != "section" and key.parent not in _components]
+
+
+_components = [key.name for key in all_keys().values() if key.kind == "component"]
+
+
+def test_the_document_is_up_to_date():
+    assert DOCUMENT.read_text(encoding="utf-8") == reference_markdown(), f"run: {REMAKE}"
+
+
+def test_the_document_has_a_row_for_every_key():
+    rows = re.findall(r"^\| `([\w.]+)` \|", reference_markdown(), flags=re.MULTILINE)
+    assert sorted(rows) == sorted(key.name for key in _shown_keys())
+
+
+def test_the_yaml_of_the_document_is_a_configuration(tmp_path):
+    blocks = re.findall(r"```yaml\n(.*?)```", reference_markdown(), flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        file = tmp_path / "block.yaml"
+        file.write_text(block)
+        RunConfig.model_validate(gather([file], {}, []).values)
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_help_names_every_key_and_fits(width):
+    options = (*OWN_OPTIONS, Option("world_size", int, "Ranks to plan for.", 1))
+    text = help_text("python -m x", "Do it.", options, width=width)
+    assert text.startswith("usage: python -m x [--config FILE]... [--key=value]...\n\nDo it.\n")
+    assert all(f"--{key.name}: " in text for key in _shown_keys())
+    assert "--world_size=N, default 1\n      Ranks to plan for.\n" in text
+    assert "--config=FILE\n" in text
+    listing = text[text.index("options:") :]
+    assert max(len(line) for line in listing.splitlines()) <= width
+
+
+def test_help_gives_range_default_and_meaning():
+    text = help_text("x", "", (), width=100)
+    assert (
+        "  --optim.momentum: a value in [0, 1), default 0.9\n"
+        "      Share of the last update direction that is kept, in [0, 1).\n"
+    ) in text

@@ -1,0 +1,93 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Subset, TensorDataset
+
+from ddp_sgd.data import Digits, InMemory
+from ddp_sgd.data.fetching import Fetcher, Request, Unreadable
+
+
+class Noisy:
+    """Samples that draw from every generator that an augmentation may use."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        draws = [torch.rand(()).item(), random.random(), np.random.rand()]  # noqa: NPY002
+        return torch.tensor([float(index), *draws]), index
+
+
+class Broken(Noisy):
+    def __init__(self, sample):
+        self.sample = sample
+
+    def __getitem__(self, index):
+        return self.sample(index)
+
+
+def fetch(dataset, indices, *, epoch=0, seed=0):
+    return Fetcher(dataset, "data.train", seed).__getitems__(Request(epoch, indices))
+
+
+def test_a_whole_batch_equals_its_samples():
+    digits = Digits("eval")
+    whole = fetch(digits, [5, 3, 200])
+    inputs, targets = fetch(Subset(digits, range(360)), [5, 3, 200])  # reads one by one
+    assert torch.equal(whole[0], inputs)
+    assert torch.equal(whole[1], targets)
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        TensorDataset(torch.arange(10.0), torch.arange(10)),
+        InMemory(torch.arange(10.0), torch.arange(10)),
+        InMemory(np.arange(10.0), np.arange(10)),
+    ],
+)
+def test_memory_is_read_whole(dataset):
+    inputs, targets = fetch(dataset, [3, 1])
+    assert (inputs.tolist(), targets.tolist()) == ([3.0, 1.0], [3, 1])
+
+
+def test_a_data_set_of_ones_own_may_give_whole_batches():
+    class Whole(Noisy):
+        def __getitems__(self, indices):
+            return torch.tensor(indices) + torch.rand(len(indices)), torch.tensor(indices)
+
+    first, again = fetch(Whole(), [1, 2]), fetch(Whole(), [1, 2])
+    assert torch.equal(first[0], again[0])
+    assert not torch.equal(first[0], fetch(Whole(), [1, 2], epoch=1)[0])
+
+
+def test_random_numbers_follow_from_seed_epoch_and_index_only():
+    alone = fetch(Noisy(), [3])[0][0]
+    torch.rand(1), random.random(), np.random.rand()  # noqa: NPY002
+    in_company = fetch(Noisy(), [6, 1, 3])[0][2]
+    assert torch.equal(alone, in_company)
+    others = [fetch(Noisy(), [3], epoch=1)[0][0], fetch(Noisy(), [3], seed=1)[0][0], fetch(Noisy(), [4])[0][0]]
+    for other in others:
+        assert (other[1:] != alone[1:]).all()  # each generator
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (lambda i: 1 / 0, r"data.train\[2\] cannot be read, ZeroDivisionError: .*; mend or remove"),
+        (lambda i: {"x": 1, "y": 2}, r"data.train\[2\] is a mapping with x, y, not \(input, target\); wrap"),
+        (lambda i: (1, 2, 3), r"data.train\[2\] is a tuple of 3, not"),
+        (lambda i: 7, r"data.train\[2\] is a int, not"),
+        (lambda i: (torch.zeros(i), 0), r"samples that do not form a batch \(from index 2 on\).*same shapes"),
+        (lambda i: (object(), 0), "samples that do not form a batch"),
+    ],
+)
+def test_what_cannot_be_read_is_named(sample, message):
+    fault = fetch(Broken(sample), [2, 3])
+    assert isinstance(fault, Unreadable)
+    assert "\n" not in fault.message
+    import re
+
+    assert re.search(message, fault.message)

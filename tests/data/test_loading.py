@@ -1,0 +1,152 @@
+import os
+import signal
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from ddp_sgd.data import InMemory
+from ddp_sgd.data.loading import EvalLoader, TrainLoader, move
+from ddp_sgd.data.order import Chunks, Order
+from ddp_sgd.errors import DataError
+
+CPU = torch.device("cpu")
+
+
+class Augmented:
+    """Real samples with noise that must not depend on who reads them, or when."""
+
+    def __len__(self):
+        return 23
+
+    def __getitem__(self, index):
+        return torch.full((2,), float(index)) + torch.rand(2), index
+
+
+class Dying(Augmented):
+    def __getitem__(self, index):
+        if index == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+class Sulking(Augmented):
+    def __getitem__(self, index):
+        if index == 7:
+            raise OSError("disk on fire")
+        return super().__getitem__(index)
+
+
+def loader(dataset, rank=0, world_size=1, *, workers=0, accumulate=2, epochs=2):
+    order = Order(
+        len(dataset),
+        global_batch=4 * accumulate * world_size,
+        batch_size=4,
+        rank=rank,
+        world_size=world_size,
+        seed=3,
+    )
+    return TrainLoader(dataset, order, epochs=epochs, workers=workers, device=CPU)
+
+
+def read(batches):
+    return [
+        (b.step, b.samples, [(m.inputs.tolist(), m.targets.tolist(), m.samples) for m in b.micro_batches])
+        for b in batches
+    ]
+
+
+@pytest.fixture
+def workers_may_be_forked(recwarn):
+    return recwarn
+
+
+def test_steps_count_on_and_the_last_micro_batch_is_marked():
+    steps = list(loader(Augmented()).from_step(0))
+    assert [b.step for b in steps] == list(range(6))
+    assert [b.samples for b in steps] == [8, 8, 7] * 2
+    assert [[m.samples for m in b.micro_batches] for b in steps] == [[4, 4], [4, 4], [4, 3]] * 2
+    assert [[m.is_last for m in b.micro_batches] for b in steps] == [[False, True]] * 6
+    assert all(b.wait_s > 0 for b in steps)
+
+
+@pytest.mark.parametrize("start", [1, 2, 3, 5, 6])
+def test_starting_late_gives_the_same_batches(start):
+    assert read(loader(Augmented()).from_step(start)) == read(loader(Augmented()).from_step(0))[start:]
+
+
+def test_worker_processes_change_nothing():
+    assert read(loader(Augmented(), workers=2).from_step(0)) == read(loader(Augmented()).from_step(0))
+
+
+def test_ranks_read_the_same_samples_with_the_same_noise():
+    alone = {}
+    for rank in range(1):
+        for batch in loader(Augmented(), accumulate=2).from_step(0):
+            for m in batch.micro_batches:
+                alone |= {(batch.step, i): x for x, i in zip(m.inputs.tolist(), m.targets.tolist(), strict=True)}
+    shared = {}
+    for rank in range(2):
+        for batch in loader(Augmented(), rank, 2, accumulate=1).from_step(0):
+            for m in batch.micro_batches:
+                shared |= {(batch.step, i): x for x, i in zip(m.inputs.tolist(), m.targets.tolist(), strict=True)}
+    assert shared == alone
+
+
+def test_the_model_s_random_numbers_are_left_alone():
+    batches = loader(InMemory(torch.zeros(23, 2), torch.zeros(23))).from_step(0)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    next(batches)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_sample_is_one_line(workers):
+    with pytest.raises(DataError, match=r"^data.train\[7\] cannot be read, OSError: disk on fire; ") as caught:
+        list(loader(Sulking(), workers=workers).from_step(0))
+    assert "\n" not in str(caught.value)
+
+
+def kill_a_worker(runtime):
+    list(loader(Dying(), workers=1).from_step(0))
+
+
+def test_a_killed_worker_is_told_plainly():
+    (error,) = run_ranks(1, kill_a_worker, raises=True)
+    assert error.error == "DataError"
+    assert "data.workers lost a process" in error.text
+
+
+def signal_the_workers(runtime):
+    batches = loader(Augmented(), workers=2).from_step(0)
+    next(batches)
+    import multiprocessing
+
+    for worker in multiprocessing.active_children():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(worker.pid, number)
+    return len(list(batches))
+
+
+def test_workers_leave_signals_to_the_rank():
+    assert run_ranks(1, signal_the_workers) == [5]
+
+
+def test_evaluation_reads_chunks_in_order_and_always_alike():
+    seen = []
+    for rank in range(3):
+        chunks = Chunks(23, batch_size=5, rank=rank, world_size=3)
+        held_out = EvalLoader(Augmented(), chunks, seed=3, workers=0, device=CPU)
+        first, second = list(held_out), list(held_out)
+        assert [(c, x.tolist()) for c, x, _ in first] == [(c, x.tolist()) for c, x, _ in second]
+        seen += [(chunk, targets.tolist()) for chunk, _, targets in first]
+    assert sum((targets for _, targets in sorted(seen)), []) == list(range(23))
+
+
+def test_containers_move_as_a_whole():
+    value = {"a": [torch.zeros(1), (torch.ones(2), "text")]}
+    moved = move(value, torch.device("meta"))
+    assert moved["a"][0].device.type == moved["a"][1][0].device.type == "meta"
+    assert moved["a"][1][1] == "text"

@@ -1,0 +1,120 @@
+"""Promise 2: every sample counts once an epoch, on any number of ranks, from any position."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import DistributedSampler
+
+from ddp_sgd.data.order import Chunks, Order
+from ddp_sgd.plan import micro_batch_sizes
+
+
+def orders(n, world_size, *, batch=8, accumulate=1, seed=0, tail="exact"):
+    return [
+        Order(
+            n,
+            global_batch=world_size * batch * accumulate,
+            batch_size=batch,
+            rank=rank,
+            world_size=world_size,
+            seed=seed,
+            tail=tail,
+        )
+        for rank in range(world_size)
+    ]
+
+
+def real_indices(order):
+    """Indices without stand-ins, by step of the epoch."""
+    batches = iter(order)
+    steps = []
+    for step in range(order.first_step, order.steps_per_epoch):
+        read = [(next(batches), size) for size in order.micro_batch_sizes(step)]
+        steps.append([index for indices, size in read for index in indices[:size]])
+    assert next(batches, None) is None
+    return steps
+
+
+runs = st.tuples(
+    st.integers(1, 300), st.integers(1, 9), st.integers(1, 17), st.integers(1, 4), st.integers(0, 50)
+)
+
+
+@given(runs, st.integers(0, 2**63 - 1), st.data())
+def test_each_index_once_an_epoch_from_any_position(run, seed, data):
+    n, world_size, batch, accumulate, epoch = run
+    ranks = orders(n, world_size, batch=batch, accumulate=accumulate, seed=seed)
+    start = data.draw(st.integers(0, ranks[0].steps_per_epoch))
+    for order in ranks:
+        order.set_epoch(epoch, start)
+    read = [index for order in ranks for step in real_indices(order) for index in step]
+    permutation = ranks[0].permutation().tolist()
+    assert sorted(permutation) == list(range(n))
+    assert sorted(read) == sorted(permutation[start * ranks[0].global_batch :])
+
+
+@given(runs)
+def test_the_steps_are_the_same_sets_on_any_number_of_ranks(run):
+    n, world_size, batch, accumulate, epoch = run
+    many = orders(n, world_size, batch=batch, accumulate=accumulate)
+    (alone,) = orders(n, 1, batch=world_size * batch * accumulate)
+    for order in (*many, alone):
+        order.set_epoch(epoch)
+    together = [sorted(sum(step, [])) for step in zip(*map(real_indices, many), strict=True)]
+    assert together == [sorted(step) for step in real_indices(alone)]
+
+
+@given(runs)
+def test_every_rank_takes_part_in_every_step(run):
+    n, world_size, batch, accumulate, _ = run
+    for order in orders(n, world_size, batch=batch, accumulate=accumulate):
+        batches = list(order)
+        assert len(batches) == len(order)
+        assert all(1 <= len(indices) <= batch for indices in batches)
+        for step in range(order.steps_per_epoch):
+            sizes = micro_batch_sizes(order.step_samples(step), order.rank, world_size, batch)
+            assert order.micro_batch_sizes(step) == (sizes or (0,))
+
+
+def test_a_rank_without_a_sample_borrows_one_of_the_same_step():
+    first, second = orders(1, 2)
+    assert list(first) == list(second) == [[0]]
+    assert first.micro_batch_sizes(0) == (1,)
+    assert second.micro_batch_sizes(0) == (0,)
+
+
+def test_dropping_the_tail_leaves_out_less_than_a_batch():
+    read = [i for order in orders(21, 2, batch=4, tail="drop") for step in real_indices(order) for i in step]
+    assert len(read) == len(set(read)) == 16
+
+
+def test_epochs_differ_and_seeds_differ_but_ranks_agree():
+    (order,) = orders(100, 1)
+    (other,) = orders(100, 1, seed=1)
+    permutations = []
+    for epoch in range(3):
+        order.set_epoch(epoch)
+        permutations.append(order.permutation().tolist())
+    assert permutations[0] != permutations[1] != permutations[2] != permutations[0]
+    assert other.permutation().tolist() != permutations[0]
+    for rank in orders(100, 4):
+        assert rank.permutation().tolist() == permutations[0]
+
+
+def test_it_is_a_distributed_sampler():
+    (order,) = orders(5, 1)
+    assert isinstance(order, DistributedSampler)
+    with pytest.raises(ValueError, match="rank"):
+        Order(5, global_batch=2, batch_size=2, rank=2, world_size=2)
+
+
+@given(st.integers(1, 200), st.integers(1, 40), st.integers(1, 7))
+def test_chunks_cover_each_sample_once_and_do_not_depend_on_ranks(n, batch, world_size):
+    alone = list(Chunks(n, batch_size=batch, rank=0, world_size=1))
+    shared = {}
+    for rank in range(world_size):
+        chunks = Chunks(n, batch_size=batch, rank=rank, world_size=world_size)
+        assert len(chunks) == len(list(chunks))
+        shared |= dict(zip(chunks.mine, chunks, strict=True))
+    assert [shared[number] for number in sorted(shared)] == alone
+    assert sum(alone, []) == list(range(n))

@@ -1,0 +1,128 @@
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from ddp_sgd.errors import DataError, ExitCode, OutputError
+from ddp_sgd.report.journal import FILE_NAME, Journal, read_journal
+
+ROW = {"train/loss": 2.25, "samples": 320, "epoch": 0.5, "step": 10, "time": 1.7e9}
+
+
+def _written(folder, *rows):
+    journal = Journal()
+    journal.start(SimpleNamespace(folder=folder))
+    for event, row in rows:
+        journal.write(event, row)
+    journal.finish({})
+    return folder / FILE_NAME
+
+
+def test_a_line_starts_with_event_time_step_epoch_samples(tmp_path):
+    path = _written(tmp_path, ("train", ROW))
+    assert path.read_text() == (
+        '{"event": "train", "time": 1700000000.0, "step": 10, "epoch": 0.5, "samples": 320, '
+        '"train/loss": 2.25}\n'
+    )
+
+
+def test_what_was_written_is_read_back(tmp_path):
+    path = _written(tmp_path, ("start", {"note": "Größe"}), ("train", ROW), ("end", {"step": 20}))
+    assert read_journal(path) == [
+        {"event": "start", "note": "Größe"},
+        {"event": "train", **ROW},
+        {"event": "end", "step": 20},
+    ]
+
+
+def test_a_line_is_on_disk_when_write_returns(tmp_path):
+    journal = Journal()
+    journal.start(SimpleNamespace(folder=tmp_path))
+    journal.write("train", ROW)
+    assert len(read_journal(tmp_path / FILE_NAME)) == 1
+    journal.finish({})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None])
+def test_a_value_that_is_no_number_becomes_null(tmp_path, value):
+    path = _written(tmp_path, ("train", {"train/loss": value}))
+
+    def refuse(token):
+        pytest.fail(f"{token} is no JSON")
+
+    assert json.loads(path.read_text(), parse_constant=refuse)["train/loss"] is None
+
+
+def test_a_journal_goes_on_where_it_ended(tmp_path):
+    _written(tmp_path, ("train", ROW))
+    path = _written(tmp_path, ("end", ROW))
+    assert [row["event"] for row in read_journal(path)] == ["train", "end"]
+
+
+@pytest.mark.parametrize("torn", [b'{"event": "tr', b'{"event": "Gr\xc3', b'{"step": 1', b"{"])
+def test_a_torn_last_line_is_left_out(tmp_path, torn):
+    path = _written(tmp_path, ("train", ROW))
+    with path.open("ab") as file:
+        file.write(torn)
+    assert [row["event"] for row in read_journal(path)] == ["train"]
+
+
+def test_a_whole_last_line_without_its_end_is_kept(tmp_path):
+    path = _written(tmp_path, ("train", ROW))
+    with path.open("ab") as file:
+        file.write(b'{"event": "end"}')
+    assert [row["event"] for row in read_journal(path)] == ["train", "end"]
+
+
+@pytest.mark.parametrize("broken", [b"{\n", b"\n", b"17\n", b"\xff\n"])
+def test_a_broken_line_is_named(tmp_path, broken):
+    path = _written(tmp_path, ("train", ROW))
+    with path.open("ab") as file:
+        file.write(broken)
+    with pytest.raises(DataError, match=rf"{FILE_NAME}:2 is not a JSON object; "):
+        read_journal(path)
+
+
+def test_a_missing_journal_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"metrics\.jsonl is not readable \(No such file"):
+        read_journal(tmp_path / FILE_NAME)
+
+
+def test_an_empty_journal_has_no_rows(tmp_path):
+    assert read_journal(_written(tmp_path)) == []
+
+
+def test_a_folder_that_cannot_be_written_is_an_output_error(tmp_path):
+    with pytest.raises(OutputError, match=r"metrics\.jsonl cannot be written: .*; set output_dir"):
+        Journal().start(SimpleNamespace(folder=tmp_path / "missing"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_an_output_error_and_closing_is_quiet(tmp_path):
+    (tmp_path / FILE_NAME).symlink_to("/dev/full")
+    journal = Journal()
+    journal.start(SimpleNamespace(folder=tmp_path))
+    with pytest.raises(OutputError, match="No space left on device; set output_dir") as caught:
+        journal.write("train", ROW)
+    assert caught.value.exit_code == ExitCode.OUTPUT
+    journal.finish({})
+
+
+def test_a_failure_that_shows_on_closing_is_an_output_error(tmp_path, monkeypatch):
+    class Failing:
+        def close(self):
+            raise OSError(5, "Input/output error")
+
+    journal = Journal()
+    monkeypatch.setattr(journal, "_file", Failing())
+    with pytest.raises(OutputError, match="Input/output error"):
+        journal.finish({})
+
+
+def test_a_row_before_the_start_is_a_mistake_of_ours_and_an_end_is_not():
+    journal = Journal()
+    with pytest.raises(RuntimeError, match="'train' came before the journal was started"):
+        journal.write("train", ROW)
+    journal.finish({})

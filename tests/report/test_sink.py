@@ -1,0 +1,40 @@
+from ddp_sgd.report.sink import NoSink, Sinks
+
+
+class Recorder:
+    def __init__(self, name, calls):
+        self._name = name
+        self._calls = calls
+
+    def start(self, record):
+        self._calls.append((self._name, "start", record))
+
+    def write(self, event, row):
+        self._calls.append((self._name, event, row))
+
+    def finish(self, result):
+        self._calls.append((self._name, "finish", result))
+
+
+def test_several_sinks_get_everything_in_order_and_close_backwards():
+    calls = []
+    sinks = Sinks([Recorder("first", calls), Recorder("second", calls)])
+    sinks.start("record")
+    sinks.write("train", {"step": 1})
+    sinks.finish({"exit_code": 0})
+    assert calls == [
+        ("first", "start", "record"),
+        ("second", "start", "record"),
+        ("first", "train", {"step": 1}),
+        ("second", "train", {"step": 1}),
+        ("second", "finish", {"exit_code": 0}),
+        ("first", "finish", {"exit_code": 0}),
+    ]
+
+
+def test_no_sink_takes_everything_and_says_nothing(capsys):
+    sink = NoSink()
+    sink.start("record")
+    sink.write("train", {"step": 1})
+    sink.finish({"exit_code": 0})
+    assert tuple(capsys.readouterr()) == ("", "")

@@ -1,0 +1,302 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ddp_sgd.distributed.ranks import free_port
+from ddp_sgd.errors import ExitCode
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
+LOCAL = ROOT / "launch" / "local.sh"
+MULTINODE = ROOT / "launch" / "multinode.sh"
+DEADLINE_S = 150
+ENDLESS = ("--epochs=100000", "--eval.every_epochs=100000", "--log.every_steps=1")
+
+
+def _environment(**extra):
+    foreign = ("SLURM_", "DDP_SGD_", "PET_", "MASTER_", "NODE_")
+    named = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "NPROC", "NNODES", "RUN_ID", "MAX_RESTARTS")
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(foreign) and name not in named
+    }
+    ours = {
+        "PYTHON": sys.executable,
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "OMP_NUM_THREADS": "1",
+        "DDP_SGD_WANDB__MODE": "disabled",
+        "DDP_SGD_RUNTIME__DEVICE": "cpu",
+    }
+    return kept | ours | extra
+
+
+def _start(folder, script, *options, **variables):
+    return subprocess.Popen(
+        [str(script), *options],
+        cwd=folder,
+        env=_environment(**variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _end(process):
+    try:
+        out, err = process.communicate(timeout=DEADLINE_S)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def _run(folder, script, *options, **variables):
+    return _end(_start(folder, script, *options, **variables))
+
+
+def _result(folder, name="digits"):
+    return json.loads((folder / "runs" / name / "result.json").read_text())
+
+
+def _wait_until(holds, process):
+    deadline = time.monotonic() + DEADLINE_S
+    while not holds():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def _has_trained(folder):
+    journal = folder / "runs" / "digits" / "metrics.jsonl"
+    return journal.exists() and '"event": "train"' in journal.read_text()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    code, out, err = _run(folder, LOCAL, "--nproc", "2", "--epochs=1")
+    return folder, code, out, err
+
+
+def _tool(name):
+    path = shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if path is None:
+        pytest.skip(f"{name} is not installed")
+    return path
+
+
+@pytest.mark.parametrize("command", [("shellcheck", "-x"), ("shfmt", "-i", "4", "-d")])
+def test_scripts_are_clean(command):
+    name, *flags = command
+    done = subprocess.run(
+        [_tool(name), *flags, *SCRIPTS], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("script", [LOCAL, MULTINODE])
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_is_the_head_of_the_script(script, flag, tmp_path):
+    code, out, err = _run(tmp_path, script, flag)
+    assert (code, err) == (0, "")
+    assert f"launch/{script.name} [--" in out
+    assert "set -euo" not in out
+
+
+def test_local_trains_on_two_processes(finished):
+    folder, code, out, err = finished
+    assert code == ExitCode.DONE, err
+    assert _result(folder)["status"] == "finished"
+    assert _result(folder)["world_size"] == 2
+    assert "finished: 23 steps" in out
+    assert "OMP_NUM_THREADS" not in err
+
+
+def test_output_of_every_rank_ends_up_in_the_run_folder(finished):
+    folder, *_ = finished
+    logs = folder / "runs" / "digits" / "logs"
+    assert sorted(path.parent.name for path in logs.glob("*/*/*/stdout.log")) == ["0", "1"]
+    assert [path.name for path in (folder / "runs").iterdir()] == ["digits"]
+    (said,) = (path.read_text() for path in logs.glob("*/attempt_0/0/stdout.log"))
+    assert "finished: 23 steps" in said
+
+
+@pytest.mark.parametrize(
+    ("variables", "processes"),
+    [
+        ({"NPROC": "1"}, 1),
+        ({"CUDA_VISIBLE_DEVICES": "0,2,5"}, 3),
+        ({"CUDA_VISIBLE_DEVICES": "MIG-0a,GPU-1b"}, 2),
+        ({"CUDA_VISIBLE_DEVICES": "", "CPUS": "1"}, 1),
+        ({"CUDA_VISIBLE_DEVICES": "-1", "CPUS": "64"}, 2),
+        ({"GPUS": "8"}, 8),
+        ({"GPUS": "0", "CPUS": "64"}, 2),
+    ],
+)
+def test_number_of_processes(variables, processes, tmp_path):
+    programs = {
+        "nproc": "echo ${CPUS:-4}",
+        "nvidia-smi": "for i in $(seq ${GPUS:-0}); do echo \"GPU $i: x (UUID: y)\"; done",
+        "python": "[[ $* == *print_folder* ]] && echo runs/x || echo $OMP_NUM_THREADS \"$*\"",
+    }
+    for name, text in programs.items():
+        path = tmp_path / name
+        path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+        path.chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PYTHON": "python",
+        "OMP_NUM_THREADS": "",
+    }
+    code, out, err = _run(tmp_path, LOCAL, **environment, **variables)
+    assert (code, err) == (0, "")
+    threads, _, flags = out.partition(" ")
+    assert f"--nproc-per-node={processes} --standalone" in flags
+    assert int(threads) == max(1, int(variables.get("CPUS", "4")) // processes)
+
+
+def test_options_of_local_come_first_and_the_rest_is_the_runs(tmp_path):
+    code, out, err = _run(
+        tmp_path, LOCAL, "--nproc=1", "--max-restarts=0", "--", "--epochs=7", "--print_config"
+    )
+    assert (code, err) == (0, "")
+    assert "epochs: 7" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--optim.lrr=1"], "unknown key optim.lrr; did you mean optim.lr?"),
+        (["--nproc=two"], "the number of processes is 'two'; set NPROC=2"),
+        (["--nproc"], "the number of processes is 'none'; set NPROC=2"),
+        (["--max-restarts", "often"], "--max-restarts is 'often'; give a number"),
+    ],
+)
+def test_wrong_call_of_local_is_one_line(options, words, tmp_path):
+    code, out, err = _run(tmp_path, LOCAL, *options)
+    assert (code, out) == (ExitCode.CONFIG, "")
+    assert err.startswith("ddp_sgd: error: ")
+    assert err.count("\n") == 1
+    assert words in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_that_cannot_be_written_is_found_before_the_start(tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    code, _, err = _run(tmp_path, LOCAL, "--nproc=1")
+    assert code == ExitCode.OUTPUT
+    assert "ddp_sgd: error: runs/digits cannot be written; set output_dir to a folder" in err
+
+
+def test_divergence_is_the_exit_code_though_torchrun_exits_with_1(tmp_path):
+    code, _, err = _run(
+        tmp_path, LOCAL, "--nproc=2", "--epochs=1", "--optim.lr=1e30", "--log.every_steps=1"
+    )
+    assert code == ExitCode.DIVERGED
+    assert _result(tmp_path)["status"] == "failed"
+    assert err.count("ddp_sgd: error: ") == 1
+    assert "lower optim.lr" in err
+    assert err.splitlines()[-1].endswith("is in runs/digits/logs")
+
+
+def test_fault_of_another_rank_than_0_is_shown(tmp_path):
+    fault = (
+        "--data.train={class_path: user_code.FailsOnRank, init_args: {rank: 1}}",
+        "--model.init_args.inputs=4",
+        "--data.eval=null",
+    )
+    code, _, err = _run(tmp_path, LOCAL, "--nproc=2", *fault)
+    assert code == ExitCode.DATA
+    assert err.count("ddp_sgd: error: ") == 1
+    assert "data.train[" in err
+
+
+def test_stale_result_is_not_taken(finished):
+    folder, *_ = finished
+    before = _result(folder)
+    code, _, err = _run(folder, LOCAL, "--nproc=1", "--runtime.device=mps")
+    assert _result(folder) == before
+    assert before["exit_code"] == 0
+    assert code == 1
+    assert "ddp_sgd: error: runtime.device is mps" in err
+    (logs,) = (folder / "runs").glob("digits.logs.*")
+    assert f"is in runs/{logs.name}" in err.splitlines()[-1]
+    shutil.rmtree(logs)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signal_to_the_script_ends_the_run_between_two_steps(number, tmp_path):
+    process = _start(tmp_path, LOCAL, "--nproc=2", *ENDLESS)
+    _wait_until(lambda: _has_trained(tmp_path), process)
+    process.send_signal(number)
+    process.send_signal(number)
+    code, out, err = _end(process)
+    assert code == ExitCode.STOPPED, err
+    result = _result(tmp_path)
+    assert (result["status"], result["exit_code"]) == ("stopped", 75)
+    assert result["step"] > 0
+    assert "stopping after step" in out
+
+
+def test_signal_before_the_ranks_are_there_is_a_stop_too(tmp_path):
+    process = _start(tmp_path, LOCAL, "--nproc=1", *ENDLESS)
+    _wait_until(lambda: list(tmp_path.glob("runs/digits.logs.*/start")), process)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = _end(process)
+    assert code == ExitCode.STOPPED, err
+
+
+def test_two_machines_take_the_same_steps_as_two_processes(finished, tmp_path):
+    variables = {
+        "NNODES": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "NPROC": "1",
+        "PET_LOCAL_ADDR": "127.0.0.1",
+    }
+    machines = [
+        _start(tmp_path, MULTINODE, "--epochs=1", **variables, NODE_RANK=rank)
+        for rank in ("0", "1")
+    ]
+    for code, _, err in [_end(machine) for machine in machines]:
+        assert code == ExitCode.DONE, err
+    result = _result(tmp_path)
+    assert result["world_size"] == 2
+    assert result["weights_digest"] == _result(finished[0])["weights_digest"]
+    logs = tmp_path / "runs" / "digits" / "logs"
+    assert len(list(logs.glob("*/attempt_0/0/stdout.log"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({}, "NNODES is not set; set it to the number of machines, such as NNODES=2."),
+        ({"NNODES": "many"}, "NNODES is 'many'; set a number of machines, such as NNODES=2, or"),
+        ({"NNODES": "2"}, "MASTER_ADDR is not set; set it, on every machine, to the name"),
+        (
+            {"NNODES": "1:2", "MASTER_ADDR": "here", "MASTER_PORT": "http"},
+            "MASTER_PORT is 'http'; set a port that is free on here, such as MASTER_PORT=29400.",
+        ),
+        (
+            {"NNODES": "2", "MASTER_ADDR": "here", "NODE_RANK": "first"},
+            "NODE_RANK is 'first'; set 0 on here and 1, 2, ... elsewhere, or unset it.",
+        ),
+        (
+            {"NNODES": "2", "MASTER_ADDR": "here", "NPROC": "0"},
+            "the number of processes is '0'; set NPROC=2, for example.",
+        ),
+    ],
+)
+def test_half_set_environment_of_multinode_is_one_line(variables, words, tmp_path):
+    code, out, err = _run(tmp_path, MULTINODE, **variables)
+    assert (code, out) == (ExitCode.CONFIG, "")
+    assert err.startswith(f"ddp_sgd: error: {words}")
+    assert err.count("\n") == 1
