@@ -15,7 +15,7 @@ help: ## Print this list.
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 14
 
 train: $(RUNS) ## Train on the embedded digits, 2 processes; PROCESSES=4 ARGS="--epochs=5" change that.
-	PATH="$(CURDIR)/$(BIN):$$PATH" launch/local.sh --nproc $(PROCESSES) $(ARGS)
+	PYTHON=$(BIN)/python launch/local.sh --nproc $(PROCESSES) $(ARGS)
 
 test: $(TESTS) ## Run the tests; fails below 95 % coverage. ARGS="tests/test_plan.py --no-cov" for some.
 	$(BIN)/python -m pytest --cov $(ARGS)
@@ -26,7 +26,7 @@ lint: $(TESTS) ## Check style, types, imports, shell scripts, spelling and depen
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/shellcheck $(SHELL_FILES)
-	$(BIN)/shfmt -d $(SHELL_FILES)
+	$(BIN)/shfmt -d -i 4 $(SHELL_FILES)
 	$(BIN)/codespell
 	$(BIN)/deptry .
 

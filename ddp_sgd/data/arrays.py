@@ -68,10 +68,12 @@ def _read(path: Path, keys: tuple[str, str]) -> list[Any]:
 
 
 def _load(path: Path, keys: tuple[str, str]) -> list[Any]:
-    archive = np.load(path, allow_pickle=False)
-    if isinstance(archive, np.ndarray):
-        raise DataError(f"{path} is a single array; write {keys[0]} and {keys[1]} by numpy.savez.")
-    with archive:
+    with path.open("rb") as stream:
+        archive = np.load(stream, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise DataError(
+                f"{path} is a single array; write {keys[0]} and {keys[1]} by numpy.savez."
+            )
         missing = [key for key in keys if key not in archive]
         if missing:
             raise DataError(

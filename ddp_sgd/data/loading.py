@@ -1,9 +1,14 @@
 """Batches on the way from the data set to the device."""
 
+import atexit
+import os
 import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing.sharedctypes import RawValue
+from types import FrameType
 from typing import Any
 
 import torch
@@ -22,7 +27,7 @@ class MicroBatch:
     Args:
         inputs: Tensor of shape (m, ...), or a container of such.
         targets: Tensor of shape (m, ...), or a container of such.
-        samples: True number of samples in it, m; 0 for a stand-in, whose loss must count for nothing.
+        samples: True number of samples in it, m; 0 for a stand-in, whose loss counts for nothing.
         is_last: Whether it ends this rank's part of the step.
     """
 
@@ -75,7 +80,10 @@ class TrainLoader:
         self._loader = _data_loader(fetcher, _Requests(order), workers, device, order.seed)
 
     def from_step(self, step: int) -> Iterator[StepBatches]:
-        """Yield what this rank computes in each step, on the host, from a step on to the end of the run.
+        """Yield what this rank computes in each step, on the host, to the end of the run.
+
+        Args:
+            step: Number of the first step, from 0.
 
         Raises:
             DataError: A sample cannot be read.
@@ -150,8 +158,8 @@ def _data_loader(
         collate_fn=_as_it_is,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
-        worker_init_fn=_leave_signals_to_the_rank,
-        # Its own generator: making an iterator draws from one, and the global one belongs to the model.
+        worker_init_fn=partial(_leave_signals_to_the_rank, _flag_of_leaving()),
+        # Its own: making an iterator draws a number, and the global generator is the model's.
         generator=torch.Generator().manual_seed(seed_for("loader", seed)),
     )
 
@@ -160,19 +168,40 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _leave_signals_to_the_rank(_: int) -> None:
-    """A signal to the whole process group must not take the data away from a rank that is about to save."""
+def _leave_signals_to_the_rank(leaving: Any, _: int) -> None:
+    """Let a loader process live through a signal to the whole job, so that the rank can save.
+
+    Args:
+        leaving: Shared flag; once it is set, SIGTERM means what it says, or nothing could end it.
+    """
+
+    def note(number: int, _: FrameType | None) -> None:
+        if leaving.value and number == signal.SIGTERM:
+            os._exit(0)
+
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, note)
+
+
+def _flag_of_leaving() -> Any:
+    """Make a flag, shared with loader processes, that is set when this process begins to exit."""
+    leaving = RawValue("b", 0)
+
+    def leave() -> None:
+        leaving.value = 1
+
+    atexit.register(leave)  # runs before multiprocessing's own hook, which was registered earlier
+    return leaving
 
 
 def _next(batches: Iterator[Any]) -> tuple[Any, Any]:
     try:
         batch = next(batches)
-    except RuntimeError as error:  # a loader process was killed
-        cause = str(error).strip().splitlines()[0]
+    except (RuntimeError, OSError, EOFError) as error:  # a loader process was killed
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"data.workers lost a process: {cause}; lower data.workers, or give the job more memory."
+            f"data.workers lost a process: {cause}; lower data.workers, or give the job more "
+            "memory."
         ) from error
     if isinstance(batch, Unreadable):
         raise DataError(batch.message)

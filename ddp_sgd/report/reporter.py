@@ -144,17 +144,13 @@ def git_commit() -> str | None:
 
 
 def _speaking(config: RunConfig, runtime: Runtime) -> Reporter:
-    extra: list[Sink] = [TensorBoard()] if config.log.tensorboard else []
-    folder = open_run_folder(config.output_dir, config.name)
     progress = Progress()
-    wandb = WeightsAndBiases(config.wandb, say=progress.say)
-    return Reporter(
-        folder,
-        RunFolder(folder, dump_yaml(config)),
-        Sinks([Journal(), progress, wandb, *extra]),
-        config,
-        runtime.world_size,
-    )
+    sinks: list[Sink] = [Journal(), progress, WeightsAndBiases(config.wandb, say=progress.say)]
+    if config.log.tensorboard:
+        sinks.append(TensorBoard(say=progress.say))
+    folder = open_run_folder(config.output_dir, config.name)
+    verdict = RunFolder(folder, dump_yaml(config))
+    return Reporter(folder, verdict, Sinks(sinks), config, runtime.world_size)
 
 
 def _silent(config: RunConfig, runtime: Runtime) -> Reporter:

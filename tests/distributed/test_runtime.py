@@ -1,0 +1,145 @@
+import os
+import threading
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import rank_environment, run_ranks
+
+from ddp_sgd.distributed.ranks import free_port, read_ranks, usable_cpus
+from ddp_sgd.distributed.runtime import Runtime, _share_cpus, start_runtime
+from ddp_sgd.errors import ConfigError, FaultElsewhereError, PeerError
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith("SLURM_") or name in rank_environment(0, 1, 1):
+            monkeypatch.delenv(name)
+
+
+def test_alone_there_is_no_group():
+    with start_runtime(device="cpu") as runtime:
+        assert runtime == Runtime(fate=runtime.fate)
+        assert runtime.alone
+        assert not dist.is_initialized()
+
+
+def look(runtime):
+    return (
+        runtime.rank,
+        runtime.world_size,
+        runtime.local_rank,
+        runtime.backend,
+        str(runtime.device),
+        dist.is_initialized(),
+    )
+
+
+def test_ranks_find_each_other():
+    assert run_ranks(2, look) == [(r, 2, r, "gloo", "cpu", True) for r in range(2)]
+
+
+def join_and_leave(_, rank, port, fault):
+    os.environ.update(rank_environment(rank, 1, port) | {"WORLD_SIZE": "1"})
+    try:
+        with start_runtime(device="cpu"):
+            if fault:
+                raise ValueError("x")
+    except ValueError:
+        pass
+    return dist.is_initialized()
+
+
+@pytest.mark.parametrize("fault", [False, True])
+def test_one_rank_under_torchrun_is_alone(fault):
+    assert run_ranks(1, join_and_leave, 0, free_port(), fault) == [False]
+
+
+def group_is_left(_, fault):
+    try:
+        with start_runtime(device="cpu", timeout_s=20):
+            if fault:
+                raise fault
+    except BaseException:
+        pass
+    return dist.is_initialized()
+
+
+def srun_ranks(_, environment, fault):
+    os.environ.update(environment)
+    return group_is_left(None, fault)
+
+
+@pytest.mark.parametrize("fault", [None, ValueError("x"), KeyboardInterrupt()])
+def test_the_group_is_always_left(fault, monkeypatch):
+    port = free_port()
+    results = {}
+
+    def start(rank):
+        environment = rank_environment(rank, 2, port)
+        results[rank] = run_ranks(1, srun_ranks, environment, fault)[0]
+
+    threads = [threading.Thread(target=start, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {0: False, 1: False}
+
+
+def test_joining_is_bounded(monkeypatch):
+    for name, value in rank_environment(0, 2, free_port()).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(PeerError, match=r"rank 0 of 2 could not join at 127.0.0.1:\d+ within 1 s: .*; check that"):
+        with start_runtime(device="cpu", timeout_s=1.0):
+            raise AssertionError("nobody else is there")
+    assert not dist.is_initialized()
+
+
+def wait_for_the_other(runtime):
+    if runtime.rank == 1:
+        runtime.fate._store.wait(["ddp_sgd/first_fault"], timedelta(seconds=60))  # alive, but absent
+        return
+    dist.all_reduce(torch.zeros(1))
+
+
+def test_collectives_are_bounded():
+    first, _ = run_ranks(2, wait_for_the_other, timeout_s=2.0, raises=True)
+    assert first.error == "PeerError"
+
+
+def test_a_device_that_is_not_there(monkeypatch):
+    here = torch.accelerator.current_accelerator(check_available=True)
+    missing = "xpu" if here is None or here.type != "xpu" else "cuda"
+    with pytest.raises(ConfigError, match=f"runtime.device is {missing}, but this host has .* only; set"):
+        with start_runtime(device=missing):
+            pass
+    for name, value in rank_environment(1, 2, free_port()).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(FaultElsewhereError):  # rank 0 tells
+        with start_runtime(device=missing):
+            pass
+
+
+def test_a_backend_that_is_not_built_in():
+    missing = "xccl" if not dist.is_xccl_available() else "mpi"
+    with pytest.raises(ConfigError, match=f"runtime.backend is {missing}, which this build of torch lacks"):
+        with start_runtime(device="cpu", backend=missing):
+            pass
+
+
+def count_threads(_, environment):
+    os.environ.pop("OMP_NUM_THREADS", None)
+    os.environ.update(environment)
+    torch.set_num_threads(7)
+    _share_cpus(read_ranks(os.environ))
+    return torch.get_num_threads()
+
+
+def test_threads_are_shared_fairly_unless_the_user_chose():
+    environment = rank_environment(0, 2, 1)
+    del environment["OMP_NUM_THREADS"]
+    assert run_ranks(1, count_threads, environment) == [max(1, usable_cpus() // 2)]
+    assert run_ranks(1, count_threads, environment | {"OMP_NUM_THREADS": "3"}) == [7]
