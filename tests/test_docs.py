@@ -12,8 +12,9 @@ A page is read from top to bottom in a scratch folder that looks like the reposi
 * ``text`` and ``json`` are for reading.
 
 Three kinds of commands do not run as they stand. ``pip install`` is left out. ``srun`` is a
-stand-in that starts real ranks here, with the variables that SLURM sets. ``make`` says what it would
-do, since tests run inside ``make test``; but ``make train`` runs, unless it would install something.
+stand-in that starts real ranks here, with the variables that SLURM sets. ``make`` says what it
+would do, since tests run inside ``make test``; but ``make train`` runs, unless it would install
+something first.
 """
 
 import doctest

@@ -143,8 +143,8 @@ def test_output_of_every_rank_ends_up_in_the_run_folder(finished):
 def test_number_of_processes(variables, processes, tmp_path):
     programs = {
         "nproc": "echo ${CPUS:-4}",
-        "nvidia-smi": "for i in $(seq ${GPUS:-0}); do echo \"GPU $i: x (UUID: y)\"; done",
-        "python": "[[ $* == *print_folder* ]] && echo runs/x || echo $OMP_NUM_THREADS \"$*\"",
+        "nvidia-smi": 'for i in $(seq ${GPUS:-0}); do echo "GPU $i: x (UUID: y)"; done',
+        "python": '[[ $* == *print_folder* ]] && echo runs/x || echo $OMP_NUM_THREADS "$*"',
     }
     for name, text in programs.items():
         path = tmp_path / name

@@ -3,18 +3,145 @@
 import os
 
 import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import IterableDataset
+
+NOT_CALLABLE = 3
 
 
-class FailsOnRank:
-    """Data that one rank cannot read, from the second sample on that it is asked for in training."""
+class Zeros:
+    """Well-formed samples: zeros, of class 0."""
 
-    def __init__(self, rank):
-        self._rank = rank
+    def __init__(self, samples=8, width=4, label=0):
+        self._samples = samples
+        self._width = width
+        self._label = label
 
     def __len__(self):
-        return 64
+        return self._samples
 
     def __getitem__(self, index):
-        if os.environ.get("RANK") == str(self._rank) and index > 1:
+        return np.zeros(self._width, np.float32), self._label
+
+
+class RaisesAt(Zeros):
+    def __init__(self, at, samples=8):
+        super().__init__(samples)
+        self._at = at
+
+    def __getitem__(self, index):
+        if index == self._at:
+            raise OSError("the disk\nis gone")
+        return super().__getitem__(index)
+
+
+class FailsOnRank(Zeros):
+    """Samples that one rank cannot read, but for the first two, which every rank looks at before the run."""
+
+    def __init__(self, rank, samples=64):
+        super().__init__(samples)
+        self._rank = rank
+
+    def __getitem__(self, index):
+        if index > 1 and os.environ.get("RANK") == str(self._rank):
             raise OSError("the disk is gone")
-        return np.zeros(4, np.float32), 0
+        return super().__getitem__(index)
+
+
+class LateLabel(Zeros):
+    """One label out of range, where no list of labels gives it away before the run."""
+
+    def __getitem__(self, index):
+        return np.zeros(self._width, np.float32), 99 if index == 6 else 0
+
+
+class Ragged(Zeros):
+    def __getitem__(self, index):
+        return np.zeros(self._width + index, np.float32), 0
+
+
+class Mappings(Zeros):
+    def __getitem__(self, index):
+        return {"pixels": np.zeros(self._width, np.float32), "digit": 0}
+
+
+class Triples(Zeros):
+    def __getitem__(self, index):
+        return np.zeros(self._width, np.float32), 0, index
+
+
+class NotANumber(Zeros):
+    def __getitem__(self, index):
+        return np.full(self._width, np.nan, np.float32), 0
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield np.zeros(4, np.float32), 0
+
+
+class StreamWithLength(Stream):
+    def __len__(self):
+        return 8
+
+
+class Weightless(nn.Module):
+    def forward(self, inputs):
+        return inputs.flatten(1)[:, :10]
+
+
+class FailsInTraining(nn.Linear):
+    def __init__(self):
+        super().__init__(64, 10)
+
+    def forward(self, inputs):
+        if self.training:
+            raise RuntimeError("no\nluck")
+        return super().forward(inputs)
+
+
+class TwoOutputs(nn.Linear):
+    def __init__(self):
+        super().__init__(64, 10)
+
+    def forward(self, inputs):
+        scores = super().forward(inputs)
+        return scores, scores
+
+
+class Unbuildable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        raise ValueError("width is odd")
+
+
+class Plain:
+    """Neither a module nor a function."""
+
+
+def vector_loss():
+    return _per_sample
+
+
+def text_loss():
+    return lambda outputs, targets: "0.5"
+
+
+def linear(inputs, *, classes=10):
+    """A function as a factory."""
+    return nn.Linear(inputs, classes)
+
+
+def _per_sample(outputs, targets):
+    return nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+
+class Holder:
+    """Keeps what it is given, for tests of how arguments are built."""
+
+    def __init__(self, value=None, dtype: torch.dtype | None = None, text: str = "", **others):
+        self.value = value
+        self.dtype = dtype
+        self.text = text
+        self.others = others

@@ -80,8 +80,9 @@ def told_once(environ: Mapping[str, str]) -> Iterator[None]:
 
 def _may_be_rank_0(environ: Mapping[str, str]) -> bool:
     for rank, world_size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-        if world_size in environ and environ.get(rank, "").isdigit():
-            return int(environ[rank]) == 0
+        number, count = environ.get(rank, ""), environ.get(world_size, "")
+        if number.isdigit() and count.isdigit() and int(number) < int(count):
+            return int(number) == 0
     return True
 
 

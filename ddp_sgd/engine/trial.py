@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import IterableDataset
 
 from ddp_sgd.data.fetching import EVAL_EPOCH, Fetcher, Request, Unreadable
 from ddp_sgd.data.loading import move
@@ -22,7 +23,8 @@ def check_dataset(dataset: Any, where: str) -> None:
         ConfigError: It has no length, or gives no sample for an index.
         DataError: It is empty.
     """
-    if not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
+    by_index = isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")
+    if not by_index or isinstance(dataset, IterableDataset):
         raise ConfigError(
             f"{where} is a {type(dataset).__name__}, which has no length or no samples by index; name a map-style data "
             "set (streaming data sets are not supported)."

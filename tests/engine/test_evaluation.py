@@ -1,0 +1,116 @@
+"""Every sample once, and the same bits on any number of ranks."""
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+from torch import nn
+
+from ddp_sgd.data import Digits, InMemory
+from ddp_sgd.data.loading import EvalLoader
+from ddp_sgd.data.order import Chunks
+from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.engine.evaluation import evaluate, is_classification
+from ddp_sgd.losses import Objective
+from ddp_sgd.models import MLP, ConvNet
+
+CPU = torch.device("cpu")
+
+
+def score(runtime, dataset, model, loss, batch_size=32, workers=0):
+    chunks = Chunks(len(dataset), batch_size=batch_size, rank=runtime.rank, world_size=runtime.world_size)
+    loader = EvalLoader(dataset, chunks, seed=0, workers=workers, device=CPU)
+    targets = torch.as_tensor(dataset.targets)
+    return evaluate(model, Objective(loss, targets), loader, runtime)
+
+
+def digits_model():
+    torch.manual_seed(0)
+    return ConvNet(widths=[8], batch_norm=True)
+
+
+def score_digits(runtime, batch_size):
+    dataset = Digits("eval", shape="image")
+    model = digits_model().train()
+    weighted = nn.CrossEntropyLoss(weight=torch.linspace(0.1, 2, 10))
+    return (
+        score(runtime, dataset, model, nn.CrossEntropyLoss(), batch_size),
+        score(runtime, dataset, model, weighted, batch_size),
+        model.training,
+        model.stages[1].num_batches_tracked.item(),
+    )
+
+
+@pytest.mark.parametrize("batch_size", [32, 7, 360, 1000])
+def test_the_same_bits_on_any_number_of_ranks(batch_size):
+    expected = run_ranks(1, score_digits, batch_size)[0]
+    for world_size in (2, 3, 4):
+        assert run_ranks(world_size, score_digits, batch_size) == [expected] * world_size
+    assert expected[2:] == (True, 0)  # mode and buffers are left alone
+
+
+def test_against_plain_torch():
+    dataset, model = Digits("eval", shape="image"), digits_model()
+    metrics = score(Runtime(), dataset, model, nn.CrossEntropyLoss())
+    with torch.no_grad():
+        outputs = model.eval()(torch.from_numpy(dataset.inputs))
+    targets = torch.from_numpy(dataset.targets)
+    top5 = (outputs.topk(5, dim=1).indices == targets[:, None]).any(1).sum().item()
+    correct = (outputs.argmax(1) == targets).sum().item()
+    assert metrics == {
+        "eval/loss": pytest.approx(nn.functional.cross_entropy(outputs, targets).item(), rel=1e-6),
+        "eval/count": 360,
+        "eval/accuracy": correct / 360,
+        "eval/correct": correct,
+        "eval/accuracy_top5": top5 / 360,
+        "eval/correct_top5": top5,
+    }
+
+
+def test_more_ranks_than_samples(tmp_path):
+    assert run_ranks(3, score_two) == [run_ranks(1, score_two)[0]] * 3
+
+
+def score_two(runtime):
+    dataset = InMemory(np.eye(2, dtype=np.float32), np.array([0, 1]))
+    torch.manual_seed(0)
+    return score(runtime, dataset, MLP(2, [], 2), nn.CrossEntropyLoss(), batch_size=1)
+
+
+def test_few_classes_have_no_top5_and_regression_no_accuracy():
+    inputs = np.zeros((3, 2), dtype=np.float32)
+    few = score(Runtime(), InMemory(inputs, np.array([0, 1, 2])), MLP(2, [], 3), nn.CrossEntropyLoss())
+    assert set(few) == {"eval/loss", "eval/count", "eval/accuracy", "eval/correct"}
+    ones = InMemory(inputs, np.ones((3, 1), dtype=np.float32))
+    model = MLP(2, [], 1)
+    nn.init.zeros_(model[-1].bias)
+    assert score(Runtime(), ones, model, nn.MSELoss()) == {"eval/loss": 1.0, "eval/count": 3}
+
+
+def test_targets_may_be_containers():
+    class Pairs:
+        targets = torch.zeros(4)
+
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            return torch.ones(2), {"a": torch.zeros(1), "b": torch.zeros(1)}
+
+    metrics = score(Runtime(), Pairs(), MLP(2, [], 1), lambda out, t: ((out - t["a"]) ** 2).mean())
+    assert metrics["eval/count"] == 4
+
+
+@pytest.mark.parametrize(
+    ("outputs", "targets", "answer"),
+    [
+        (torch.zeros(3, 4), torch.zeros(3, dtype=torch.long), True),
+        (torch.zeros(3, 1), torch.zeros(3, dtype=torch.long), False),
+        (torch.zeros(3, 4), torch.zeros(3, 4), False),
+        (torch.zeros(3, 4, 2), torch.zeros(3, 2, dtype=torch.long), False),
+        ({"scores": torch.zeros(3, 4)}, torch.zeros(3, dtype=torch.long), False),
+        (torch.zeros(3, 4), [1, 2, 3], False),
+    ],
+)
+def test_is_classification(outputs, targets, answer):
+    assert is_classification(outputs, targets) is answer

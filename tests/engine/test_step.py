@@ -1,0 +1,76 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ddp_sgd.data.loading import MicroBatch, StepBatches
+from ddp_sgd.distributed.replica import Replica
+from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.engine.step import Stepper, model_generators
+from ddp_sgd.losses import Objective
+from ddp_sgd.optim.sgd import build_sgd
+
+X = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.5, 0.5]])
+Y = torch.tensor([[1.0], [0.0], [2.0]])
+
+
+def linear():
+    model = nn.Linear(2, 1, bias=False)
+    model.weight.data = torch.tensor([[0.5, -0.5]])
+    return model
+
+
+def stepper(model, **options):
+    optimizer = build_sgd(model, lr=0.1, momentum=0.9)
+    objective = Objective(nn.MSELoss(), Y)
+    return Stepper(Replica(model, Runtime()), objective, optimizer, Runtime(), **options)
+
+
+def batches(*sizes, x=X, y=Y):
+    inputs, targets = x.split(sizes), y.split(sizes)
+    parts = [
+        MicroBatch(i, t, len(i), is_last=number == len(sizes) - 1)
+        for number, (i, t) in enumerate(zip(inputs, targets, strict=True))
+    ]
+    return StepBatches(0, sum(sizes), tuple(parts), 0.0)
+
+
+@pytest.mark.parametrize("sizes", [(3,), (2, 1), (1, 1, 1)])
+def test_a_step_on_the_mean_gradient(sizes):
+    model = linear()
+    error = X @ model.weight.detach().T - Y
+    gradient = 2 * (error * X).mean(0)
+    result = stepper(model).step(batches(*sizes), lr=0.1)
+    torch.testing.assert_close(model.weight.detach()[0], torch.tensor([0.5, -0.5]) - 0.1 * gradient)
+    assert result.loss_total.item() == pytest.approx((error**2).sum().item())
+    assert result.grad_norm.item() == pytest.approx(gradient.norm().item())
+    assert (result.units, result.local_units, result.skipped.item()) == (3, 3, 0.0)
+
+
+def test_clipping_shortens_the_gradient_and_reports_the_true_norm():
+    model = linear()
+    result = stepper(model, clip_norm=0.5).step(batches(3), lr=1.0)
+    assert result.grad_norm > 0.5
+    assert (model.weight.detach() - torch.tensor([[0.5, -0.5]])).norm().item() == pytest.approx(0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_a_step_without_a_finite_gradient_changes_nothing(poison, clip_norm):
+    model = linear()
+    take = stepper(model, clip_norm=clip_norm)
+    take.step(batches(3), lr=0.1)
+    weight = model.weight.detach().clone()
+    velocity = take._optimizer.state[model.weight]["momentum_buffer"].clone()
+    bad = X.clone()
+    bad[1, 0] = poison
+    assert take.step(batches(2, 1, x=bad), lr=0.1).skipped == 1
+    assert torch.equal(model.weight, weight)
+    assert torch.equal(take._optimizer.state[model.weight]["momentum_buffer"], velocity)
+    assert take.step(batches(3), lr=0.1).skipped == 0
+    assert model.weight.isfinite().all()
+
+
+def test_generators_of_the_host():
+    assert model_generators(torch.device("cpu")) == (torch.default_generator,)

@@ -1,0 +1,102 @@
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import IterableDataset, TensorDataset
+
+from ddp_sgd.config import RunConfig
+from ddp_sgd.data import Digits, InMemory
+from ddp_sgd.engine.trial import check_dataset, check_normalization, describe, try_out
+from ddp_sgd.errors import ConfigError, DataError
+from ddp_sgd.models import MLP, ConvNet
+from ddp_sgd.plan import make_plan
+
+CPU = torch.device("cpu")
+CE = nn.CrossEntropyLoss()
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([(1, 2)])
+
+
+@pytest.mark.parametrize("dataset", [Stream(), 7, iter([1])])
+def test_only_map_style_data_sets(dataset):
+    with pytest.raises(ConfigError, match=r"data.train is a .*; name a map-style data set \(streaming"):
+        check_dataset(dataset, "data.train")
+
+
+def test_no_empty_data_set():
+    with pytest.raises(DataError, match="data.eval is empty; name a data set"):
+        check_dataset(InMemory([], []), "data.eval")
+
+
+@pytest.mark.parametrize(
+    ("samples", "tail", "model", "fits"),
+    [
+        (65, "exact", ConvNet(batch_norm=True), False),  # 64, then 1
+        (65, "drop", ConvNet(batch_norm=True), True),
+        (66, "exact", ConvNet(batch_norm=True), True),
+        (65, "exact", ConvNet(), True),
+        (65, "exact", nn.SyncBatchNorm(3), True),
+    ],
+)
+def test_normalization_needs_two_samples(samples, tail, model, fits):
+    plan = make_plan(RunConfig(data={"tail": tail, "batch_size": 64}), samples=samples, world_size=1)
+    if fits:
+        check_normalization(model, plan)
+    else:
+        with pytest.raises(ConfigError, match=r"leaves a rank with 1 samples .* of ConvNet; set data.tail=drop, or"):
+            check_normalization(model, plan)
+
+
+def test_a_run_that_fits_leaves_no_trace():
+    model = ConvNet(batch_norm=True).train()
+    before = [p.clone() for p in (*model.parameters(), *model.buffers())]
+    objective = try_out(model, CE, Digits(shape="image"), "data.train", CPU)
+    assert objective.counts_samples
+    assert model.training
+    after = (*model.parameters(), *model.buffers())
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(p.grad is None for p in model.parameters())
+
+
+X = torch.zeros(6, 3)
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "dataset", "error", "message"),
+    [
+        (MLP(4, [], 2), CE, InMemory(X, torch.zeros(6).long()), ConfigError,
+         r"model is MLP, which fails on inputs of float32 of shape \(2, 3\), RuntimeError: .*; make model.init_args"),
+        (MLP(3, [], 2), CE, InMemory(X, torch.zeros(6)), ConfigError,
+         r"model gives float32 of shape \(2, 2\), which does not fit targets of float32 of shape \(2,\)"),
+        (MLP(3, [], 2), CE, InMemory(X, torch.tensor([0, 0, 0, 0, 0, 2])), DataError,
+         "data.train has labels from 0 to 2 while the model gives 2 scores; .* give the model 3 classes"),
+        (MLP(3, [], 2), CE, InMemory(X, torch.tensor([0, 0, 0, 0, 0, -1])), DataError, "labels from -1 to 0"),
+        (MLP(3, [], 2), CE, TensorDataset(X, torch.tensor([3, 0, 0, 0, 0, 0])), DataError, "labels from 0 to 3"),
+        (MLP(3, [], 2), nn.functional.mse_loss, InMemory(X, torch.zeros(6).long()), ConfigError, "does not fit targets"),
+        (MLP(3, [], 2), lambda out, y: out.sum(1), InMemory(X, torch.zeros(6).long()), ConfigError,
+         r"loss is function, which gives float32 of shape \(2,\); let it give the mean"),
+        (MLP(3, [], 2), lambda out, y: "x", InMemory(X, torch.zeros(6).long()), ConfigError, "gives a str"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_named(model, loss, dataset, error, message):
+    with pytest.raises(error, match=message):
+        try_out(model, loss, dataset, "data.train", CPU)
+
+
+def test_ignored_labels_may_be_anything():
+    loss = nn.CrossEntropyLoss(ignore_index=255)
+    labels = torch.tensor([0, 255, 1, 255, 0, 1])
+    assert not try_out(MLP(3, [], 2), loss, InMemory(X, labels), "data.train", CPU).counts_samples
+    all_ignored = InMemory(X, torch.full((6,), 255))
+    try_out(MLP(3, [], 2), loss, all_ignored, "data.train", CPU)
+
+
+def test_a_single_sample_is_enough():
+    try_out(MLP(3, [], 2), CE, InMemory(X[:1], torch.zeros(1).long()), "data.train", CPU)
+
+
+def test_describe():
+    assert describe(torch.zeros(2, 3)) == "float32 of shape (2, 3)"
+    assert describe([1]) == "a list"

@@ -1,0 +1,226 @@
+import collections
+import textwrap
+
+import pytest
+import torch
+from torch import nn
+
+from ddp_sgd.building import build
+from ddp_sgd.config import Component
+from ddp_sgd.errors import ConfigError, DataError
+from ddp_sgd.models import MLP
+
+
+def _build(path, where="data.train", failure=ConfigError, **init_args):
+    return build(Component(class_path=path, init_args=init_args), where, failure=failure)
+
+
+def _held(**init_args):
+    return _build("user_code.Holder", **init_args)
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Writes a module that a configuration can name."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(name, text):
+        path = tmp_path / f"{name.replace('.', '/')}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(textwrap.dedent(text))
+
+    return write
+
+
+def test_class_with_its_arguments():
+    model = _build("ddp_sgd.models.MLP", inputs=3, hidden=[5], classes=2)
+    assert isinstance(model, MLP)
+    assert model(torch.zeros(7, 3)).shape == (7, 2)
+
+
+def test_function_as_a_factory():
+    layer = _build("user_code.linear", inputs=3)
+    assert (layer.in_features, layer.out_features) == (3, 10)
+
+
+def test_class_that_hides_its_signature():
+    assert _build("builtins.dict", one=1) == {"one": 1}
+
+
+def test_attribute_of_a_class():
+    assert _build("collections.OrderedDict.fromkeys", iterable=["a"]) == collections.OrderedDict(
+        a=None
+    )
+
+
+def test_class_inside_a_package_that_also_has_a_module_of_that_name(module):
+    module("shapes.__init__", "from shapes.square import square\n")
+    module("shapes.square", "def square():\n    return 'made'\n")
+    assert _build("shapes.square") == "made"
+
+
+def test_submodule_that_its_package_does_not_import(module):
+    module("tools.__init__", "")
+    module("tools.deep", "class Thing:\n    pass\n")
+    assert type(_build("tools.deep.Thing")).__name__ == "Thing"
+
+
+def test_components_nest_in_lists_and_mappings():
+    relu = {"class_path": "torch.nn.ReLU"}
+    inner = {"class_path": "user_code.Holder", "init_args": {"value": [relu]}}
+    held = _held(value={"layers": [relu, [relu]], "size": 3}, other=(inner,))
+    assert [type(held.value["layers"][0]), type(held.value["layers"][1][0])] == [nn.ReLU, nn.ReLU]
+    assert held.value["size"] == 3
+    assert isinstance(held.others["other"][0].value[0], nn.ReLU)
+
+
+def test_pipeline_of_torchvision():
+    pytest.importorskip("torchvision")
+    steps = [
+        {
+            "class_path": "torchvision.transforms.v2.ToDtype",
+            "init_args": {"dtype": "torch.float64"},
+        },
+        {
+            "class_path": "torchvision.transforms.v2.Normalize",
+            "init_args": {"mean": [1], "std": [2]},
+        },
+    ]
+    pipeline = _build("torchvision.transforms.v2.Compose", transforms=steps)
+    image = torch.full((1, 2, 2), 5, dtype=torch.float32)
+    assert torch.equal(pipeline(image), torch.full((1, 2, 2), 2.0, dtype=torch.float64))
+
+
+def test_dtype_where_one_is_asked_for():
+    assert _held(dtype="torch.float16").dtype is torch.float16
+
+
+def test_dtype_where_nothing_is_said_of_the_type():
+    assert _held(value=["torch.int8"]).value == [torch.int8]
+
+
+def test_text_that_looks_like_a_dtype_where_text_is_asked_for():
+    assert _held(text="torch.float16").text == "torch.float16"
+
+
+@pytest.mark.parametrize("text", ["torch.nn", "torch.no_such_type", "float32"])
+def test_text_that_names_no_dtype_stays_text(text):
+    assert _held(dtype=text).dtype == text
+
+
+def test_plain_data_stays_as_it_is():
+    data = {"a": [1, 2.5, None, True], "b": {"c": "text"}}
+    assert _held(value=data).value == data
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("no_such.Net", "x.class_path is no_such.Net, but there is no module no_such; install it,"),
+        ("torch.nn.Liner", "but torch.nn has no Liner; did you mean Linear?"),
+        ("torch.nnn.Linear", "but torch has no nnn; did you mean nn?"),
+        ("torch.nn.qqqqqqqq", "but torch.nn has no qqqqqqqq; check the spelling."),
+        ("torch.nn.Linear.in_featurez", "but Linear has no in_featurez; "),
+        ("user_code.NOT_CALLABLE", "is user_code.NOT_CALLABLE, a int; name a class or a function."),
+        ("torch.nn", "x.class_path is torch.nn, a module; name a class or a function."),
+    ],
+)
+def test_name_that_leads_nowhere(path, message):
+    with pytest.raises(ConfigError) as caught:
+        _build(path, where="x")
+    assert message in str(caught.value)
+
+
+def test_module_that_needs_another(module):
+    module("needy", "import no_such_dependency\n\nclass Net:\n    pass\n")
+    with pytest.raises(ConfigError, match="which needs the module no_such_dependency; install it"):
+        _build("needy.Net")
+
+
+def test_module_whose_import_fails(module):
+    module("broken", "1 / 0\n")
+    with pytest.raises(
+        ConfigError, match=r"whose import failed with ZeroDivisionError: .*; mend broken\."
+    ):
+        _build("broken.Net")
+
+
+def test_module_that_does_not_parse(module):
+    module("torn", "def net(:\n")
+    with pytest.raises(ConfigError, match="whose import failed with SyntaxError"):
+        _build("torn.Net")
+
+
+def test_unknown_argument():
+    with pytest.raises(ConfigError) as caught:
+        _build("ddp_sgd.models.MLP", where="model", inputs=3, hiden=[5], classes=2)
+    assert str(caught.value) == (
+        "model.init_args.hiden is not an argument of ddp_sgd.models.MLP; did you mean hidden? "
+        "it accepts (inputs, hidden, classes)."
+    )
+
+
+def test_missing_argument():
+    with pytest.raises(ConfigError) as caught:
+        _build("ddp_sgd.models.MLP", where="model", inputs=3)
+    assert str(caught.value) == (
+        "model.init_args is ['inputs'] while ddp_sgd.models.MLP says: missing a required argument: "
+        "'hidden'; it accepts (inputs, hidden, classes)."
+    )
+
+
+def test_call_that_raises():
+    with pytest.raises(ConfigError) as caught:
+        _build("user_code.Unbuildable", where="model")
+    assert str(caught.value) == (
+        "model is user_code.Unbuildable, which failed with ValueError: width is odd; "
+        "check model.init_args, it accepts ()."
+    )
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_call_that_raises_without_a_signature():
+    with pytest.raises(ConfigError, match="it accepts .see its documentation"):
+        _build("builtins.range")
+
+
+def test_kind_of_the_failure_is_the_callers_choice():
+    with pytest.raises(DataError, match=r"failed with ValueError: width is odd"):
+        _build("user_code.Unbuildable", failure=DataError)
+
+
+def test_error_that_says_what_to_do_passes_unchanged():
+    with pytest.raises(DataError) as caught:
+        _build("ddp_sgd.data.Digits", split="all")
+    assert str(caught.value) == "split is 'all'; choose train or eval."
+
+
+@pytest.mark.parametrize(
+    ("nested", "message"),
+    [
+        (
+            {"class_path": "torch.nn.Liner"},
+            "data.train.init_args.value.steps[1].class_path is torch.nn.Liner, but torch.nn has no",
+        ),
+        (
+            {"class_path": "torch.nn.Linear", "init_args": {"in_featurez": 3}},
+            "data.train.init_args.value.steps[1].init_args.in_featurez is not an argument of torch",
+        ),
+        (
+            {"class_path": "user_code.Unbuildable"},
+            "data.train.init_args.value.steps[1] is user_code.Unbuildable, which failed with Value",
+        ),
+        (
+            {"class_path": 3},
+            "data.train.init_args.value.steps[1].class_path is 3; a nested object takes class_path",
+        ),
+        (
+            {"class_path": "torch.nn.ReLU", "arguments": {}},
+            "data.train.init_args.value.steps[1].arguments is {}; a nested object takes class_path",
+        ),
+    ],
+)
+def test_fault_of_a_nested_object_names_its_place(nested, message):
+    with pytest.raises(ConfigError) as caught:
+        _held(value={"steps": [1, nested]})
+    assert message in str(caught.value)
