@@ -40,7 +40,10 @@ def run_ranks(world_size, work, *args, timeout_s=60.0, raises=False, deadline_s=
     pipes, processes = [], []
     for rank in range(world_size):
         receive, send = _CONTEXT.Pipe(duplex=False)
-        environment = rank_environment(rank, world_size, port) if world_size > 1 else {}
+        # The server keeps the environment of its start, so each rank is given that of the test.
+        environment = dict(os.environ)
+        if world_size > 1:
+            environment |= rank_environment(rank, world_size, port)
         process = _CONTEXT.Process(
             target=_rank, args=(send, environment, rank, timeout_s, work, args)
         )
@@ -71,6 +74,7 @@ def run_ranks(world_size, work, *args, timeout_s=60.0, raises=False, deadline_s=
 
 
 def _rank(send, environment: dict[str, str], rank: int, timeout_s: float, work: Any, args: Any):
+    os.environ.clear()
     os.environ.update(environment)
     import torch
 

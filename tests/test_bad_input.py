@@ -1,4 +1,4 @@
-"""What a user may get wrong: each case ends with its code and one line that names key, value and remedy."""
+"""What a user may get wrong: each case ends with its code and a line with key, value and remedy."""
 
 import io
 import json

@@ -37,7 +37,7 @@ class RaisesAt(Zeros):
 
 
 class FailsOnRank(Zeros):
-    """Samples that one rank cannot read, but for the first two, which every rank looks at before the run."""
+    """Samples that one rank cannot read, but for the first two, which are tried before the run."""
 
     def __init__(self, rank, samples=64):
         super().__init__(samples)

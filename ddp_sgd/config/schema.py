@@ -236,7 +236,7 @@ class ParallelConfig(Section):
     """Let gradients live in the buffers that are reduced: less memory, one copy less."""
 
     static_graph: StrictBool = False
-    """Promise that every step uses the same parameters in the same order."""
+    """Promise that every step uses the same parameters in the same order; not together with data.accumulate above 1."""
 
     find_unused_parameters: StrictBool = False
     """Search every step for parameters that got no gradient; needed where a forward pass leaves
@@ -298,6 +298,11 @@ class RunConfig(Section):
         if set(self.name) == {"."}:
             raise ValueError(
                 f"name is {self.name!r}; it names a folder, so use a letter or a digit"
+            )
+        if self.parallel.static_graph and self.data.accumulate > 1:
+            raise ValueError(
+                f"parallel.static_graph is true while data.accumulate is {self.data.accumulate}, "
+                "which torch cannot do together; set parallel.static_graph=false"
             )
         warmup = self.schedule.warmup_epochs
         if warmup != "auto" and warmup > self.epochs:

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from ddp_sgd.config.schema import RunConfig
+from ddp_sgd.distributed.collectives import gather_over_ranks
 from ddp_sgd.distributed.fate import shared_fate
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.assembly import assemble, gather_parts
@@ -55,6 +56,7 @@ def fit(
         shared_fate(runtime.fate),
         plain_faults(),
     ):
+        gather_over_ranks(None, runtime)  # where rank 0 has no folder, the others go no further
         parts = gather_parts(config, model=model, loss=loss, train_set=train_set, eval_set=eval_set)
         job = assemble(config, parts, runtime)
         plan, state = job.plan, State()

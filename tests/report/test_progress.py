@@ -1,0 +1,109 @@
+import os
+import pty
+import re
+import subprocess
+import sys
+import termios
+
+import pytest
+
+from ddp_sgd.config import RunConfig
+from ddp_sgd.plan import make_plan
+from ddp_sgd.report import progress as module
+from ddp_sgd.report.progress import Progress
+from ddp_sgd.report.sink import RunRecord
+
+
+@pytest.fixture
+def record(tmp_path):
+    plan = make_plan(RunConfig(epochs=2), samples=64, world_size=1)
+    return RunRecord(folder=tmp_path, name="x", config={}, plan=plan, world_size=1, git_commit=None)
+
+
+def train_row(step, loss, **changes):
+    return {
+        "step": step,
+        "epoch": step / 2,
+        "samples": 32 * step,
+        "train/loss": loss,
+        "train/lr": 0.1,
+        "train/skipped_steps": 0,
+        "throughput/samples_per_s": 1234.5,
+    } | changes
+
+
+END = {"status": "finished", "step": 4, "samples": 128, "wall_s": 2.0, "eval/loss": 0.25,
+       "eval/accuracy": 0.5, "eval/correct": 5, "eval/count": 10}  # fmt: skip
+
+
+def test_plain_lines_where_nobody_watches(record, capsys):
+    progress = Progress()
+    progress.start(record)
+    progress.write("start", {"step": 0})
+    for step, loss in enumerate([4.0, 2.0, 1.0, None], start=1):
+        progress.write("train", train_row(step, loss))
+    progress.write("eval", {"eval/loss": 0.25, "eval/count": 10})
+    progress.write("stop", {"step": 4, "reason": "SIGTERM"})
+    progress.finish(END)
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "epoch      1/2  step       2  loss 3.0000  lr 0.1  1,234 samples/s" in out  # mean of the epoch
+    assert "epoch      2/2  step       4  loss 1.0000" in out
+    assert out.count("epoch  ") == 2
+    assert "eval loss 0.2500\n" in out
+    assert "stopping after step 4: SIGTERM" in out
+    assert out.endswith(
+        f"finished: 4 steps in 2.0 s, eval loss 0.2500  accuracy 50.00 % (5/10), 64 samples/s in all, "
+        f"results in {record.folder}\n"
+    )
+
+
+def test_skipped_steps_and_a_lost_loss_are_said(record, capsys):
+    progress = Progress()
+    progress.start(record)
+    progress.write("train", train_row(2, None, **{"train/skipped_steps": 2.0}))
+    assert "loss not finite  lr 0.1  1,234 samples/s  2 steps skipped, gradient not finite" in capsys.readouterr().out
+
+
+def test_a_long_epoch_is_not_silent(record, capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    progress = Progress()
+    progress.start(record)
+    progress.write("train", train_row(1, 4.0))
+    now[0] += 31
+    progress.write("train", train_row(1, 4.0))
+    assert capsys.readouterr().out.count("epoch    0.5/2") == 1
+
+
+@pytest.mark.parametrize("result", [{"status": "failed"}])
+def test_a_failure_leaves_the_word_to_the_error(record, capsys, result):
+    progress = Progress()
+    progress.finish(result)
+    progress.start(record)
+    capsys.readouterr()
+    progress.finish(result)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_bar_on_a_real_terminal(tmp_path):
+    main, child = pty.openpty()
+    termios.tcsetwinsize(child, (24, 100))
+    command = [sys.executable, "-m", "ddp_sgd.train", "--epochs=20", "--wandb.mode=disabled", f"--output_dir={tmp_path}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=child, stderr=child, env=environment)
+    os.close(child)
+    seen = b""
+    while True:
+        try:
+            chunk = os.read(main, 65536)
+        except OSError:  # the other side is closed
+            break
+        if not chunk:
+            break
+        seen += chunk
+    os.close(main)
+    assert process.wait() == 0
+    text = seen.decode()
+    assert re.search(r"\d+%\|.*/900 \[.*step/s, loss \d\.\d+ lr ", text)
+    assert "finished: 900 steps" in text
