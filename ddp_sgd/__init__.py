@@ -1,7 +1,7 @@
 """Data-parallel SGD done right.
 
-The public names are loaded when they are first used, so that a wrong option is answered before torch is imported, and
-``python -m ddp_sgd.train`` imports nothing twice.
+The public names are loaded when they are first used, so that a wrong option is answered before
+torch is imported, and ``python -m ddp_sgd.train`` imports nothing twice.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""From ``class_path`` and ``init_args`` to the object; the only place that imports what a user names."""
+"""From ``class_path`` and ``init_args`` to the object: the one place that imports user code."""
 
 import difflib
 import importlib
@@ -25,7 +25,8 @@ def build(component: Component, where: str, *, failure: type[UserError] = Config
 
     Raises:
         ConfigError: The name cannot be imported, or the arguments do not fit its signature.
-        UserError: The call raised; an error that already says WHERE, WHAT and REMEDY passes unchanged.
+        UserError: The call raised; an error that already says WHERE, WHAT and REMEDY passes
+            unchanged.
     """
     factory = _find(component.class_path, f"{where}.class_path")
     arguments = _resolve_arguments(factory, component, where)
@@ -35,7 +36,8 @@ def build(component: Component, where: str, *, failure: type[UserError] = Config
         raise
     except Exception as error:
         raise failure(
-            f"{where} is {component.class_path}, which failed with {type(error).__name__}: {error}; "
+            f"{where} is {component.class_path}, which failed with {type(error).__name__}: "
+            f"{error}; "
             f"check {where}.init_args, it accepts ({_accepted(factory)})."
         ) from error
 
@@ -52,7 +54,9 @@ def _find(path: str, where: str) -> Callable[..., Any]:
             raise ConfigError(f"{where} is {path}, but {name} has no {part}; {hint}")
         found = getattr(found, part)
     if not callable(found):
-        raise ConfigError(f"{where} is {path}, a {type(found).__name__}; name a class or a function.")
+        raise ConfigError(
+            f"{where} is {path}, a {type(found).__name__}; name a class or a function."
+        )
     return found  # type: ignore[no-any-return]
 
 
@@ -71,12 +75,14 @@ def _import_longest(parts: list[str], where: str, path: str) -> tuple[Any, list[
                 ) from error
             if module is None:
                 raise ConfigError(
-                    f"{where} is {path}, but there is no module {name}; install it, or check the spelling."
+                    f"{where} is {path}, but there is no module {name}; install it, or check the "
+                    "spelling."
                 ) from error
             return module, parts[length - 1 :]
         except Exception as error:
             raise ConfigError(
-                f"{where} is {path}, whose import failed with {type(error).__name__}: {error}; mend {name}."
+                f"{where} is {path}, whose import failed with {type(error).__name__}: {error}; "
+                f"mend {name}."
             ) from error
     return module, []
 
@@ -141,9 +147,7 @@ def _check_signature(
     except TypeError as error:
         unknown = [name for name in arguments if name not in signature.parameters]
         accepted = _accepted_names(signature)
-        if unknown and not any(
-            p.kind is p.VAR_KEYWORD for p in signature.parameters.values()
-        ):
+        if unknown and not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
             near = difflib.get_close_matches(unknown[0], accepted, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""What every command does around its work: read the command line, and end with one line and one code."""
+"""What every command does around its work: read its line, end with one line and one code."""
 
 import os
 import sys
@@ -46,7 +46,7 @@ def run_command(
     except UserError as error:
         _tell(str(error), debug=debug)
         return error.exit_code
-    except Exception as error:  # a defect of ours, or of the user's model: still one line and a code
+    except Exception as error:  # a defect of ours, or in the user's code
         _tell(
             f"{type(error).__name__} is unexpected: {' '.join(str(error).split())}; "
             "run again with --debug to see where it comes from.",

@@ -68,7 +68,7 @@ class DivergedError(UserError):
 
 
 class FaultElsewhereError(UserError):
-    """Another rank failed first and has told the user; this rank ends with the same code, in silence.
+    """Another rank failed first and told the user; this one ends with the same code, silently.
 
     Args:
         message: The line which the other rank printed.

@@ -15,14 +15,16 @@ _PER_TARGET = (nn.CrossEntropyLoss, nn.NLLLoss)
 
 
 class Objective:
-    """What the run minimizes: the sum of the loss over all units of a step, divided by their number.
+    """What the run minimizes: the loss summed over the units of a step, by their number.
 
-    A unit is a sample, for a loss that gives the mean over samples. Cross entropy with class weights, with ignored
-    targets or with one target a pixel or token divides by the weight of the targets instead; then that weight is the
-    unit, since only so a split over ranks equals the whole.
+    A unit is a sample, for a loss that gives the mean over samples. Cross entropy with class
+    weights, with ignored targets or with one target a pixel or token divides by the weight of the
+    targets instead; then that weight is the unit, since only so a split over ranks equals the
+    whole.
 
     Args:
-        loss: Module or function of (outputs, targets) that returns the mean, a tensor without dimensions.
+        loss: Module or function of (outputs, targets) that returns the mean, a tensor without
+            dimensions.
         targets: A batch of targets, to tell which kind of unit applies.
 
     Raises:
@@ -36,7 +38,8 @@ class Objective:
         reduction = getattr(loss, "reduction", "mean")
         if reduction != "mean":
             raise ConfigError(
-                f"loss.init_args.reduction is {reduction}; leave it at mean: the run weights every micro-batch itself."
+                f"loss.init_args.reduction is {reduction}; leave it at mean: the run weights "
+                "every micro-batch itself."
             )
         self.counts_samples = not _weighs_targets(loss, targets)
         self._loss = loss
@@ -72,11 +75,12 @@ class Objective:
         counted = targets[targets != loss.ignore_index]
         weight = loss.weight
         units = counted.new_tensor(counted.numel()) if weight is None else weight[counted].sum()
-        return units.to(wide_float(targets.device)) * min(samples, 1)
+        counted_units: torch.Tensor = units.to(wide_float(targets.device)) * min(samples, 1)
+        return counted_units
 
 
 def wide_float(device: torch.device) -> torch.dtype:
-    """Return the widest float type of a device: sums and counts deserve it, and Metal has no float64."""
+    """Return the widest float type of a device, for sums and counts; Metal has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 

@@ -1,6 +1,7 @@
 """Two small networks by name; any other module by its class_path."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -10,7 +11,8 @@ class MLP(nn.Sequential):
     """Linear layers with ReLU between them.
 
     Args:
-        inputs: Numbers in one sample, at least 1; inputs of shape (m, ...) are flattened to (m, inputs).
+        inputs: Numbers in one sample, at least 1; inputs of shape (m, ...) are flattened to (m,
+            inputs).
         hidden: Widths of the hidden layers.
         classes: Width of the output, at least 1.
 
@@ -22,7 +24,7 @@ class MLP(nn.Sequential):
     def __init__(self, inputs: int, hidden: Sequence[int], classes: int) -> None:
         widths = [inputs, *hidden, classes]
         layers: list[nn.Module] = [nn.Flatten()]
-        for wide, narrow in zip(widths, widths[1:], strict=False):
+        for wide, narrow in pairwise(widths):
             layers += [nn.Linear(wide, narrow), nn.ReLU()]
         super().__init__(*layers[:-1])
 
@@ -42,7 +44,12 @@ class ConvNet(nn.Module):
     """
 
     def __init__(
-        self, channels: int = 1, widths: Sequence[int] = (32, 64), classes: int = 10, *, batch_norm: bool = False
+        self,
+        channels: int = 1,
+        widths: Sequence[int] = (32, 64),
+        classes: int = 10,
+        *,
+        batch_norm: bool = False,
     ) -> None:
         super().__init__()
         layers: list[nn.Module] = []

@@ -17,7 +17,8 @@ _OPTIONS = (
     Option(
         "print_folder",
         bool,
-        "Print the folder of the run instead of running: what launch scripts need to find result.json.",
+        "Print the folder of the run instead of running: what launch scripts need to find "
+        "result.json.",
         default=False,
     ),
 )

@@ -1,4 +1,6 @@
-"""Real ranks for tests: processes forked from one server that has imported torch, joined by gloo on loopback."""
+"""Real ranks for tests: processes forked from one server that has imported torch, joined by gloo
+on loopback.
+"""
 
 import multiprocessing
 import os
@@ -35,7 +37,9 @@ def rank_environment(rank, world_size, port):
 
 
 def run_ranks(world_size, work, *args, timeout_s=60.0, raises=False, deadline_s=150.0):
-    """Call ``work(runtime, *args)`` on every rank; return the values in order, or what each one raised."""
+    """Call ``work(runtime, *args)`` on every rank; return the values in order, or what each one
+    raised.
+    """
     port = free_port()
     pipes, processes = [], []
     for rank in range(world_size):

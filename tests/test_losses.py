@@ -16,7 +16,12 @@ CASES = {
     "mean over samples": (nn.CrossEntropyLoss(), SCORES, LABELS, True),
     "label smoothing": (nn.CrossEntropyLoss(label_smoothing=0.1), SCORES, LABELS, True),
     "class weights": (nn.CrossEntropyLoss(weight=WEIGHT), SCORES, LABELS, False),
-    "smoothing and weights": (nn.CrossEntropyLoss(weight=WEIGHT, label_smoothing=0.1), SCORES, LABELS, False),
+    "smoothing and weights": (
+        nn.CrossEntropyLoss(weight=WEIGHT, label_smoothing=0.1),
+        SCORES,
+        LABELS,
+        False,
+    ),
     "ignored class": (nn.CrossEntropyLoss(ignore_index=2), SCORES, LABELS, False),
     "log likelihood": (nn.NLLLoss(weight=WEIGHT), SCORES.log_softmax(1), LABELS, False),
     "probabilities": (nn.CrossEntropyLoss(weight=WEIGHT), SCORES, SCORES.softmax(1), True),
@@ -76,7 +81,9 @@ def test_the_user_s_loss_is_left_as_it_is():
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_other_reductions_are_refused(reduction):
-    with pytest.raises(ConfigError, match=f"loss.init_args.reduction is {reduction}; leave it at mean"):
+    with pytest.raises(
+        ConfigError, match=f"loss.init_args.reduction is {reduction}; leave it at mean"
+    ):
         Objective(nn.MSELoss(reduction=reduction), LABELS)
 
 

@@ -13,7 +13,9 @@ def test_equal_places_give_equal_seeds_on_every_machine():
 def test_neighbouring_places_share_no_seed():
     seeds = {
         seed_for(purpose, seed, epoch, index)
-        for purpose, seed, epoch, index in product(("order", "sample"), range(4), range(-1, 4), range(9))
+        for purpose, seed, epoch, index in product(
+            ("order", "sample"), range(4), range(-1, 4), range(9)
+        )
     }
     assert len(seeds) == 2 * 4 * 5 * 9
 

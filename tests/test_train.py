@@ -15,7 +15,9 @@ from ddp_sgd.train import main
 
 @pytest.fixture
 def environment(tmp_path):
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "DDP_SGD_", "WANDB_"))}
+    clean = {
+        k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "DDP_SGD_", "WANDB_"))
+    }
     for name in rank_environment(0, 1, 1):
         clean.pop(name, None)
     return clean | {
@@ -26,9 +28,19 @@ def environment(tmp_path):
 
 
 def torchrun(ranks, *options, environment):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+    ]
     return subprocess.run(
-        [*command, "-m", "ddp_sgd.train", *options], env=environment, capture_output=True, text=True, check=False
+        [*command, "-m", "ddp_sgd.train", *options],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -60,7 +72,9 @@ def test_srun_s_variables_alone_start_two_ranks(environment, tmp_path):
         command = [sys.executable, "-m", "ddp_sgd.train", "--epochs=1"]
         return subprocess.Popen(command, env=environment | job | task, stdout=subprocess.PIPE)
 
-    job_id = free_port() + 10_000  # so that the port that follows from it, above 10,000, is that one modulo 20,000
+    job_id = (
+        free_port() + 10_000
+    )  # so that the port that follows from it, above 10,000, is that one modulo 20,000
     job = {"SLURM_JOB_ID": str(job_id), "SLURM_JOB_NODELIST": "localhost"}
     ranks = [start(rank) for rank in range(2)]
     assert [rank.wait() for rank in ranks] == [0, 0]
@@ -76,7 +90,8 @@ def test_an_error_of_all_ranks_is_one_line(environment):
     done = torchrun(3, "--data.train.class_path=ddp_sgd.data.Digitz", environment=environment)
     lines = [line for line in done.stderr.splitlines() if line.startswith("ddp_sgd: error: ")]
     assert lines == [
-        "ddp_sgd: error: data.train.class_path is ddp_sgd.data.Digitz, but ddp_sgd.data has no Digitz; did you "
+        "ddp_sgd: error: data.train.class_path is ddp_sgd.data.Digitz, but ddp_sgd.data has no "
+        "Digitz; did you "
         "mean Digits?"
     ]
     assert "/ddp_sgd/" not in done.stderr  # the traceback that follows is torchrun's own
@@ -87,7 +102,9 @@ def test_a_wrong_key_is_answered_before_torch_is_imported(environment):
         "import sys; from ddp_sgd.train import main; code = main(['--optim.lrr=1']); "
         "sys.exit(99 if 'torch' in sys.modules else code)"
     )
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 64
     assert done.stderr == "ddp_sgd: error: unknown key optim.lrr; did you mean optim.lr?\n"
 

@@ -236,7 +236,9 @@ class ParallelConfig(Section):
     """Let gradients live in the buffers that are reduced: less memory, one copy less."""
 
     static_graph: StrictBool = False
-    """Promise that every step uses the same parameters in the same order; not together with data.accumulate above 1."""
+    """Promise that every step uses the same parameters in the same order; not together with
+    data.accumulate above 1.
+    """
 
     find_unused_parameters: StrictBool = False
     """Search every step for parameters that got no gradient; needed where a forward pass leaves

@@ -16,8 +16,8 @@ _KEYS = {"train": ("x_train", "y_train"), "test": ("x_test", "y_test")}
 class Arrays(InMemory):
     """The arrays x_train and y_train, or x_test and y_test, of a ``.npz`` file.
 
-    Images of bytes become numbers in [0, 1], batch by batch; other inputs become float32. Whole numbers as targets
-    become int64 (classes), others float32.
+    Images of bytes become numbers in [0, 1], batch by batch; other inputs become float32. Whole
+    numbers as targets become int64 (classes), others float32.
 
     Args:
         path: The file, as ``numpy.savez`` writes it; read without pickle.
@@ -61,7 +61,8 @@ def _read(path: Path, keys: tuple[str, str]) -> list[Any]:
     for key, array in zip(keys, arrays, strict=True):
         if array.ndim == 0 or array.dtype.kind not in "buif":
             raise DataError(
-                f"{key} in {path} is of type {array.dtype} and shape {array.shape}; save numbers, one "
+                f"{key} in {path} is of type {array.dtype} and shape {array.shape}; save numbers, "
+                "one "
                 "row a sample."
             )
     return arrays

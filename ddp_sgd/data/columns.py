@@ -20,7 +20,11 @@ class Columns:
     """
 
     def __init__(
-        self, rows: Any, input: str, target: str, transform: Callable[[Any], Any] | None = None  # noqa: A002
+        self,
+        rows: Any,
+        input: str,
+        target: str,
+        transform: Callable[[Any], Any] | None = None,
     ) -> None:
         self._rows = rows
         self._input = input

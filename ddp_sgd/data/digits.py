@@ -10,7 +10,7 @@ from ddp_sgd.errors import DataError
 
 
 class Digits(InMemory):
-    """The digits 0 to 9, 1,437 images to train on and 360 to score, in a fixed split that keeps the classes' shares.
+    """The digits 0 to 9: 1,437 images to train on, 360 to score, in a fixed stratified split.
 
     Args:
         split: ``train`` or ``eval``.
@@ -20,9 +20,9 @@ class Digits(InMemory):
         DataError: Another split or shape is asked for.
 
     Source:
-        E. Alpaydin, C. Kaynak: Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998,
-        doi:10.24432/C50P49, licence CC BY 4.0; its test part, as scikit-learn ships it. See ``digits.md`` beside the
-        file for how it was made.
+        E. Alpaydin, C. Kaynak: Optical Recognition of Handwritten Digits, UCI Machine Learning
+        Repository, 1998, doi:10.24432/C50P49, licence CC BY 4.0; its test part, as scikit-learn
+        ships it. See ``digits.md`` beside the file for how it was made.
     """
 
     def __init__(

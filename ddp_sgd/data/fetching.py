@@ -1,4 +1,4 @@
-"""One batch out of a map-style data set, in one call: whole where the data set can, else sample by sample."""
+"""One batch out of a map-style data set: whole where the set can, else sample by sample."""
 
 import random
 from collections.abc import Sequence, Sized
@@ -14,7 +14,9 @@ from ddp_sgd.errors import DataError, UserError
 from ddp_sgd.seeds import seed_for
 
 EVAL_EPOCH = -1
-"""Stands for the epoch where samples are read for evaluation, so that they always come out alike."""
+"""Stands for the epoch where samples are read for evaluation, so that they always come out
+alike.
+"""
 
 
 class Request(NamedTuple):
@@ -26,7 +28,7 @@ class Request(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """Takes the place of a batch that could not be read; an exception would lose its one line between processes."""
+    """Takes the place of a batch that could not be read: exceptions do not travel on one line."""
 
     message: str
 
@@ -34,9 +36,10 @@ class Unreadable:
 class Fetcher:
     """Reads requests from a data set, with random numbers that depend on (seed, epoch, index) only.
 
-    A data set whose ``__getitems__`` returns a pair of stacked arrays or tensors is read a whole batch at a time, and
-    seeded by the first index of the batch; any other is read, seeded and collated sample by sample, so that neither
-    loader processes, nor ranks, nor a restart change an augmentation.
+    A data set whose ``__getitems__`` returns a pair of stacked arrays or tensors is read a whole
+    batch at a time, and seeded by the first index of the batch; any other is read, seeded and
+    collated sample by sample, so that neither loader processes, nor ranks, nor a restart change an
+    augmentation.
 
     Args:
         dataset: Map-style data set of (input, target).
@@ -54,7 +57,7 @@ class Fetcher:
         return len(self._dataset)
 
     def __getitems__(self, request: Request) -> Any:
-        """Return (inputs, targets) as tensors, or in nested containers of tensors; ``Unreadable`` on a fault."""
+        """Return (inputs, targets) as tensors, or containers of such; ``Unreadable`` on a fault."""
         try:
             if self._whole:
                 return self._read_whole(request)
@@ -83,7 +86,8 @@ class Fetcher:
             ) from error
         if not (isinstance(sample, (tuple, list)) and len(sample) == 2):
             raise DataError(
-                f"{self._where}[{index}] is {_shape_of(sample)}, not (input, target); wrap the data set in "
+                f"{self._where}[{index}] is {_shape_of(sample)}, not (input, target); wrap the "
+                "data set in "
                 "ddp_sgd.data.Columns, or return a pair."
             )
         return sample
@@ -93,7 +97,8 @@ class Fetcher:
             return str(error)
         first = request.indices[0]
         return (
-            f"{self._where} gave samples that do not form a batch (from index {first} on), {type(error).__name__}: "
+            f"{self._where} gave samples that do not form a batch (from index {first} on), "
+            f"{type(error).__name__}: "
             f"{error}; give all samples the same shapes and number types."
         )
 
@@ -119,7 +124,7 @@ def _to_tensor(part: Any) -> Any:
 def _seed_everything(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
-    np.random.seed(seed & 0xFFFF_FFFF)  # noqa: NPY002  # augmentations draw from the global one
+    np.random.seed(seed & 0xFFFF_FFFF)  # augmentations draw from the global one
 
 
 def _shape_of(sample: Any) -> str:

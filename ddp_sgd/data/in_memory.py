@@ -9,8 +9,8 @@ from ddp_sgd.errors import DataError
 class InMemory:
     """Inputs and targets of equal length, as arrays or tensors.
 
-    A batch is one indexing operation, not one per sample and a collation: ``__getitems__`` returns whole batches, which
-    the loader passes on unchanged.
+    A batch is one indexing operation, not one per sample and a collation: ``__getitems__`` returns
+    whole batches, which the loader passes on unchanged.
 
     Args:
         inputs: Array or tensor of n samples along the first dimension.
@@ -28,7 +28,8 @@ class InMemory:
     def __init__(self, inputs: Any, targets: Any) -> None:
         if len(inputs) != len(targets):
             raise DataError(
-                f"the data set has {len(inputs)} inputs and {len(targets)} targets; give each input one target."
+                f"the data set has {len(inputs)} inputs and {len(targets)} targets; give each "
+                "input one target."
             )
         self.inputs = inputs
         self.targets = targets

@@ -152,7 +152,7 @@ def _data_loader(
     fetcher: Fetcher, requests: _Requests, workers: int, device: torch.device, seed: int
 ) -> "DataLoader[Any]":
     return DataLoader(
-        fetcher,
+        fetcher,  # type: ignore[arg-type]  # torch types data sets by class, not by methods
         batch_sampler=requests,  # type: ignore[arg-type]  # torch types it as lists of indices
         num_workers=workers,
         collate_fn=_as_it_is,

@@ -12,13 +12,13 @@ from ddp_sgd.seeds import seed_for
 class Order(DistributedSampler[list[int]]):
     """One permutation an epoch, dealt out to the ranks step by step, without padding.
 
-    Step k of an epoch owns the positions [k G, min((k + 1) G, n)) of the permutation. Of these, rank r reads every W-th
-    from number r on, in micro-batches of at most b. So the union of what the ranks read in a step does not depend on W,
-    and every sample is read once an epoch.
+    Step k of an epoch owns the positions [k G, min((k + 1) G, n)) of the permutation. Of these,
+    rank r reads every W-th from number r on, in micro-batches of at most b. So the union of what
+    the ranks read in a step does not depend on W, and every sample is read once an epoch.
 
-    Iterating yields this rank's micro-batches from ``first_step`` to the end of the epoch, as lists of indices. A rank
-    that has no sample in a step yields one index of that step all the same, a stand-in to be weighted with zero, so
-    that every rank takes part in every step.
+    Iterating yields this rank's micro-batches from ``first_step`` to the end of the epoch, as lists
+    of indices. A rank that has no sample in a step yields one index of that step all the same, a
+    stand-in to be weighted with zero, so that every rank takes part in every step.
 
     Args:
         samples: Length of the data set, n, at least 1.
@@ -45,7 +45,11 @@ class Order(DistributedSampler[list[int]]):
         tail: str = "exact",
     ) -> None:
         super().__init__(
-            range(samples), num_replicas=world_size, rank=rank, seed=seed, drop_last=tail == "drop"
+            range(samples),  # type: ignore[arg-type]  # only its length is asked for
+            num_replicas=world_size,
+            rank=rank,
+            seed=seed,
+            drop_last=tail == "drop",
         )
         self.samples = samples
         self.global_batch = global_batch
@@ -64,12 +68,12 @@ class Order(DistributedSampler[list[int]]):
         return min(self.global_batch, self.samples - step_in_epoch * self.global_batch)
 
     def micro_batch_sizes(self, step_in_epoch: int) -> tuple[int, ...]:
-        """Count the samples in each of this rank's micro-batches of a step; ``(0,)`` stands for a stand-in."""
+        """Count the samples in this rank's micro-batches of a step; ``(0,)`` is a stand-in."""
         samples = self.step_samples(step_in_epoch)
         return micro_batch_sizes(samples, self.rank, self.num_replicas, self.batch_size) or (0,)
 
     def permutation(self) -> torch.Tensor:
-        """Return the order of this epoch: int64 of shape (n,), each index once, equal on all ranks."""
+        """Return the order of this epoch: int64 of shape (n,), equal on all ranks."""
         generator = torch.Generator().manual_seed(seed_for("order", self.seed, self.epoch))
         return torch.randperm(self.samples, generator=generator)
 
@@ -84,15 +88,16 @@ class Order(DistributedSampler[list[int]]):
 
     def __len__(self) -> int:
         return sum(
-            len(self.micro_batch_sizes(step)) for step in range(self.first_step, self.steps_per_epoch)
+            len(self.micro_batch_sizes(step))
+            for step in range(self.first_step, self.steps_per_epoch)
         )
 
 
 class Chunks:
-    """The data set in its own order, in chunks of equal size; rank r reads every W-th chunk from number r on.
+    """The data set in its own order, in equal chunks, of which rank r reads every W-th.
 
-    The chunks do not depend on the number of ranks, so that a model sees the same batches, and gives the same bits,
-    on any number of them. Nothing is padded.
+    The chunks do not depend on the number of ranks, so that a model sees the same batches, and
+    gives the same bits, on any number of them. Nothing is padded.
 
     Args:
         samples: Length of the data set, n.

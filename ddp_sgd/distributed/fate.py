@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from torch.distributed import DistError, DistNetworkError, Store
+from torch.distributed import DistError, DistNetworkError
+from torch.distributed.distributed_c10d import Store
 
 from ddp_sgd.errors import ExitCode, FaultElsewhereError, PeerError, UserError
 
@@ -34,10 +35,10 @@ class OwnFate:
 
 
 class SharedFate:
-    """The fate of ranks in a group: a board, kept in the group's store, on which the first fault is written.
+    """The fate of ranks in a group: the first fault is written on a board in their store.
 
-    A rank that fails leaves the group, so that collectives of the others fail within moments; they find the first
-    fault on the board and end with its code, in silence.
+    A rank that fails leaves the group, so that collectives of the others fail within moments; they
+    find the first fault on the board and end with its code, in silence.
 
     Args:
         store: Key-value store of the group.
@@ -57,8 +58,8 @@ class SharedFate:
             error: What this rank ran into.
 
         Returns:
-            The error itself if this rank failed first, as a ``PeerError`` if it is a lost connection;
-            ``FaultElsewhereError`` if another rank failed before.
+            The error itself if this rank failed first, as a ``PeerError`` if it is a lost
+            connection; ``FaultElsewhereError`` if another rank failed before.
         """
         if isinstance(error, FaultElsewhereError):
             return error
@@ -76,7 +77,8 @@ class SharedFate:
     def _lost_peer(self, error: Exception) -> PeerError:
         cause = re.sub(r"^\[[^\]]*\]\s*", "", str(error).strip().splitlines()[0])
         return PeerError(
-            f"rank {self._rank} of {self._world_size} is cut off: {cause}; look for the first error in the logs "
+            f"rank {self._rank} of {self._world_size} is cut off: {cause}; look for the first "
+            "error in the logs "
             "of the other ranks, then start again."
         )
 

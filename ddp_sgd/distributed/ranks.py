@@ -1,4 +1,4 @@
-"""Who am I among the processes: read from the environment of torchrun, of srun, or of neither. No torch."""
+"""Who am I among the processes: the environment of torchrun, srun, or neither. No torch."""
 
 import os
 import re
@@ -62,10 +62,11 @@ def read_ranks(environ: Mapping[str, str]) -> Ranks:
 
 @contextmanager
 def told_once(environ: Mapping[str, str]) -> Iterator[None]:
-    """Let rank 0 alone tell of a wrong configuration, which every rank finds by itself before they meet.
+    """Let rank 0 alone tell of a wrong configuration, which every rank finds by itself.
 
     Args:
-        environ: The environment, such as ``os.environ``; where it does not say who is rank 0, everybody tells.
+        environ: The environment, such as ``os.environ``; where it does not say who is rank 0,
+            everybody tells.
 
     Raises:
         FaultElsewhereError: In place of a ``ConfigError``, on the other ranks.
@@ -90,7 +91,8 @@ def first_host(node_list: str) -> str:
     """First host of a SLURM node list, such as ``node03`` of ``node[03-07,12],other``.
 
     Source:
-        The notation is that of ``scontrol show hostnames``, which need not be there inside a container.
+        The notation is that of ``scontrol show hostnames``, which need not be there inside a
+        container.
     """
     match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", node_list.strip())
     if not match:
@@ -119,7 +121,8 @@ def _from_torchrun(environ: Mapping[str, str]) -> Ranks:
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         raise ConfigError(
-            f"{' '.join(missing)} {verb} not set, though {' '.join(present) or 'RANK'} is; start with "
+            f"{' '.join(missing)} {verb} not set, though {' '.join(present) or 'RANK'} is; start "
+            "with "
             "torchrun, or unset RANK WORLD_SIZE LOCAL_RANK to run one process."
         )
     world_size = _number(environ, "WORLD_SIZE", least=1)
@@ -137,7 +140,7 @@ def _from_torchrun(environ: Mapping[str, str]) -> Ranks:
 
 
 def _in_batch_shell(environ: Mapping[str, str]) -> bool:
-    """A batch script has a task number of its own, but no task count unless one was asked for, and no step."""
+    """A batch script has a task number, but no task count unless one was asked for."""
     return "SLURM_NTASKS" not in environ and "SLURM_JOB_ID" in environ
 
 
@@ -146,7 +149,8 @@ def _from_srun(environ: Mapping[str, str]) -> Ranks:
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         raise ConfigError(
-            f"{' '.join(missing)} {verb} not set, though SLURM_PROCID is; start with srun, or unset "
+            f"{' '.join(missing)} {verb} not set, though SLURM_PROCID is; start with srun, or "
+            "unset "
             "SLURM_PROCID to run one process."
         )
     world_size = _number(environ, "SLURM_NTASKS", least=1)
@@ -163,19 +167,21 @@ def _from_srun(environ: Mapping[str, str]) -> Ranks:
 
 
 def _srun_meeting_point(environ: Mapping[str, str]) -> tuple[str, int]:
-    """Take the first node and a port that follows from the job; the user's own choice goes before."""
+    """Take the first node, and a port that follows from the job, unless the user chose."""
     job, *lists = _SRUN_MEETING
     nodes = next((environ[name] for name in lists if environ.get(name)), None)
     address = environ.get("MASTER_ADDR") or (first_host(nodes) if nodes else None)
     if not address:
         raise ConfigError(
-            "SLURM_JOB_NODELIST is not set, though SLURM_NTASKS is above 1; start with srun, or set MASTER_ADDR."
+            "SLURM_JOB_NODELIST is not set, though SLURM_NTASKS is above 1; start with srun, or "
+            "set MASTER_ADDR."
         )
     if environ.get("MASTER_PORT"):
         return address, _number(environ, "MASTER_PORT", least=1, most=65_535)
     if not environ.get(job):
         raise ConfigError(
-            f"{job} is not set, though SLURM_NTASKS is above 1; start with srun, or set MASTER_PORT."
+            f"{job} is not set, though SLURM_NTASKS is above 1; start with srun, or set "
+            "MASTER_PORT."
         )
     return address, 10_000 + _number(environ, job) % 20_000
 
@@ -192,12 +198,15 @@ def _tasks_on_this_node(environ: Mapping[str, str], world_size: int) -> int:
     return world_size
 
 
-def _number(environ: Mapping[str, str], name: str, *, least: int = 0, most: int | None = None) -> int:
+def _number(
+    environ: Mapping[str, str], name: str, *, least: int = 0, most: int | None = None
+) -> int:
     text = environ[name]
     value = int(text) if text.isascii() and text.isdigit() else -1
     if value < least or (most is not None and value > most):
         span = f"from {least} to {most}" if most is not None else f"of at least {least}"
         raise ConfigError(
-            f"{name} is {text!r}; it must be a whole number {span}: start with torchrun or srun, which set it."
+            f"{name} is {text!r}; it must be a whole number {span}: start with torchrun or srun, "
+            "which set it."
         )
     return value

@@ -10,8 +10,9 @@ from torch.nn.parallel import DistributedDataParallel
 from ddp_sgd.distributed.collectives import broadcast_over_ranks
 from ddp_sgd.distributed.runtime import Runtime
 
-# Rank 0's buffers are what counts in the end, and normalization layers do not read them in training: they are sent when
-# somebody looks, not at every step. The argument was renamed between releases of torch.
+# Rank 0's buffers are what counts in the end, and normalization layers do not read them in
+# training: they are sent when somebody looks, not at every step. The argument was renamed between
+# releases of torch.
 _NO_BUFFERS_IN_FORWARD: dict[str, Any] = (
     {"forward_sync_buffers": False}
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
@@ -31,8 +32,8 @@ class Replica:
         find_unused_parameters: Search each step for parameters that got no gradient.
 
     Attributes:
-        inner: The model as the user built it; evaluation calls this one, since a forward pass of the wrapper
-            may talk to the other ranks.
+        inner: The model as the user built it; evaluation calls this one, since a forward pass of
+            the wrapper may talk to the other ranks.
     """
 
     def __init__(
@@ -64,14 +65,14 @@ class Replica:
         self.sync_buffers()
 
     def sync_gradients(self, *, when: bool) -> AbstractContextManager[None]:
-        """Reduce gradients over ranks in the backward pass inside this block, or let them add up locally.
+        """Reduce gradients over ranks in the backward pass, or let them add up locally.
 
         Args:
             when: True in the last micro-batch of a step.
         """
         if self._ddp is None or when:
             return nullcontext()
-        return self._ddp.no_sync()  # type: ignore[no-any-return]
+        return self._ddp.no_sync()
 
     def sync_buffers(self) -> None:
         """Replace the buffers, such as running statistics, by those of rank 0."""

@@ -9,6 +9,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from ddp_sgd.distributed.fate import Fate, OwnFate, SharedFate, shared_fate
 from ddp_sgd.distributed.ranks import Ranks, read_ranks, told_once, usable_cpus
@@ -48,11 +50,12 @@ class Runtime:
 def start_runtime(
     *, backend: str = "auto", device: str = "auto", timeout_s: float = 300.0
 ) -> Iterator[Runtime]:
-    """Join the other ranks, if the environment names any, and leave them at the end, also on an error.
+    """Join the other ranks, if the environment names any, and leave them whatever happens.
 
     Args:
         backend: ``auto`` takes the one that fits the device; else ``gloo``, ``nccl`` or ``xccl``.
-        device: ``auto`` takes an accelerator where there is one; else ``cpu``, ``cuda``, ``xpu`` or ``mps``.
+        device: ``auto`` takes an accelerator where there is one; else ``cpu``, ``cuda``, ``xpu`` or
+            ``mps``.
         timeout_s: Longest wait for another rank, when joining and in every collective, in seconds.
 
     Yields:
@@ -113,7 +116,8 @@ def _choose_device(wanted: str, ranks: Ranks) -> torch.device:
     index = 0 if count == 1 and ranks.launcher == "srun" else ranks.local_rank
     if index >= count:
         raise ConfigError(
-            f"LOCAL_RANK is {index}, but this host has {count} {kind} devices; start at most {count} ranks a "
+            f"LOCAL_RANK is {index}, but this host has {count} {kind} devices; start at most "
+            f"{count} ranks a "
             "host, or set runtime.device=cpu."
         )
     torch.accelerator.set_device_index(index)
@@ -135,7 +139,7 @@ def _choose_backend(backend: str, device: torch.device) -> str:
     return name
 
 
-def _join(ranks: Ranks, device: torch.device, backend: str, timeout_s: float) -> dist.Store:
+def _join(ranks: Ranks, device: torch.device, backend: str, timeout_s: float) -> Store:
     timeout = timedelta(seconds=timeout_s)
     where = f"{ranks.address}:{ranks.port}"
     os.environ.update(
@@ -145,10 +149,10 @@ def _join(ranks: Ranks, device: torch.device, backend: str, timeout_s: float) ->
         MASTER_PORT=str(ranks.port),
     )
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        store, _, _ = next(rendezvous("env://", timeout=timeout))
         dist.init_process_group(
             backend,
-            store=dist.PrefixStore("group", store),
+            store=PrefixStore("group", store),
             rank=ranks.rank,
             world_size=ranks.world_size,
             timeout=timeout,
@@ -159,14 +163,16 @@ def _join(ranks: Ranks, device: torch.device, backend: str, timeout_s: float) ->
             dist.destroy_process_group()
         cause = str(error).strip().splitlines()[0]
         raise PeerError(
-            f"rank {ranks.rank} of {ranks.world_size} could not join at {where} within {timeout_s:g} s: {cause}; "
-            "check that every rank was started, that MASTER_ADDR names rank 0's host and that the port is free."
+            f"rank {ranks.rank} of {ranks.world_size} could not join at {where} within "
+            f"{timeout_s:g} s: {cause}; "
+            "check that every rank was started, that MASTER_ADDR names rank 0's host and that the "
+            "port is free."
         ) from error
-    return dist.PrefixStore("fate", store)
+    return PrefixStore("fate", store)
 
 
-def _say_farewell(store: dist.Store, ranks: Ranks) -> None:
-    """Keep the store alive until every rank has read of the fault, where its host is one of them."""
+def _say_farewell(store: Store, ranks: Ranks) -> None:
+    """Keep the store alive until every rank has read of the fault, where this rank hosts it."""
     with suppress(RuntimeError):
         store.add("left", 1)
         deadline = time.monotonic() + _FAREWELL_S

@@ -96,7 +96,8 @@ def gather_parts(
     model = build(config.model, "model") if model is None else model
     if not isinstance(model, nn.Module):
         raise ConfigError(
-            f"model is a {type(model).__name__}; name a torch.nn.Module, or a function that returns one."
+            f"model is a {type(model).__name__}; name a torch.nn.Module, or a function that "
+            "returns one."
         )
     loss = build(config.loss, "loss") if loss is None else loss
     if not callable(loss):
@@ -130,9 +131,7 @@ def assemble(config: RunConfig, parts: Parts, runtime: Runtime) -> Job:
     return Job(
         plan=plan,
         replica=replica,
-        stepper=Stepper(
-            replica, objective, optimizer, runtime, clip_norm=config.optim.clip_norm
-        ),
+        stepper=Stepper(replica, objective, optimizer, runtime, clip_norm=config.optim.clip_norm),
         loader=_train_loader(config, plan, parts.train_set, runtime),
         schedule=build_schedule(config.schedule, plan),
         score=_scorer(config, parts, replica, objective, runtime),
@@ -140,9 +139,7 @@ def assemble(config: RunConfig, parts: Parts, runtime: Runtime) -> Job:
     )
 
 
-def _train_loader(
-    config: RunConfig, plan: Plan, dataset: Any, runtime: Runtime
-) -> TrainLoader:
+def _train_loader(config: RunConfig, plan: Plan, dataset: Any, runtime: Runtime) -> TrainLoader:
     order = Order(
         plan.samples,
         global_batch=plan.global_batch,

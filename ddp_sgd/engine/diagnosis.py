@@ -24,20 +24,23 @@ def plain_faults() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"data.batch_size is too large for the memory of the device: {_first_line(error)}; "
-            "lower data.batch_size and raise data.accumulate by the same factor: the steps stay the same."
+            "lower data.batch_size and raise data.accumulate by the same factor: the steps stay "
+            "the same."
         ) from error
     except RuntimeError as error:
         if "finished reduction in the prior iteration" not in str(error):
             raise
         raise ConfigError(
-            "parallel.find_unused_parameters is false, but a step left parameters of the model without a gradient; "
+            "parallel.find_unused_parameters is false, but a step left parameters of the model "
+            "without a gradient; "
             "set parallel.find_unused_parameters=true, or remove the parameters."
         ) from error
     except IndexError as error:
         if "out of bounds" not in str(error):
             raise
         raise DataError(
-            f"data.train has a label that the model has no score for: {_first_line(error)}; number the labels from 0 to "
+            f"data.train has a label that the model has no score for: {_first_line(error)}; "
+            "number the labels from 0 to "
             "the number of classes less one."
         ) from error
 
@@ -54,7 +57,8 @@ def refuse_divergence(skipped_in_a_row: int, lr: float) -> None:
     """
     if skipped_in_a_row >= _PATIENCE:
         raise DivergedError(
-            f"the gradient is not finite for {skipped_in_a_row} steps in a row at a rate of {lr:g}; lower optim.lr, warm "
+            f"the gradient is not finite for {skipped_in_a_row} steps in a row at a rate of "
+            f"{lr:g}; lower optim.lr, warm "
             "up longer, set optim.clip_norm, or look for bad samples."
         )
 

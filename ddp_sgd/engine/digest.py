@@ -13,7 +13,8 @@ def weights_digest(model: nn.Module) -> str:
         model: Module on any device; with equal names, types, shapes and bytes the digest is equal.
 
     Returns:
-        SHA-256 over the name, dtype, shape and bytes of each tensor, in state-dict order, in hexadecimal.
+        SHA-256 over the name, dtype, shape and bytes of each tensor, in state-dict order, in
+        hexadecimal.
     """
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
@@ -22,5 +23,5 @@ def weights_digest(model: nn.Module) -> str:
         shape = "x".join(map(str, value.shape))
         digest.update(f"{name}:{value.dtype}:{shape}:".encode())
         flat = value.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy())
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()

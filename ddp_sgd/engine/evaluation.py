@@ -1,4 +1,4 @@
-"""The score of a model on a held-out set: every sample once, the same bits on any number of ranks."""
+"""The score of a model: every sample once, the same bits on any number of ranks."""
 
 import math
 from typing import Any
@@ -19,20 +19,20 @@ def evaluate(
 ) -> Metrics:
     """Score a model.
 
-    Every rank scores its chunks; losses stay apart by chunk until all are there, and are summed in the order of
-    chunks, so that not even rounding depends on the number of ranks.
+    Every rank scores its chunks; losses stay apart by chunk until all are there, and are summed in
+    the order of chunks, so that not even rounding depends on the number of ranks.
 
     Args:
-        model: The module itself, not its wrapper, which may talk to other ranks in a forward pass. Left in the mode
-            that it was in.
+        model: The module itself, not its wrapper, which may talk to other ranks in a forward pass.
+            Left in the mode that it was in.
         objective: The loss.
         loader: This rank's chunks.
         runtime: This process.
 
     Returns:
-        ``eval/loss``, the mean over all units, and ``eval/count``, the samples scored. For scores of shape (m, C) and
-        integer targets of shape (m,), C > 1, also ``eval/correct`` and ``eval/accuracy`` in [0, 1], with C > 5
-        ``eval/correct_top5`` and ``eval/accuracy_top5``.
+        ``eval/loss``, the mean over all units, and ``eval/count``, the samples scored. For scores
+        of shape (m, C) and integer targets of shape (m,), C > 1, also ``eval/correct`` and
+        ``eval/accuracy`` in [0, 1], with C > 5 ``eval/correct_top5`` and ``eval/accuracy_top5``.
     """
     on_host = runtime.device.type == "mps"  # Metal has no float64
     place = torch.device("cpu") if on_host else runtime.device
@@ -84,7 +84,13 @@ def _length(targets: Any) -> int:
 
 
 def _metrics(
-    loss: float, units: float, count: int, judged: int, correct: int, judged_top5: int, correct_top5: int
+    loss: float,
+    units: float,
+    count: int,
+    judged: int,
+    correct: int,
+    judged_top5: int,
+    correct_top5: int,
 ) -> Metrics:
     metrics: Metrics = {"eval/loss": loss / units if units else math.nan, "eval/count": count}
     if judged:

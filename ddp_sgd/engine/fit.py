@@ -36,9 +36,12 @@ def fit(
         runtime: This process, from ``start_runtime``.
         model: Module to train, changed in place; None builds ``config.model``.
         train_set: Map-style data set of (input, target); None builds ``config.data.train``.
-        eval_set: The same, held out; None builds ``config.data.eval``, unless a training set is given.
-        loss: Module or function of (outputs, targets) that gives the mean; None builds ``config.loss``.
-        stop: A wish to stop that somebody else hears; None listens to SIGTERM, SIGINT and SIGUSR1 itself.
+        eval_set: The same, held out; None builds ``config.data.eval``, unless a training set is
+            given.
+        loss: Module or function of (outputs, targets) that gives the mean; None builds
+            ``config.loss``.
+        stop: A wish to stop that somebody else hears; None listens to SIGTERM, SIGINT and SIGUSR1
+            itself.
 
     Returns:
         How the run ended, equal on all ranks.

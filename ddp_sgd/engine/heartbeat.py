@@ -1,4 +1,4 @@
-"""The one place where ranks talk besides gradients: losses, counts and the wish to stop, about once a second."""
+"""The one place where ranks talk besides gradients, about once a second."""
 
 import time
 from dataclasses import dataclass
@@ -36,8 +36,9 @@ class Beat:
 class Heartbeat:
     """Adds up what steps leave behind, on the device, and reads it now and then.
 
-    A beat is due at every row of metrics, at the end of an epoch, and in between about once a second. Since every rank
-    must know when, the pause until the next beat follows from step times that the last one averaged over ranks.
+    A beat is due at every row of metrics, at the end of an epoch, and in between about once a
+    second. Since every rank must know when, the pause until the next beat follows from step times
+    that the last one averaged over ranks.
 
     Args:
         plan: The run's arithmetic.
@@ -116,13 +117,15 @@ class Heartbeat:
 class _Tally:
     """Sums over steps, in one vector on the device, so that reading them is one wait.
 
-    The entries: loss of this rank, units of all ranks, units of this rank, all since the last row; steps of the run
-    that were skipped; those in a row by now; the longest such row.
+    The entries: loss of this rank, units of all ranks, units of this rank, all since the last row;
+    steps of the run that were skipped; those in a row by now; the longest such row.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(6, dtype=wide_float(device), device=device)
-        self._loss, self._units, self._own_units, self._skipped, self._row, self._longest = self.sums
+        self._loss, self._units, self._own_units, self._skipped, self._row, self._longest = (
+            self.sums
+        )
 
     def add(self, result: StepResult) -> None:
         """Add a step; where it was skipped, its loss and units do not count."""

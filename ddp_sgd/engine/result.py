@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ddp_sgd.engine.digest import weights_digest
-from ddp_sgd.engine.evaluation import Metrics
-from ddp_sgd.engine.state import State
 from ddp_sgd.distributed.collectives import gather_over_ranks
 from ddp_sgd.distributed.replica import Replica
 from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.engine.digest import weights_digest
+from ddp_sgd.engine.evaluation import Metrics
+from ddp_sgd.engine.state import State
 from ddp_sgd.errors import ExitCode
 from ddp_sgd.plan import Plan
 

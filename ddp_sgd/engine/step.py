@@ -63,8 +63,9 @@ class Stepper:
     def step(self, batches: StepBatches, lr: float) -> StepResult:
         """Take one step on the mean gradient over every unit of every rank.
 
-        The wrapper averages gradients over W ranks, so a micro-batch with loss sum S contributes S W / N, with N the
-        units of the step over all ranks: then any split of the samples gives the same gradient.
+        The wrapper averages gradients over W ranks, so a micro-batch with loss sum S contributes S
+        W / N, with N the units of the step over all ranks: then any split of the samples gives the
+        same gradient.
 
         Args:
             batches: This rank's part of the step.
@@ -80,7 +81,7 @@ class Stepper:
             with self._replica.sync_gradients(when=batch.is_last):
                 outputs = self._replica.forward(ready.inputs)
                 total = self._objective.total(outputs, ready.targets, ready.samples)
-                (total * scale).backward()
+                torch.autograd.backward(total * scale)
             loss_total = loss_total + total.detach()
         grad_norm, skipped = self._update()
         return StepResult(loss_total, units, local_units, grad_norm, skipped)
@@ -88,12 +89,14 @@ class Stepper:
     def _count_units(
         self, batches: StepBatches
     ) -> tuple[float | torch.Tensor, float | torch.Tensor]:
-        """Count the units of this rank and of all; samples are known, weighed targets need one small all-reduce."""
+        """Count the units of this rank and of all; weighed targets need one small all-reduce."""
         if self._objective.counts_samples:
             return sum(b.samples for b in batches.micro_batches), batches.samples
         local = torch.zeros((), dtype=wide_float(self._runtime.device), device=self._runtime.device)
         for batch in batches.micro_batches:
-            local = local + self._objective.units(batch.to(self._runtime.device).targets, batch.samples)
+            local = local + self._objective.units(
+                batch.to(self._runtime.device).targets, batch.samples
+            )
         return local, sum_over_ranks(local.clone(), self._runtime)
 
     def _update(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,5 +117,3 @@ def model_generators(device: torch.device) -> tuple[torch.Generator, ...]:
     if device.type in ("cuda", "xpu"):
         return host, torch.get_device_module(device).default_generators[device.index]
     return (host,)
-
-

@@ -1,4 +1,4 @@
-"""A wish to stop, made by a signal and granted between two steps. No torch: in place before it is imported."""
+"""A wish to stop, made by a signal, granted between steps. No torch: it listens before."""
 
 import signal
 import threading
@@ -28,8 +28,8 @@ def stop_on_signal(
 ) -> Iterator[StopRequest]:
     """Turn signals into a request to stop, and restore their handlers at the end.
 
-    A handler only takes a note: no collective, no file, no lock. Outside the main thread Python allows no handlers;
-    then the request stays empty unless somebody asks.
+    A handler only takes a note: no collective, no file, no lock. Outside the main thread Python
+    allows no handlers; then the request stays empty unless somebody asks.
 
     Args:
         signals: Which ones; none means SIGTERM, SIGINT and SIGUSR1.

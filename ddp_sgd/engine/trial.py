@@ -1,4 +1,4 @@
-"""A look at data, model and loss before the run: what does not fit is found in the first second, and named."""
+"""A look at data, model and loss before the run: what does not fit is found and named."""
 
 from collections.abc import Sized
 from typing import Any
@@ -26,7 +26,8 @@ def check_dataset(dataset: Any, where: str) -> None:
     by_index = isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")
     if not by_index or isinstance(dataset, IterableDataset):
         raise ConfigError(
-            f"{where} is a {type(dataset).__name__}, which has no length or no samples by index; name a map-style data "
+            f"{where} is a {type(dataset).__name__}, which has no length or no samples by index; "
+            "name a map-style data "
             "set (streaming data sets are not supported)."
         )
     if len(dataset) == 0:
@@ -44,8 +45,10 @@ def check_normalization(model: nn.Module, plan: Plan) -> None:
     )
     if normalizes and plan.smallest_micro_batch < 2:
         raise ConfigError(
-            f"data.batch_size is {plan.batch_size} on {plan.world_size} ranks, which leaves a rank with "
-            f"{plan.smallest_micro_batch} samples in a step of {plan.last_batch}, too few for the batch normalization of "
+            f"data.batch_size is {plan.batch_size} on {plan.world_size} ranks, which leaves a "
+            "rank with "
+            f"{plan.smallest_micro_batch} samples in a step of {plan.last_batch}, too few for the "
+            "batch normalization of "
             f"{type(model).__name__}; set data.tail=drop, or another data.batch_size of at least 2."
         )
 
@@ -86,16 +89,15 @@ def try_out(
         model.train(was_training)
     if not isinstance(total, torch.Tensor) or total.ndim:
         raise ConfigError(
-            f"loss is {type(loss).__name__}, which gives {describe(total)}; let it give the mean over samples, a tensor "
+            f"loss is {type(loss).__name__}, which gives {describe(total)}; let it give the mean "
+            "over samples, a tensor "
             "without dimensions."
         )
     return objective
 
 
-def check_labels(
-    outputs: Any, targets: Any, dataset: Any, where: str, loss: LossFunction
-) -> None:
-    """Refuse class labels outside of what the model can say, looking at all of them where the data set lists them.
+def check_labels(outputs: Any, targets: Any, dataset: Any, where: str, loss: LossFunction) -> None:
+    """Refuse class labels that the model has no score for, among all that the data set lists.
 
     Raises:
         DataError: A label is negative or too large.
@@ -113,7 +115,8 @@ def check_labels(
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= classes:
         raise DataError(
-            f"{where} has labels from {low} to {high} while the model gives {classes} scores; number the labels from 0, "
+            f"{where} has labels from {low} to {high} while the model gives {classes} scores; "
+            "number the labels from 0, "
             f"or give the model {max(high + 1, 2)} classes."
         )
 
@@ -130,7 +133,8 @@ def _call_model(model: nn.Module, inputs: Any) -> Any:
         return model(inputs)
     except Exception as error:  # whatever a user's model raises
         raise ConfigError(
-            f"model is {type(model).__name__}, which fails on inputs of {describe(inputs)}, {type(error).__name__}: "
+            f"model is {type(model).__name__}, which fails on inputs of {describe(inputs)}, "
+            f"{type(error).__name__}: "
             f"{error}; make model.init_args fit the data, or transform the data."
         ) from error
 
@@ -140,6 +144,8 @@ def _call_loss(objective: Objective, outputs: Any, targets: Any, samples: int) -
         return objective.total(outputs, targets, samples)
     except Exception as error:  # whatever a user's loss raises
         raise ConfigError(
-            f"the model gives {describe(outputs)}, which does not fit targets of {describe(targets)}: "
-            f"{type(error).__name__}: {error}; change the last layer of the model, the loss or the targets."
+            f"the model gives {describe(outputs)}, which does not fit targets of "
+            f"{describe(targets)}: "
+            f"{type(error).__name__}: {error}; change the last layer of the model, the loss or "
+            "the targets."
         ) from error

@@ -30,23 +30,25 @@ def build_sgd(
         momentum: m, in [0, 1).
         nesterov: Look one momentum step ahead.
         weight_decay: d, at least 0.
-        decay_norm_and_bias: Decay parameters with fewer than two dimensions as well, that is biases and the scales of
-            normalization layers.
+        decay_norm_and_bias: Decay parameters with fewer than two dimensions as well, that is biases
+            and the scales of normalization layers.
 
     Returns:
-        A fused optimizer: one kernel for all parameters, which leaves everything as it is where its ``found_inf`` is 1.
+        A fused optimizer: one kernel for all parameters, which leaves everything as it is where its
+        ``found_inf`` is 1.
 
     Raises:
         ConfigError: No parameter requires a gradient.
 
     Source:
-        The rate multiplies the velocity, as in Sutskever et al. 2013, section 2, in torch's form; who decays: He et
-        al. 2019, arXiv:1812.01187, section 3.1.
+        The rate multiplies the velocity, as in Sutskever et al. 2013, section 2, in torch's form;
+        who decays: He et al. 2019, arXiv:1812.01187, section 3.1.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ConfigError(
-            f"model is {type(model).__name__} without a parameter to train; name a module with weights that require gradients."
+            f"model is {type(model).__name__} without a parameter to train; name a module with "
+            "weights that require gradients."
         )
     spared = [] if decay_norm_and_bias else [p for p in parameters if p.ndim < 2]
     decayed = parameters if decay_norm_and_bias else [p for p in parameters if p.ndim >= 2]
@@ -70,7 +72,8 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def _start_at_rest(optimizer: SGD) -> None:
     """Begin with a velocity of zero.
 
-    The first step is the same, bit by bit; but if it is skipped, torch would leave its velocity as uninitialized memory.
+    The first step is the same, bit by bit; but if it is skipped, torch would leave its velocity as
+    uninitialized memory.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -73,9 +73,7 @@ class Progress:
         if self._bar is not None:
             self._bar.update(row["step"] - self._bar.n)
             self._bar.set_postfix_str(f"loss {_text(row['train/loss'])} lr {row['train/lr']:.4g}")
-        if epoch_ends or (
-            self._bar is None and time.monotonic() - self._last_line > _SILENCE_S
-        ):
+        if epoch_ends or (self._bar is None and time.monotonic() - self._last_line > _SILENCE_S):
             self.say(self._line(row))
         if epoch_ends:
             self._loss.start(row["samples"])
@@ -123,5 +121,6 @@ def _scores(row: Mapping[str, Any]) -> str:
         return ""
     text = f"eval loss {_text(row['eval/loss'])}"
     if "eval/accuracy" in row:
-        text += f"  accuracy {100 * row['eval/accuracy']:.2f} % ({row['eval/correct']}/{row['eval/count']})"
+        share = f"{100 * row['eval/accuracy']:.2f} %"
+        text += f"  accuracy {share} ({row['eval/correct']}/{row['eval/count']})"
     return text

@@ -21,7 +21,7 @@ from ddp_sgd.report.weights_and_biases import WeightsAndBiases
 
 
 class Reporter:
-    """Gives every row its time and place, and sees to it that the result is written, however the run ends.
+    """Gives every row its time and place, and writes the result however the run ends.
 
     Args:
         folder: The run folder.
@@ -135,10 +135,10 @@ def open_report(config: RunConfig, runtime: Runtime) -> Iterator[Reporter]:
 
 
 def git_commit() -> str | None:
-    """Return the commit of the working directory, with ``+changes`` if files differ from it; None if there is none."""
+    """Return the commit of the working directory, ``+changes`` appended if files differ."""
     command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     with suppress(OSError, subprocess.SubprocessError):
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)  # noqa: S603
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
         return answer.stdout.strip() or None
     return None
 

@@ -1,4 +1,4 @@
-"""Where measurements go: the protocol that every reporter follows, the null reporter, and a group of them."""
+"""Where measurements go: the protocol of reporters, the null reporter, and a group."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,8 @@ class RunRecord:
         config: Resolved configuration, as plain data.
         plan: The run's arithmetic.
         world_size: Ranks.
-        git_commit: Commit of the working directory, with ``+changes`` if it is not clean; None outside a repository.
+        git_commit: Commit of the working directory, with ``+changes`` if it is not clean; None
+            outside a repository.
     """
 
     folder: Path
@@ -33,7 +34,7 @@ class RunRecord:
 
 
 class Sink(Protocol):
-    """One way out for measurements. Only rank 0 holds sinks that write; a sink never raises for its own troubles."""
+    """One way out for measurements; only rank 0 holds sinks that write."""
 
     def start(self, record: RunRecord) -> None:
         """Open the outlet; called once, before the first row."""
@@ -43,8 +44,8 @@ class Sink(Protocol):
 
         Args:
             event: ``start``, ``train``, ``eval``, ``stop`` or ``end``.
-            row: Values by name. Each row has ``time`` (unix s), ``step``, ``epoch`` (real) and ``samples``; a
-                measurement that is not finite comes as None.
+            row: Values by name. Each row has ``time`` (unix s), ``step``, ``epoch`` (real) and
+                ``samples``; a measurement that is not finite comes as None.
         """
 
     def finish(self, result: Mapping[str, Any]) -> None:

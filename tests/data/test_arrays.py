@@ -17,7 +17,9 @@ def archive(tmp_path):
 
 
 def test_both_splits_are_read(archive):
-    path = archive(x_train=np.ones((3, 2)), y_train=[0, 1, 2], x_test=np.zeros((2, 2)), y_test=[0, 1])
+    path = archive(
+        x_train=np.ones((3, 2)), y_train=[0, 1, 2], x_test=np.zeros((2, 2)), y_test=[0, 1]
+    )
     train, test = Arrays(path), Arrays(path, split="test")
     assert (len(train), len(test)) == (3, 2)
     assert train.inputs.dtype == np.float32
@@ -35,27 +37,27 @@ def test_bytes_become_numbers_from_zero_to_one(archive):
 
 
 def test_what_is_wrong_with_a_file_is_named(archive, tmp_path):
-    with pytest.raises(DataError, match="missing.npz is missing; give the path"):
+    with pytest.raises(DataError, match=r"missing.npz is missing; give the path"):
         Arrays(str(tmp_path / "missing.npz"))
-    with pytest.raises(DataError, match="has x_train and no y_train"):
+    with pytest.raises(DataError, match=r"has x_train and no y_train"):
         Arrays(archive(x_train=np.ones(3)))
-    with pytest.raises(DataError, match="y_train in .* is of type <U1"):
+    with pytest.raises(DataError, match=r"y_train in .* is of type <U1"):
         Arrays(archive(x_train=np.ones(3), y_train=list("abc")))
-    with pytest.raises(DataError, match="3 inputs and 2 targets"):
+    with pytest.raises(DataError, match=r"3 inputs and 2 targets"):
         Arrays(archive(x_train=np.ones(3), y_train=np.ones(2)))
-    with pytest.raises(DataError, match="split is 'eval'; choose train or test"):
+    with pytest.raises(DataError, match=r"split is 'eval'; choose train or test"):
         Arrays(archive(x_train=np.ones(3), y_train=np.ones(3)), split="eval")
 
 
 def test_pickles_and_rubbish_are_refused(archive, tmp_path):
     path = archive(x_train=np.array([print], dtype=object), y_train=np.ones(1))
-    with pytest.raises(DataError, match="is not a readable .npz file"):
+    with pytest.raises(DataError, match=r"is not a readable .npz file"):
         Arrays(path)
     rubbish = tmp_path / "rubbish.npz"
     rubbish.write_bytes(b"PK\x03\x04 and nothing else")
-    with pytest.raises(DataError, match="is not a readable .npz file"):
+    with pytest.raises(DataError, match=r"is not a readable .npz file"):
         Arrays(str(rubbish))
     single = tmp_path / "single.npy"
     np.save(single, np.ones(3))
-    with pytest.raises(DataError, match="is a single array"):
+    with pytest.raises(DataError, match=r"is a single array"):
         Arrays(str(single))

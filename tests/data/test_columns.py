@@ -17,5 +17,7 @@ def test_the_transform_sees_inputs_only():
 
 
 def test_a_missing_column_is_named_with_those_that_exist():
-    with pytest.raises(DataError, match="column digit is not in image, label, file; name one of those"):
+    with pytest.raises(
+        DataError, match="column digit is not in image, label, file; name one of those"
+    ):
         Columns(ROWS, "digit", "label")[0]

@@ -16,7 +16,7 @@ class Noisy:
         return 8
 
     def __getitem__(self, index):
-        draws = [torch.rand(()).item(), random.random(), np.random.rand()]  # noqa: NPY002
+        draws = [torch.rand(()).item(), random.random(), np.random.rand()]
         return torch.tensor([float(index), *draws]), index
 
 
@@ -65,10 +65,14 @@ def test_a_data_set_of_ones_own_may_give_whole_batches():
 
 def test_random_numbers_follow_from_seed_epoch_and_index_only():
     alone = fetch(Noisy(), [3])[0][0]
-    torch.rand(1), random.random(), np.random.rand()  # noqa: NPY002
+    torch.rand(1), random.random(), np.random.rand()
     in_company = fetch(Noisy(), [6, 1, 3])[0][2]
     assert torch.equal(alone, in_company)
-    others = [fetch(Noisy(), [3], epoch=1)[0][0], fetch(Noisy(), [3], seed=1)[0][0], fetch(Noisy(), [4])[0][0]]
+    others = [
+        fetch(Noisy(), [3], epoch=1)[0][0],
+        fetch(Noisy(), [3], seed=1)[0][0],
+        fetch(Noisy(), [4])[0][0],
+    ]
     for other in others:
         assert (other[1:] != alone[1:]).all()  # each generator
 
@@ -77,10 +81,16 @@ def test_random_numbers_follow_from_seed_epoch_and_index_only():
     ("sample", "message"),
     [
         (lambda i: 1 / 0, r"data.train\[2\] cannot be read, ZeroDivisionError: .*; mend or remove"),
-        (lambda i: {"x": 1, "y": 2}, r"data.train\[2\] is a mapping with x, y, not \(input, target\); wrap"),
+        (
+            lambda i: {"x": 1, "y": 2},
+            r"data.train\[2\] is a mapping with x, y, not \(input, target\); wrap",
+        ),
         (lambda i: (1, 2, 3), r"data.train\[2\] is a tuple of 3, not"),
         (lambda i: 7, r"data.train\[2\] is a int, not"),
-        (lambda i: (torch.zeros(i), 0), r"samples that do not form a batch \(from index 2 on\).*same shapes"),
+        (
+            lambda i: (torch.zeros(i), 0),
+            r"samples that do not form a batch \(from index 2 on\).*same shapes",
+        ),
         (lambda i: (object(), 0), "samples that do not form a batch"),
     ],
 )

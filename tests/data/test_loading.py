@@ -1,5 +1,6 @@
 import os
 import signal
+from itertools import chain
 
 import pytest
 import torch
@@ -51,7 +52,11 @@ def loader(dataset, rank=0, world_size=1, *, workers=0, accumulate=2, epochs=2):
 
 def read(batches):
     return [
-        (b.step, b.samples, [(m.inputs.tolist(), m.targets.tolist(), m.samples) for m in b.micro_batches])
+        (
+            b.step,
+            b.samples,
+            [(m.inputs.tolist(), m.targets.tolist(), m.samples) for m in b.micro_batches],
+        )
         for b in batches
     ]
 
@@ -72,24 +77,33 @@ def test_steps_count_on_and_the_last_micro_batch_is_marked():
 
 @pytest.mark.parametrize("start", [1, 2, 3, 5, 6])
 def test_starting_late_gives_the_same_batches(start):
-    assert read(loader(Augmented()).from_step(start)) == read(loader(Augmented()).from_step(0))[start:]
+    assert (
+        read(loader(Augmented()).from_step(start)) == read(loader(Augmented()).from_step(0))[start:]
+    )
 
 
 def test_worker_processes_change_nothing():
-    assert read(loader(Augmented(), workers=2).from_step(0)) == read(loader(Augmented()).from_step(0))
+    assert read(loader(Augmented(), workers=2).from_step(0)) == read(
+        loader(Augmented()).from_step(0)
+    )
 
 
 def test_ranks_read_the_same_samples_with_the_same_noise():
     alone = {}
-    for rank in range(1):
-        for batch in loader(Augmented(), accumulate=2).from_step(0):
-            for m in batch.micro_batches:
-                alone |= {(batch.step, i): x for x, i in zip(m.inputs.tolist(), m.targets.tolist(), strict=True)}
+    for batch in loader(Augmented(), accumulate=2).from_step(0):
+        for m in batch.micro_batches:
+            alone |= {
+                (batch.step, i): x
+                for x, i in zip(m.inputs.tolist(), m.targets.tolist(), strict=True)
+            }
     shared = {}
     for rank in range(2):
         for batch in loader(Augmented(), rank, 2, accumulate=1).from_step(0):
             for m in batch.micro_batches:
-                shared |= {(batch.step, i): x for x, i in zip(m.inputs.tolist(), m.targets.tolist(), strict=True)}
+                shared |= {
+                    (batch.step, i): x
+                    for x, i in zip(m.inputs.tolist(), m.targets.tolist(), strict=True)
+                }
     assert shared == alone
 
 
@@ -104,7 +118,9 @@ def test_the_model_s_random_numbers_are_left_alone():
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unreadable_sample_is_one_line(workers):
-    with pytest.raises(DataError, match=r"^data.train\[7\] cannot be read, OSError: disk on fire; ") as caught:
+    with pytest.raises(
+        DataError, match=r"^data.train\[7\] cannot be read, OSError: disk on fire; "
+    ) as caught:
         list(loader(Sulking(), workers=workers).from_step(0))
     assert "\n" not in str(caught.value)
 
@@ -142,7 +158,7 @@ def test_evaluation_reads_chunks_in_order_and_always_alike():
         first, second = list(held_out), list(held_out)
         assert [(c, x.tolist()) for c, x, _ in first] == [(c, x.tolist()) for c, x, _ in second]
         seen += [(chunk, targets.tolist()) for chunk, _, targets in first]
-    assert sum((targets for _, targets in sorted(seen)), []) == list(range(23))
+    assert list(chain(*(targets for _, targets in sorted(seen)))) == list(range(23))
 
 
 def test_containers_move_as_a_whole():

@@ -1,5 +1,7 @@
 """Promise 2: every sample counts once an epoch, on any number of ranks, from any position."""
 
+from itertools import chain
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,7 +38,11 @@ def real_indices(order):
 
 
 runs = st.tuples(
-    st.integers(1, 300), st.integers(1, 9), st.integers(1, 17), st.integers(1, 4), st.integers(0, 50)
+    st.integers(1, 300),
+    st.integers(1, 9),
+    st.integers(1, 17),
+    st.integers(1, 4),
+    st.integers(0, 50),
 )
 
 
@@ -60,7 +66,7 @@ def test_the_steps_are_the_same_sets_on_any_number_of_ranks(run):
     (alone,) = orders(n, 1, batch=world_size * batch * accumulate)
     for order in (*many, alone):
         order.set_epoch(epoch)
-    together = [sorted(sum(step, [])) for step in zip(*map(real_indices, many), strict=True)]
+    together = [sorted(chain(*step)) for step in zip(*map(real_indices, many), strict=True)]
     assert together == [sorted(step) for step in real_indices(alone)]
 
 
@@ -84,7 +90,12 @@ def test_a_rank_without_a_sample_borrows_one_of_the_same_step():
 
 
 def test_dropping_the_tail_leaves_out_less_than_a_batch():
-    read = [i for order in orders(21, 2, batch=4, tail="drop") for step in real_indices(order) for i in step]
+    read = [
+        i
+        for order in orders(21, 2, batch=4, tail="drop")
+        for step in real_indices(order)
+        for i in step
+    ]
     assert len(read) == len(set(read)) == 16
 
 
@@ -117,4 +128,4 @@ def test_chunks_cover_each_sample_once_and_do_not_depend_on_ranks(n, batch, worl
         assert len(chunks) == len(list(chunks))
         shared |= dict(zip(chunks.mine, chunks, strict=True))
     assert [shared[number] for number in sorted(shared)] == alone
-    assert sum(alone, []) == list(range(n))
+    assert list(chain(*alone)) == list(range(n))

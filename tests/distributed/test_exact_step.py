@@ -15,8 +15,8 @@ SIZES = (1, 7, 64, 65, 1437)
 SPLITS = [(world, accumulate) for world in (1, 2, 3, 4) for accumulate in (1, 2, 4)]
 GLOBAL_BATCH = 48  # the least common multiple of all splits
 
-# A float32 sum of k terms in another order differs by about sqrt(k) units of 6e-8; thirty steps of it, through a
-# momentum of 0.9, stay below 2e-6. In float64 the unit is 1.1e-16.
+# A float32 sum of k terms in another order differs by about sqrt(k) units of 6e-8; thirty steps of
+# it, through a momentum of 0.9, stay below 2e-6. In float64 the unit is 1.1e-16.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
 
 
@@ -57,7 +57,9 @@ def every_split(runtime, folder):
 
 
 def options(runtime, folder):
-    """Clipping, decay, Nesterov, and losses whose unit is not the sample, on one split for each number of ranks."""
+    """Clipping, decay, Nesterov, and losses whose unit is not the sample, on one split for each
+    number of ranks.
+    """
     weighted = nn.CrossEntropyLoss(weight=torch.tensor([0.1, 1.0, 3.0, 0.5], dtype=torch.float64))
     ignoring = nn.CrossEntropyLoss(ignore_index=2)
     cases = {

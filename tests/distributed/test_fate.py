@@ -19,7 +19,9 @@ def fail(runtime, culprit, error):
 
 
 @pytest.mark.parametrize("culprit", [0, 1, 2])
-@pytest.mark.parametrize("error", [DataError("label is 12; number from 0."), ValueError("a defect")])
+@pytest.mark.parametrize(
+    "error", [DataError("label is 12; number from 0."), ValueError("a defect")]
+)
 def test_the_others_end_with_the_same_fault_in_silence(culprit, error):
     results = run_ranks(3, fail, culprit, error, raises=True)
     for rank, result in enumerate(results):
@@ -65,7 +67,9 @@ def test_alone_errors_stay_what_they_are():
 
 
 def test_what_counts_as_a_lost_peer():
-    assert is_lost_peer(RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer"))
+    assert is_lost_peer(
+        RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer")
+    )
     assert is_lost_peer(torch.distributed.DistNetworkError("down"))
     assert not is_lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_lost_peer(ValueError("Connection reset"))

@@ -39,7 +39,14 @@ def work(runtime, options):
     before = replica.inner[1].running_mean.tolist()
     replica.sync_buffers()
     after = [b.tolist() for b in replica.inner.buffers()]
-    return weights, apart, together, before, after, isinstance(replica.forward, DistributedDataParallel)
+    return (
+        weights,
+        apart,
+        together,
+        before,
+        after,
+        isinstance(replica.forward, DistributedDataParallel),
+    )
 
 
 @pytest.mark.parametrize(

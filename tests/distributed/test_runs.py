@@ -20,11 +20,15 @@ from ddp_sgd.report.journal import read_journal
 
 
 def describe(folder, **changes):
-    return RunConfig(output_dir=str(folder), **{"wandb": {"mode": "disabled"}, "epochs": 2} | changes)
+    return RunConfig(
+        output_dir=str(folder), **{"wandb": {"mode": "disabled"}, "epochs": 2} | changes
+    )
 
 
 def journal(folder, event):
-    return [row for row in read_journal(folder / "digits" / "metrics.jsonl") if row["event"] == event]
+    return [
+        row for row in read_journal(folder / "digits" / "metrics.jsonl") if row["event"] == event
+    ]
 
 
 class Signalled(MLP):
@@ -86,7 +90,9 @@ def test_nan_for_good_ends_the_run_on_all_ranks(tmp_path):
 def with_buffers(runtime, folder):
     torch.manual_seed(runtime.rank)  # weights differ until the ranks meet
     model = ConvNet(widths=[4, 8], batch_norm=True)
-    config = describe(folder, data={"batch_size": 9, "accumulate": 2, "workers": 1}, optim={"clip_norm": 1.0})
+    config = describe(
+        folder, data={"batch_size": 9, "accumulate": 2, "workers": 1}, optim={"clip_norm": 1.0}
+    )
     given = {"train_set": Digits(shape="image"), "eval_set": Digits("eval", shape="image")}
     result = fit(config, runtime, model=model, **given)
     return result.weights_digest, weights_digest(model), result.scores["eval/correct"]

@@ -92,15 +92,22 @@ def test_the_group_is_always_left(fault, monkeypatch):
 def test_joining_is_bounded(monkeypatch):
     for name, value in rank_environment(0, 2, free_port()).items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(PeerError, match=r"rank 0 of 2 could not join at 127.0.0.1:\d+ within 1 s: .*; check that"):
-        with start_runtime(device="cpu", timeout_s=1.0):
-            raise AssertionError("nobody else is there")
+    with (
+        pytest.raises(
+            PeerError,
+            match=r"rank 0 of 2 could not join at 127.0.0.1:\d+ within 1 s: .*; check that",
+        ),
+        start_runtime(device="cpu", timeout_s=1.0),
+    ):
+        raise AssertionError("nobody else is there")
     assert not dist.is_initialized()
 
 
 def wait_for_the_other(runtime):
     if runtime.rank == 1:
-        runtime.fate._store.wait(["ddp_sgd/first_fault"], timedelta(seconds=60))  # alive, but absent
+        runtime.fate._store.wait(
+            ["ddp_sgd/first_fault"], timedelta(seconds=60)
+        )  # alive, but absent
         return
     dist.all_reduce(torch.zeros(1))
 
@@ -113,9 +120,13 @@ def test_collectives_are_bounded():
 def test_a_device_that_is_not_there(monkeypatch):
     here = torch.accelerator.current_accelerator(check_available=True)
     missing = "xpu" if here is None or here.type != "xpu" else "cuda"
-    with pytest.raises(ConfigError, match=f"runtime.device is {missing}, but this host has .* only; set"):
-        with start_runtime(device=missing):
-            pass
+    with (
+        pytest.raises(
+            ConfigError, match=f"runtime.device is {missing}, but this host has .* only; set"
+        ),
+        start_runtime(device=missing),
+    ):
+        pass
     for name, value in rank_environment(1, 2, free_port()).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(FaultElsewhereError):  # rank 0 tells
@@ -125,9 +136,13 @@ def test_a_device_that_is_not_there(monkeypatch):
 
 def test_a_backend_that_is_not_built_in():
     missing = "xccl" if not dist.is_xccl_available() else "mpi"
-    with pytest.raises(ConfigError, match=f"runtime.backend is {missing}, which this build of torch lacks"):
-        with start_runtime(device="cpu", backend=missing):
-            pass
+    with (
+        pytest.raises(
+            ConfigError, match=f"runtime.backend is {missing}, which this build of torch lacks"
+        ),
+        start_runtime(device="cpu", backend=missing),
+    ):
+        pass
 
 
 def count_threads(_, environment):

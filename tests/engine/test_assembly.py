@@ -29,9 +29,18 @@ def test_weights_follow_from_the_seed_alone():
 
 
 def test_what_is_given_is_taken():
-    given = {"model": MLP(64, [], 10), "loss": nn.CrossEntropyLoss(), "train_set": Digits(), "eval_set": None}
+    given = {
+        "model": MLP(64, [], 10),
+        "loss": nn.CrossEntropyLoss(),
+        "train_set": Digits(),
+        "eval_set": None,
+    }
     parts = gather_parts(RunConfig(), **given)
-    assert (parts.model, parts.loss, parts.train_set) == (given["model"], given["loss"], given["train_set"])
+    assert (parts.model, parts.loss, parts.train_set) == (
+        given["model"],
+        given["loss"],
+        given["train_set"],
+    )
     assert parts.eval_set is None  # the digits are not held out from somebody else's data
 
 
@@ -49,7 +58,12 @@ def test_evaluation_may_be_left_out():
         ("loss", "builtins.object", ConfigError, "loss is a object; name a module or function"),
         ("train", "builtins.object", ConfigError, "data.train is a object"),
         ("eval", "builtins.list", DataError, "data.eval is empty"),
-        ("train", "ddp_sgd.data.Nothing", ConfigError, "data.train.class_path is ddp_sgd.data.Nothing"),
+        (
+            "train",
+            "ddp_sgd.data.Nothing",
+            ConfigError,
+            "data.train.class_path is ddp_sgd.data.Nothing",
+        ),
     ],
 )
 def test_the_wrong_kind_is_named(key, component, error, message):

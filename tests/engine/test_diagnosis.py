@@ -8,13 +8,23 @@ from ddp_sgd.errors import ConfigError, DataError, DivergedError, ExitCode
 @pytest.mark.parametrize(
     ("error", "kind", "message"),
     [
-        (torch.OutOfMemoryError("tried to allocate 2 GiB"), ConfigError, "raise data.accumulate by the same factor"),
         (
-            RuntimeError("Expected to have finished reduction in the prior iteration before starting"),
+            torch.OutOfMemoryError("tried to allocate 2 GiB"),
+            ConfigError,
+            "raise data.accumulate by the same factor",
+        ),
+        (
+            RuntimeError(
+                "Expected to have finished reduction in the prior iteration before starting"
+            ),
             ConfigError,
             "set parallel.find_unused_parameters=true",
         ),
-        (IndexError("Target 12 is out of bounds."), DataError, "a label that the model has no score for: Target 12"),
+        (
+            IndexError("Target 12 is out of bounds."),
+            DataError,
+            "a label that the model has no score for: Target 12",
+        ),
     ],
 )
 def test_torch_s_errors_in_the_words_of_the_configuration(error, kind, message):
@@ -32,6 +42,8 @@ def test_other_errors_pass_unchanged(error):
 
 def test_ten_in_a_row_end_the_run():
     refuse_divergence(9, 0.1)
-    with pytest.raises(DivergedError, match=r"not finite for 10 steps in a row at a rate of 0.1; lower optim.lr"):
+    with pytest.raises(
+        DivergedError, match=r"not finite for 10 steps in a row at a rate of 0.1; lower optim.lr"
+    ):
         refuse_divergence(10, 0.1)
     assert DivergedError.exit_code == ExitCode.DIVERGED

@@ -26,7 +26,10 @@ def test_the_recipe_is_names_types_shapes_and_bytes_in_order():
 
 def test_one_bit_of_a_weight_or_buffer_shows():
     digests = {weights_digest(Mixed())}
-    for change in (lambda m: m.weight.data.view(torch.int32)[1, 2].bitwise_xor_(1), lambda m: m.count.add_(1)):
+    for change in (
+        lambda m: m.weight.data.view(torch.int32)[1, 2].bitwise_xor_(1),
+        lambda m: m.count.add_(1),
+    ):
         model = Mixed()
         change(model)
         digests.add(weights_digest(model))

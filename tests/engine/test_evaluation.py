@@ -18,7 +18,9 @@ CPU = torch.device("cpu")
 
 
 def score(runtime, dataset, model, loss, batch_size=32, workers=0):
-    chunks = Chunks(len(dataset), batch_size=batch_size, rank=runtime.rank, world_size=runtime.world_size)
+    chunks = Chunks(
+        len(dataset), batch_size=batch_size, rank=runtime.rank, world_size=runtime.world_size
+    )
     loader = EvalLoader(dataset, chunks, seed=0, workers=workers, device=CPU)
     targets = torch.as_tensor(dataset.targets)
     return evaluate(model, Objective(loss, targets), loader, runtime)
@@ -79,7 +81,9 @@ def score_two(runtime):
 
 def test_few_classes_have_no_top5_and_regression_no_accuracy():
     inputs = np.zeros((3, 2), dtype=np.float32)
-    few = score(Runtime(), InMemory(inputs, np.array([0, 1, 2])), MLP(2, [], 3), nn.CrossEntropyLoss())
+    few = score(
+        Runtime(), InMemory(inputs, np.array([0, 1, 2])), MLP(2, [], 3), nn.CrossEntropyLoss()
+    )
     assert set(few) == {"eval/loss", "eval/count", "eval/accuracy", "eval/correct"}
     ones = InMemory(inputs, np.ones((3, 1), dtype=np.float32))
     model = MLP(2, [], 1)

@@ -54,10 +54,26 @@ def test_a_run_leaves_what_the_contract_says(tmp_path):
     assert (result.status, result.exit_code, result.step, result.epoch) == ("finished", 0, 90, 2.0)
     assert result.weights_digest == weights_digest(model)
     journal = read_journal(folder / "metrics.jsonl")
-    assert [row["event"] for row in journal if row["event"] != "train"] == ["start", "eval", "eval", "end"]
+    assert [row["event"] for row in journal if row["event"] != "train"] == [
+        "start",
+        "eval",
+        "eval",
+        "end",
+    ]
     for row in journal:
         assert list(row)[:5] == ["event", "time", "step", "epoch", "samples"]
-    assert [row["step"] for row in rows(tmp_path, "train")] == [10, 20, 30, 40, 45, 50, 60, 70, 80, 90]
+    assert [row["step"] for row in rows(tmp_path, "train")] == [
+        10,
+        20,
+        30,
+        40,
+        45,
+        50,
+        60,
+        70,
+        80,
+        90,
+    ]
     assert rows(tmp_path, "eval")[-1]["eval/accuracy"] == result.scores["eval/accuracy"]
 
 
@@ -68,12 +84,16 @@ def test_the_same_run_twice_gives_the_same_bits_and_keeps_both(tmp_path):
 
 
 def test_the_loss_of_the_journal_is_the_mean_over_samples(tmp_path):
-    """With a rate of almost nothing the weights stand still, so the mean over an epoch is the loss of the set."""
+    """With a rate of almost nothing the weights stand still, so the mean over an epoch is the loss
+    of the set.
+    """
     torch.manual_seed(0)
     data = InMemory(torch.randn(50, 4), torch.randint(0, 3, (50,)))
     model = MLP(4, [], 3)
     expected = nn.functional.cross_entropy(model(data.inputs), data.targets).item()
-    config = describe(tmp_path, epochs=1, optim={"lr": 1e-30}, data={"batch_size": 8}, log={"every_steps": 100})
+    config = describe(
+        tmp_path, epochs=1, optim={"lr": 1e-30}, data={"batch_size": 8}, log={"every_steps": 100}
+    )
     fit(config, Runtime(), model=model, train_set=data)
     (row,) = rows(tmp_path, "train")
     assert row["train/loss"] == row["train/loss_rank0"] == pytest.approx(expected, rel=1e-6)

@@ -31,7 +31,9 @@ def result(loss=6.0, units=3, own=3, skipped=0.0, norm=2.0):
 
 def heartbeat(runtime=None, *, every_steps=10, samples=300, stop=None):
     runtime = runtime or Runtime()
-    plan = make_plan(RunConfig(data={"batch_size": 3}), samples=samples, world_size=runtime.world_size)
+    plan = make_plan(
+        RunConfig(data={"batch_size": 3}), samples=samples, world_size=runtime.world_size
+    )
     return Heartbeat(plan, runtime, stop or StopRequest(), every_steps=every_steps)
 
 
@@ -67,7 +69,9 @@ def test_ranks_talk_about_once_a_second(clock, step_s, expected):
 
 def test_never_every_step(clock, monkeypatch):
     calls = []
-    monkeypatch.setattr(module, "sum_over_ranks", lambda t, r: calls.append(collectives.sum_over_ranks(t, r)))
+    monkeypatch.setattr(
+        module, "sum_over_ranks", lambda t, r: calls.append(collectives.sum_over_ranks(t, r))
+    )
     pulse = heartbeat(every_steps=50)
     for step in range(1, 101):
         clock.now += 0.001

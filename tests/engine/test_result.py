@@ -16,7 +16,9 @@ PLAN = make_plan(RunConfig(epochs=2), samples=100, world_size=1)
 @pytest.mark.parametrize(("step", "status", "code"), [(8, "finished", 0), (3, "stopped", 75)])
 def test_a_run_is_finished_with_its_last_step(step, status, code):
     model = MLP(2, [], 2)
-    result = conclude(State(step, {"eval/accuracy": 0.5}), PLAN, Replica(model, Runtime()), Runtime())
+    result = conclude(
+        State(step, {"eval/accuracy": 0.5}), PLAN, Replica(model, Runtime()), Runtime()
+    )
     assert result.as_row() == {
         "status": status,
         "exit_code": code,
@@ -38,5 +40,9 @@ def drift(runtime):
 
 def test_replicas_that_drifted_apart_are_found():
     errors = run_ranks(2, drift, raises=True)
-    assert {"RuntimeError"} <= {error.error for error in errors} <= {"RuntimeError", "FaultElsewhereError"}
+    assert (
+        {"RuntimeError"}
+        <= {error.error for error in errors}
+        <= {"RuntimeError", "FaultElsewhereError"}
+    )
     assert any("the weights differ between ranks" in error.text for error in errors)

@@ -52,7 +52,9 @@ def test_clipping_shortens_the_gradient_and_reports_the_true_norm():
     model = linear()
     result = stepper(model, clip_norm=0.5).step(batches(3), lr=1.0)
     assert result.grad_norm > 0.5
-    assert (model.weight.detach() - torch.tensor([[0.5, -0.5]])).norm().item() == pytest.approx(0.5, rel=1e-5)
+    assert (model.weight.detach() - torch.tensor([[0.5, -0.5]])).norm().item() == pytest.approx(
+        0.5, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])

@@ -87,7 +87,9 @@ def test_the_first_step_from_rest_is_torch_s_own():
             optimizer.zero_grad()
             (model(inputs) ** 2).sum().backward()
             optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)
+    )
 
 
 def test_frozen_parameters_stay_out():
@@ -96,5 +98,7 @@ def test_frozen_parameters_stay_out():
     (decayed, spared) = build_sgd(model, lr=0.1).param_groups
     assert len(decayed["params"]) == len(spared["params"]) == 1
     model.requires_grad_(False)
-    with pytest.raises(ConfigError, match="model is Sequential without a parameter to train; name a module"):
+    with pytest.raises(
+        ConfigError, match="model is Sequential without a parameter to train; name a module"
+    ):
         build_sgd(model, lr=0.1)

@@ -47,13 +47,16 @@ def test_plain_lines_where_nobody_watches(record, capsys):
     progress.finish(END)
     out, err = capsys.readouterr()
     assert err == ""
-    assert "epoch      1/2  step       2  loss 3.0000  lr 0.1  1,234 samples/s" in out  # mean of the epoch
+    assert (
+        "epoch      1/2  step       2  loss 3.0000  lr 0.1  1,234 samples/s" in out
+    )  # mean of the epoch
     assert "epoch      2/2  step       4  loss 1.0000" in out
     assert out.count("epoch  ") == 2
     assert "eval loss 0.2500\n" in out
     assert "stopping after step 4: SIGTERM" in out
     assert out.endswith(
-        f"finished: 4 steps in 2.0 s, eval loss 0.2500  accuracy 50.00 % (5/10), 64 samples/s in all, "
+        "finished: 4 steps in 2.0 s, eval loss 0.2500  accuracy 50.00 % (5/10), 64 samples/s in "
+        "all, "
         f"results in {record.folder}\n"
     )
 
@@ -62,7 +65,10 @@ def test_skipped_steps_and_a_lost_loss_are_said(record, capsys):
     progress = Progress()
     progress.start(record)
     progress.write("train", train_row(2, None, **{"train/skipped_steps": 2.0}))
-    assert "loss not finite  lr 0.1  1,234 samples/s  2 steps skipped, gradient not finite" in capsys.readouterr().out
+    assert (
+        "loss not finite  lr 0.1  1,234 samples/s  2 steps skipped, gradient not finite"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_long_epoch_is_not_silent(record, capsys, monkeypatch):
@@ -89,7 +95,14 @@ def test_a_failure_leaves_the_word_to_the_error(record, capsys, result):
 def test_a_bar_on_a_real_terminal(tmp_path):
     main, child = pty.openpty()
     termios.tcsetwinsize(child, (24, 100))
-    command = [sys.executable, "-m", "ddp_sgd.train", "--epochs=20", "--wandb.mode=disabled", f"--output_dir={tmp_path}"]
+    command = [
+        sys.executable,
+        "-m",
+        "ddp_sgd.train",
+        "--epochs=20",
+        "--wandb.mode=disabled",
+        f"--output_dir={tmp_path}",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=child, stderr=child, env=environment)
     os.close(child)

@@ -75,7 +75,11 @@ def test_a_failure_in_the_middle_is_recorded_with_its_place(tmp_path):
         report.train(2, {"train/loss": 1.0, "train/lr": 0.1, "train/skipped_steps": 0,
                          "throughput/samples_per_s": 1.0})  # fmt: skip
         raise KeyError("y")
-    assert (result(tmp_path)["status"], result(tmp_path)["exit_code"], result(tmp_path)["step"]) == ("failed", 70, 2)
+    assert (
+        result(tmp_path)["status"],
+        result(tmp_path)["exit_code"],
+        result(tmp_path)["step"],
+    ) == ("failed", 70, 2)
     assert read_journal(tmp_path / "x" / "metrics.jsonl")[-1]["status"] == "failed"
 
 
@@ -93,9 +97,10 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 
 def test_a_row_needs_a_plan(tmp_path):
-    with pytest.raises(RuntimeError, match="before the run had a plan"), open_report(
-        config(tmp_path), Runtime()
-    ) as report:
+    with (
+        pytest.raises(RuntimeError, match="before the run had a plan"),
+        open_report(config(tmp_path), Runtime()) as report,
+    ):
         report.train(1, {"train/loss": 1.0})
 
 

@@ -40,7 +40,9 @@ def test_a_link_to_an_old_run_is_not_followed(tmp_path):
 @pytest.mark.parametrize("output_dir", ["/proc/nowhere", "{tmp}/file"])
 def test_what_cannot_be_written_is_named(output_dir, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match=r"/x cannot be written: .*; set output_dir to a folder") as caught:
+    with pytest.raises(
+        OutputError, match=r"/x cannot be written: .*; set output_dir to a folder"
+    ) as caught:
         open_run_folder(output_dir.format(tmp=tmp_path), "x")
     assert caught.value.exit_code == ExitCode.OUTPUT
 
@@ -57,7 +59,10 @@ def test_plan_and_result_are_strict_json(tmp_path):
     verdict.finish({"status": "finished", "eval/loss": None})
     assert (tmp_path / "config.yaml").read_text() == "name: x\n"
     assert json.loads((tmp_path / "plan.json").read_text()) == asdict(record(tmp_path).plan)
-    assert json.loads((tmp_path / "result.json").read_text()) == {"status": "finished", "eval/loss": None}
+    assert json.loads((tmp_path / "result.json").read_text()) == {
+        "status": "finished",
+        "eval/loss": None,
+    }
     assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "plan.json", "result.json"}
     with pytest.raises(ValueError, match="Out of range"):
         verdict.finish({"eval/loss": float("nan")})
