@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ddp_sgd.config.schema import Component
+from ddp_sgd.config.sections import Component
 from ddp_sgd.errors import ConfigError, UserError
 
 

@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ddp_sgd.config.schema import DataConfig, OptimConfig, RunConfig
+from ddp_sgd.config.schema import RunConfig
+from ddp_sgd.config.sections import DataConfig, OptimConfig
 from ddp_sgd.errors import ConfigError, DataError
 
 

@@ -792,6 +792,7 @@ def test_fault_and_its_traceback_on_request(bench, capsys):
 
 RANKS = [
     case("unknown key", ["--optim.lrr=1"], CONFIG, "unknown key optim.lrr"),
+    case("rank 0 cannot read", user_data("FailsOnRank", rank=0), DATA, "data.train[", "is gone"),
     case("rank 1 cannot read", user_data("FailsOnRank", rank=1), DATA, "data.train[", "is gone"),
     case("labels", ["--model.init_args.classes=7"], DATA, "labels from 0 to 9"),
     case("output", ["--output_dir=f/x"], OUTPUT, "f/x/digits cannot", files={"f": "a file"}),

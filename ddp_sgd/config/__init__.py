@@ -2,14 +2,14 @@
 
 from ddp_sgd.config.command_line import CommandLine, dump_yaml, load_config, read_command_line
 from ddp_sgd.config.options import Option
-from ddp_sgd.config.schema import (
+from ddp_sgd.config.schema import RunConfig
+from ddp_sgd.config.sections import (
     Component,
     DataConfig,
     EvalConfig,
     LogConfig,
     OptimConfig,
     ParallelConfig,
-    RunConfig,
     RuntimeConfig,
     ScheduleConfig,
     WandbConfig,

@@ -2,6 +2,7 @@
 
 import os
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -91,7 +92,8 @@ def start_runtime(
     try:
         with shared_fate(fate):
             yield runtime
-    except Exception:
+    except Exception as error:
+        _forget_locals(error)
         dist.destroy_process_group()  # first of all, so that the others stop waiting for this rank
         _say_farewell(store, ranks)
         raise
@@ -140,6 +142,11 @@ def _choose_backend(backend: str, device: torch.device) -> str:
 
 
 def _join(ranks: Ranks, device: torch.device, backend: str, timeout_s: float) -> Store:
+    # While there is no group yet: the functions of this module keep the one that they find as a
+    # default argument, and its threads would then outlive the interpreter. torch itself imports it
+    # late, with the first wrapper.
+    import torch.distributed.nn  # noqa: F401
+
     timeout = timedelta(seconds=timeout_s)
     where = f"{ranks.address}:{ranks.port}"
     os.environ.update(
@@ -158,6 +165,7 @@ def _join(ranks: Ranks, device: torch.device, backend: str, timeout_s: float) ->
             timeout=timeout,
             device_id=None if device.type == "cpu" else device,
         )
+        dist.barrier()  # a rank that fails at once must not leave while others are still connecting
     except (RuntimeError, ValueError) as error:  # torch's own classes are RuntimeErrors
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -169,6 +177,13 @@ def _join(ranks: Ranks, device: torch.device, backend: str, timeout_s: float) ->
             "port is free."
         ) from error
     return PrefixStore("fate", store)
+
+
+def _forget_locals(error: BaseException | None) -> None:
+    """Let go of the replica in an error's frames: while it lives, the group stays connected."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _say_farewell(store: Store, ranks: Ranks) -> None:

@@ -7,7 +7,7 @@ step may be a real number, at least 0, and past the end a curve keeps its final 
 import math
 from collections.abc import Callable, Sequence
 
-from ddp_sgd.config.schema import ScheduleConfig
+from ddp_sgd.config.sections import ScheduleConfig
 from ddp_sgd.errors import ConfigError
 from ddp_sgd.plan import Plan
 

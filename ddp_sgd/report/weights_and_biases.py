@@ -15,7 +15,7 @@ from secrets import token_hex
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
-from ddp_sgd.config.schema import WandbConfig
+from ddp_sgd.config.sections import WandbConfig
 from ddp_sgd.report.sink import Row, RunRecord
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ import pytest
 from wandb_reader import inspect_offline_run, offline_folder, offline_records, offline_summary
 from wandb_stub import ENTITY, KEY, WandbStub, isolate_wandb
 
-from ddp_sgd.config.schema import RunConfig, WandbConfig
+from ddp_sgd.config.schema import RunConfig
+from ddp_sgd.config.sections import WandbConfig
 from ddp_sgd.plan import make_plan
 from ddp_sgd.report import weights_and_biases
 from ddp_sgd.report.sink import RunRecord
@@ -366,7 +367,7 @@ def test_a_system_without_a_free_thread_is_no_trouble(record, said, monkeypatch)
 HELPER = """
 import os, pickle, signal, sys, threading
 from pathlib import Path
-from ddp_sgd.config.schema import WandbConfig
+from ddp_sgd.config.sections import WandbConfig
 from ddp_sgd.report import weights_and_biases
 
 weights_and_biases.FINISH_TIMEOUT_S = 0.5
@@ -416,7 +417,7 @@ def test_what_happens_to_the_helper_stops_neither_training_nor_exit(pickled, tmp
 SILENT_SERVER = """
 import pickle, sys
 from pathlib import Path
-from ddp_sgd.config.schema import WandbConfig
+from ddp_sgd.config.sections import WandbConfig
 from ddp_sgd.report import weights_and_biases
 
 weights_and_biases.INIT_TIMEOUT_S = 1.0
@@ -441,7 +442,7 @@ def test_at_exit_nothing_more_is_sent_to_a_silent_server(pickled, monkeypatch):
 FORK = """
 import os, pickle, sys, threading
 from pathlib import Path
-from ddp_sgd.config.schema import WandbConfig
+from ddp_sgd.config.sections import WandbConfig
 from ddp_sgd.report.weights_and_biases import WeightsAndBiases
 
 importing, forking, ended = threading.Event(), threading.Event(), threading.Event()

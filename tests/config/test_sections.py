@@ -1,0 +1,126 @@
+import math
+from typing import Annotated, get_args, get_origin
+
+import pytest
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from ddp_sgd.config.schema import RunConfig
+
+
+def _bounds(annotation, metadata):
+    """The kind of number in an annotation, int or float, and its bounds."""
+    metadata = [
+        inner
+        for item in metadata
+        for inner in (item.metadata if isinstance(item, FieldInfo) else [item])
+    ]
+    if get_origin(annotation) is Annotated:
+        inner, *more = get_args(annotation)
+        return _bounds(inner, [*metadata, *more])
+    if annotation in (int, float):
+        return annotation, [item for item in metadata if isinstance(item, Ge | Gt | Le | Lt)]
+    found = [_bounds(part, metadata) for part in get_args(annotation)]
+    return next((each for each in found if each), None)
+
+
+def _numbers(model, parent=()):
+    for name, field in model.model_fields.items():
+        path = (*parent, name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _numbers(field.annotation, path)
+        elif found := _bounds(field.annotation, field.metadata):
+            is_list = get_origin(field.annotation) is tuple
+            yield pytest.param(path, *found, is_list, id=".".join(path))
+
+
+NUMBERS = list(_numbers(RunConfig))
+
+
+def _nested(path, value, is_list):
+    extra = {}
+    if path[0] == "schedule":
+        shape = {"milestones": "step", "gamma": "step", "power": "polynomial"}
+        extra = {"name": shape.get(path[1], "one_cycle" if path[1] == "peak_at" else "cosine")}
+        if path[1] == "gamma":
+            extra["milestones"] = [1]
+    values = {path[-1]: [value] if is_list else value}
+    return values if len(path) == 1 else {path[0]: extra | values}
+
+
+def _is_accepted(path, value, is_list):
+    try:
+        RunConfig.model_validate(_nested(path, value, is_list))
+    except ValidationError:
+        return False
+    return True
+
+
+def test_every_numeric_field_is_found():
+    assert len(NUMBERS) >= 19
+
+
+@pytest.mark.parametrize(("path", "kind", "bounds", "is_list"), NUMBERS)
+def test_ranges_hold_at_their_ends(path, kind, bounds, is_list):
+    assert bounds
+    for bound in bounds:
+        limit = next(iter(vars(bound).values())) if hasattr(bound, "__dict__") else None
+        limit = limit if limit is not None else getattr(bound, type(bound).__name__.lower())
+        below = limit - 1 if kind is int else math.nextafter(limit, -math.inf)
+        above = limit + 1 if kind is int else math.nextafter(limit, math.inf)
+        accepted = {
+            Ge: {below: False, limit: True, above: True},
+            Gt: {below: False, limit: False, above: True},
+            Le: {below: True, limit: True, above: False},
+            Lt: {below: True, limit: False, above: False},
+        }[type(bound)]
+        for value, is_good in accepted.items():
+            assert _is_accepted(path, value, is_list) is is_good, value
+
+
+@pytest.mark.parametrize(("path", "kind", "bounds", "is_list"), NUMBERS)
+def test_what_is_not_a_finite_number_is_refused(path, kind, bounds, is_list):
+    for value in (math.nan, math.inf, -math.inf, True, "1", {}):
+        assert not _is_accepted(path, value, is_list), value
+    if kind is int:
+        assert not _is_accepted(path, 2.0, is_list)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"optim": {"nesterov": True, "momentum": 0}},
+        {"schedule": {"gamma": 0.5}},
+        {"schedule": {"name": "constant", "final": 0.5}},
+        {"schedule": {"name": "step"}},
+        {"schedule": {"name": "step", "milestones": [3, 2]}},
+        {"schedule": {"name": "step", "milestones": [2, 2]}},
+        {"schedule": {"milestones": [2]}},
+        {"schedule": {"name": "one_cycle", "warmup_epochs": 1}},
+        {"model": {"class_path": "Linear"}},
+        {"model": {"class_path": "a..b"}},
+        {"model": {"class_path": "os; import x.y"}},
+    ],
+)
+def test_combinations_that_cannot_be(values):
+    with pytest.raises(ValidationError):
+        RunConfig.model_validate(values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"optim": {"nesterov": True}},
+        {"schedule": {"name": "step", "milestones": [1, 2.5], "gamma": 0.5}},
+        {"schedule": {"name": "one_cycle", "warmup_epochs": 0, "peak_at": 0.5}},
+        {"schedule": {"name": "constant", "final": 0.0}},
+    ],
+)
+def test_combinations_that_fit(values):
+    RunConfig.model_validate(values)
+
+
+def test_the_models_are_frozen():
+    with pytest.raises(ValidationError, match="frozen"):
+        RunConfig().optim.lr = 1.0
