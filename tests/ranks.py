@@ -7,6 +7,8 @@ import os
 import traceback
 from typing import Any
 
+import coverage
+
 from ddp_sgd.distributed.ranks import free_port
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -92,3 +94,6 @@ def _rank(send, environment: dict[str, str], rank: int, timeout_s: float, work: 
         value = RankError(rank, type(error).__name__, "".join(traceback.format_exception(error)))
     send.send(value)
     send.close()
+    if measured := coverage.Coverage.current():  # a forked process ends without its exit hooks
+        measured.stop()
+        measured.save()

@@ -372,7 +372,7 @@ COMPONENTS = [
         "batch normalization of one sample",
         [NORMALIZED, *IMAGES, "--data.batch_size=4"],
         CONFIG,
-        "data.batch_size is 4 on 1 ranks",
+        "data.batch_size is 4 with world size 1",
         "too few for the batch normalization of ConvNet; set data.tail=drop",
     ),
     case(

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 LOCAL = ROOT / "launch" / "local.sh"
 MULTINODE = ROOT / "launch" / "multinode.sh"
-DEADLINE_S = 150
+DEADLINE_S = 80
+STARTED = []
 ENDLESS = ("--epochs=100000", "--eval.every_epochs=100000", "--log.every_steps=1")
 
 
@@ -39,7 +40,7 @@ def _environment(**extra):
 
 
 def _start(folder, script, *options, **variables):
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [str(script), *options],
         cwd=folder,
         env=_environment(**variables),
@@ -47,13 +48,22 @@ def _start(folder, script, *options, **variables):
         stderr=subprocess.PIPE,
         text=True,
     )
+    STARTED.append(process)
+    return process
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_behind():
+    yield
+    for process in STARTED:
+        if process.poll() is None:
+            process.terminate()  # the script ends its ranks; if it were killed, they would go on
+            process.communicate(timeout=DEADLINE_S)
+    STARTED.clear()
 
 
 def _end(process):
-    try:
-        out, err = process.communicate(timeout=DEADLINE_S)
-    finally:
-        process.kill()
+    out, err = process.communicate(timeout=DEADLINE_S)
     return process.returncode, out, err
 
 

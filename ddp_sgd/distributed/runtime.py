@@ -169,12 +169,11 @@ def _join(ranks: Ranks, device: torch.device, backend: str, timeout_s: float) ->
     except (RuntimeError, ValueError) as error:  # torch's own classes are RuntimeErrors
         if dist.is_initialized():
             dist.destroy_process_group()
-        cause = str(error).strip().splitlines()[0]
+        cause = str(error).strip().splitlines()[0].rstrip(".")
         raise PeerError(
             f"rank {ranks.rank} of {ranks.world_size} could not join at {where} within "
-            f"{timeout_s:g} s: {cause}; "
-            "check that every rank was started, that MASTER_ADDR names rank 0's host and that the "
-            "port is free."
+            f"{timeout_s:g} s: {cause}; check that every rank was started, that MASTER_ADDR names "
+            "rank 0's host and that the port is free."
         ) from error
     return PrefixStore("fate", store)
 

@@ -1,5 +1,6 @@
 """A look at data, model and loss before the run: what does not fit is found and named."""
 
+import warnings
 from collections.abc import Sized
 from typing import Any
 
@@ -27,8 +28,7 @@ def check_dataset(dataset: Any, where: str) -> None:
     if not by_index or isinstance(dataset, IterableDataset):
         raise ConfigError(
             f"{where} is a {type(dataset).__name__}, which has no length or no samples by index; "
-            "name a map-style data "
-            "set (streaming data sets are not supported)."
+            "name a map-style data set (streaming data sets are not supported)."
         )
     if len(dataset) == 0:
         raise DataError(f"{where} is empty; name a data set with at least one sample.")
@@ -45,11 +45,10 @@ def check_normalization(model: nn.Module, plan: Plan) -> None:
     )
     if normalizes and plan.smallest_micro_batch < 2:
         raise ConfigError(
-            f"data.batch_size is {plan.batch_size} on {plan.world_size} ranks, which leaves a "
-            "rank with "
-            f"{plan.smallest_micro_batch} samples in a step of {plan.last_batch}, too few for the "
-            "batch normalization of "
-            f"{type(model).__name__}; set data.tail=drop, or another data.batch_size of at least 2."
+            f"data.batch_size is {plan.batch_size} with world size {plan.world_size}, so that a "
+            f"forward pass has {plan.smallest_micro_batch} of the samples that the batch "
+            f"normalization of {type(model).__name__} needs, which are 2; set data.tail=drop, or "
+            "another data.batch_size of at least 2."
         )
 
 
@@ -134,18 +133,20 @@ def _call_model(model: nn.Module, inputs: Any) -> Any:
     except Exception as error:  # whatever a user's model raises
         raise ConfigError(
             f"model is {type(model).__name__}, which fails on inputs of {describe(inputs)}, "
-            f"{type(error).__name__}: "
-            f"{error}; make model.init_args fit the data, or transform the data."
+            f"{type(error).__name__}: {error}; make model.init_args fit the data, or transform "
+            "the data."
         ) from error
 
 
 def _call_loss(objective: Objective, outputs: Any, targets: Any, samples: int) -> Any:
     try:
-        return objective.total(outputs, targets, samples)
+        with warnings.catch_warnings():
+            # Shapes that torch stretches to fit give a loss over pairs that nobody meant.
+            warnings.filterwarnings("error", message="Using a target size")
+            return objective.total(outputs, targets, samples)
     except Exception as error:  # whatever a user's loss raises
         raise ConfigError(
             f"the model gives {describe(outputs)}, which does not fit targets of "
-            f"{describe(targets)}: "
-            f"{type(error).__name__}: {error}; change the last layer of the model, the loss or "
-            "the targets."
+            f"{describe(targets)}, {type(error).__name__}: {error}; change the last layer of the "
+            "model, the loss or the targets."
         ) from error

@@ -1,4 +1,3 @@
-import json
 import subprocess
 import sys
 
@@ -146,16 +145,7 @@ def test_load_config_prints_nothing():
         load_config(["--help"], {})
 
 
-def test_import_is_fast_and_leaves_the_heavy_packages_alone():
-    code = (
-        "import json, sys, time; start = time.perf_counter(); import ddp_sgd.config; "
-        "print(json.dumps([time.perf_counter() - start, sorted(sys.modules)]))"
-    )
-    seconds, modules = min(
-        json.loads(
-            subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
-        )
-        for _ in range(3)
-    )
-    assert {"torch", "numpy", "wandb"}.isdisjoint(modules)
-    assert seconds < 0.35
+def test_importing_leaves_the_heavy_packages_alone():
+    code = "import sys, ddp_sgd.config; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"torch", "numpy", "wandb"}.isdisjoint(done.stdout.split())

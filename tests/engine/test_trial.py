@@ -50,7 +50,8 @@ def test_normalization_needs_two_samples(samples, tail, model, fits):
         check_normalization(model, plan)
     else:
         with pytest.raises(
-            ConfigError, match=r"leaves a rank with 1 samples .* of ConvNet; set data.tail=drop, or"
+            ConfigError,
+            match=r"so that a forward pass has 1 of .* of ConvNet needs, .*; set data.tail=drop",
         ):
             check_normalization(model, plan)
 
@@ -92,6 +93,7 @@ ZEROS = labelled(0, 0, 0, 0, 0, 0)
             r"float32 of shape \(2, 2\), which does not fit targets of float32 of shape \(2,\)",
         ),
         (MLP(3, [], 2), nn.functional.mse_loss, ZEROS, "does not fit targets of int64"),
+        (MLP(3, [], 1), nn.MSELoss(), InMemory(X, torch.zeros(6)), "Using a target size"),
         (
             MLP(3, [], 2),
             lambda out, y: out.sum(1),
