@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from ddp_sgd.config import CommandLine, Option, read_command_line
-from ddp_sgd.distributed.ranks import told_once
+from ddp_sgd.distributed.ranks import may_be_rank_0, told_by
 from ddp_sgd.errors import ExitCode, FaultElsewhereError, UserError
 
 
@@ -33,7 +33,7 @@ def run_command(
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
     try:
-        with told_once(os.environ):
+        with told_by(this_one=may_be_rank_0(os.environ)):
             line = read_command_line(
                 argv, os.environ, program=program, about=about, options=options
             )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ddp_sgd.command import run_command
 from ddp_sgd.config import CommandLine, Option
-from ddp_sgd.distributed.ranks import read_ranks, told_once
+from ddp_sgd.distributed.ranks import may_be_rank_0, read_ranks, told_by
 from ddp_sgd.engine.stopping import stop_on_signal
 
 _OPTIONS = (
@@ -45,7 +45,7 @@ def train(line: CommandLine) -> int:
     if line.options["print_folder"]:
         sys.stdout.write(f"{Path(config.output_dir) / config.name}\n")
         return 0
-    with told_once(os.environ):
+    with told_by(this_one=may_be_rank_0(os.environ)):
         read_ranks(os.environ)
     # A signal that comes while torch is being imported would end the process: listen first.
     with stop_on_signal() as stop:

@@ -49,7 +49,8 @@ train_under_torchrun() {
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((nproc < $(count_cpus) ? $(count_cpus) / nproc : 1))}
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # a restart must not read addresses of the attempt before
     # Every flag of torchrun has such a variable; a release that lacks the flag does not mind the variable.
-    export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE=${TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE-} # rank 0 alone speaks
+    # Only one rank speaks, so lines need no name in front; torchrun takes the shortest that is not empty.
+    export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE=${TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE:- }
     export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
 
     # In a process group of its own torchrun gets a signal once, from here, and not a second time from the terminal.

@@ -61,25 +61,25 @@ def read_ranks(environ: Mapping[str, str]) -> Ranks:
 
 
 @contextmanager
-def told_once(environ: Mapping[str, str]) -> Iterator[None]:
-    """Let rank 0 alone tell of a wrong configuration, which every rank finds by itself.
+def told_by(*, this_one: bool) -> Iterator[None]:
+    """Let one process alone tell of a wrong configuration, which every one finds by itself.
 
     Args:
-        environ: The environment, such as ``os.environ``; where it does not say who is rank 0,
-            everybody tells.
+        this_one: Whether this process tells.
 
     Raises:
-        FaultElsewhereError: In place of a ``ConfigError``, on the other ranks.
+        FaultElsewhereError: In place of a ``ConfigError``, on the others.
     """
     try:
         yield
     except ConfigError as error:
-        if _may_be_rank_0(environ):
+        if this_one:
             raise
         raise FaultElsewhereError(str(error), error.exit_code) from error
 
 
-def _may_be_rank_0(environ: Mapping[str, str]) -> bool:
+def may_be_rank_0(environ: Mapping[str, str]) -> bool:
+    """Whether this process is rank 0, or nobody else can be known to be."""
     for rank, world_size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
         number, count = environ.get(rank, ""), environ.get(world_size, "")
         if number.isdigit() and count.isdigit() and int(number) < int(count):

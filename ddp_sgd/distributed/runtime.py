@@ -14,7 +14,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from ddp_sgd.distributed.fate import Fate, OwnFate, SharedFate, shared_fate
-from ddp_sgd.distributed.ranks import Ranks, read_ranks, told_once, usable_cpus
+from ddp_sgd.distributed.ranks import Ranks, may_be_rank_0, read_ranks, told_by, usable_cpus
 from ddp_sgd.errors import ConfigError, PeerError
 
 _FAREWELL_S = 5.0
@@ -71,9 +71,10 @@ def start_runtime(
         ...     runtime.world_size
         1
     """
-    with told_once(os.environ):
+    with told_by(this_one=may_be_rank_0(os.environ)):
         ranks = read_ranks(os.environ)
-        place = _choose_device(device, ranks)
+    place = _choose_device(device, ranks)
+    with told_by(this_one=ranks.rank == 0):
         name = _choose_backend(backend, place)
     if ranks.alone:
         yield Runtime(device=place)
@@ -109,19 +110,21 @@ def _choose_device(wanted: str, ranks: Ranks) -> torch.device:
     kind = here if wanted == "auto" else wanted
     if kind == "cpu":
         return torch.device("cpu")
-    if kind != here:
-        raise ConfigError(
-            f"runtime.device is {wanted}, but this host has {here} only; set runtime.device=auto."
-        )
+    with told_by(this_one=ranks.local_rank == 0):  # hosts may differ: one process of each tells
+        if kind != here:
+            raise ConfigError(
+                f"runtime.device is {wanted}, but this host has {here} only; "
+                "set runtime.device=auto."
+            )
     count = torch.accelerator.device_count()
     # A site that binds one device to each task shows every rank its own as number 0.
     index = 0 if count == 1 and ranks.launcher == "srun" else ranks.local_rank
-    if index >= count:
-        raise ConfigError(
-            f"LOCAL_RANK is {index}, but this host has {count} {kind} devices; start at most "
-            f"{count} ranks a "
-            "host, or set runtime.device=cpu."
-        )
+    with told_by(this_one=index == count):  # the first that finds no device
+        if index >= count:
+            raise ConfigError(
+                f"LOCAL_RANK is {index}, but this host has {count} {kind} devices; start at most "
+                f"{count} ranks a host, or set runtime.device=cpu."
+            )
     torch.accelerator.set_device_index(index)
     return torch.device(kind, index)
 

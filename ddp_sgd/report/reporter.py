@@ -99,11 +99,11 @@ class Reporter:
     def _close(self, result: Mapping[str, Any]) -> None:
         wall = {"wall_s": time.perf_counter() - self._start}
         full = {key: _number(value) for key, value in {**result, **wall}.items()}
-        try:
+        try:  # the result first: others may take their time, and a launcher may lose patience
+            self._verdict.finish(full)
+        finally:
             for sink in [sink for sink in reversed(self._opened) if sink is not self._verdict]:
                 sink.finish(full)
-        finally:
-            self._verdict.finish(full)
 
     def _write(self, event: str, step: int, row: Row) -> None:
         self._step = step

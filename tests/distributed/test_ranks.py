@@ -1,6 +1,13 @@
 import pytest
 
-from ddp_sgd.distributed.ranks import first_host, free_port, read_ranks, told_once, usable_cpus
+from ddp_sgd.distributed.ranks import (
+    first_host,
+    free_port,
+    may_be_rank_0,
+    read_ranks,
+    told_by,
+    usable_cpus,
+)
 from ddp_sgd.errors import ConfigError, DataError, FaultElsewhereError
 
 TORCHRUN = {
@@ -140,8 +147,12 @@ def test_an_empty_node_list_is_refused():
 
 def test_a_wrong_configuration_is_told_by_rank_0_only():
     def told(environ, error):
-        with pytest.raises(Exception, match=str(error)) as caught, told_once(environ):
-            raise error
+        with (
+            pytest.raises(Exception, match=str(error)) as caught,
+            told_by(this_one=may_be_rank_0(environ)),
+        ):
+            with told_by(this_one=may_be_rank_0(environ)):
+                raise error
         assert caught.value.exit_code == error.exit_code
         return not isinstance(caught.value, FaultElsewhereError)
 

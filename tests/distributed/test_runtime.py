@@ -1,14 +1,17 @@
 import os
 import threading
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import rank_environment, run_ranks
 
-from ddp_sgd.distributed.ranks import free_port, read_ranks, usable_cpus
-from ddp_sgd.distributed.runtime import Runtime, _share_cpus, start_runtime
+from ddp_sgd.config import RunConfig
+from ddp_sgd.distributed.ranks import Ranks, free_port, read_ranks, usable_cpus
+from ddp_sgd.distributed.runtime import Runtime, _choose_device, _share_cpus, start_runtime
+from ddp_sgd.engine.fit import fit
 from ddp_sgd.errors import ConfigError, FaultElsewhereError, PeerError
 
 
@@ -158,3 +161,62 @@ def test_threads_are_shared_fairly_unless_the_user_chose():
     del environment["OMP_NUM_THREADS"]
     assert run_ranks(1, count_threads, environment) == [max(1, usable_cpus() // 2)]
     assert run_ranks(1, count_threads, environment | {"OMP_NUM_THREADS": "3"}) == [7]
+
+
+class Pretended:
+    """Two devices of a kind that this machine need not have."""
+
+    def __init__(self, monkeypatch):
+        self.chosen = []
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", self.current)
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: self.count)
+        monkeypatch.setattr(torch.accelerator, "set_device_index", self.chosen.append)
+        self.count = 2
+
+    def current(self, **_):
+        return torch.device("cuda")
+
+
+def ranks_of(local_rank, launcher="torchrun"):
+    return Ranks(
+        rank=local_rank, world_size=4, local_rank=local_rank, local_world_size=4, launcher=launcher
+    )
+
+
+def test_each_rank_takes_its_device_and_the_first_without_one_tells(monkeypatch):
+    host = Pretended(monkeypatch)
+    devices = [_choose_device("auto", ranks_of(rank)) for rank in range(2)]
+    assert devices == [torch.device("cuda", 0), torch.device("cuda", 1)]
+    assert host.chosen == [0, 1]
+    with pytest.raises(ConfigError, match="LOCAL_RANK is 2, but this host has 2 cuda devices"):
+        _choose_device("auto", ranks_of(2))
+    with pytest.raises(FaultElsewhereError):
+        _choose_device("auto", ranks_of(3))
+    host.count = 1  # a site that binds one device to each task
+    assert _choose_device("cuda", ranks_of(3, "srun")) == torch.device("cuda", 0)
+
+
+def threads_after_a_run(_, environment, folder):
+    os.environ.update(environment)
+    config = RunConfig(output_dir=folder, epochs=1, wandb={"mode": "disabled"})
+    with start_runtime(device="cpu", timeout_s=20) as runtime:
+        fit(config, runtime)
+    return sorted(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm"))
+
+
+def test_no_thread_of_the_group_outlives_it(tmp_path):
+    """One that drops its last tensor while the interpreter ends would abort the process."""
+    port = free_port()
+    left = {}
+
+    def start(rank):
+        environment = rank_environment(rank, 2, port)
+        left[rank] = run_ranks(1, threads_after_a_run, environment, str(tmp_path))[0]
+
+    threads = [threading.Thread(target=start, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(left) == 2
+    assert not [name for names in left.values() for name in names if "gloo" in name]
