@@ -51,7 +51,7 @@ def test_normalization_needs_two_samples(samples, tail, model, fits):
     else:
         with pytest.raises(
             ConfigError,
-            match=r"so that a forward pass has 1 of .* of ConvNet needs, .*; set data.tail=drop",
+            match=r"has as few samples as 1, too few for .* of ConvNet; set data.tail=drop",
         ):
             check_normalization(model, plan)
 
