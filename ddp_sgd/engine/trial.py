@@ -46,8 +46,8 @@ def check_normalization(model: nn.Module, plan: Plan) -> None:
     if normalizes and plan.smallest_micro_batch < 2:
         raise ConfigError(
             f"data.batch_size is {plan.batch_size} with world size {plan.world_size}, so that a "
-            f"forward pass has as few samples as {plan.smallest_micro_batch}, too few for the batch "
-            f"normalization of {type(model).__name__}; set data.tail=drop, or another "
+            f"forward pass has as few samples as {plan.smallest_micro_batch}, too few for the "
+            f"batch normalization of {type(model).__name__}; set data.tail=drop, or another "
             "data.batch_size of at least 2."
         )
 
