@@ -67,6 +67,12 @@ class DivergedError(UserError):
     exit_code = ExitCode.DIVERGED
 
 
+class RefusedError(UserError):
+    """Going on could harm something of the user's."""
+
+    exit_code = ExitCode.REFUSED
+
+
 class FaultElsewhereError(UserError):
     """Another rank failed first and told the user; this one ends with the same code, silently.
 

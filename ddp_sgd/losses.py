@@ -25,27 +25,32 @@ class Objective:
     Args:
         loss: Module or function of (outputs, targets) that returns the mean, a tensor without
             dimensions.
-        targets: A batch of targets, to tell which kind of unit applies.
+        targets: Targets of the data set, to tell which kind of unit applies.
+        complete: Whether these are all targets, so that none that is ignored can turn up later.
 
     Raises:
         ConfigError: The loss is set to return something else than a mean.
 
     Attributes:
+        ignore_index: Target that the loss leaves out.
         counts_samples: Whether the unit is a sample, whose number every rank knows without asking.
     """
 
-    def __init__(self, loss: LossFunction, targets: Any) -> None:
+    def __init__(self, loss: LossFunction, targets: Any, *, complete: bool = True) -> None:
         reduction = getattr(loss, "reduction", "mean")
         if reduction != "mean":
             raise ConfigError(
                 f"loss.init_args.reduction is {reduction}; leave it at mean: the run weights "
                 "every micro-batch itself."
             )
-        self.counts_samples = not _weighs_targets(loss, targets)
-        self._loss = loss
+        self.counts_samples = not _weighs_targets(loss, targets, complete=complete)
+        self.ignore_index: int = getattr(loss, "ignore_index", -100)
+        self._loss: Any = loss
         if not self.counts_samples:
             self._loss = copy.copy(loss)
-            self._loss.reduction = "sum"  # type: ignore[attr-defined]
+            self._loss.reduction = "sum"
+            weight = self._loss.weight
+            self._weight = None if weight is None else weight.detach().double().cpu()
 
     def total(self, outputs: Any, targets: Any, samples: int) -> torch.Tensor:
         """Sum the loss over the units of a micro-batch.
@@ -59,24 +64,19 @@ class Objective:
             Tensor without dimensions.
         """
         factor = samples if self.counts_samples else min(samples, 1)
-        return self._loss(outputs, targets) * factor
+        total: torch.Tensor = self._loss(outputs, targets) * factor
+        return total
 
-    def units(self, targets: Any, samples: int) -> torch.Tensor:
+    def units(self, targets: torch.Tensor, samples: int) -> float:
         """Count the units of a micro-batch, for a loss that weighs targets.
 
         Args:
-            targets: Integer tensor of shape (m, ...).
+            targets: Integer tensor of shape (m, ...), on the host, so that no device is waited for.
             samples: True number of samples; with 0 the result is 0.
-
-        Returns:
-            Tensor without dimensions, of ``wide_float``, on the device of the targets.
         """
-        loss: Any = self._loss
-        counted = targets[targets != loss.ignore_index]
-        weight = loss.weight
-        units = counted.new_tensor(counted.numel()) if weight is None else weight[counted].sum()
-        counted_units: torch.Tensor = units.to(wide_float(targets.device)) * min(samples, 1)
-        return counted_units
+        counted = targets[targets != self.ignore_index]
+        units = counted.numel() if self._weight is None else float(self._weight[counted].sum())
+        return float(units) * min(samples, 1)
 
 
 def wide_float(device: torch.device) -> torch.dtype:
@@ -84,9 +84,10 @@ def wide_float(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _weighs_targets(loss: LossFunction, targets: Any) -> bool:
+def _weighs_targets(loss: LossFunction, targets: Any, *, complete: bool) -> bool:
     if not isinstance(loss, _PER_TARGET) or not isinstance(targets, torch.Tensor):
         return False
     if targets.is_floating_point():  # probabilities: torch takes the mean over samples
         return False
-    return loss.weight is not None or loss.ignore_index != -100 or targets.ndim > 1
+    ignores = not complete or bool((targets == loss.ignore_index).any())
+    return loss.weight is not None or ignores or targets.ndim > 1

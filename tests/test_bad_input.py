@@ -445,7 +445,7 @@ DATA_SETS = [
         "late label",
         user_data("LateLabel"),
         DATA,
-        "data.train has a label that the model has no score for: Target 99 is out of bounds",
+        "a batch has a label that the model has no score for: Target 99 is out of bounds",
         "number the labels from 0",
     ),
     case(

@@ -25,6 +25,12 @@ CASES = {
     "ignored class": (nn.CrossEntropyLoss(ignore_index=2), SCORES, LABELS, False),
     "log likelihood": (nn.NLLLoss(weight=WEIGHT), SCORES.log_softmax(1), LABELS, False),
     "probabilities": (nn.CrossEntropyLoss(weight=WEIGHT), SCORES, SCORES.softmax(1), True),
+    "unlabelled samples": (
+        nn.CrossEntropyLoss(),
+        SCORES,
+        torch.where(LABELS == 1, -100, LABELS),
+        False,
+    ),
     "one target a pixel": (
         nn.CrossEntropyLoss(),
         SCORES.reshape(5, 4, 2),
@@ -90,3 +96,9 @@ def test_other_reductions_are_refused(reduction):
 def test_wide_float():
     assert wide_float(torch.device("cpu")) == torch.float64
     assert wide_float(torch.device("mps")) == torch.float32
+
+
+def test_targets_that_were_not_seen_may_be_ignored_ones():
+    assert Objective(nn.CrossEntropyLoss(), LABELS[:2], complete=True).counts_samples
+    assert not Objective(nn.CrossEntropyLoss(), LABELS[:2], complete=False).counts_samples
+    assert Objective(nn.MSELoss(), SCORES[:2], complete=False).counts_samples

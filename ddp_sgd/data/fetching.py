@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch.utils.data import TensorDataset, default_collate
 
-from ddp_sgd.data.in_memory import InMemory
 from ddp_sgd.errors import DataError, UserError
 from ddp_sgd.seeds import seed_for
 
@@ -69,7 +68,7 @@ class Fetcher:
         indices = list(request.indices)
         if isinstance(self._dataset, TensorDataset):
             return tuple(tensor[indices] for tensor in self._dataset.tensors)
-        if not isinstance(self._dataset, InMemory):
+        if _draws_numbers(self._dataset):
             _seed_everything(seed_for("sample", self._seed, request.epoch, indices[0]))
         return tuple(_to_tensor(part) for part in self._dataset.__getitems__(indices))
 
@@ -87,8 +86,7 @@ class Fetcher:
         if not (isinstance(sample, (tuple, list)) and len(sample) == 2):
             raise DataError(
                 f"{self._where}[{index}] is {_shape_of(sample)}, not (input, target); wrap the "
-                "data set in "
-                "ddp_sgd.data.Columns, or return a pair."
+                "data set in ddp_sgd.data.Columns, or return a pair."
             )
         return sample
 
@@ -98,23 +96,39 @@ class Fetcher:
         first = request.indices[0]
         return (
             f"{self._where} gave samples that do not form a batch (from index {first} on), "
-            f"{type(error).__name__}: "
-            f"{error}; give all samples the same shapes and number types."
+            f"{type(error).__name__}: {error}; give all samples the same shapes and number types."
         )
 
 
 def _gives_whole_batches(dataset: Any) -> bool:
-    if isinstance(dataset, TensorDataset):
-        return len(dataset.tensors) == 2
-    if not hasattr(dataset, "__getitems__") or len(dataset) == 0:
+    kind = type(dataset)
+    if isinstance(dataset, TensorDataset):  # unless a subclass reads its samples differently
+        return kind.__getitem__ is TensorDataset.__getitem__ and len(dataset.tensors) == 2
+    if not hasattr(kind, "__getitems__") or len(dataset) == 0:
         return False
-    if isinstance(dataset, InMemory):
+    # Of two methods the more derived one says how samples are read.
+    order = {name: _depth(kind, name) for name in ("__getitem__", "__getitems__")}
+    if order["__getitem__"] < order["__getitems__"]:
+        return False
+    if not _draws_numbers(dataset):
         return True
     try:
         batch = dataset.__getitems__([0])
     except Exception:  # reading sample by sample finds the same fault, and names the index
         return False
     return isinstance(batch, tuple) and len(batch) == 2 and all(isinstance(p, Sized) for p in batch)
+
+
+def _depth(kind: type, method: str) -> int:
+    """How many classes up from its own a method is defined."""
+    return next(
+        (d for d, each in enumerate(kind.__mro__) if method in vars(each)), len(kind.__mro__)
+    )
+
+
+def _draws_numbers(dataset: Any) -> bool:
+    """Whether reading a batch may draw random numbers; the data sets of this package do not."""
+    return not type(dataset).__getitems__.__module__.startswith("ddp_sgd.data.")
 
 
 def _to_tensor(part: Any) -> Any:

@@ -215,6 +215,8 @@ def move(value: Any, device: torch.device) -> Any:
         return value.to(device, non_blocking=True)
     if isinstance(value, dict):
         return {key: move(item, device) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(move(item, device) for item in value))
     if isinstance(value, (list, tuple)):
         return type(value)(move(item, device) for item in value)
     return value

@@ -74,11 +74,11 @@ def start_runtime(
     with told_by(this_one=may_be_rank_0(os.environ)):
         ranks = read_ranks(os.environ)
     place = _choose_device(device, ranks)
-    with told_by(this_one=ranks.rank == 0):
-        name = _choose_backend(backend, place)
     if ranks.alone:
         yield Runtime(device=place)
         return
+    with told_by(this_one=ranks.rank == 0):
+        name = _choose_backend(backend, place)
     _share_cpus(ranks)
     store = _join(ranks, place, name, timeout_s)
     fate = SharedFate(store, ranks.rank, ranks.world_size)
@@ -130,13 +130,21 @@ def _choose_device(wanted: str, ranks: Ranks) -> torch.device:
 
 
 def _share_cpus(ranks: Ranks) -> None:
-    """Divide the CPUs among the ranks of this machine, unless the user did."""
+    """Divide the CPUs among the ranks of this machine, unless the user or the site did."""
+    mine = usable_cpus()
+    is_shared = mine == os.cpu_count()  # SLURM may have bound each task to CPUs of its own
     if not os.environ.get("OMP_NUM_THREADS"):
-        torch.set_num_threads(max(1, usable_cpus() // ranks.local_world_size))
+        torch.set_num_threads(max(1, mine // ranks.local_world_size) if is_shared else mine)
 
 
 def _choose_backend(backend: str, device: torch.device) -> str:
     name = dist.get_default_backend_for_device(device) if backend == "auto" else backend
+    needs = {"nccl": "cuda", "xccl": "xpu"}.get(name, device.type)
+    if needs != device.type:
+        raise ConfigError(
+            f"runtime.backend is {name}, which needs runtime.device={needs}, while the device is "
+            f"{device.type}; set runtime.backend=auto."
+        )
     if not dist.is_backend_available(name):
         raise ConfigError(
             f"runtime.backend is {name}, which this build of torch lacks; set runtime.backend=gloo."

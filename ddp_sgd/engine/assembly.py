@@ -17,7 +17,7 @@ from ddp_sgd.engine.evaluation import Metrics, evaluate
 from ddp_sgd.engine.step import Stepper, model_generators
 from ddp_sgd.engine.trial import check_dataset, check_normalization, try_out
 from ddp_sgd.errors import ConfigError, DataError
-from ddp_sgd.losses import LossFunction, Objective
+from ddp_sgd.losses import LossFunction
 from ddp_sgd.optim.schedule import Schedule, build_schedule
 from ddp_sgd.optim.sgd import build_sgd
 from ddp_sgd.plan import Plan, make_plan
@@ -99,6 +99,8 @@ def gather_parts(
             f"model is a {type(model).__name__}; name a torch.nn.Module, or a function that "
             "returns one."
         )
+    if not model.training:  # as pretrained models come; parts may stay frozen, the whole may not
+        model.train()
     loss = build(config.loss, "loss") if loss is None else loss
     if not callable(loss):
         raise ConfigError(
@@ -134,7 +136,7 @@ def assemble(config: RunConfig, parts: Parts, runtime: Runtime) -> Job:
         stepper=Stepper(replica, objective, optimizer, runtime, clip_norm=config.optim.clip_norm),
         loader=_train_loader(config, plan, parts.train_set, runtime),
         schedule=build_schedule(config.schedule, plan),
-        score=_scorer(config, parts, replica, objective, runtime),
+        score=_scorer(config, parts, loss, replica, runtime),
         seed_model=_model_seeder(config.seed, runtime),
     )
 
@@ -155,11 +157,11 @@ def _train_loader(config: RunConfig, plan: Plan, dataset: Any, runtime: Runtime)
 
 
 def _scorer(
-    config: RunConfig, parts: Parts, replica: Replica, objective: Objective, runtime: Runtime
+    config: RunConfig, parts: Parts, loss: LossFunction, replica: Replica, runtime: Runtime
 ) -> Callable[[], Metrics]:
     if parts.eval_set is None:
         return dict
-    try_out(replica.inner, parts.loss, parts.eval_set, "data.eval", runtime.device)
+    objective = try_out(replica.inner, loss, parts.eval_set, "data.eval", runtime.device)
     chunks = Chunks(
         len(parts.eval_set),
         batch_size=config.data.batch_size,

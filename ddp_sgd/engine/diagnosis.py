@@ -1,5 +1,6 @@
 """Errors of torch in the middle of a run, said in the words of the configuration."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,21 +29,18 @@ def plain_faults() -> Iterator[None]:
             "the same."
         ) from error
     except RuntimeError as error:
+        if "device-side assert" in str(error):
+            raise _label_out_of_range(error) from error
         if "finished reduction in the prior iteration" not in str(error):
             raise
         raise ConfigError(
             "parallel.find_unused_parameters is false, but a step left parameters of the model "
-            "without a gradient; "
-            "set parallel.find_unused_parameters=true, or remove the parameters."
+            "without a gradient; set parallel.find_unused_parameters=true, or remove them."
         ) from error
     except IndexError as error:
-        if "out of bounds" not in str(error):
+        if not re.search(r"Target -?\d+ is out of bounds", str(error)):
             raise
-        raise DataError(
-            f"data.train has a label that the model has no score for: {_first_line(error)}; "
-            "number the labels from 0 to "
-            "the number of classes less one."
-        ) from error
+        raise _label_out_of_range(error) from error
 
 
 def refuse_divergence(skipped_in_a_row: int, lr: float) -> None:
@@ -58,9 +56,15 @@ def refuse_divergence(skipped_in_a_row: int, lr: float) -> None:
     if skipped_in_a_row >= _PATIENCE:
         raise DivergedError(
             f"the gradient is not finite for {skipped_in_a_row} steps in a row at a rate of "
-            f"{lr:g}; lower optim.lr, warm "
-            "up longer, set optim.clip_norm, or look for bad samples."
+            f"{lr:g}; lower optim.lr, warm up longer, set optim.clip_norm, or look for bad samples."
         )
+
+
+def _label_out_of_range(error: Exception) -> DataError:
+    return DataError(
+        f"a batch has a label that the model has no score for: {_first_line(error)}; number the "
+        "labels from 0 to the number of classes less one."
+    )
 
 
 def _first_line(error: Exception) -> str:

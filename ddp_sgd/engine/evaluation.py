@@ -1,6 +1,8 @@
 """The score of a model: every sample once, the same bits on any number of ranks."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,30 +40,44 @@ def evaluate(
     place = torch.device("cpu") if on_host else runtime.device
     sums = torch.zeros((2, loader.chunks.count), dtype=torch.float64, device=place)
     counts = torch.zeros(5, dtype=torch.int64, device=place)
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
+    with evaluating(model):
         for chunk, inputs, targets in loader:
             outputs = model(move(inputs, runtime.device))
-            _score(outputs, move(targets, runtime.device), objective, sums[:, chunk], counts)
-    model.train(was_training)
+            samples = _length(targets)
+            units = samples if objective.counts_samples else objective.units(targets, samples)
+            sums[1, chunk] = units
+            answers = move(targets, runtime.device)
+            sums[0, chunk] = objective.total(outputs, answers, samples)
+            _judge(outputs, answers, objective, samples, counts)
     sum_over_ranks(sums, runtime)
     sum_over_ranks(counts, runtime)
     return _metrics(*sums.sum(dim=1).tolist(), *counts.tolist())
 
 
-def _score(
-    outputs: Any, targets: Any, objective: Objective, sums: torch.Tensor, counts: torch.Tensor
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, without gradients; then every module back into its own."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _judge(
+    outputs: Any, targets: Any, objective: Objective, samples: int, counts: torch.Tensor
 ) -> None:
-    samples = _length(targets)
-    sums[0] = objective.total(outputs, targets, samples)
-    sums[1] = samples if objective.counts_samples else objective.units(targets, samples)
+    """Count right answers; targets that the loss ignores are not asked for."""
     counts[0] += samples
     if is_classification(outputs, targets):
-        counts[1] += samples
+        asked = (targets != objective.ignore_index).sum()
+        counts[1] += asked
         counts[2] += (outputs.argmax(dim=1) == targets).sum()
         if outputs.shape[1] > 5:
-            counts[3] += samples
+            counts[3] += asked
             counts[4] += (outputs.topk(5, dim=1).indices == targets[:, None]).any(dim=1).sum()
 
 

@@ -85,12 +85,12 @@ class Heartbeat:
         self._wait_s = 0.0
 
     def _beat(self, step: int, result: StepResult, lr: float, *, row_is_due: bool) -> Beat:
+        # The wait for the device comes before the look at the clock: steps are not over earlier.
+        own_loss, units, own_units, skipped, _, longest = self._tally.sums.tolist()
         elapsed_s = time.perf_counter() - self._start
-        local = [float(self._stop.reason is not None), elapsed_s, self._wait_s]
-        shared = torch.cat([self._tally.sums[:1], self._tally.sums.new_tensor(local)])
-        sum_over_ranks(shared, self._runtime)
-        numbers = torch.cat([shared, self._tally.sums]).tolist()  # the only wait for the device
-        loss, stop, elapsed_s, wait_s, own_loss, units, own_units, skipped, _, longest = numbers
+        own = [own_loss, float(self._stop.reason is not None), elapsed_s, self._wait_s]
+        shared = sum_over_ranks(self._tally.sums.new_tensor(own), self._runtime)
+        loss, stop, elapsed_s, wait_s = shared.tolist()
         elapsed_s = max(elapsed_s / self._runtime.world_size, 1e-9)
         wait_s /= self._runtime.world_size
         steps = max(1, step - self._last_row)

@@ -28,7 +28,7 @@ class StepResult:
 
     loss_total: torch.Tensor
     units: float | torch.Tensor
-    local_units: float | torch.Tensor
+    local_units: float
     grad_norm: torch.Tensor
     skipped: torch.Tensor
 
@@ -86,18 +86,15 @@ class Stepper:
         grad_norm, skipped = self._update()
         return StepResult(loss_total, units, local_units, grad_norm, skipped)
 
-    def _count_units(
-        self, batches: StepBatches
-    ) -> tuple[float | torch.Tensor, float | torch.Tensor]:
+    def _count_units(self, batches: StepBatches) -> tuple[float, float | torch.Tensor]:
         """Count the units of this rank and of all; weighed targets need one small all-reduce."""
         if self._objective.counts_samples:
             return sum(b.samples for b in batches.micro_batches), batches.samples
-        local = torch.zeros((), dtype=wide_float(self._runtime.device), device=self._runtime.device)
-        for batch in batches.micro_batches:
-            local = local + self._objective.units(
-                batch.to(self._runtime.device).targets, batch.samples
-            )
-        return local, sum_over_ranks(local.clone(), self._runtime)
+        own = sum(self._objective.units(b.targets, b.samples) for b in batches.micro_batches)
+        device = self._runtime.device
+        units = torch.tensor(own, dtype=wide_float(device), device=device)
+        sum_over_ranks(units, self._runtime)
+        return own, torch.where(units > 0, units, 1.0)  # none at all: the gradient is zero
 
     def _update(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Clip, then move the weights, unless the gradient is not finite; decided on the device."""

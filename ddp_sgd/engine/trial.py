@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, TensorDataset
 
 from ddp_sgd.data.fetching import EVAL_EPOCH, Fetcher, Request, Unreadable
 from ddp_sgd.data.loading import move
-from ddp_sgd.engine.evaluation import is_classification
+from ddp_sgd.engine.evaluation import evaluating, is_classification
 from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.losses import LossFunction, Objective
-from ddp_sgd.plan import Plan
+from ddp_sgd.plan import Plan, micro_batch_sizes
 
 
 def check_dataset(dataset: Any, where: str) -> None:
@@ -35,20 +35,30 @@ def check_dataset(dataset: Any, where: str) -> None:
 
 
 def check_normalization(model: nn.Module, plan: Plan) -> None:
-    """Refuse steps in which batch normalization would see fewer than two samples of a rank.
+    """Refuse steps in which batch normalization would fail, or wait for ever.
 
     Raises:
-        ConfigError: There are such steps.
+        ConfigError: A forward pass of a rank has fewer than two samples; or, where normalization
+            talks to the other ranks, not all of them take part in each forward pass.
     """
-    normalizes = any(
-        isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm) for m in model.modules()
-    )
-    if normalizes and plan.smallest_micro_batch < 2:
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    alone = [layer for layer in layers if not isinstance(layer, nn.SyncBatchNorm)]
+    if alone and plan.smallest_micro_batch < 2:
         raise ConfigError(
             f"data.batch_size is {plan.batch_size} with world size {plan.world_size}, so that a "
             f"forward pass has as few samples as {plan.smallest_micro_batch}, too few for the "
             f"batch normalization of {type(model).__name__}; set data.tail=drop, or another "
             "data.batch_size of at least 2."
+        )
+    ends = (0, plan.world_size - 1)  # the ranks with the most and with the fewest samples
+    most, fewest = (
+        micro_batch_sizes(plan.last_batch, rank, plan.world_size, plan.batch_size) for rank in ends
+    )
+    if len(alone) < len(layers) and (len(most) != len(fewest) or not fewest):
+        raise ConfigError(
+            f"data.tail is {plan.tail}, so that in a step of {plan.last_batch} samples not all of "
+            f"{plan.world_size} ranks take part in each synchronized batch normalization of "
+            f"{type(model).__name__}; set data.tail=drop, or another data.batch_size."
         )
 
 
@@ -76,16 +86,15 @@ def try_out(
     if isinstance(batch, Unreadable):
         raise DataError(batch.message)
     inputs, targets = (move(part, device) for part in batch)
-    objective = Objective(loss, targets)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            outputs = _call_model(model, inputs)
-            check_labels(outputs, targets, dataset, where, loss)
-            total = _call_loss(objective, outputs, targets, len(request.indices))
-    finally:
-        model.train(was_training)
+    listed = listed_targets(dataset, targets)
+    complete = listed is not None
+    objective = Objective(loss, listed if complete else targets, complete=complete)
+    with evaluating(model):
+        outputs = _call_model(model, inputs)
+        if is_classification(outputs, targets):
+            labels = targets if listed is None else listed
+            check_labels(labels[labels != objective.ignore_index], outputs.shape[1], where)
+        total = _call_loss(objective, outputs, targets, len(request.indices))
     if not isinstance(total, torch.Tensor) or total.ndim:
         raise ConfigError(
             f"loss is {type(loss).__name__}, which gives {describe(total)}; let it give the mean "
@@ -95,28 +104,39 @@ def try_out(
     return objective
 
 
-def check_labels(outputs: Any, targets: Any, dataset: Any, where: str, loss: LossFunction) -> None:
-    """Refuse class labels that the model has no score for, among all that the data set lists.
+def listed_targets(dataset: Any, targets: Any) -> torch.Tensor | None:
+    """Return the targets of all samples, where a data set lists them; else None.
+
+    Args:
+        dataset: Data set with an attribute ``targets``, as torchvision's have, or torch's own.
+        targets: A batch of them; only integer targets of shape (m,) are looked for.
+    """
+    listed = getattr(dataset, "targets", None)
+    if isinstance(dataset, TensorDataset):
+        listed = dataset.tensors[-1]
+    if listed is None or not isinstance(targets, torch.Tensor) or targets.is_floating_point():
+        return None
+    try:
+        labels = torch.as_tensor(listed)
+    except (TypeError, ValueError, RuntimeError):  # lists of something else than numbers
+        return None
+    fits = labels.shape == (len(dataset),) and not labels.is_floating_point()
+    return labels if fits else None
+
+
+def check_labels(labels: torch.Tensor, classes: int, where: str) -> None:
+    """Refuse class labels that the model has no score for.
 
     Raises:
         DataError: A label is negative or too large.
     """
-    if not is_classification(outputs, targets):
-        return
-    classes = outputs.shape[1]
-    listed = getattr(dataset, "targets", None)
-    labels = targets if listed is None else torch.as_tensor(listed)
-    if labels.ndim != 1 or labels.is_floating_point():
-        labels = targets
-    labels = labels[labels != getattr(loss, "ignore_index", -100)]
     if labels.numel() == 0:
         return
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= classes:
         raise DataError(
             f"{where} has labels from {low} to {high} while the model gives {classes} scores; "
-            "number the labels from 0, "
-            f"or give the model {max(high + 1, 2)} classes."
+            f"number the labels from 0, or give the model {max(high + 1, 2)} classes."
         )
 
 

@@ -101,3 +101,32 @@ def test_what_cannot_be_read_is_named(sample, message):
     import re
 
     assert re.search(message, fault.message)
+
+
+class Shifted(TensorDataset):
+    def __getitem__(self, index):
+        return tuple(tensor + 100 for tensor in super().__getitem__(index))
+
+
+class Doubled(Digits):
+    def __getitem__(self, index):
+        inputs, target = super().__getitem__(index)
+        return 2 * inputs, target
+
+
+class Jittered(Digits):
+    def __getitems__(self, indices):
+        inputs, targets = super().__getitems__(indices)
+        return inputs + torch.rand(len(indices), 1).numpy(), targets
+
+
+def test_a_subclass_reads_its_samples_its_own_way():
+    inputs, targets = fetch(Shifted(torch.arange(10.0), torch.arange(10)), [3, 1])
+    assert (inputs.tolist(), targets.tolist()) == ([103.0, 101.0], [103, 101])
+    assert torch.equal(fetch(Doubled(), [5, 3])[0], 2 * fetch(Digits(), [5, 3])[0])
+
+
+def test_a_subclass_that_draws_numbers_is_seeded():
+    first, again = fetch(Jittered(), [5, 3]), fetch(Jittered(), [5, 3])
+    assert torch.equal(first[0], again[0])
+    assert not torch.equal(first[0], fetch(Jittered(), [5, 3], epoch=1)[0])

@@ -1,6 +1,7 @@
 import os
 import signal
 from itertools import chain
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -166,3 +167,14 @@ def test_containers_move_as_a_whole():
     moved = move(value, torch.device("meta"))
     assert moved["a"][0].device.type == moved["a"][1][0].device.type == "meta"
     assert moved["a"][1][1] == "text"
+
+
+class Pair(NamedTuple):
+    left: torch.Tensor
+    right: torch.Tensor
+
+
+def test_named_tuples_keep_their_names():
+    moved = move(Pair(torch.zeros(1), torch.zeros(2)), torch.device("meta"))
+    assert isinstance(moved, Pair)
+    assert moved.right.device.type == "meta"

@@ -20,10 +20,12 @@ GLOBAL_BATCH = 48  # the least common multiple of all splits
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
 
 
-def samples(n, dtype):
+def samples(n, dtype, unlabelled=()):
     generator = torch.Generator().manual_seed(n)
     inputs = torch.randn(n, 6, generator=generator, dtype=torch.float64).to(dtype)
-    return InMemory(inputs, torch.randint(0, 4, (n,), generator=generator))
+    labels = torch.randint(0, 4, (n,), generator=generator)
+    labels[list(unlabelled)] = -100  # which torch's cross entropy leaves out unasked
+    return InMemory(inputs, labels)
 
 
 def network(dtype):
@@ -31,7 +33,19 @@ def network(dtype):
     return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4)).to(dtype)
 
 
-def run(runtime, folder, n, dtype, accumulate, *, batch=GLOBAL_BATCH, loss=None, epochs=1, **optim):
+def run(
+    runtime,
+    folder,
+    n,
+    dtype,
+    accumulate,
+    *,
+    batch=GLOBAL_BATCH,
+    loss=None,
+    epochs=1,
+    unlabelled=(),
+    **optim,
+):
     config = RunConfig(
         name=f"n{n}",
         output_dir=str(folder),
@@ -42,7 +56,7 @@ def run(runtime, folder, n, dtype, accumulate, *, batch=GLOBAL_BATCH, loss=None,
     )
     model = network(dtype)
     loss = loss or nn.CrossEntropyLoss()
-    fit(config, runtime, model=model, train_set=samples(n, dtype), loss=loss)
+    fit(config, runtime, model=model, train_set=samples(n, dtype, unlabelled), loss=loss)
     flat = torch.cat([p.detach().double().flatten() for p in model.parameters()])
     return flat.numpy(), weights_digest(model)
 
@@ -67,6 +81,7 @@ def options(runtime, folder):
         "nesterov": {"nesterov": True, "weight_decay": 0.01},
         "class weights": {"loss": weighted},
         "ignored class": {"loss": ignoring},
+        "samples without a label": {"unlabelled": range(0, 65, 3)},
     }
     return {
         name: run(runtime, folder, 65, torch.float64, 2, batch=24, epochs=2, **case)

@@ -137,15 +137,17 @@ def test_a_device_that_is_not_there(monkeypatch):
             pass
 
 
-def test_a_backend_that_is_not_built_in():
-    missing = "xccl" if not dist.is_xccl_available() else "mpi"
-    with (
-        pytest.raises(
-            ConfigError, match=f"runtime.backend is {missing}, which this build of torch lacks"
-        ),
-        start_runtime(device="cpu", backend=missing),
+def test_a_backend_that_does_not_fit(monkeypatch):
+    for name, value in rank_environment(0, 2, free_port()).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        ConfigError, match="backend is nccl, which needs runtime.device=cuda, while"
     ):
-        pass
+        with start_runtime(device="cpu", backend="nccl"):
+            pass
+    with pytest.raises(ConfigError, match="backend is mpi, which this build of torch lacks; set"):
+        with start_runtime(device="cpu", backend="mpi"):
+            pass
 
 
 def count_threads(_, environment):

@@ -97,3 +97,11 @@ def test_held_out_data_are_tried_as_well():
     parts = gather_parts(config, **NOTHING | {"train_set": Digits(), "eval_set": wrong})
     with pytest.raises(ConfigError, match=r"fails on inputs of float32 of shape \(2, 3\)"):
         assemble(config, parts, Runtime())
+
+
+def test_a_pretrained_model_is_trained_in_training_mode():
+    parts = gather_parts(RunConfig(), **NOTHING | {"model": MLP(64, [], 10).eval()})
+    assert parts.model.training
+    partly = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Dropout().eval())
+    parts = gather_parts(RunConfig(), **NOTHING | {"model": partly})
+    assert [module.training for module in parts.model] == [True, True, False]

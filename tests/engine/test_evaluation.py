@@ -118,3 +118,14 @@ def test_targets_may_be_containers():
 )
 def test_is_classification(outputs, targets, answer):
     assert is_classification(outputs, targets) is answer
+
+
+def test_ignored_targets_are_not_judged():
+    inputs = np.eye(2, dtype=np.float32)[[0, 1, 0, 1]]
+    model = MLP(2, [], 2)
+    model[-1].weight.data, model[-1].bias.data = 5 * torch.eye(2), torch.zeros(2)
+    metrics = score(
+        Runtime(), InMemory(inputs, np.array([0, 1, -100, 0])), model, nn.CrossEntropyLoss()
+    )
+    assert (metrics["eval/correct"], metrics["eval/count"]) == (2, 4)
+    assert metrics["eval/accuracy"] == 2 / 3

@@ -5,7 +5,13 @@ from torch.utils.data import IterableDataset, TensorDataset
 
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data import Digits, InMemory
-from ddp_sgd.engine.trial import check_dataset, check_normalization, describe, try_out
+from ddp_sgd.engine.trial import (
+    check_dataset,
+    check_normalization,
+    describe,
+    listed_targets,
+    try_out,
+)
 from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.models import MLP, ConvNet
 from ddp_sgd.plan import make_plan
@@ -139,3 +145,58 @@ def test_a_single_sample_is_enough():
 def test_describe():
     assert describe(torch.zeros(2, 3)) == "float32 of shape (2, 3)"
     assert describe([1]) == "a list"
+
+
+def test_the_mode_of_every_module_stays_as_it_is():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Dropout())
+    model[2].eval()
+    try_out(model, CE, Digits(), "data.train", CPU)
+    assert [module.training for module in model] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("samples", "tail", "fits"),
+    [(64, "exact", True), (65, "exact", False), (73, "exact", False), (73, "drop", True)],
+)
+def test_synchronized_normalization_needs_all_ranks_in_each_pass(samples, tail, fits):
+    """Of 65 samples in steps of 16 one is left, for one of two ranks; of 73, nine: 4 + 1 and 4."""
+    data = {"batch_size": 4, "accumulate": 2, "tail": tail}
+    plan = make_plan(RunConfig(data=data), samples=samples, world_size=2)
+    if fits:
+        check_normalization(nn.SyncBatchNorm(3), plan)
+    else:
+        with pytest.raises(ConfigError, match="synchronized batch normalization of SyncBatchNorm"):
+            check_normalization(nn.SyncBatchNorm(3), plan)
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_ignored_labels_are_looked_for_where_labels_are_listed(ignored):
+    labels = [0, 1, 0, 1, 0, -100 if ignored else 1]
+    objective = try_out(MLP(3, [], 2), CE, labelled(*labels), "data.train", CPU)
+    assert objective.counts_samples is not ignored
+
+
+def test_where_labels_are_not_listed_some_may_be_ignored():
+    class Unlisted(InMemory):
+        targets = property(lambda self: None, lambda self, value: setattr(self, "hidden", value))
+
+        def __len__(self):
+            return 6
+
+        def __getitems__(self, indices):
+            return self.inputs[indices], self.hidden[indices]
+
+    dataset = Unlisted.__new__(Unlisted)
+    dataset.inputs, dataset.hidden = X, torch.zeros(6).long()
+    assert not try_out(MLP(3, [], 2), CE, dataset, "data.train", CPU).counts_samples
+
+
+@pytest.mark.parametrize("listed", [None, ["a", "b"], [0.5, 1.5], [[0, 1], [1, 0]]])
+def test_lists_of_something_else_are_left_alone(listed):
+    class Named:
+        targets = listed
+
+        def __len__(self):
+            return 2
+
+    assert listed_targets(Named(), torch.tensor([0, 1])) is None

@@ -1,11 +1,13 @@
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from ddp_sgd.config import RunConfig
-from ddp_sgd.errors import ExitCode, OutputError
+from ddp_sgd.errors import ExitCode, OutputError, RefusedError
 from ddp_sgd.plan import make_plan
 from ddp_sgd.report.run_folder import RunFolder, open_run_folder
 from ddp_sgd.report.sink import RunRecord
@@ -72,3 +74,23 @@ def test_a_folder_that_went_away(tmp_path):
     with pytest.raises(OutputError, match=r"result.json cannot be written: No such file"):
         RunFolder(tmp_path / "gone", "").finish({})
     assert not Path(tmp_path / "gone").exists()
+
+
+def test_the_folder_of_a_run_that_is_going_on_is_left_alone(tmp_path):
+    first = RunFolder(open_run_folder(str(tmp_path), "x"), "")
+    with pytest.raises(RefusedError, match="x is in use by a run that is going on; wait") as caught:
+        open_run_folder(str(tmp_path), "x")
+    assert caught.value.exit_code == ExitCode.REFUSED
+    first.finish({})
+    open_run_folder(str(tmp_path), "x")
+    assert (tmp_path / "x.1" / "result.json").exists()
+
+
+def test_a_run_that_was_killed_gives_its_folder_free(tmp_path):
+    code = (
+        "import os, sys; from ddp_sgd.report.run_folder import *; "
+        "held = RunFolder(open_run_folder(sys.argv[1], 'x'), ''); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    open_run_folder(str(tmp_path), "x")
+    assert (tmp_path / "x.1").is_dir()
