@@ -37,8 +37,7 @@ def build(component: Component, where: str, *, failure: type[UserError] = Config
     except Exception as error:
         raise failure(
             f"{where} is {component.class_path}, which failed with {type(error).__name__}: "
-            f"{error}; "
-            f"check {where}.init_args, it accepts ({_accepted(factory)})."
+            f"{error}; check {where}.init_args, it accepts ({_accepted(factory)})."
         ) from error
 
 

@@ -707,13 +707,10 @@ ENVIRONMENTS = [
         marks=pytest.mark.skipif(torch.accelerator.is_available(), reason="has an accelerator"),
     ),
     case(
-        "backend that is not there",
+        "backend for another device",
         ["--runtime.backend=xccl"],
         CONFIG,
-        "runtime.backend is xccl, which this build of torch lacks; set runtime.backend=gloo.",
-        marks=pytest.mark.skipif(
-            torch.distributed.is_backend_available("xccl"), reason="has the backend"
-        ),
+        "runtime.backend is xccl, which needs runtime.device=xpu, while the device is cpu; set",
     ),
 ]
 

@@ -62,8 +62,7 @@ def _read(path: Path, keys: tuple[str, str]) -> list[Any]:
         if array.ndim == 0 or array.dtype.kind not in "buif":
             raise DataError(
                 f"{key} in {path} is of type {array.dtype} and shape {array.shape}; save numbers, "
-                "one "
-                "row a sample."
+                "one row a sample."
             )
     return arrays
 

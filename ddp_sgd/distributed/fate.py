@@ -78,8 +78,7 @@ class SharedFate:
         cause = re.sub(r"^\[[^\]]*\]\s*", "", str(error).strip().splitlines()[0])
         return PeerError(
             f"rank {self._rank} of {self._world_size} is cut off: {cause}; look for the first "
-            "error in the logs "
-            "of the other ranks, then start again."
+            "error in the logs of the other ranks, then start again."
         )
 
 

@@ -122,8 +122,7 @@ def _from_torchrun(environ: Mapping[str, str]) -> Ranks:
         verb = "is" if len(missing) == 1 else "are"
         raise ConfigError(
             f"{' '.join(missing)} {verb} not set, though {' '.join(present) or 'RANK'} is; start "
-            "with "
-            "torchrun, or unset RANK WORLD_SIZE LOCAL_RANK to run one process."
+            "with torchrun, or unset RANK WORLD_SIZE LOCAL_RANK to run one process."
         )
     world_size = _number(environ, "WORLD_SIZE", least=1)
     return Ranks(
@@ -150,8 +149,7 @@ def _from_srun(environ: Mapping[str, str]) -> Ranks:
         verb = "is" if len(missing) == 1 else "are"
         raise ConfigError(
             f"{' '.join(missing)} {verb} not set, though SLURM_PROCID is; start with srun, or "
-            "unset "
-            "SLURM_PROCID to run one process."
+            "unset SLURM_PROCID to run one process."
         )
     world_size = _number(environ, "SLURM_NTASKS", least=1)
     address, port = ("localhost", 0) if world_size == 1 else _srun_meeting_point(environ)

@@ -74,11 +74,12 @@ def start_runtime(
     with told_by(this_one=may_be_rank_0(os.environ)):
         ranks = read_ranks(os.environ)
     place = _choose_device(device, ranks)
+    with told_by(this_one=ranks.rank == 0):
+        _check_backend(backend, place)
     if ranks.alone:
         yield Runtime(device=place)
         return
-    with told_by(this_one=ranks.rank == 0):
-        name = _choose_backend(backend, place)
+    name = dist.get_default_backend_for_device(place) if backend == "auto" else backend
     _share_cpus(ranks)
     store = _join(ranks, place, name, timeout_s)
     fate = SharedFate(store, ranks.rank, ranks.world_size)
@@ -137,19 +138,18 @@ def _share_cpus(ranks: Ranks) -> None:
         torch.set_num_threads(max(1, mine // ranks.local_world_size) if is_shared else mine)
 
 
-def _choose_backend(backend: str, device: torch.device) -> str:
-    name = dist.get_default_backend_for_device(device) if backend == "auto" else backend
-    needs = {"nccl": "cuda", "xccl": "xpu"}.get(name, device.type)
+def _check_backend(backend: str, device: torch.device) -> None:
+    needs = {"nccl": "cuda", "xccl": "xpu"}.get(backend, device.type)
     if needs != device.type:
         raise ConfigError(
-            f"runtime.backend is {name}, which needs runtime.device={needs}, while the device is "
-            f"{device.type}; set runtime.backend=auto."
+            f"runtime.backend is {backend}, which needs runtime.device={needs}, while the device "
+            f"is {device.type}; set runtime.backend=auto."
         )
-    if not dist.is_backend_available(name):
+    if backend != "auto" and not dist.is_backend_available(backend):
         raise ConfigError(
-            f"runtime.backend is {name}, which this build of torch lacks; set runtime.backend=gloo."
+            f"runtime.backend is {backend}, which this build of torch lacks; "
+            "set runtime.backend=gloo."
         )
-    return name
 
 
 def _join(ranks: Ranks, device: torch.device, backend: str, timeout_s: float) -> Store:

@@ -35,7 +35,8 @@ def plain_faults() -> Iterator[None]:
             raise
         raise ConfigError(
             "parallel.find_unused_parameters is false, but a step left parameters of the model "
-            "without a gradient; set parallel.find_unused_parameters=true, or remove them."
+            "without a gradient; set parallel.find_unused_parameters=true, or "
+            "remove the parameters."
         ) from error
     except IndexError as error:
         if not re.search(r"Target -?\d+ is out of bounds", str(error)):

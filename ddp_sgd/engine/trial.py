@@ -98,8 +98,7 @@ def try_out(
     if not isinstance(total, torch.Tensor) or total.ndim:
         raise ConfigError(
             f"loss is {type(loss).__name__}, which gives {describe(total)}; let it give the mean "
-            "over samples, a tensor "
-            "without dimensions."
+            "over samples, a tensor without dimensions."
         )
     return objective
 

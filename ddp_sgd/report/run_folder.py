@@ -45,9 +45,8 @@ def open_run_folder(output_dir: str, name: str) -> Path:
 def unwritable(path: Path, error: OSError) -> OutputError:
     """Say that a path cannot be written, and why."""
     return OutputError(
-        f"{path} cannot be written: {error.strerror or error}; set output_dir to a folder that "
-        "you may write, "
-        "with room on its disk."
+        f"{path} cannot be written: {error.strerror or error}; set output_dir to a folder that you "
+        "may write, with room on its disk."
     )
 
 
