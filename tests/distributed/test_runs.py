@@ -13,8 +13,13 @@ from wandb_stub import KEY, WandbStub, isolate_wandb
 
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data import Digits, InMemory
+from ddp_sgd.data.loading import EvalLoader
+from ddp_sgd.data.order import Chunks
+from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.digest import weights_digest
+from ddp_sgd.engine.evaluation import evaluate
 from ddp_sgd.engine.fit import fit
+from ddp_sgd.losses import Objective
 from ddp_sgd.models import MLP, ConvNet
 from ddp_sgd.report.journal import read_journal
 
@@ -87,22 +92,30 @@ def test_nan_for_good_ends_the_run_on_all_ranks(tmp_path):
     assert json.loads((tmp_path / "digits" / "result.json").read_text())["exit_code"] == 76
 
 
-def with_buffers(runtime, folder):
+def with_buffers(runtime, folder, held_out):
     torch.manual_seed(runtime.rank)  # weights differ until the ranks meet
     model = ConvNet(widths=[4, 8], batch_norm=True)
-    config = describe(
-        folder, data={"batch_size": 9, "accumulate": 2, "workers": 1}, optim={"clip_norm": 1.0}
-    )
-    given = {"train_set": Digits(shape="image"), "eval_set": Digits("eval", shape="image")}
-    result = fit(config, runtime, model=model, **given)
-    return result.weights_digest, weights_digest(model), result.scores["eval/correct"]
+    data = {"batch_size": 9, "accumulate": 2, "workers": 1}
+    config = describe(folder, data=data, optim={"clip_norm": 1.0})
+    eval_set = Digits("eval", shape="image") if held_out else None
+    train_set = Digits(shape="image")
+    result = fit(config, runtime, model=model, train_set=train_set, eval_set=eval_set)
+    again = {}
+    if eval_set:  # the same model once more, in one process
+        chunks = Chunks(360, batch_size=9, rank=0, world_size=1)
+        loader = EvalLoader(eval_set, chunks, seed=0, workers=0, device=runtime.device)
+        objective = Objective(nn.CrossEntropyLoss(), torch.from_numpy(eval_set.targets))
+        again = evaluate(model, objective, loader, Runtime())
+    return result.weights_digest, weights_digest(model), result.scores, again
 
 
+@pytest.mark.parametrize("held_out", [False, True])
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_weights_and_buffers_end_equal_on_all_ranks(world_size, tmp_path):
-    results = run_ranks(world_size, with_buffers, tmp_path)
-    assert len(set(results)) == 1
-    assert results[0][0] == results[0][1]
+def test_weights_and_buffers_end_equal_on_all_ranks(world_size, held_out, tmp_path):
+    first, *others = run_ranks(world_size, with_buffers, tmp_path, held_out)
+    assert all(other == first for other in others)
+    assert first[0] == first[1]
+    assert first[2] == first[3]  # the score is that of the model that came out
 
 
 class Branching(nn.Module):

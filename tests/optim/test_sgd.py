@@ -69,6 +69,7 @@ def test_who_decays():
 def test_a_step_is_skipped_where_found_inf_says_so_even_the_first():
     model = One(0.7)
     optimizer = build_sgd(model, lr=0.1, momentum=0.9)
+    assert optimizer.state[model.weight]["momentum_buffer"].tolist() == [[0.0]]  # at rest
     optimizer.found_inf = torch.ones(())
     assert steps(model, optimizer, [float("nan")], [0.1]) == [0.7]
     optimizer.found_inf = torch.zeros(())
