@@ -3,7 +3,7 @@
 import os
 import re
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -116,14 +116,7 @@ def usable_cpus() -> int:
 
 
 def _from_torchrun(environ: Mapping[str, str]) -> Ranks:
-    missing = [name for name in _TORCHRUN if not environ.get(name)]
-    present = [name for name in _TORCHRUN[:3] if environ.get(name)]
-    if missing:
-        verb = "is" if len(missing) == 1 else "are"
-        raise ConfigError(
-            f"{' '.join(missing)} {verb} not set, though {' '.join(present) or 'RANK'} is; start "
-            "with torchrun, or unset RANK WORLD_SIZE LOCAL_RANK to run one process."
-        )
+    _refuse_half_set(environ, _TORCHRUN, "torchrun", alone_without=_TORCHRUN[:3])
     world_size = _number(environ, "WORLD_SIZE", least=1)
     return Ranks(
         rank=_number(environ, "RANK", most=world_size - 1),
@@ -138,19 +131,31 @@ def _from_torchrun(environ: Mapping[str, str]) -> Ranks:
     )
 
 
+def _refuse_half_set(
+    environ: Mapping[str, str],
+    names: Sequence[str],
+    launcher: str,
+    *,
+    alone_without: Sequence[str],
+) -> None:
+    """Name the variables of a launcher that are missing, given that it set others."""
+    missing = [name for name in names if not environ.get(name)]
+    present = [name for name in alone_without if environ.get(name)] or alone_without[:1]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise ConfigError(
+            f"{' '.join(missing)} {verb} not set, though {' '.join(present)} is; start with "
+            f"{launcher}, or unset {' '.join(alone_without)} to run one process."
+        )
+
+
 def _in_batch_shell(environ: Mapping[str, str]) -> bool:
     """A batch script has a task number, but no task count unless one was asked for."""
     return "SLURM_NTASKS" not in environ and "SLURM_JOB_ID" in environ
 
 
 def _from_srun(environ: Mapping[str, str]) -> Ranks:
-    missing = [name for name in _SRUN if not environ.get(name)]
-    if missing:
-        verb = "is" if len(missing) == 1 else "are"
-        raise ConfigError(
-            f"{' '.join(missing)} {verb} not set, though SLURM_PROCID is; start with srun, or "
-            "unset SLURM_PROCID to run one process."
-        )
+    _refuse_half_set(environ, _SRUN, "srun", alone_without=_SRUN[:1])
     world_size = _number(environ, "SLURM_NTASKS", least=1)
     address, port = ("localhost", 0) if world_size == 1 else _srun_meeting_point(environ)
     return Ranks(
