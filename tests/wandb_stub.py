@@ -101,11 +101,11 @@ class WandbStub:
     def stream(self, run_id: str, body: dict[str, Any]) -> None:
         """Take a piece of a run's file stream."""
         files = body.get("files") or {}
-        history = files.get("wandb-history.jsonl", {"offset": 0, "content": []})
         with self.lock:
             rows = self.rows.setdefault(run_id, [])
-            # Pieces that were sent again replace what came before at the same offset.
-            rows[history["offset"] :] = [json.loads(line) for line in history["content"]]
+            if history := files.get("wandb-history.jsonl"):
+                # Pieces that were sent again replace what came before at the same offset.
+                rows[history["offset"] :] = [json.loads(line) for line in history["content"]]
             for line in files.get("wandb-summary.json", {}).get("content", []):
                 self.summaries.setdefault(run_id, {}).update(json.loads(line))
         if body.get("complete"):
