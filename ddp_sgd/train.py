@@ -52,7 +52,10 @@ def train(line: CommandLine) -> int:
         from ddp_sgd.distributed.runtime import start_runtime
         from ddp_sgd.engine.fit import fit
 
-        with start_runtime(**config.runtime.model_dump()) as runtime:
+        place = config.runtime
+        with start_runtime(
+            backend=place.backend, device=place.device, timeout_s=place.timeout_s
+        ) as runtime:
             return fit(config, runtime, stop=stop).exit_code
 
 

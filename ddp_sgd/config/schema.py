@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StrictInt, StrictStr, model_validator
 
 from ddp_sgd.config.sections import (
+    CheckpointConfig,
     Component,
     Count,
     DataConfig,
@@ -35,9 +36,15 @@ class RunConfig(Section):
     epochs: Count = 20
     """Passes over the training data, at least 1."""
 
-    resume: Literal["auto", "never"] = "auto"
-    """What becomes of a run folder that exists: it is moved aside to NAME.1, NAME.2, ...; nothing
-    is overwritten."""
+    resume: Text = "auto"
+    """What becomes of a run folder that exists. auto: an unfinished run goes on, a finished one
+    gives its result, a run without a checkpoint starts anew. never: the folder is moved aside to
+    NAME.1, NAME.2, ... must: there has to be a checkpoint. PATH of a checkpoint, or of another run
+    folder: start from there. Nothing is overwritten."""
+
+    on_resize: Literal["keep_global_batch", "rescale", "refuse"] = "keep_global_batch"
+    """What a resume with another number of ranks does: keep the global batch, and with it batches,
+    schedule and rate; take the global batch of the new ranks; or refuse."""
 
     model: Component = Component(
         class_path="ddp_sgd.models.MLP", init_args={"inputs": 64, "hidden": [64, 64], "classes": 10}
@@ -52,6 +59,7 @@ class RunConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     wandb: WandbConfig = WandbConfig()
     parallel: ParallelConfig = ParallelConfig()
     runtime: RuntimeConfig = RuntimeConfig()

@@ -22,6 +22,12 @@ NonNegative = Annotated[StrictFloat, Field(ge=0.0)]
 Positive = Annotated[StrictFloat, Field(gt=0.0)]
 Count = Annotated[StrictInt, Field(ge=1)]
 Text = Annotated[StrictStr, Field(min_length=1)]
+Instant = (
+    Annotated[StrictFloat, Field(gt=0.0)]
+    | Annotated[
+        StrictStr, Field(pattern=r"^\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d)?(Z|[+-]\d\d:\d\d)?$")
+    ]
+)
 
 
 class Section(BaseModel):
@@ -204,6 +210,25 @@ class LogConfig(Section):
     """Write TensorBoard files into the run folder as well; needs the extra ddp_sgd[tensorboard]."""
 
 
+class CheckpointConfig(Section):
+    """When the state of the run is saved. It is saved at the end, and when the run is stopped, in
+    any case.
+    """
+
+    every_steps: Count | None = None
+    """Steps between saves, at least 1; null: none by steps."""
+
+    every_epochs: Count | None = 1
+    """Epochs between saves, at least 1; null: none by epochs."""
+
+    every_minutes: Positive | None = None
+    """Minutes between saves, above 0; null: none by the clock."""
+
+    keep: Count = 3
+    """Newest checkpoints that are kept, at least 1; the best by held-out accuracy, or loss, is kept
+    beside them."""
+
+
 class WandbConfig(Section):
     """Weights & Biases. What is left null follows the user's settings, such as WANDB_PROJECT."""
 
@@ -257,3 +282,12 @@ class RuntimeConfig(Section):
     timeout_s: Annotated[StrictFloat, Field(gt=0.0, le=86_400.0)] = 300.0
     """Longest wait for another rank, when joining and in every collective, in seconds, in (0,
     86400]."""
+
+    hang_s: Annotated[StrictFloat, Field(ge=1.0)] | None = 300.0
+    """Time without progress of a rank after which the run is ended, in seconds, at least 1; it must
+    exceed the longest single batch, compilation included. null: wait for ever."""
+
+    deadline: Instant | None = None
+    """When the run must be over: unix time in seconds, or a date and time such as
+    2026-12-24T18:00:00+01:00 (without a zone: local time). The run saves and stops in time. null:
+    the end of the SLURM job, if there is one."""

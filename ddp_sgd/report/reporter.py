@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from ddp_sgd.config import RunConfig, dump_yaml
@@ -54,6 +55,8 @@ class Reporter:
             plan=plan,
             world_size=self._world_size,
             git_commit=git_commit(),
+            run_id=token_hex(4),
+            resumed=False,
         )
         for sink in (self._verdict, self._sinks):
             self._opened.append(sink)

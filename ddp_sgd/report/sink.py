@@ -23,6 +23,8 @@ class RunRecord:
         world_size: Ranks.
         git_commit: Commit of the working directory, with ``+changes`` if it is not clean; None
             outside a repository.
+        run_id: Identity of the run, 8 letters and digits; the same after every resume, also in W&B.
+        resumed: Whether the run goes on from a checkpoint, so that earlier rows exist.
     """
 
     folder: Path
@@ -31,6 +33,8 @@ class RunRecord:
     plan: Plan
     world_size: int
     git_commit: str | None
+    run_id: str
+    resumed: bool
 
 
 class Sink(Protocol):
@@ -43,7 +47,7 @@ class Sink(Protocol):
         """Take one row.
 
         Args:
-            event: ``start``, ``train``, ``eval``, ``stop`` or ``end``.
+            event: ``start``, ``resume``, ``train``, ``eval``, ``checkpoint``, ``stop`` or ``end``.
             row: Values by name. Each row has ``time`` (unix s), ``step``, ``epoch`` (real) and
                 ``samples``; a measurement that is not finite comes as None.
         """

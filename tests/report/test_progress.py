@@ -17,7 +17,16 @@ from ddp_sgd.report.sink import RunRecord
 @pytest.fixture
 def record(tmp_path):
     plan = make_plan(RunConfig(epochs=2), samples=64, world_size=1)
-    return RunRecord(folder=tmp_path, name="x", config={}, plan=plan, world_size=1, git_commit=None)
+    return RunRecord(
+        folder=tmp_path,
+        name="x",
+        config={},
+        plan=plan,
+        world_size=1,
+        git_commit=None,
+        run_id="0a1b2c3d",
+        resumed=False,
+    )
 
 
 def train_row(step, loss, **changes):

@@ -51,7 +51,16 @@ def test_what_cannot_be_written_is_named(output_dir, tmp_path):
 
 def record(folder):
     plan = make_plan(RunConfig(), samples=10, world_size=1)
-    return RunRecord(folder=folder, name="x", config={}, plan=plan, world_size=1, git_commit=None)
+    return RunRecord(
+        folder=folder,
+        name="x",
+        config={},
+        plan=plan,
+        world_size=1,
+        git_commit=None,
+        run_id="0a1b2c3d",
+        resumed=False,
+    )
 
 
 def test_plan_and_result_are_strict_json(tmp_path):

@@ -48,6 +48,8 @@ def record(tmp_path):
         plan=make_plan(CONFIG, samples=1437, world_size=2),
         world_size=2,
         git_commit="0a1b2c3",
+        run_id="cafe0123",
+        resumed=False,
     )
 
 
