@@ -73,6 +73,20 @@ class RefusedError(UserError):
     exit_code = ExitCode.REFUSED
 
 
+class RepeatedFailureError(UserError):
+    """Earlier lives of a run failed at one and the same step, and so would this one.
+
+    Args:
+        message: What the user reads.
+        exit_code: The code of the last failure.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        """Take over the code of the failure."""
+        super().__init__(message)
+        self.exit_code = ExitCode(exit_code)
+
+
 class FaultElsewhereError(UserError):
     """Another rank failed first and told the user; this one ends with the same code, silently.
 

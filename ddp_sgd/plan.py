@@ -18,7 +18,8 @@ class Plan:
         samples: Length of the training set, n.
         batch_size: Samples of one rank in one micro-batch, b.
         accumulate: Micro-batches of one rank in a full step, A.
-        global_batch: Samples of all ranks in a full step, G = W A b.
+        global_batch: Samples of all ranks in a full step, G = W A b, unless a resume on other ranks
+            kept an earlier one; then A is the most micro-batches of any rank.
         tail: ``exact`` trains the last, smaller batch of an epoch; ``drop`` leaves it out.
         steps_per_epoch: ceil(n / G), or floor(n / G) if the tail is dropped.
         samples_per_epoch: Samples that an epoch trains: n, or steps_per_epoch x G.
@@ -36,6 +37,8 @@ class Plan:
         schedule: Name of the curve.
         warmup_steps: Length of the warm-up.
         warmup_start: Factor of the peak rate at step 0, in (0, 1].
+        samples_before: Samples beyond those of this plan's steps, which the run trained while it
+            had another global batch.
     """
 
     world_size: int
@@ -59,15 +62,31 @@ class Plan:
     schedule: str
     warmup_steps: int
     warmup_start: float
+    samples_before: int = 0
 
     def epoch_at(self, step: int) -> float:
         """Passes over the data after ``step`` steps: samples seen / samples of an epoch."""
-        return self.samples_at(step) / self.samples_per_epoch
+        return (self.samples_at(step) - self.samples_before) / self.samples_per_epoch
 
     def samples_at(self, step: int) -> int:
-        """Samples that the first ``step`` steps train."""
+        """Samples that the run has trained after ``step`` steps."""
+        epoch, position = self.place_at(step)
+        return epoch * self.samples_per_epoch + position + self.samples_before
+
+    def place_at(self, step: int) -> tuple[int, int]:
+        """The epoch that the step with this number belongs to, and the samples of it before."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        return epoch * self.samples_per_epoch + step_in_epoch * self.global_batch
+        return epoch, step_in_epoch * self.global_batch
+
+    def step_at(self, epoch: int, position: int) -> tuple[int, int]:
+        """The step that trains the sample at a position of an epoch, and the samples of it before.
+
+        Where the tail is dropped, positions in it belong to the next epoch's first step.
+        """
+        step, skip = divmod(position, self.global_batch)
+        if step >= self.steps_per_epoch:
+            return (epoch + 1) * self.steps_per_epoch, 0
+        return epoch * self.steps_per_epoch + step, skip
 
     def ends_epochs(self, step: int, every: int) -> bool:
         """Whether ``step`` steps complete a multiple of ``every`` epochs, or the run."""
@@ -78,13 +97,17 @@ class Plan:
         return self.samples_at(step + 1) - self.samples_at(step)
 
 
-def make_plan(config: RunConfig, *, samples: int, world_size: int) -> Plan:
+def make_plan(
+    config: RunConfig, *, samples: int, world_size: int, kept: tuple[int, int] | None = None
+) -> Plan:
     """Work out every derived number of a run.
 
     Args:
         config: Description of the run.
         samples: Length of the training set, n.
         world_size: Ranks, at least 1.
+        kept: Global batch and reference batch of a run that goes on, perhaps on other ranks; None
+            takes what follows from the configuration.
 
     Raises:
         DataError: The training set is empty.
@@ -95,11 +118,13 @@ def make_plan(config: RunConfig, *, samples: int, world_size: int) -> Plan:
     if samples < 1:
         raise DataError("data.train is empty; name a data set with at least one sample.")
     rank_batch = data.accumulate * data.batch_size
-    global_batch = world_size * rank_batch
-    steps_per_epoch = _steps_per_epoch(data, samples, world_size)
+    global_batch, reference_batch = kept or (
+        world_size * rank_batch,
+        optim.reference_batch or rank_batch,
+    )
+    steps_per_epoch = _steps_per_epoch(data, samples, world_size, global_batch)
     samples_per_epoch = min(samples, steps_per_epoch * global_batch)
     last_batch = samples_per_epoch - (steps_per_epoch - 1) * global_batch
-    reference_batch = optim.reference_batch or rank_batch
     scale = global_batch / reference_batch
     peak_lr = _peak_lr(optim, scale)
     start = config.schedule.warmup_start
@@ -107,7 +132,7 @@ def make_plan(config: RunConfig, *, samples: int, world_size: int) -> Plan:
         world_size=world_size,
         samples=samples,
         batch_size=data.batch_size,
-        accumulate=data.accumulate,
+        accumulate=max(1, len(micro_batch_sizes(global_batch, 0, world_size, data.batch_size))),
         global_batch=global_batch,
         tail=data.tail,
         steps_per_epoch=steps_per_epoch,
@@ -149,8 +174,7 @@ def _pieces(total: int, most: int) -> Iterator[int]:
         total -= most
 
 
-def _steps_per_epoch(data: DataConfig, samples: int, world_size: int) -> int:
-    global_batch = world_size * data.accumulate * data.batch_size
+def _steps_per_epoch(data: DataConfig, samples: int, world_size: int, global_batch: int) -> int:
     if data.tail == "exact":
         return -(-samples // global_batch)
     if samples >= global_batch:

@@ -8,7 +8,10 @@ from typing import Any
 
 
 def inspect_offline_run(folder: Path) -> list[dict[str, Any]]:
-    """Give the rows of the one offline run below a run folder, without wandb's own columns."""
+    """Give the rows of the offline run below a run folder, without wandb's own columns.
+
+    A run that was resumed has a folder of wandb's for every life; their rows come in order.
+    """
     return [
         {key: value for key, value in row.items() if not key.startswith("_")}
         for row in (record["history"]["item"] for record in offline_records(folder, "history"))
@@ -17,8 +20,10 @@ def inspect_offline_run(folder: Path) -> list[dict[str, Any]]:
 
 def offline_records(folder: Path, kind: str) -> list[dict[str, Any]]:
     """Give the records of one kind, such as ``history``, ``summary``, ``run`` or ``exit``."""
-    records = (json.loads(line) for line in _leet("--json", offline_folder(folder)).splitlines())
-    return [record for record in records if record["type"] == kind]
+    lines = (
+        line for life in offline_folders(folder) for line in _leet("--json", life).splitlines()
+    )
+    return [record for record in map(json.loads, lines) if record["type"] == kind]
 
 
 def offline_summary(folder: Path) -> dict[str, Any]:
@@ -30,9 +35,14 @@ def offline_summary(folder: Path) -> dict[str, Any]:
 
 
 def offline_folder(folder: Path) -> Path:
-    """Give wandb's folder of the one offline run below a run folder."""
-    (found,) = (folder / "wandb").glob("offline-run-*")
+    """Give wandb's folder of the one offline life below a run folder."""
+    (found,) = offline_folders(folder)
     return found
+
+
+def offline_folders(folder: Path) -> list[Path]:
+    """Give wandb's folders of all offline lives below a run folder, the first one first."""
+    return sorted((folder / "wandb").glob("offline-run-*"))
 
 
 def _leet(*arguments: str | Path) -> str:

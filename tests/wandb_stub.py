@@ -36,11 +36,13 @@ class WandbStub:
         asked: Set when the first request has come in.
         ended: Set when a run has said that it is over.
         exit_code: What the last run that is over said its exit code is.
+        preempting: Ids of the runs that said that they will be stopped and go on later.
         paths: Paths of the requests that came in, in order.
         operations: Names of the GraphQL operations that came in, in order.
         runs: Variables of the last UpsertBucket of every run, by run id.
         rows: Rows of history of every run, by run id.
-        summaries: Summary of every run, by run id.
+        events: Number of rows of system metrics of every run, by run id.
+        summaries: Last summary of every run, by run id.
         uploads: Bodies of the files that were put, by path.
     """
 
@@ -50,10 +52,12 @@ class WandbStub:
         self.asked = threading.Event()
         self.ended = threading.Event()
         self.exit_code: int | None = None
+        self.preempting: set[str] = set()
         self.paths: list[str] = []
         self.operations: list[str] = []
         self.runs: dict[str, dict[str, Any]] = {}
         self.rows: dict[str, list[dict[str, Any]]] = {}
+        self.events: dict[str, int] = {}
         self.summaries: dict[str, dict[str, Any]] = {}
         self.uploads: dict[str, bytes] = {}
         self.lock = threading.Lock()
@@ -106,15 +110,43 @@ class WandbStub:
             if history := files.get("wandb-history.jsonl"):
                 # Pieces that were sent again replace what came before at the same offset.
                 rows[history["offset"] :] = [json.loads(line) for line in history["content"]]
+            if events := files.get("wandb-events.jsonl"):
+                self.events[run_id] = events["offset"] + len(events["content"])
             for line in files.get("wandb-summary.json", {}).get("content", []):
-                self.summaries.setdefault(run_id, {}).update(json.loads(line))
+                self.summaries[run_id] = json.loads(line)
+            if body.get("preempting"):
+                self.preempting.add(run_id)
         if body.get("complete"):
             self.exit_code = body.get("exitcode")
             self.ended.set()
 
     def _resume_status(self, variables: dict[str, Any]) -> dict[str, Any]:
         model = {"id": "project", "name": variables["project"], "entity": _named(ENTITY)}
-        return {"model": {**model, "bucket": None}}
+        run_id = variables["name"]
+        with self.lock:
+            known = self.runs.get(run_id)
+            rows = self.rows.get(run_id, [])
+            summary = self.summaries.get(run_id, {})
+            events = self.events.get(run_id, 0)
+        if known is None:
+            return {"model": {**model, "bucket": None}}
+        bucket = {
+            "id": run_id,
+            "name": run_id,
+            "displayName": known.get("displayName", run_id),
+            "config": known.get("config", "{}"),
+            # wandb takes a run without the key "t" for one that has not begun.
+            "wandbConfig": json.dumps({"t": 1}),
+            "summaryMetrics": json.dumps(summary),
+            "historyLineCount": len(rows),
+            "historyTail": json.dumps([json.dumps(row) for row in rows[-1:]]),
+            "eventsLineCount": events,
+            "eventsTail": "[]",
+            "logLineCount": 0,
+            "tags": known.get("tags"),
+            "notes": None,
+        }
+        return {"model": {**model, "bucket": bucket}}
 
     def _upsert(self, variables: dict[str, Any]) -> dict[str, Any]:
         run_id = variables.get("name") or variables["id"]

@@ -1,9 +1,11 @@
 """The run, described: models, and the way from files, environment and command line to them."""
 
+from ddp_sgd.config.changes import changes_that_matter, rank_batch
 from ddp_sgd.config.command_line import CommandLine, dump_yaml, load_config, read_command_line
 from ddp_sgd.config.options import Option
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.config.sections import (
+    CheckpointConfig,
     Component,
     DataConfig,
     EvalConfig,
@@ -14,8 +16,10 @@ from ddp_sgd.config.sections import (
     ScheduleConfig,
     WandbConfig,
 )
+from ddp_sgd.config.yaml_text import read_yaml_file
 
 __all__ = [
+    "CheckpointConfig",
     "CommandLine",
     "Component",
     "DataConfig",
@@ -28,7 +32,10 @@ __all__ = [
     "RuntimeConfig",
     "ScheduleConfig",
     "WandbConfig",
+    "changes_that_matter",
     "dump_yaml",
     "load_config",
+    "rank_batch",
     "read_command_line",
+    "read_yaml_file",
 ]

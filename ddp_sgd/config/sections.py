@@ -211,9 +211,7 @@ class LogConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When the state of the run is saved. It is saved at the end, and when the run is stopped, in
-    any case.
-    """
+    """When the state of the run is saved, besides at its end and where it is stopped."""
 
     every_steps: Count | None = None
     """Steps between saves, at least 1; null: none by steps."""

@@ -79,23 +79,24 @@ class TrainLoader:
         fetcher = Fetcher(dataset, "data.train", order.seed)
         self._loader = _data_loader(fetcher, _Requests(order), workers, device, order.seed)
 
-    def from_step(self, step: int) -> Iterator[StepBatches]:
+    def from_step(self, step: int, skip: int = 0) -> Iterator[StepBatches]:
         """Yield what this rank computes in each step, on the host, to the end of the run.
 
         Args:
             step: Number of the first step, from 0.
+            skip: Samples at the head of that step that were trained already.
 
         Raises:
             DataError: A sample cannot be read.
         """
         first_epoch, first_step = divmod(step, self._order.steps_per_epoch)
         for epoch in range(first_epoch, self._epochs):
-            self._order.set_epoch(epoch, first_step)
+            self._order.set_epoch(epoch, first_step, skip)
             batches = iter(self._loader)
             for step_in_epoch in range(first_step, self._order.steps_per_epoch):
                 yield self._read_step(batches, step, step_in_epoch)
                 step += 1
-            first_step = 0
+            first_step = skip = 0
 
     def _read_step(self, batches: Iterator[Any], step: int, step_in_epoch: int) -> StepBatches:
         start = time.perf_counter()

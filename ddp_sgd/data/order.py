@@ -55,17 +55,27 @@ class Order(DistributedSampler[list[int]]):
         self.global_batch = global_batch
         self.batch_size = batch_size
         self.first_step = 0
+        self.skip = 0
         full_steps, rest = divmod(samples, global_batch)
         self.steps_per_epoch = full_steps + (1 if rest and not self.drop_last else 0)
 
-    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
-        """Choose the epoch, and the step in it, that the next iteration starts with."""
+    def set_epoch(self, epoch: int, first_step: int = 0, skip: int = 0) -> None:
+        """Choose the epoch, and the step in it, that the next iteration starts with.
+
+        Args:
+            epoch: Number of the epoch, from 0.
+            first_step: Number of the step in it.
+            skip: Samples at the head of that step that were trained already, in [0, G): a run that
+                goes on with another global batch may begin in the middle of one.
+        """
         super().set_epoch(epoch)
         self.first_step = first_step
+        self.skip = skip
 
     def step_samples(self, step_in_epoch: int) -> int:
         """Samples in a step of the epoch, over all ranks."""
-        return min(self.global_batch, self.samples - step_in_epoch * self.global_batch)
+        start, stop = self._bounds(step_in_epoch)
+        return stop - start
 
     def micro_batch_sizes(self, step_in_epoch: int) -> tuple[int, ...]:
         """Count the samples in this rank's micro-batches of a step; ``(0,)`` is a stand-in."""
@@ -80,8 +90,7 @@ class Order(DistributedSampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         permutation = self.permutation()
         for step in range(self.first_step, self.steps_per_epoch):
-            start = step * self.global_batch
-            stop = start + self.step_samples(step)
+            start, stop = self._bounds(step)
             share = permutation[start + self.rank : stop : self.num_replicas].tolist()
             stand_in = [int(permutation[start])]
             yield from _cut(share or stand_in, self.batch_size)
@@ -91,6 +100,12 @@ class Order(DistributedSampler[list[int]]):
             len(self.micro_batch_sizes(step))
             for step in range(self.first_step, self.steps_per_epoch)
         )
+
+    def _bounds(self, step_in_epoch: int) -> tuple[int, int]:
+        """Positions of the permutation that a step owns: from the first up to the second."""
+        start = step_in_epoch * self.global_batch
+        stop = min(start + self.global_batch, self.samples)
+        return start + (self.skip if step_in_epoch == self.first_step else 0), stop
 
 
 class Chunks:

@@ -40,6 +40,19 @@ def gather_over_ranks(value: T, runtime: Runtime) -> list[T]:
     return values  # type: ignore[return-value]
 
 
+def from_rank_0(value: T | None, runtime: Runtime) -> T:
+    """Give every rank the value of rank 0.
+
+    Args:
+        value: Plain data that pickles, on rank 0; elsewhere it is not looked at.
+        runtime: This process.
+    """
+    values = [value]
+    if not runtime.alone:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]  # type: ignore[return-value]
+
+
 def broadcast_over_ranks(tensors: Iterable[torch.Tensor], runtime: Runtime) -> None:
     """Replace tensors by those of rank 0, in place."""
     if not runtime.alone:

@@ -32,6 +32,7 @@ class Runtime:
         device: Where this rank computes.
         backend: Library that carries tensors between ranks; None when alone.
         fate: What becomes of errors.
+        store: Key-value store of the group; None when alone.
     """
 
     rank: int = 0
@@ -40,6 +41,7 @@ class Runtime:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     backend: str | None = None
     fate: Fate = field(default_factory=OwnFate)
+    store: Store | None = None
 
     @property
     def alone(self) -> bool:
@@ -90,6 +92,7 @@ def start_runtime(
         device=place,
         backend=name,
         fate=fate,
+        store=store,
     )
     try:
         with shared_fate(fate):

@@ -6,21 +6,34 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import SGD
 
 from ddp_sgd.building import build
+from ddp_sgd.checkpointing.reading import read_tensors
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.data.loading import EvalLoader, TrainLoader
 from ddp_sgd.data.order import Chunks, Order
+from ddp_sgd.distributed.collectives import broadcast_over_ranks
 from ddp_sgd.distributed.replica import Replica
 from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.engine.capture import describe_loss, velocities
 from ddp_sgd.engine.evaluation import Metrics, evaluate
+from ddp_sgd.engine.restoring import (
+    plan_from,
+    refuse_misfit,
+    restore,
+    restore_velocities,
+    state_from,
+)
+from ddp_sgd.engine.resume import Past
+from ddp_sgd.engine.state import State
 from ddp_sgd.engine.step import Stepper, model_generators
 from ddp_sgd.engine.trial import check_dataset, check_normalization, try_out
 from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.losses import LossFunction
 from ddp_sgd.optim.schedule import Schedule, build_schedule
 from ddp_sgd.optim.sgd import build_sgd
-from ddp_sgd.plan import Plan, make_plan
+from ddp_sgd.plan import Plan
 from ddp_sgd.seeds import seed_for
 
 
@@ -53,6 +66,11 @@ class Job:
         schedule: Factor of the peak rate for each step.
         score: Evaluates the model; gives nothing if there is no held-out set.
         seed_model: Seeds what the model draws in a step, such as dropout.
+        optimizer: SGD over the replica's parameters.
+        loss: What the loss is.
+        device: Where this rank computes.
+        state: Where the run stands.
+        skip: Samples at the head of the next step that were trained already.
     """
 
     plan: Plan
@@ -62,6 +80,11 @@ class Job:
     schedule: Schedule
     score: Callable[[], Metrics]
     seed_model: Callable[[int], None]
+    optimizer: SGD
+    loss: str
+    device: torch.device
+    state: State
+    skip: int
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step."""
@@ -109,14 +132,22 @@ def gather_parts(
     return Parts(model=model, loss=loss, train_set=train_set, eval_set=eval_set)
 
 
-def assemble(config: RunConfig, parts: Parts, runtime: Runtime) -> Job:
-    """Work out the plan and put the parts together.
+def assemble(config: RunConfig, parts: Parts, runtime: Runtime, past: Past) -> Job:
+    """Work out the plan and put the parts together, in the state that was saved.
 
     Raises:
         ConfigError: The parts do not fit together, or not to the plan.
-        DataError: A sample cannot be read, or labels lie out of range.
+        DataError: A sample cannot be read, labels lie out of range, or a checkpoint is damaged.
+        RefusedError: The checkpoint is of another run.
     """
-    plan = make_plan(config, samples=len(parts.train_set), world_size=runtime.world_size)
+    samples = len(parts.train_set)
+    saved = read_tensors(past.file) if past.file and runtime.rank == 0 else None
+    loss_name = describe_loss(parts.loss)
+    if saved and past.header:
+        refuse_misfit(past.header, saved, parts.model, samples=samples, loss=loss_name)
+        restore(parts.model, saved)
+    plan = plan_from(config, past.header, samples=samples, world_size=runtime.world_size)
+    state, skip = state_from(past.header, plan)
     model = parts.model.to(runtime.device)
     loss = parts.loss.to(runtime.device) if isinstance(parts.loss, nn.Module) else parts.loss
     check_normalization(model, plan)
@@ -130,6 +161,10 @@ def assemble(config: RunConfig, parts: Parts, runtime: Runtime) -> Job:
         decay_norm_and_bias=config.optim.decay_norm_and_bias,
     )
     replica = Replica(model, runtime, **config.parallel.model_dump())
+    if saved:
+        restore_velocities(model, optimizer, saved)
+    if past.header:
+        broadcast_over_ranks((buffer for _, buffer in velocities(model, optimizer)), runtime)
     return Job(
         plan=plan,
         replica=replica,
@@ -138,6 +173,11 @@ def assemble(config: RunConfig, parts: Parts, runtime: Runtime) -> Job:
         schedule=build_schedule(config.schedule, plan),
         score=_scorer(config, parts, loss, replica, runtime),
         seed_model=_model_seeder(config.seed, runtime),
+        optimizer=optimizer,
+        loss=loss_name,
+        device=runtime.device,
+        state=state,
+        skip=skip,
     )
 
 

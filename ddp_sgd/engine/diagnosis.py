@@ -44,19 +44,19 @@ def plain_faults() -> Iterator[None]:
         raise _label_out_of_range(error) from error
 
 
-def refuse_divergence(skipped_in_a_row: int, lr: float) -> None:
+def refuse_divergence(skipped: tuple[int, int, int], lr: float) -> None:
     """End a run whose gradients stay non-finite.
 
     Args:
-        skipped_in_a_row: The longest row of skipped steps so far.
+        skipped: Steps without a finite gradient: all, those in a row by now, the longest row.
         lr: Rate of the last step.
 
     Raises:
         DivergedError: There were 10 or more.
     """
-    if skipped_in_a_row >= _PATIENCE:
+    if skipped[2] >= _PATIENCE:
         raise DivergedError(
-            f"the gradient is not finite for {skipped_in_a_row} steps in a row at a rate of "
+            f"the gradient is not finite for {skipped[2]} steps in a row at a rate of "
             f"{lr:g}; lower optim.lr, warm up longer, set optim.clip_norm, or look for bad samples."
         )
 

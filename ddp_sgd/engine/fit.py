@@ -6,17 +6,20 @@ from typing import Any
 from torch import nn
 
 from ddp_sgd.config.schema import RunConfig
-from ddp_sgd.distributed.collectives import gather_over_ranks
 from ddp_sgd.distributed.fate import shared_fate
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.assembly import assemble, gather_parts
-from ddp_sgd.engine.diagnosis import plain_faults, refuse_divergence
+from ddp_sgd.engine.checkpoint import open_checkpoints
+from ddp_sgd.engine.diagnosis import plain_faults
 from ddp_sgd.engine.heartbeat import Heartbeat
+from ddp_sgd.engine.loop import train
 from ddp_sgd.engine.result import RunResult, conclude
-from ddp_sgd.engine.state import State
+from ddp_sgd.engine.resume import look_back
 from ddp_sgd.engine.stopping import StopRequest, stop_on_signal
+from ddp_sgd.engine.timetable import Deadline, Timetable
 from ddp_sgd.losses import LossFunction
-from ddp_sgd.report.reporter import open_report
+from ddp_sgd.report.reporter import open_report, tell_of_the_end
+from ddp_sgd.report.run_folder import claim_run_folder
 
 
 def fit(
@@ -55,31 +58,35 @@ def fit(
     """
     with (
         nullcontext(stop) if stop else stop_on_signal() as wish,
-        open_report(config, runtime) as report,
-        shared_fate(runtime.fate),
-        plain_faults(),
+        claim_run_folder(config, runtime) as folder,
     ):
-        gather_over_ranks(None, runtime)  # where rank 0 has no folder, the others go no further
-        parts = gather_parts(config, model=model, loss=loss, train_set=train_set, eval_set=eval_set)
-        job = assemble(config, parts, runtime)
-        plan, state = job.plan, State()
-        report.start(plan)
-        heartbeat = Heartbeat(plan, runtime, wish, every_steps=config.log.every_steps)
-        for batches in job.loader.from_step(state.step):
-            lr = job.rate(state.step)
-            job.seed_model(state.step)
-            result = job.stepper.step(batches, lr)
-            state.step += 1
-            if beat := heartbeat.after(state.step, result, lr=lr, wait_s=batches.wait_s):
-                report.train(state.step, beat.row)
-                refuse_divergence(beat.skipped_in_a_row, lr)
-                if beat.stop and state.step < plan.total_steps:
-                    report.stop(state.step, wish.reason)
-                    break
-            if plan.ends_epochs(state.step, config.eval.every_epochs):
-                state.scores = job.score()
-                report.eval(state.step, state.scores)
-                heartbeat.restart_clock()
-        ending = conclude(state, plan, job.replica, runtime)
-        report.end(ending.as_row())
-        return ending
+        past = look_back(config, folder, runtime)
+        if past.ending:
+            tell_of_the_end(past.ending.as_row(), folder)
+            return past.ending
+        with (
+            open_report(config, runtime, folder, past.origin) as report,
+            shared_fate(runtime.fate),
+            plain_faults(),
+        ):
+            parts = gather_parts(
+                config, model=model, loss=loss, train_set=train_set, eval_set=eval_set
+            )
+            job = assemble(config, parts, runtime, past)
+            report.start(job.plan, job.state)
+            deadline = Deadline(past.deadline)
+            heartbeat = Heartbeat(
+                job.plan,
+                runtime,
+                wish,
+                Timetable(config.checkpoint, job.plan),
+                deadline,
+                every_steps=config.log.every_steps,
+                state=job.state,
+            )
+            with open_checkpoints(config, job, past.run_id, folder, report) as checkpoints:
+                every = config.eval.every_epochs
+                train(job, heartbeat, checkpoints, report, deadline, score_every=every)
+            ending = conclude(job.state, job.plan, job.replica, runtime)
+            report.end(ending.as_row())
+            return ending

@@ -7,8 +7,10 @@ import torch
 
 from ddp_sgd.distributed.collectives import sum_over_ranks
 from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.engine.state import State
 from ddp_sgd.engine.step import StepResult
 from ddp_sgd.engine.stopping import StopRequest
+from ddp_sgd.engine.timetable import Deadline, Timetable
 from ddp_sgd.losses import wide_float
 from ddp_sgd.plan import Plan
 
@@ -23,14 +25,14 @@ class Beat:
     Args:
         row: Measurements since the last row, by name, where one is due; else None.
         stop: Whether any rank was asked to stop.
-        skipped_steps: Steps of the run that were skipped, since their gradient was not finite.
-        skipped_in_a_row: The longest row of such steps so far.
+        save: Whether the state is to be saved; then there is a row, so that none is half full.
+        skipped: Steps without a finite gradient: all, those in a row by now, the longest row.
     """
 
     row: dict[str, float | None] | None
     stop: bool
-    skipped_steps: int
-    skipped_in_a_row: int
+    save: bool
+    skipped: tuple[int, int, int]
 
 
 class Heartbeat:
@@ -44,19 +46,32 @@ class Heartbeat:
         plan: The run's arithmetic.
         runtime: This process.
         stop: This rank's wish to stop.
+        timetable: When the state is saved.
+        deadline: When the run must be over.
         every_steps: Steps between rows of metrics.
+        state: Where the run begins.
     """
 
     def __init__(
-        self, plan: Plan, runtime: Runtime, stop: StopRequest, *, every_steps: int
+        self,
+        plan: Plan,
+        runtime: Runtime,
+        stop: StopRequest,
+        timetable: Timetable,
+        deadline: Deadline,
+        *,
+        every_steps: int,
+        state: State,
     ) -> None:
         self._plan = plan
         self._runtime = runtime
         self._stop = stop
+        self._timetable = timetable
+        self._deadline = deadline
         self._every_steps = every_steps
-        self._tally = _Tally(runtime.device)
+        self._tally = _Tally(runtime.device, state.skipped)
         self._next_beat = 0
-        self._last_row = 0
+        self._last_row = state.step
         self._wait_s = 0.0
         self._start = time.perf_counter()
 
@@ -74,36 +89,50 @@ class Heartbeat:
         """
         self._tally.add(result)
         self._wait_s += wait_s
+        save = self._timetable.is_due_at(step)
         row_is_due = step % self._every_steps == 0 or step % self._plan.steps_per_epoch == 0
-        if not row_is_due and step < self._next_beat:
+        if not row_is_due and not save and step < self._next_beat:
             return None
-        return self._beat(step, result, lr, row_is_due=row_is_due)
+        return self._beat(step, result, lr, row_is_due=row_is_due, save=save)
+
+    @property
+    def reason(self) -> str | None:
+        """Why this rank was asked to stop; None if it was not."""
+        return self._stop.reason
 
     def restart_clock(self) -> None:
         """Leave out the time since the last row, which was spent on something else than steps."""
         self._start = time.perf_counter()
         self._wait_s = 0.0
 
-    def _beat(self, step: int, result: StepResult, lr: float, *, row_is_due: bool) -> Beat:
+    def _beat(
+        self, step: int, result: StepResult, lr: float, *, row_is_due: bool, save: bool
+    ) -> Beat:
         # The wait for the device comes before the look at the clock: steps are not over earlier.
-        own_loss, units, own_units, skipped, _, longest = self._tally.sums.tolist()
+        own_loss, units, own_units, *skipped = self._tally.sums.tolist()
         elapsed_s = time.perf_counter() - self._start
-        own = [own_loss, float(self._stop.reason is not None), elapsed_s, self._wait_s]
+        steps = max(1, step - self._last_row)
+        if self._deadline.is_near(max(_PERIOD_S, elapsed_s / steps)):
+            self._stop.ask("the deadline is near")
+        wishes = [float(self._stop.reason is not None), float(self._timetable.is_due_now())]
+        own = [own_loss, *wishes, elapsed_s, self._wait_s]
         shared = sum_over_ranks(self._tally.sums.new_tensor(own), self._runtime)
-        loss, stop, elapsed_s, wait_s = shared.tolist()
+        loss, stop, save_now, elapsed_s, wait_s = shared.tolist()
+        save = save or stop > 0 or save_now > 0
+        if save:
+            self._timetable.start_over()
         elapsed_s = max(elapsed_s / self._runtime.world_size, 1e-9)
         wait_s /= self._runtime.world_size
-        steps = max(1, step - self._last_row)
         self._next_beat = step + max(1, int(_PERIOD_S * steps / elapsed_s))
         row = None
-        if row_is_due:
+        if row_is_due or save:
             samples = self._plan.samples_at(step) - self._plan.samples_at(self._last_row)
             row = {
                 "train/loss": loss / units if units else None,
                 "train/loss_rank0": own_loss / own_units if own_units else None,
                 "train/lr": lr,
                 "train/grad_norm": result.grad_norm.item(),
-                "train/skipped_steps": skipped,
+                "train/skipped_steps": skipped[0],
                 "throughput/samples_per_s": samples / elapsed_s,
                 "time/step_ms": 1e3 * elapsed_s / steps,
                 "time/data_ms": 1e3 * wait_s / steps,
@@ -111,7 +140,8 @@ class Heartbeat:
             self._last_row = step
             self._tally.forget_losses()
             self.restart_clock()
-        return Beat(row, stop > 0, int(skipped), int(longest))
+        everything, in_a_row, longest = map(int, skipped)
+        return Beat(row, stop > 0, save, (everything, in_a_row, longest))
 
 
 class _Tally:
@@ -121,8 +151,8 @@ class _Tally:
     steps of the run that were skipped; those in a row by now; the longest such row.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(6, dtype=wide_float(device), device=device)
+    def __init__(self, device: torch.device, skipped: tuple[int, int, int]) -> None:
+        self.sums = torch.tensor([0, 0, 0, *skipped], dtype=wide_float(device), device=device)
         self._loss, self._units, self._own_units, self._skipped, self._row, self._longest = (
             self.sums
         )

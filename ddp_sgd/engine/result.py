@@ -1,6 +1,8 @@
 """How a run ended."""
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ddp_sgd.distributed.collectives import gather_over_ranks
@@ -49,6 +51,28 @@ class RunResult:
             **self.scores,
             "weights_digest": self.weights_digest,
         }
+
+
+def read_result(folder: Path) -> RunResult | None:
+    """Read how an earlier life of a run ended; None if it failed, or told nothing.
+
+    Args:
+        folder: The run folder.
+    """
+    try:
+        row = json.loads((folder / "result.json").read_bytes())
+        return RunResult(
+            status=row["status"],
+            exit_code=ExitCode(row["exit_code"]),
+            step=row["step"],
+            epoch=row["epoch"],
+            samples=row["samples"],
+            world_size=row["world_size"],
+            scores={key: value for key, value in row.items() if key.startswith("eval/")},
+            weights_digest=row["weights_digest"],
+        )
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def conclude(state: State, plan: Plan, replica: Replica, runtime: Runtime) -> RunResult:

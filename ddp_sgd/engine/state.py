@@ -12,7 +12,11 @@ class State:
     Attributes:
         step: Optimizer steps taken, skipped ones included.
         scores: The last evaluation.
+        scored_at: Step of the last evaluation.
+        skipped: Steps without a finite gradient: all, those in a row by now, the longest row.
     """
 
     step: int = 0
     scores: Metrics = field(default_factory=dict)
+    scored_at: int = 0
+    skipped: tuple[int, int, int] = (0, 0, 0)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
@@ -28,12 +29,15 @@ class Journal:
         self._file: FileIO | None = None
 
     def start(self, record: RunRecord) -> None:
-        """Open the file.
+        """Open the file; rows of steps that a resumed run takes again are cut off first.
 
         Raises:
-            OutputError: It cannot be opened.
+            OutputError: It cannot be written.
+            DataError: It is damaged.
         """
         self._path = record.folder / FILE_NAME
+        if record.resumed:
+            _cut_back(self._path, record.samples, is_scored=record.is_scored)
         try:
             # Unbuffered: a line that met a full disk is not tried again when the file is closed.
             self._file = self._path.open("ab", buffering=0)
@@ -72,6 +76,40 @@ class Journal:
             raise unwritable(self._path, error) from error
         finally:
             self._file = None
+
+
+def first_row(folder: Path) -> dict[str, Any]:
+    """Read the row that a run began with; empty if there is none."""
+    try:
+        with (folder / FILE_NAME).open("rb") as stream:
+            return _parse(stream.readline()) or {}
+    except OSError:
+        return {}
+
+
+def _cut_back(path: Path, samples: int, *, is_scored: bool) -> None:
+    """Keep the rows up to a place in the run, in a new file that takes the place of the old.
+
+    Args:
+        path: The journal.
+        samples: Samples trained up to that place.
+        is_scored: Whether the evaluation at that very place was done; if not it is to come.
+    """
+    rows = [
+        row
+        for row in read_journal(path)
+        if row["samples"] < samples
+        or (row["samples"] == samples and (is_scored or row["event"] != "eval"))
+    ]
+    new = path.with_name(f".{path.name}.new")
+    try:
+        with new.open("w") as stream:
+            stream.writelines(f"{json.dumps(row)}\n" for row in rows)
+            stream.flush()
+            os.fsync(stream.fileno())
+        new.replace(path)
+    except OSError as error:
+        raise unwritable(path, error) from error
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tqdm import tqdm
@@ -48,6 +48,11 @@ class Progress:
             self._show_training(dict(row))
         elif event == "eval":
             self.say(f"{'':26}{_scores(dict(row))}")
+        elif event == "resume":
+            for line in _origin_lines(row):
+                self.say(line)
+        elif event == "checkpoint" and row.get("error"):
+            self.say(f"checkpoint of step {row['step']} {row['error']}; the run goes on")
         elif event == "stop":
             self.say(f"stopping after step {row['step']}: {row['reason']}")
 
@@ -58,14 +63,8 @@ class Progress:
             self._bar = None
         if self._record is None or result["status"] == "failed":
             return
-        rate = result["samples"] / max(result["wall_s"], 1e-9)
-        parts = [
-            f"{result['status']}: {result['step']} steps in {result['wall_s']:.1f} s",
-            _scores(result),
-            f"{rate:,.0f} samples/s in all",
-            f"results in {self._record.folder}",
-        ]
-        self.say(", ".join(part for part in parts if part))
+        samples = result["samples"] - self._record.samples
+        self.say(f"{last_line({**result, 'samples': samples})}, results in {self._record.folder}")
 
     def _show_training(self, row: dict[str, Any]) -> None:
         self._loss.add(row["train/loss"], row["samples"])
@@ -88,6 +87,33 @@ class Progress:
         )
         skipped = int(row["train/skipped_steps"] or 0)
         return line + (f"  {skipped} steps skipped, gradient not finite" if skipped else "")
+
+
+def last_line(result: Mapping[str, Any]) -> str:
+    """Sum up how a run ended.
+
+    Args:
+        result: The content of ``result.json``, at least its status and step.
+    """
+    parts = [f"{result['status']}: {result['step']} steps"]
+    if wall_s := result.get("wall_s"):
+        rate = result["samples"] / wall_s
+        parts[0] += f" in {wall_s:.1f} s"
+    else:
+        rate = None
+    parts.append(_scores(result))
+    parts.append(f"{rate:,.0f} samples/s in all" if rate else "")
+    return ", ".join(part for part in parts if part)
+
+
+def _origin_lines(row: Row) -> Iterator[str]:
+    """Say from where a run goes on, and what was passed over."""
+    if row.get("passed_over"):
+        yield f"passed over: {row['passed_over']}"
+    if row.get("file"):
+        yield f"going on from step {row['step']}, epoch {row['epoch']:.4g} ({row['file']})"
+    else:
+        yield "beginning again at step 0: nothing was saved before"
 
 
 class _Mean:

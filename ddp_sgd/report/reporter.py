@@ -6,34 +6,46 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from secrets import token_hex
-from typing import Any
+from typing import Any, Protocol
 
-from ddp_sgd.config import RunConfig, dump_yaml
+from ddp_sgd.config import RunConfig
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.errors import ExitCode, OutputError, UserError
 from ddp_sgd.plan import Plan
 from ddp_sgd.report.journal import Journal
-from ddp_sgd.report.progress import Progress
-from ddp_sgd.report.run_folder import RunFolder, open_run_folder
-from ddp_sgd.report.sink import NoSink, Row, RunRecord, Sink, Sinks
+from ddp_sgd.report.progress import Progress, last_line
+from ddp_sgd.report.run_folder import RunFolder
+from ddp_sgd.report.sink import NoSink, Origin, Row, RunRecord, Sink, Sinks
 from ddp_sgd.report.tensorboard import TensorBoard
 from ddp_sgd.report.weights_and_biases import WeightsAndBiases
+
+
+class Progressing(Protocol):
+    """Whoever knows how far the run is."""
+
+    step: int
 
 
 class Reporter:
     """Gives every row its time and place, and writes the result however the run ends.
 
     Args:
-        folder: The run folder.
+        folder: The run folder; None writes nothing.
         verdict: Sink that keeps the result; open from the beginning.
         sinks: All others; they open when the plan is known.
         config: Description of the run.
         world_size: Ranks.
+        origin: Where this life of the run begins.
     """
 
     def __init__(
-        self, folder: Path, verdict: Sink, sinks: Sink, config: RunConfig, world_size: int
+        self,
+        folder: Path | None,
+        verdict: Sink,
+        sinks: Sink,
+        config: RunConfig,
+        world_size: int,
+        origin: Origin,
     ) -> None:
         self._folder = folder
         self._verdict = verdict
@@ -41,61 +53,81 @@ class Reporter:
         self._opened: list[Sink] = []
         self._config = config
         self._world_size = world_size
+        self._origin = origin
         self._start = time.perf_counter()
         self._plan: Plan | None = None
-        self._step = 0
+        self._state: Progressing | None = None
 
-    def start(self, plan: Plan) -> None:
-        """Open the sinks, and say that the run starts."""
-        self._plan = plan
+    def start(self, plan: Plan, state: Progressing) -> None:
+        """Open the sinks, and say that the run starts, or goes on.
+
+        Args:
+            plan: The run's arithmetic.
+            state: Is asked for the step of every row.
+        """
+        self._plan, self._state = plan, state
+        origin = self._origin
         record = RunRecord(
-            folder=self._folder,
+            folder=self._folder or Path(),
             name=self._config.name,
             config=self._config.model_dump(mode="json"),
             plan=plan,
             world_size=self._world_size,
             git_commit=git_commit(),
-            run_id=token_hex(4),
-            resumed=False,
+            run_id=origin.run_id,
+            resumed=origin.has_rows,
+            samples=origin.samples,
+            is_scored=origin.is_scored,
         )
         for sink in (self._verdict, self._sinks):
             self._opened.append(sink)
             sink.start(record)
-        self._write("start", 0, {"world_size": self._world_size})
+        if not origin.has_rows:
+            self._write("start", {"world_size": self._world_size, "run_id": origin.run_id})
+        if origin.is_resumed:
+            self._write("resume", {"world_size": self._world_size, **origin.note})
 
-    def train(self, step: int, row: Row | None) -> None:
+    def train(self, row: Row | None) -> None:
         """Say what the steps since the last row measured, if there is a row."""
         if row is not None:
-            self._write("train", step, row)
+            self._write("train", row)
 
-    def eval(self, step: int, scores: Row) -> None:
+    def eval(self, scores: Row) -> None:
         """Say how the model scored, if it did."""
         if scores:
-            self._write("eval", step, scores)
+            self._write("eval", scores)
 
-    def stop(self, step: int, reason: str | None) -> None:
+    def checkpoint(self, step: int, row: Row) -> None:
+        """Say what became of a save.
+
+        Args:
+            step: The step that was saved; the run is further by now.
+            row: What there is to be said.
+        """
+        self._write("checkpoint", row, step)
+
+    def stop(self, reason: str | None) -> None:
         """Say that the run ends early, since somebody asked."""
-        self._write("stop", step, {"reason": reason or "another rank was asked to stop"})
+        self._write("stop", {"reason": reason or "another rank was asked to stop"})
 
     def end(self, result: Row) -> None:
         """Say how the run ended, and close the sinks."""
-        self._write("end", int(result["step"] or 0), {"status": result["status"]})
+        self._write("end", {"status": result["status"]})
         self._close(result)
 
     def fail(self, error: BaseException) -> None:
         """Write down that the run failed, and why; what cannot be written then is lost."""
         code = error.exit_code if isinstance(error, UserError) else ExitCode.INTERNAL
-        place = self._place(self._step) if self._plan else {"step": 0, "epoch": 0.0, "samples": 0}
         result = {
             "status": "failed",
             "exit_code": int(code),
-            **place,
+            **self._place(),
             "world_size": self._world_size,
             "error": str(error) or type(error).__name__,
         }
         with suppress(OutputError):
             if self._plan:
-                self._write("end", self._step, {"status": "failed", "error": result["error"]})
+                self._write("end", {"status": "failed", "error": result["error"]})
         with suppress(OutputError):
             self._close(result)
 
@@ -108,28 +140,41 @@ class Reporter:
             for sink in [sink for sink in reversed(self._opened) if sink is not self._verdict]:
                 sink.finish(full)
 
-    def _write(self, event: str, step: int, row: Row) -> None:
-        self._step = step
+    def _write(self, event: str, row: Row, step: int | None = None) -> None:
         full = {"time": time.time(), **self._place(step), **row}
         for sink in self._opened:
             sink.write(event, {key: _number(value) for key, value in full.items()})
 
-    def _place(self, step: int) -> dict[str, int | float]:
-        plan = self._plan
-        if plan is None:
-            raise RuntimeError("a row was written before the run had a plan")
+    def _place(self, step: int | None = None) -> dict[str, int | float]:
+        """Where the run is, or was after a step; before it has a plan, where it began."""
+        plan, state = self._plan, self._state
+        if plan is None or state is None:
+            origin = self._origin
+            return {"step": origin.step, "epoch": origin.epoch, "samples": origin.samples}
+        step = state.step if step is None else step
         return {"step": step, "epoch": plan.epoch_at(step), "samples": plan.samples_at(step)}
 
 
 @contextmanager
-def open_report(config: RunConfig, runtime: Runtime) -> Iterator[Reporter]:
-    """Make the run folder and the sinks, on rank 0; the other ranks say nothing.
+def open_report(
+    config: RunConfig, runtime: Runtime, folder: RunFolder | None, origin: Origin
+) -> Iterator[Reporter]:
+    """Make the sinks, on the rank that has the run folder; the other ranks say nothing.
+
+    Args:
+        config: Description of the run.
+        runtime: This process.
+        folder: The run folder, on rank 0.
+        origin: Where this life of the run begins.
 
     Raises:
-        OutputError: The run folder cannot be made.
         ConfigError: A sink that the configuration asks for is not installed.
     """
-    report = _speaking(config, runtime) if runtime.rank == 0 else _silent(config, runtime)
+    if folder is None:
+        report = Reporter(None, NoSink(), NoSink(), config, runtime.world_size, origin)
+    else:
+        sinks = Sinks(_sinks(config))
+        report = Reporter(folder.path, folder, sinks, config, runtime.world_size, origin)
     try:
         yield report
     except BaseException as error:
@@ -146,18 +191,18 @@ def git_commit() -> str | None:
     return None
 
 
-def _speaking(config: RunConfig, runtime: Runtime) -> Reporter:
+def tell_of_the_end(result: Row, folder: RunFolder | None) -> None:
+    """Print how a run ended that has nothing left to do, on the rank that has its folder."""
+    if folder is not None:
+        Progress().say(f"{last_line(result)}, results in {folder.path}; nothing is left to do")
+
+
+def _sinks(config: RunConfig) -> list[Sink]:
     progress = Progress()
     sinks: list[Sink] = [Journal(), progress, WeightsAndBiases(config.wandb, say=progress.say)]
     if config.log.tensorboard:
         sinks.append(TensorBoard(say=progress.say))
-    folder = open_run_folder(config.output_dir, config.name)
-    verdict = RunFolder(folder, dump_yaml(config))
-    return Reporter(folder, verdict, Sinks(sinks), config, runtime.world_size)
-
-
-def _silent(config: RunConfig, runtime: Runtime) -> Reporter:
-    return Reporter(Path(), NoSink(), NoSink(), config, runtime.world_size)
+    return sinks
 
 
 def _number(value: Any) -> Any:

@@ -1,45 +1,121 @@
-"""The run folder: made new for every run, never overwritten."""
+"""The run folder: one run at a time writes into it, and nothing in it is overwritten."""
 
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ddp_sgd.config import RunConfig, dump_yaml
+from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.errors import OutputError, RefusedError
+from ddp_sgd.report.failures import note_failure
 from ddp_sgd.report.sink import Row, RunRecord
 
+_PATIENCE_S = 10.0
+"""Longest wait for another run to leave the folder: a rank that lost its launcher saves first."""
 
-def open_run_folder(output_dir: str, name: str) -> Path:
-    """Make the folder of a run; one that exists is moved aside to NAME.1, NAME.2, ...
+
+class RunFolder:
+    """Writes config.yaml and plan.json at the start, result.json at the end.
+
+    From its making to its end it holds a lock on the folder, which the system takes back if the
+    process dies, so that no other run writes into it or moves it away.
 
     Args:
-        output_dir: Folder that holds run folders; made if missing.
-        name: Name of the run.
+        config: Description of the run.
 
-    Returns:
-        The new, empty folder.
+    Attributes:
+        path: The folder.
 
     Raises:
         OutputError: It cannot be made.
-        RefusedError: A run that is going on writes into the folder of this name.
+        RefusedError: Another run is writing into it, or links in it lead out of it.
     """
-    folder = Path(output_dir) / name
+
+    def __init__(self, config: RunConfig) -> None:
+        self.path = Path(config.output_dir) / config.name
+        self._config_text = dump_yaml(config)
+        self._lock: int | None = None
+        # A forked loader process would hold the lock for as long as it outlives a killed rank.
+        os.register_at_fork(after_in_child=self.release)
+        with _saying_what_cannot_be_written(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.is_dir() and not self.path.is_symlink():
+                self._lock = _lock(self.path)
+            if config.resume == "never":
+                self.renew()
+                return
+            _refuse_links(self.path)
+            if not self.path.is_dir():
+                self.renew()
+            elif self._lock is None:
+                self._lock = _lock(self.path)
+
+    def renew(self) -> None:
+        """Move what is there aside, to NAME.1, NAME.2, ..., and begin with an empty folder."""
+        with _saying_what_cannot_be_written(self.path):
+            if self.path.exists() or self.path.is_symlink():
+                self.path.rename(_free_name(self.path))
+            self.release()
+            self.path.mkdir()
+            self._lock = _lock(self.path)
+
+    def start(self, record: RunRecord) -> None:
+        """Write what was asked for and what follows from it; an earlier result is none any more."""
+        self._write("config.yaml", self._config_text)
+        self._write("plan.json", json.dumps(asdict(record.plan), indent=2) + "\n")
+        with _saying_what_cannot_be_written(self.path / "result.json"):
+            (self.path / "result.json").unlink(missing_ok=True)
+
+    def write(self, event: str, row: Row) -> None:
+        """Do nothing: rows are the journal's."""
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Write how the run ended, and give the folder free."""
+        try:
+            self._write("result.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
+            if result.get("status") == "failed":
+                with _saying_what_cannot_be_written(self.path):
+                    note_failure(self.path, result["step"], result["exit_code"], result["error"])
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Give the folder free."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _write(self, name: str, text: str) -> None:
+        """Replace a file whole, so that a reader never sees half of it."""
+        path = self.path / name
+        with _saying_what_cannot_be_written(path):
+            new = path.with_name(f".{name}.new")
+            new.write_text(text)
+            new.replace(path)
+
+
+@contextmanager
+def claim_run_folder(config: RunConfig, runtime: Runtime) -> Iterator[RunFolder | None]:
+    """Make or enter the run folder, on rank 0; the others have none.
+
+    Raises:
+        OutputError: It cannot be made.
+        RefusedError: It is in use, or links in it lead out of it.
+    """
+    if runtime.rank != 0:
+        yield None
+        return
+    folder = RunFolder(config)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if folder.exists() or folder.is_symlink():
-            if _is_in_use(folder):
-                raise RefusedError(
-                    f"{folder} is in use by a run that is going on; wait for its end, or choose "
-                    "another name."
-                )
-            folder.rename(_free_name(folder))
-        folder.mkdir()
-    except OSError as error:
-        raise unwritable(folder, error) from error
-    return folder
+        yield folder
+    finally:
+        folder.release()
 
 
 def unwritable(path: Path, error: OSError) -> OutputError:
@@ -50,82 +126,57 @@ def unwritable(path: Path, error: OSError) -> OutputError:
     )
 
 
-class RunFolder:
-    """Writes config.yaml and plan.json at the start, result.json at the end.
+@contextmanager
+def _saying_what_cannot_be_written(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise unwritable(path, error) from error
 
-    From its making to its end it holds a lock on the folder, which the system takes back if the
-    process dies, so that no other run moves the folder away.
 
-    Args:
-        folder: The run folder, which exists.
-        config_text: Resolved configuration as YAML.
-    """
-
-    def __init__(self, folder: Path, config_text: str) -> None:
-        self._folder = folder
-        self._config_text = config_text
-        self._lock = _lock(folder)
-
-    def start(self, record: RunRecord) -> None:
-        """Write what was asked for and what follows from it."""
-        self._write("config.yaml", self._config_text)
-        self._write("plan.json", json.dumps(asdict(record.plan), indent=2) + "\n")
-
-    def write(self, event: str, row: Row) -> None:
-        """Do nothing: rows are the journal's."""
-
-    def finish(self, result: Mapping[str, Any]) -> None:
-        """Write how the run ended, and give the folder free."""
-        try:
-            self._write("result.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
-        finally:
-            if self._lock is not None:
-                os.close(self._lock)
-                self._lock = None
-
-    def _write(self, name: str, text: str) -> None:
-        """Replace a file whole, so that a reader never sees half of it."""
-        path = self._folder / name
-        try:
-            new = path.with_name(f".{name}.new")
-            new.write_text(text)
-            new.replace(path)
-        except OSError as error:
-            raise unwritable(path, error) from error
+def _refuse_links(folder: Path) -> None:
+    """Refuse to write where a link leads out of the folder."""
+    inside = [folder]
+    for place in (folder, folder / "checkpoints"):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            inside += sorted(place.iterdir())
+    home = folder.parent.resolve() / folder.name
+    for path in inside:
+        if path.is_symlink() and not path.resolve().is_relative_to(home):
+            raise RefusedError(
+                f"{path} is a link that leads out of the run folder, to {path.resolve()}; remove "
+                "it, choose another name, or set resume=never to begin with a new folder."
+            )
 
 
 def _free_name(folder: Path) -> Path:
     number = 1
-    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+    while os.path.lexists(aside := folder.with_name(f"{folder.name}.{number}")):
         number += 1
     return aside
 
 
 def _lock(folder: Path) -> int | None:
-    """Lock a folder for this process; None where it is taken, or the file system has no locks."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
+    """Lock a folder for this process; None where the file system has no locks.
 
-
-def _is_in_use(folder: Path) -> bool:
-    """Whether another run holds the lock on a folder."""
-    if not folder.is_dir():
-        return False
+    Raises:
+        RefusedError: Another run has it and does not give it up.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without locks
-        return False
-    finally:
-        os.close(descriptor)
-    return False
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(0.05)
+                continue
+            os.close(descriptor)
+            raise RefusedError(
+                f"{folder} is in use by a run that is going on; wait for its end, or choose "
+                "another name."
+            ) from None
+        except OSError:
+            os.close(descriptor)
+            return None
+        return descriptor

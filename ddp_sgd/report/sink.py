@@ -1,7 +1,7 @@
 """Where measurements go: the protocol of reporters, the null reporter, and a group."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,6 +9,31 @@ from ddp_sgd.plan import Plan
 
 Value = float | int | str | None
 Row = Mapping[str, Value]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where this life of a run begins.
+
+    Args:
+        run_id: Identity of the run, 8 letters and digits.
+        has_rows: Whether there is a journal of an earlier life.
+        is_resumed: Whether the run goes on from something.
+        step: Steps that were taken before.
+        epoch: Passes over the data before.
+        samples: Samples that were trained before.
+        is_scored: Whether the evaluation at this place was done.
+        note: What is to be said of the checkpoint.
+    """
+
+    run_id: str
+    has_rows: bool = False
+    is_resumed: bool = False
+    step: int = 0
+    epoch: float = 0.0
+    samples: int = 0
+    is_scored: bool = False
+    note: Row = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +49,9 @@ class RunRecord:
         git_commit: Commit of the working directory, with ``+changes`` if it is not clean; None
             outside a repository.
         run_id: Identity of the run, 8 letters and digits; the same after every resume, also in W&B.
-        resumed: Whether the run goes on from a checkpoint, so that earlier rows exist.
+        resumed: Whether the run goes on, so that earlier rows exist.
+        samples: Samples that were trained before.
+        is_scored: Whether the evaluation at that place was done.
     """
 
     folder: Path
@@ -34,7 +61,9 @@ class RunRecord:
     world_size: int
     git_commit: str | None
     run_id: str
-    resumed: bool
+    resumed: bool = False
+    samples: int = 0
+    is_scored: bool = False
 
 
 class Sink(Protocol):

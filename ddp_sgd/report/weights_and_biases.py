@@ -3,20 +3,27 @@
 The training thread only puts rows on a queue. A daemon thread imports wandb, opens the run, logs
 and closes it; what fails there ends in one line for the user, and training goes on. The journal is
 the truth.
+
+A resumed run goes on in the same W&B run and leaves out the rows that W&B has. A row's place in the
+run is its internal step, ``_step``; the last one is told by the server, or by ``wandb/last_row``.
+
+A process that is killed loses the rows in its queue and those that wandb's helper, which ends with
+it, has not yet written to its file (FLUSH_INTERVAL_S) or sent. A resumed run sends again what the
+server lacks, not what the file lacks. A kill between a row and its mark makes the row come twice.
 """
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from secrets import token_hex
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 from ddp_sgd.config.sections import WandbConfig
+from ddp_sgd.report.row_mark import NO_BEST, NOWHERE, RowMark, place_of
 from ddp_sgd.report.sink import Row, RunRecord
+from ddp_sgd.report.wandb_arguments import init_arguments
 
 if TYPE_CHECKING:
     import wandb
@@ -39,7 +46,11 @@ IMPORT_TIMEOUT_S = 5.0
 MOST_ROWS = 20_000
 """Rows that may wait: some 20 MB, which a thousand rows a second drain within FINISH_TIMEOUT_S."""
 
+FLUSH_INTERVAL_S = 0.2
+"""How often wandb writes rows to its file; its own 15 s are what a killed run would lose."""
+
 _EVENTS = ("train", "eval")
+_BEST = "best/eval/accuracy"
 _OUTCOME = ("status", "exit_code", "weights_digest")
 
 
@@ -132,7 +143,8 @@ class WeightsAndBiases:
                 self._imported.set()
             run = self._open(record)
             if run is not None:
-                self._close(run, self._log_until_end(run))
+                mark = RowMark(record.folder / "wandb" / "last_row", resumed=record.resumed)
+                self._close(run, self._log_until_end(run, mark))
         # BaseException: wandb leaves by sys.exit when its helper process failed.
         except BaseException as error:
             self._say(f"stopped ({_reason(error)}); training goes on, metrics.jsonl has every row")
@@ -146,7 +158,7 @@ class WeightsAndBiases:
         settings = _set_up(self._config)
         if settings.mode == "disabled":
             return None
-        arguments = _arguments(self._config, settings, record)  # once, so that the id stays
+        arguments = init_arguments(self._config, settings, record)
         offline = settings.mode in ("offline", "dryrun")
         why = ""
         if not offline:
@@ -175,22 +187,33 @@ class WeightsAndBiases:
         run.define_metric("*", step_metric="step")
         self._say(text)
 
-    def _log_until_end(self, run: "wandb.Run") -> Mapping[str, Any]:
-        """Log rows as they come; returns the result that ends them."""
-        best = float("-inf")
+    def _log_until_end(self, run: "wandb.Run", mark: RowMark) -> Mapping[str, Any]:
+        """Log rows that W&B does not have as they come; returns the result that ends them."""
+        on_server = run.starting_step - 1 if run.resumed else NOWHERE
+        last = mark.reached(None if run.offline else on_server)
+        best = mark.best
+        if best > NO_BEST:  # offline wandb knows no earlier life, and `wandb sync` replaces it
+            run.summary[_BEST] = best
         while True:
             event, row = self._queue.get()
             if event == "end":
+                mark.close()
                 return row
-            run.log(_numbers(row))
+            place = place_of(event, row)
+            if place <= last:
+                continue
+            run.log(_numbers(row), step=place, commit=True)
             accuracy = row.get("eval/accuracy")
-            if accuracy is not None and accuracy > best:
-                best = accuracy
-                run.summary["best/eval/accuracy"] = best
+            if isinstance(accuracy, (int, float)) and accuracy > best:
+                run.summary[_BEST] = best = accuracy
+            mark.put(place, online=not run.offline, best=best)
+            last = place
 
     def _close(self, run: "wandb.Run", result: Mapping[str, Any]) -> None:
         """Write how the run ended, and upload what is left for at most ``UPLOAD_TIMEOUT_S``."""
         run.summary.update({key: result[key] for key in _OUTCOME if key in result})
+        if result.get("status") == "stopped":
+            run.mark_preempting()  # with an exit code other than 0 W&B shows it as preempted
         try:
             run.finish(exit_code=result.get("exit_code", 0))
         except TimeoutError:
@@ -218,27 +241,6 @@ def _tear_down() -> None:
         pass
 
 
-def _arguments(
-    config: WandbConfig, settings: "wandb.Settings", record: RunRecord
-) -> dict[str, Any]:
-    """Arguments of ``wandb.init``: None leaves a value to the user's own settings."""
-    return {
-        "dir": str(record.folder),
-        "id": None if settings.run_id else token_hex(4),
-        "project": config.project or (None if settings.project else "ddp_sgd"),
-        "name": config.name or (None if settings.run_name else record.name),
-        "entity": config.entity,
-        "group": config.group,
-        "tags": config.tags or None,
-        "config": {
-            **record.config,
-            "plan": asdict(record.plan),
-            "world_size": record.world_size,
-            "git_commit": record.git_commit,
-        },
-    }
-
-
 def _run_settings() -> "wandb.Settings":
     """Bounded, silent, and no copy of the user's code, changes or environment."""
     import wandb
@@ -250,6 +252,7 @@ def _run_settings() -> "wandb.Settings":
         init_timeout=INIT_TIMEOUT_S,
         finish_timeout=UPLOAD_TIMEOUT_S,
         finish_timeout_raises=True,
+        x_transaction_log_flush_interval=FLUSH_INTERVAL_S,
         save_code=False,
         disable_code=True,
         disable_git=True,

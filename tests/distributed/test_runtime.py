@@ -26,6 +26,7 @@ def test_alone_there_is_no_group():
     with start_runtime(device="cpu") as runtime:
         assert runtime == Runtime(fate=runtime.fate)
         assert runtime.alone
+        assert runtime.store is None
         assert not dist.is_initialized()
 
 
@@ -42,6 +43,14 @@ def look(runtime):
 
 def test_ranks_find_each_other():
     assert run_ranks(2, look) == [(r, 2, r, "gloo", "cpu", True) for r in range(2)]
+
+
+def use_store(runtime):
+    return runtime.store.add("number", 1)
+
+
+def test_ranks_share_a_store():
+    assert sorted(run_ranks(2, use_store)) == [1, 2]
 
 
 def join_and_leave(_, rank, port, fault):

@@ -1,14 +1,21 @@
+import json
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import threading
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
-from wandb_reader import inspect_offline_run, offline_folder, offline_records, offline_summary
+from wandb_reader import (
+    inspect_offline_run,
+    offline_folder,
+    offline_folders,
+    offline_records,
+    offline_summary,
+)
 from wandb_stub import ENTITY, KEY, WandbStub, isolate_wandb
 
 from ddp_sgd.config.schema import RunConfig
@@ -77,13 +84,32 @@ def _use(monkeypatch, url, key=KEY):
     monkeypatch.setenv("WANDB_API_KEY", key)
 
 
-def _report(record, said, config=None, result=RESULT):
+def _report(record, said, config=None, result=RESULT, rows=ROWS):
     sink = WeightsAndBiases(config or WandbConfig(), say=said.append)
     sink.start(record)
-    for event, row in ROWS:
+    for event, row in rows:
         sink.write(event, row)
     sink.finish(result)
     return sink
+
+
+STOPPED = {**RESULT, "status": "stopped", "exit_code": 75}
+
+
+def _rows(first, last):
+    """Rows of every tenth step, each third one an evaluation after the same samples."""
+    for step in range(first, last + 1, 10):
+        axes = {"time": 1.7e9 + step, "step": step, "epoch": step / 40, "samples": 32 * step}
+        yield "train", {**axes, "train/loss": 1 / step}
+        if step % 30 == 0:
+            yield "eval", {**axes, "eval/accuracy": 1 - step / 100}
+
+
+def _places(rows):
+    return [(row["step"], "eval/accuracy" in row) for row in rows]
+
+
+EACH_ONCE = _places(row for _, row in _rows(10, 60))
 
 
 def _files(*folders):
@@ -349,8 +375,8 @@ def test_rows_that_find_no_room_are_left_out_with_one_line(record, said, monkeyp
     sink = WeightsAndBiases(WandbConfig(mode="offline"), say=say)
     sink.start(record)
     assert opened.wait(60)
-    for _ in range(5):
-        sink.write(*ROWS[0])
+    for samples in range(5):
+        sink.write("train", {**AXES, "samples": samples})
     go_on.set()
     sink.finish(RESULT)
     assert said[1:] == ["W&B: more than 3 rows wait; rows are left out, metrics.jsonl has them"]
@@ -364,6 +390,156 @@ def test_a_system_without_a_free_thread_is_no_trouble(record, said, monkeypatch)
     monkeypatch.setattr(threading.Thread, "start", refuse)
     _report(record, said)
     assert said == ["W&B: not started (can't start new thread); metrics.jsonl has every row"]
+
+
+def _ids(folder):
+    return {item["run"]["run_id"] for item in offline_records(folder, "run")}
+
+
+LIFE = """
+import pickle, sys
+from pathlib import Path
+from ddp_sgd.config.sections import WandbConfig
+from ddp_sgd.report.weights_and_biases import WeightsAndBiases
+
+sink = WeightsAndBiases(WandbConfig(), say=print)
+record, rows = pickle.loads(Path(sys.argv[1]).read_bytes())
+sink.start(record)
+for event, row in rows:
+    sink.write(event, row)
+sys.stdin.read()
+"""
+
+
+def _live_until_killed(record, rows, path):
+    """Log the rows in a process that is killed as soon as the last one is in wandb's file."""
+    path.write_bytes(pickle.dumps((record, list(rows))))
+    lives = len(offline_folders(record.folder))
+    known = len(inspect_offline_run(record.folder))
+    command = [sys.executable, "-c", LIFE, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+        while len(offline_folders(record.folder)) == lives or (
+            len(inspect_offline_run(record.folder)) < known + len(list(rows))
+        ):
+            assert process.poll() is None
+        process.kill()
+
+
+@pytest.mark.parametrize("end", ["stopped", "killed"])
+def test_a_resumed_run_has_every_row_once(record, said, tmp_path, end):
+    if end == "stopped":
+        _report(record, said, rows=_rows(10, 40), result=STOPPED)
+    else:
+        _live_until_killed(record, list(_rows(10, 40)), tmp_path / "life")
+    _report(replace(record, resumed=True), said, rows=_rows(30, 60))
+    assert _places(inspect_offline_run(record.folder)) == EACH_ONCE
+    history = [item["history"]["item"] for item in offline_records(record.folder, "history")]
+    steps = [row["_step"] for row in history]
+    assert steps == sorted(set(steps))
+    assert len(offline_folders(record.folder)) == 2
+    assert _ids(record.folder) == {"cafe0123"}
+    assert len(offline_records(record.folder, "preempting")) == (end == "stopped")
+
+
+def test_a_life_that_does_not_come_as_far_as_the_one_before_adds_no_row(record, said, tmp_path):
+    _live_until_killed(record, list(_rows(10, 40)), tmp_path / "life")
+    resumed = replace(record, resumed=True)
+    _report(resumed, said, rows=_rows(20, 30), result={**RESULT, "exit_code": 1})
+    assert _places(inspect_offline_run(record.folder)) == EACH_ONCE[:5]
+    _report(resumed, said, rows=_rows(20, 60))
+    assert _places(inspect_offline_run(record.folder)) == EACH_ONCE
+
+
+def test_the_best_accuracy_is_that_of_all_lives(record, said):
+    _report(record, said, rows=_rows(10, 40), result=STOPPED)
+    earlier = len(offline_records(record.folder, "summary"))
+    _report(replace(record, resumed=True), said, rows=_rows(40, 60))
+    summary = {}
+    for item in offline_records(record.folder, "summary")[earlier:]:
+        summary.update(item["summary"]["update"])
+    assert (summary["best/eval/accuracy"], summary["eval/accuracy"]) == (0.7, 0.4)
+
+
+def test_a_torn_mark_leaves_nothing_out(record, said):
+    _report(record, said, rows=_rows(10, 40), result=STOPPED)
+    mark = record.folder / "wandb" / "last_row"
+    mark.write_bytes(mark.read_bytes()[:-4])
+    _report(replace(record, resumed=True), said, rows=_rows(40, 60))
+    assert _places(inspect_offline_run(record.folder)) == EACH_ONCE[:5] + EACH_ONCE[4:]
+
+
+def test_a_mark_that_cannot_be_written_stops_nothing(record, said):
+    (record.folder / "wandb" / "last_row").mkdir(parents=True)
+    _report(record, said)
+    assert inspect_offline_run(record.folder) == LOGGED
+    assert len(said) == 1
+
+
+def test_a_new_run_in_an_old_folder_leaves_nothing_out(record, said):
+    _report(record, said, rows=_rows(10, 40), result=STOPPED)
+    _report(replace(record, run_id="d00d4567"), said, rows=_rows(10, 20))
+    assert _places(inspect_offline_run(record.folder)) == EACH_ONCE[:5] + EACH_ONCE[:2]
+    assert _ids(record.folder) == {"cafe0123", "d00d4567"}
+
+
+def test_a_resumed_run_goes_on_in_the_servers_run(stub, record, said, capfd):
+    _report(record, said, rows=_rows(10, 40), result=STOPPED)
+    assert stub.preempting == {"cafe0123"}
+    assert stub.exit_code == 75
+    changed = {**record.config, "epochs": 3, "new": {"key": 1}}
+    resumed = replace(record, resumed=True, config=changed, world_size=4)
+    _report(resumed, said, rows=_rows(30, 60))
+    assert list(stub.rows) == ["cafe0123"]
+    assert _places(stub.rows["cafe0123"]) == EACH_ONCE
+    assert [row["_step"] for row in stub.rows["cafe0123"]] == [
+        64 * step + evaluated for step, evaluated in EACH_ONCE
+    ]
+    assert stub.summaries["cafe0123"]["best/eval/accuracy"] == 0.7
+    config = json.loads(stub.runs["cafe0123"]["config"])
+    assert (config["epochs"]["value"], config["world_size"]["value"]) == (3, 4)
+    assert said == 2 * [f"W&B: online, {stub.url}/{ENTITY}/ddp_sgd/runs/cafe0123"]
+    assert tuple(capfd.readouterr()) == ("", "")
+
+
+def test_rows_that_never_came_to_the_server_are_sent_again(stub, record, said):
+    _report(record, said, rows=_rows(10, 40), result=STOPPED)
+    del stub.rows["cafe0123"][3:]  # as if the process had been killed before the rest was sent
+    del stub.summaries["cafe0123"]
+    _report(replace(record, resumed=True), said, rows=_rows(20, 60))
+    assert _places(stub.rows["cafe0123"]) == EACH_ONCE
+
+
+def test_lives_on_and_off_line_have_every_row_once(stub, record, said):
+    resumed = replace(record, resumed=True)
+    _report(record, said, rows=_rows(10, 20), result=STOPPED)
+    _report(resumed, said, WandbConfig(mode="offline"), rows=_rows(20, 40), result=STOPPED)
+    _report(resumed, said, rows=_rows(30, 60))
+    on_server = _places(stub.rows["cafe0123"])
+    in_file = _places(inspect_offline_run(record.folder))
+    assert sorted(on_server + in_file) == EACH_ONCE
+    assert in_file == EACH_ONCE[2:5]
+
+
+def test_offline_lives_are_sent_as_one_run(stub, record, said):
+    offline = WandbConfig(mode="offline")
+    _report(record, said, offline, rows=_rows(10, 40), result=STOPPED)
+    _report(replace(record, resumed=True), said, offline, rows=_rows(30, 60))
+    command = [sys.executable, "-m", "wandb", "sync", *map(str, offline_folders(record.folder))]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    assert "RunResumeStatus" in stub.operations  # else the second one would start the run anew
+    assert list(stub.rows) == ["cafe0123"]
+    assert _places(stub.rows["cafe0123"]) == EACH_ONCE
+    assert stub.summaries["cafe0123"]["best/eval/accuracy"] == 0.7
+    assert stub.preempting == {"cafe0123"}
+    assert stub.exit_code == 0
+
+
+def test_a_resumed_run_keeps_the_id_that_the_user_gave_it(record, said, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "their-id")
+    _report(record, said, rows=_rows(10, 40), result=STOPPED)
+    monkeypatch.setenv("WANDB_RUN_ID", "another")
+    _report(replace(record, resumed=True), said, rows=_rows(40, 60))
+    assert _ids(record.folder) == {"their-id"}
 
 
 HELPER = """
@@ -385,10 +561,11 @@ for task in Path("/proc/self/task").iterdir():
     for pid in (task / "children").read_text().split():
         print(pid, flush=True)
         os.kill(int(pid), signal.Signals[sys.argv[2]])
+samples = 0
 while sys.argv[2] != "SIGSTOP" and not stopped.is_set():
-    sink.write("train", {"time": 1.0, "step": 1})  # wandb notices within a row or two
-    stopped.wait(0.01)
-sink.write("train", {"time": 1.0, "step": 1})
+    sink.write("train", {"time": 1.0, "samples": (samples := samples + 1)})
+    stopped.wait(0.01)  # wandb notices within a row or two
+sink.write("train", {"time": 1.0, "samples": samples + 1})
 sink.finish({"exit_code": 0})
 sys.exit(7)
 """

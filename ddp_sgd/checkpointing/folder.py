@@ -1,0 +1,150 @@
+"""The folder of a run's checkpoints: which there are, which are whole, which may go. No torch.
+
+The ledger of what was saved is the manifests themselves, so nothing is forgotten over a resume.
+"""
+
+import hashlib
+import math
+import os
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ddp_sgd.checkpointing.manifest import Header, Manifest, read_manifest
+
+FOLDER_NAME = "checkpoints"
+UNFINISHED = ".new"
+"""Ending of files that are being written."""
+
+_SAVED = re.compile(r"step-\d{8,}(\.\d+)?\.pt")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The newest checkpoint that is whole.
+
+    Args:
+        manifest: Its manifest; None if there is no such checkpoint.
+        passed_over: What is wrong with newer ones, one line each.
+    """
+
+    manifest: Manifest | None
+    passed_over: tuple[str, ...] = ()
+
+
+class CheckpointFolder:
+    """Checkpoints in one folder, in the order of the samples that they have seen.
+
+    Args:
+        path: The folder; it need not exist until something is written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def manifests(self) -> list[Manifest]:
+        """Read the manifests whose file is there, the oldest checkpoint first."""
+        found = [read_manifest(file.with_suffix(".json")) for file in self._files()]
+        whole = [entry for entry in found if entry and (self.path / entry.file).is_file()]
+        return sorted(whole, key=lambda entry: entry.header.samples)
+
+    def name_for(self, header: Header) -> str:
+        """Choose the name of a file, in the way that never replaces another checkpoint.
+
+        Steps may come twice, where a resume with another global batch counted them anew.
+        """
+        number, name = 1, f"step-{header.step:08d}.pt"
+        while (taken := read_manifest((self.path / name).with_suffix(".json"))) is not None and (
+            taken.header.samples != header.samples
+        ):
+            number += 1
+            name = f"step-{header.step:08d}.{number}.pt"
+        return name
+
+    def choose(self) -> Choice:
+        """Find the newest checkpoint whose bytes are those that were written."""
+        listed = {entry.file: entry for entry in self.manifests()}
+        orphans = sorted(file.name for file in self._files() if file.name not in listed)
+        passed_over = [f"{name} has no valid manifest" for name in reversed(orphans)]
+        for entry in reversed(listed.values()):
+            fault = self.fault_of(entry)
+            if fault is None:
+                newer = [line for line in passed_over if line.split()[0] > entry.file]
+                return Choice(entry, tuple(newer))
+            passed_over.append(f"{entry.file} {fault}")
+        return Choice(None, tuple(passed_over))
+
+    def fault_of(self, entry: Manifest) -> str | None:
+        """Say what is wrong with a checkpoint; None if its bytes are those that were written."""
+        return fault_of(self.path / entry.file, entry)
+
+    def set_aside(self, *, after_samples: int) -> None:
+        """Rename what claims to be newer, so that it is neither chosen nor counted again."""
+        for file in self._files():
+            entry = read_manifest(file.with_suffix(".json"))
+            if entry is None or entry.header.samples > after_samples:
+                with suppress(OSError):
+                    file.replace(file.with_suffix(".pt.damaged"))
+                    file.with_suffix(".json").unlink(missing_ok=True)
+
+    def clean_up(self) -> None:
+        """Remove what saves that were cut short left behind."""
+        for file in [*self.path.glob(f".*{UNFINISHED}"), *self.path.glob("step-*.json")]:
+            alone = file.suffix == UNFINISHED or not file.with_suffix(".pt").exists()
+            if alone:
+                with suppress(OSError):
+                    file.unlink()
+
+    def settle(self, *, keep: int) -> None:
+        """Point ``last`` and ``best`` at their files, then remove what is neither new nor best.
+
+        Args:
+            keep: Newest checkpoints that stay, at least 1; the best stays beside them.
+        """
+        entries = self.manifests()
+        scored = [entry for entry in entries if entry.header.is_scored]
+        best = max(scored, key=lambda entry: goodness(entry.header.scores), default=None)
+        self._point("last", entries[-1])
+        if best is not None:
+            self._point("best", best)
+        for entry in entries[:-keep]:
+            if entry is not best:
+                file = self.path / entry.file
+                # The manifest first: a file without one is no checkpoint.
+                file.with_suffix(".json").unlink(missing_ok=True)
+                file.unlink(missing_ok=True)
+
+    def _files(self) -> list[Path]:
+        with suppress(OSError):
+            return [file for file in self.path.iterdir() if _SAVED.fullmatch(file.name)]
+        return []
+
+    def _point(self, name: str, entry: Manifest) -> None:
+        """Replace a link at once; file systems without links do without."""
+        new = self.path / f".{name}{UNFINISHED}"
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
+            new.symlink_to(entry.file)
+            new.replace(self.path / name)
+
+
+def fault_of(file: Path, entry: Manifest) -> str | None:
+    """Compare a file with its manifest; None if it is what was written."""
+    try:
+        with file.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if size != entry.size_bytes:
+                return f"has {size} bytes instead of {entry.size_bytes}"
+            if hashlib.file_digest(stream, "sha256").hexdigest() != entry.sha256:
+                return "is damaged: its SHA-256 is not that of the manifest"
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+    return None
+
+
+def goodness(scores: Mapping[str, float | int]) -> float:
+    """Order evaluations: by accuracy where there is one, else by the loss."""
+    value = scores.get("eval/accuracy", -scores.get("eval/loss", math.inf))
+    return value if math.isfinite(value) else -math.inf

@@ -1,0 +1,93 @@
+"""What a checkpoint says of itself, without its tensors. No torch.
+
+The manifest of ``step-00000045.pt`` is ``step-00000045.json`` beside it. A file without one is no checkpoint.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+"""Version of what a checkpoint holds; a reader refuses others."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """Where a run stood, and what it was.
+
+    Args:
+        step: Optimizer steps taken.
+        epoch: Number of the epoch that the next step belongs to, from 0.
+        position: Samples of that epoch that were trained, in [0, samples of an epoch).
+        samples: Samples that the run trained.
+        scored_at: Step of the last evaluation.
+        scores: The last evaluation, by name.
+        skipped: Steps without a finite gradient: all, those in a row by now, the longest row.
+        world_size: Ranks.
+        run_id: Identity of the run, also in W&B.
+        loss: What the loss is: its class, and the shapes of what it holds.
+        plan: The run's arithmetic, by name.
+        config: Resolved configuration, as plain data.
+        versions: Releases of python, torch and ddp_sgd.
+    """
+
+    step: int
+    epoch: int
+    position: int
+    samples: int
+    scored_at: int
+    scores: dict[str, float | int]
+    skipped: tuple[int, int, int]
+    world_size: int
+    run_id: str
+    loss: str
+    plan: dict[str, Any]
+    config: dict[str, Any]
+    versions: dict[str, str]
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the scores are those of the weights that are saved."""
+        return self.scored_at == self.step and bool(self.scores)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """A checkpoint that was written whole.
+
+    Args:
+        file: Name of the file with the tensors, in the same folder.
+        size_bytes: Its length.
+        sha256: Its SHA-256, in hexadecimal.
+        time: When it was written, unix time in seconds.
+        header: Where the run stood.
+    """
+
+    file: str
+    size_bytes: int
+    sha256: str
+    time: float
+    header: Header
+
+    def to_text(self) -> str:
+        """Return the manifest as JSON that carries its own checksum."""
+        content = asdict(self)
+        return json.dumps({"format": FORMAT, "check": _check(content), **content}, indent=1) + "\n"
+
+
+def read_manifest(path: Path) -> Manifest | None:
+    """Read a manifest; None if it is missing, damaged, or of another format."""
+    try:
+        content = json.loads(path.read_bytes())
+        known = content.pop("format") == FORMAT and content.pop("check") == _check(content)
+        header = content.pop("header")
+        header["skipped"] = tuple(header["skipped"])
+        return Manifest(header=Header(**header), **content) if known else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def _check(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,77 @@
+"""Reading a checkpoint without running what it contains."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddp_sgd.checkpointing.folder import FOLDER_NAME, CheckpointFolder, fault_of
+from ddp_sgd.checkpointing.manifest import FORMAT, Manifest, read_manifest
+from ddp_sgd.errors import DataError
+
+
+def read_tensors(file: Path) -> dict[str, Any]:
+    """Load a checkpoint onto the host.
+
+    Args:
+        file: A file that a run has written.
+
+    Returns:
+        ``model`` (name to tensor), ``optimizer`` (``momentum_buffer``: name to tensor), and the
+        header by name.
+
+    Raises:
+        DataError: It cannot be read, is no checkpoint, or holds more than tensors and plain data.
+    """
+    try:
+        # weights_only is said aloud: an environment variable may turn torch's default off.
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise DataError(
+            f"{file} holds more than tensors and plain data, and is not read; name a file that "
+            "`python -m ddp_sgd.checkpoint verify` accepts."
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"{file} is no checkpoint that can be read: {cause}; name a file that "
+            "`python -m ddp_sgd.checkpoint verify` accepts."
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise DataError(
+            f"{file} is no checkpoint of format {FORMAT}; name a file that ddp_sgd has written."
+        )
+    return content
+
+
+def find_checkpoint(path: Path) -> tuple[Path, Manifest]:
+    """Find the checkpoint that a user names, and verify it.
+
+    Args:
+        path: A checkpoint, a link to one, a run folder or its checkpoints folder; of a folder it is
+            the newest that is whole.
+
+    Raises:
+        DataError: There is none, or it is damaged.
+    """
+    if path.is_dir():
+        inner = path / FOLDER_NAME
+        folder = CheckpointFolder(inner if inner.is_dir() else path)
+        chosen = folder.choose()
+        if chosen.manifest is None:
+            why = "; ".join(chosen.passed_over) or "nothing was saved in it"
+            raise DataError(f"{path} holds no checkpoint that is whole ({why}); name another.")
+        return folder.path / chosen.manifest.file, chosen.manifest
+    file = path.resolve()
+    if not file.is_file():
+        raise DataError(f"{path} is not there; name a checkpoint or a run folder.")
+    manifest = read_manifest(file.with_suffix(".json"))
+    if manifest is None or manifest.file != file.name:
+        raise DataError(
+            f"{path} has no valid manifest {file.with_suffix('.json').name} beside it; "
+            "name a checkpoint that was written whole."
+        )
+    if fault := fault_of(file, manifest):
+        raise DataError(f"{path} {fault}; name another checkpoint.")
+    return file, manifest

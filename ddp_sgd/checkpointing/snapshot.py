@@ -1,0 +1,80 @@
+"""A copy of the state on the host, in memory that is kept, so that training stalls for the copy."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+_Key = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
+
+
+class Snapshot:
+    """Host memory as large as the state, page-locked where the state is on an accelerator.
+
+    Args:
+        device: Where the state is.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._kept: dict[_Key, torch.Tensor] = {}
+        self._before: dict[_Key, torch.Tensor] = {}
+        self._copied: torch.Event | None = None
+
+    def reserve(self, tree: Mapping[str, Any]) -> None:
+        """Get hold of the memory beforehand, since its first use takes longer than the copy."""
+        for tensor in _tensors(tree):
+            if (key := _key(tensor)) not in self._kept:
+                self._kept[key] = self._like(tensor).zero_()
+
+    def take(self, tree: Mapping[str, Any]) -> Any:
+        """Copy all tensors of a tree; the copy is whole after ``wait``.
+
+        Tensors that are one and the same stay so. The copy is overwritten by the next one.
+
+        Args:
+            tree: Mappings of tensors and plain data, nested.
+
+        Returns:
+            The same tree over the kept memory.
+        """
+        self._before, self._kept = self._kept, {}
+        copy = self._copy(tree)
+        self._before = {}
+        if self._device.type != "cpu":
+            self._copied = torch.Event(self._device)
+            self._copied.record()
+        return copy
+
+    def wait(self) -> None:
+        """Wait until an accelerator has filled the last copy."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def _copy(self, tree: Any) -> Any:
+        if isinstance(tree, Mapping):
+            return {key: self._copy(value) for key, value in tree.items()}
+        if not isinstance(tree, torch.Tensor):
+            return tree
+        key = _key(tree)
+        if key not in self._kept:
+            host = self._before.get(key)
+            host = self._like(tree) if host is None else host
+            self._kept[key] = host.copy_(tree.detach(), non_blocking=True)
+        return self._kept[key]
+
+    def _like(self, tensor: torch.Tensor) -> torch.Tensor:
+        pinned = self._device.type in ("cuda", "xpu")
+        return torch.empty_like(tensor.detach(), device="cpu", pin_memory=pinned)
+
+
+def _key(tensor: torch.Tensor) -> _Key:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from _tensors(value)

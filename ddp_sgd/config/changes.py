@@ -1,0 +1,50 @@
+"""What differs between two descriptions of a run, as far as it would change the weights."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ddp_sgd.config.schema import RunConfig
+
+_MATTERS = ("seed", "model", "loss", "data.train", "data.tail", "optim", "schedule")
+
+
+def changes_that_matter(before: Mapping[str, Any], now: RunConfig) -> list[str]:
+    """List the keys on which the weights depend and that were given another value.
+
+    More epochs are no change: the run goes on. Nor are other micro-batches of the same total, since
+    the steps stay the same.
+
+    Args:
+        before: An earlier configuration, as plain data.
+        now: The configuration of today.
+
+    Returns:
+        Lines such as ``optim.lr was 0.05, is 0.1``.
+    """
+    old, new = dict(_leaves(before)), dict(_leaves(now.model_dump(mode="json")))
+    default = dict(_leaves(RunConfig().model_dump(mode="json")))
+    changes = []
+    for key in sorted(old.keys() | new.keys()):
+        was, is_now = (values.get(key, default.get(key)) for values in (old, new))
+        if was != is_now and key.startswith(_MATTERS):
+            changes.append(f"{key} was {was}, is {is_now}")
+    if rank_batch(before) != rank_batch(now.model_dump()):
+        was, is_now = rank_batch(before), rank_batch(now.model_dump())
+        changes.append(f"data.batch_size x data.accumulate was {was}, is {is_now}")
+    if now.epochs < before.get("epochs", 0):
+        changes.append(f"epochs was {before['epochs']}, is {now.epochs}")
+    return changes
+
+
+def rank_batch(config: Mapping[str, Any]) -> int:
+    """Samples of one rank in one step that a configuration asks for."""
+    data = config.get("data", {})
+    return int(data.get("batch_size", 0)) * int(data.get("accumulate", 0))
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, Mapping) or not value:
+        yield path, value
+        return
+    for key, item in value.items():
+        yield from _leaves(item, f"{path}.{key}" if path else str(key))

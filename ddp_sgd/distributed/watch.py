@@ -1,0 +1,297 @@
+"""A watch on progress: a rank that hangs is found and named, and ends the job."""
+
+import faulthandler
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NoReturn
+
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+
+from ddp_sgd.distributed.board import Board
+from ddp_sgd.distributed.collectives import gather_over_ranks
+from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.distributed.verdict import Note, Place, Verdict, describe_hang, find_culprits
+from ddp_sgd.errors import ExitCode, PeerError
+
+_ORPHAN_POLL_S = 1.0
+_LAST_CALL_S = 2.0
+"""Longest wait for a store whose host was just woken."""
+_PATIENCE_S = 0.5
+"""Longest wait for a store that should answer at once, and for each part of leaving."""
+_FAREWELL_S = 5.0
+"""Longest wait of the store's host for the others to read the verdict."""
+_WRITE_S = 5.0
+"""Longest wait for the stacks, and for the line: what hangs may be the disk, or a full pipe."""
+_LAST_WORDS_S = 60.0
+"""Longest wait for ``on_hang``."""
+_SILENT_POLLS = 5
+"""Unanswered polls in a row after which the host of the store counts as frozen."""
+
+
+class Pulse:
+    """Where the training thread is; that thread alone writes, the watch looks on, without a lock.
+
+    Attributes:
+        step: Step of the run.
+        phase: What is being done, such as ``reading data``.
+        count: Phases entered: comparable, since all ranks enter the same phases in the same order.
+        ticks: Signs of life, phases included.
+    """
+
+    __slots__ = ("count", "phase", "step", "ticks")
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.phase = "start"
+        self.count = 0
+        self.ticks = 0
+
+    def at(self, phase: str, step: int | None = None) -> None:
+        """Enter a phase that every rank enters, in the same order.
+
+        Args:
+            phase: Its name, for people.
+            step: Step of the run; None keeps the one before.
+        """
+        if step is not None:
+            self.step = step
+        self.phase = phase
+        self.count += 1
+        self.ticks += 1
+
+    def tick(self) -> None:
+        """Show life within a phase; ranks may do so unequally often."""
+        self.ticks += 1
+
+
+@contextmanager
+def keep_watch(
+    runtime: Runtime,
+    pulse: Pulse,
+    *,
+    hang_s: float | None,
+    stacks: Path | None,
+    on_hang: Callable[[PeerError], None],
+    on_orphaned: Callable[[], None],
+) -> Iterator[None]:
+    """End every process of the job if the training thread of a rank shows no life for too long.
+
+    All ranks enter together. A thread writes notes on a board in the group's store; who has shown
+    no life for almost ``hang_s`` looks for the rank with the least progress, and posts a verdict,
+    upon which every rank writes down its stacks and ends with ``ExitCode.PEER``. Time counts as
+    polls saw it pass: a job that is suspended as a whole, and goes on, does not hang.
+
+    Args:
+        runtime: This process.
+        pulse: What the training thread touches.
+        hang_s: Longest time without a sign of life, in seconds, at least 1; None only looks for
+            the launcher.
+        stacks: Folder for ``stack-rank-<rank>.txt``; made when needed. None writes none.
+        on_hang: Called on every rank with the error, in a thread of its own and for a minute at
+            most, before the process ends.
+        on_orphaned: Called once, in a thread, if torchrun's agent that started this rank died.
+    """
+    watch = _Watch(runtime, pulse, hang_s, stacks, on_hang, on_orphaned)
+    try:
+        yield
+    finally:
+        watch.leave()
+
+
+class _Watch:
+    """The thread of one rank; see ``keep_watch``."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        pulse: Pulse,
+        hang_s: float | None,
+        stacks: Path | None,
+        on_hang: Callable[[PeerError], None],
+        on_orphaned: Callable[[], None],
+    ) -> None:
+        self._rank = runtime.rank
+        self._pulse = pulse
+        self._hang_s = hang_s
+        self._stacks = stacks
+        self._on_hang = on_hang
+        self._on_orphaned = on_orphaned
+        self._parent = os.getppid() if os.environ.get("TORCHELASTIC_RUN_ID") else None
+        by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self._store_rank = None if by_agent or runtime.alone else 0
+        self._interval_s = min(max(hang_s / 50, 0.05), 5.0) if hang_s else _ORPHAN_POLL_S
+        self._patience_s = min(self._interval_s, _PATIENCE_S)
+        # What passes between the last sign of life and a poll, and from there to the verdict.
+        self._limit_s = max(hang_s - 3 * self._interval_s, hang_s / 2) if hang_s else float("inf")
+        self._polls = self._silent_polls = 0
+        self._ticks = pulse.ticks
+        self._idle_s = 0.0
+        self._seen_at = time.monotonic()
+        self._before: list[Note] | None = None
+        self._next_look_s = self._limit_s / 2
+        self._has_left = self._is_ending = False
+        self._stop = threading.Event()
+        self._places: list[Place] = []
+        self._board: Board | None = None
+        if hang_s:
+            self._board = Board(
+                runtime.store.clone() if runtime.store else HashStore(),
+                runtime.rank,
+                runtime.world_size,
+            )
+            self._board.exchange(self._note(), _LAST_CALL_S)  # before anybody reads
+            self._places = gather_over_ranks((socket.gethostname(), os.getpid()), runtime)
+        self._thread = threading.Thread(target=self._run, name="ddp_sgd-watch", daemon=True)
+        self._thread.start()
+
+    def leave(self) -> None:
+        """End the thread; if the job is being ended, stay until this process is."""
+        self._stop.set()
+        self._thread.join(2 * _PATIENCE_S)
+        if self._is_ending:
+            threading.Event().wait()  # else this thread would tell of the peers that it lost
+        self._has_left = True
+        if self._board:
+            self._board.close(_PATIENCE_S)
+
+    def _run(self) -> None:
+        self._seen_at = time.monotonic()
+        while not self._stop.wait(self._interval_s):
+            with suppress(Exception):  # a watch that fails must not take the run along
+                self._poll()
+        if self._board:
+            # What ended the training thread may be peers that left upon a verdict.
+            found = self._board.exchange(self._note(left=True), _PATIENCE_S / 2)
+            if isinstance(found, Verdict) and not self._has_left:
+                self._end(found)
+
+    def _poll(self) -> None:
+        self._polls += 1
+        if self._parent is not None and os.getppid() != self._parent:
+            self._parent = None
+            self._on_orphaned()
+        if self._board is None:
+            return
+        self._measure_idleness()
+        found = self._board.exchange(self._note(), self._patience_s)
+        if isinstance(found, Verdict):
+            self._end(found)
+        self._silent_polls = 0 if found else self._silent_polls + 1
+        if self._idle_s >= self._next_look_s:
+            self._look_around(self._board)
+
+    def _measure_idleness(self) -> None:
+        now, before = time.monotonic(), self._seen_at
+        self._seen_at = now
+        if self._ticks == self._pulse.ticks:
+            self._idle_s += min(now - before, 2 * self._interval_s)  # a suspended job is not idle
+            return
+        self._ticks = self._pulse.ticks
+        self._idle_s = 0.0
+        self._before = None
+        self._next_look_s = self._limit_s / 2
+
+    def _look_around(self, board: Board) -> None:
+        """Read the notes, at half of the limit and at the limit, and judge at the latter."""
+        notes = board.read_notes(self._patience_s)
+        is_over = self._idle_s >= self._limit_s
+        if notes is None:
+            if is_over and (board.is_gone or self._silent_polls >= _SILENT_POLLS):
+                self._end(self._judge_in_silence(board))
+            return
+        if is_over:
+            culprits, frozen = find_culprits(self._before, notes, self._limit_s)
+            if culprits:
+                self._end(self._post(board, culprits, notes, frozen=frozen))
+            self._next_look_s = self._idle_s + self._limit_s / 4
+        else:
+            self._next_look_s = self._limit_s
+        self._before = notes
+
+    def _judge_in_silence(self, board: Board) -> Verdict:
+        """Blame the rank that hosts the store, if it wakes; else end alone."""
+        self._is_ending = True
+        host = self._store_rank
+        if host is not None and host != self._rank and not board.is_gone:
+            self._wake([host])
+            if notes := board.read_notes(_LAST_CALL_S):
+                return self._post(board, [host], notes, frozen=True)
+        here = self._places[self._rank][0]
+        near = [rank for rank, place in enumerate(self._places) if place[0] == here]
+        place = f"the store of {'the launcher' if host is None else f'rank {host}'}"
+        message = (
+            f"rank {self._rank} of {len(self._places)} on host {here} is stuck, with no progress "
+            f'for {self._hang_s:g} s in phase "{self._pulse.phase}" of step {self._pulse.step}, '
+            f"and {place} does not answer; look at what became of that process and its host, then "
+            "start again."
+        )
+        return Verdict(message, min((r for r in near if r != host), default=self._rank), [])
+
+    def _post(
+        self, board: Board, culprits: list[int], notes: list[Note], *, frozen: bool
+    ) -> Verdict:
+        self._is_ending = True  # even if the training thread should come to life meanwhile
+        message = describe_hang(
+            culprits,
+            notes,
+            self._places,
+            frozen=frozen,
+            hang_s=self._hang_s or 0.0,
+            stacks=self._stacks,
+        )
+        verdict = Verdict(message, self._rank, culprits)
+        return board.post(verdict, _LAST_CALL_S) or verdict
+
+    def _end(self, verdict: Verdict) -> NoReturn:
+        self._is_ending = True
+        try:
+            self._wake(verdict.culprits)  # so that they read the verdict, too
+            _try_within(_WRITE_S, self._write_stacks)
+            if self._board:
+                self._board.exchange(self._note(left=True), _LAST_CALL_S)
+            if verdict.teller == self._rank:
+                _try_within(_WRITE_S, lambda: _say(verdict.message))
+            _try_within(_LAST_WORDS_S, lambda: self._on_hang(PeerError(verdict.message)))
+            if self._board and self._rank == self._store_rank:
+                self._board.outlast_others(_FAREWELL_S, _LAST_CALL_S)
+        finally:
+            os._exit(ExitCode.PEER)
+
+    def _note(self, *, left: bool = False) -> Note:
+        pulse = self._pulse
+        return Note(pulse.step, pulse.phase, pulse.count, self._idle_s, self._polls, left)
+
+    def _wake(self, ranks: list[int]) -> None:
+        for rank in ranks:
+            host, process = self._places[rank]
+            if host == socket.gethostname():
+                with suppress(OSError):
+                    os.kill(process, signal.SIGCONT)
+
+    def _write_stacks(self) -> None:
+        if self._stacks:
+            self._stacks.mkdir(parents=True, exist_ok=True)
+            with (self._stacks / f"stack-rank-{self._rank}.txt").open("w") as file:
+                faulthandler.dump_traceback(file)
+
+
+def _try_within(limit_s: float, work: Callable[[], None]) -> None:
+    def quietly() -> None:
+        with suppress(Exception):
+            work()
+
+    thread = threading.Thread(target=quietly, name="ddp_sgd-last-words", daemon=True)
+    thread.start()
+    thread.join(limit_s)
+
+
+def _say(message: str) -> None:
+    sys.stdout.flush()
+    print(f"ddp_sgd: error: {message}", file=sys.stderr, flush=True)  # noqa: T201

@@ -1,0 +1,112 @@
+"""What a run needs to go on: nothing that can be computed from the step."""
+
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from ddp_sgd import __version__
+from ddp_sgd.checkpointing.manifest import Header
+from ddp_sgd.config.schema import RunConfig
+from ddp_sgd.engine.state import State
+from ddp_sgd.errors import ConfigError
+from ddp_sgd.losses import LossFunction
+from ddp_sgd.plan import Plan
+
+Tree = Mapping[str, Any]
+
+
+def capture(
+    state: State,
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    plan: Plan,
+    config: RunConfig,
+    run_id: str,
+    loss: str,
+) -> tuple[Header, Tree]:
+    """Gather the state, where it is.
+
+    Args:
+        state: Where the run stands.
+        model: The model itself, not its wrapper.
+        optimizer: SGD over its parameters.
+        plan: The run's arithmetic.
+        config: Description of the run.
+        run_id: Identity of the run.
+        loss: What the loss is, from ``describe_loss``.
+
+    Returns:
+        The header, and the tensors where they are: ``model`` and ``optimizer``, by name.
+    """
+    epoch, position = plan.place_at(state.step)
+    header = Header(
+        step=state.step,
+        epoch=epoch,
+        position=position,
+        samples=plan.samples_at(state.step),
+        scored_at=state.scored_at,
+        scores=dict(state.scores),
+        skipped=state.skipped,
+        world_size=plan.world_size,
+        run_id=run_id,
+        loss=loss,
+        plan=asdict(plan),
+        config=config.model_dump(mode="json"),
+        versions={
+            "ddp_sgd": __version__,
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+        },
+    )
+    momentum = dict(velocities(model, optimizer))
+    return header, {"model": model.state_dict(), "optimizer": {"momentum_buffer": momentum}}
+
+
+def refuse_foreign(tree: Any, path: str = "model") -> None:
+    """Refuse state that could be written but not read back: reading runs no code.
+
+    Args:
+        tree: Tensors and plain data, nested.
+        path: Where the tree is, for the error.
+
+    Raises:
+        ConfigError: It holds something else.
+    """
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            refuse_foreign(value, f"{path}.{key}")
+    elif isinstance(tree, (list, tuple)):
+        for number, value in enumerate(tree):
+            refuse_foreign(value, f"{path}.{number}")
+    elif type(tree) not in (int, float, bool, str, bytes, complex, type(None)) and not isinstance(
+        tree, torch.Tensor
+    ):
+        raise ConfigError(
+            f"the state {path} is a {type(tree).__name__}, which a checkpoint cannot hold; keep "
+            "tensors and plain numbers, text, lists and mappings in the state of the model."
+        )
+
+
+def velocities(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> list[tuple[str, torch.Tensor]]:
+    """List the momentum buffers with the names of their parameters, in the order of the model."""
+    return [
+        (name, optimizer.state[parameter]["momentum_buffer"])
+        for name, parameter in model.named_parameters()
+        if "momentum_buffer" in optimizer.state.get(parameter, {})
+    ]
+
+
+def describe_loss(loss: LossFunction) -> str:
+    """Name a loss by its class, or function, and the shapes of the tensors that it holds."""
+    kind = type(loss) if isinstance(loss, nn.Module) else loss
+    name = f"{kind.__module__}.{getattr(kind, '__qualname__', type(kind).__name__)}"
+    held = loss.state_dict() if isinstance(loss, nn.Module) else {}
+    shapes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in held.items())
+    return f"{name}({shapes})"

@@ -1,0 +1,127 @@
+"""Putting a saved state back, after a look at whether it fits."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ddp_sgd.checkpointing.manifest import Header
+from ddp_sgd.config import RunConfig, rank_batch
+from ddp_sgd.engine.capture import velocities
+from ddp_sgd.engine.state import State
+from ddp_sgd.errors import RefusedError
+from ddp_sgd.plan import Plan, make_plan
+
+
+def plan_from(config: RunConfig, header: Header | None, *, samples: int, world_size: int) -> Plan:
+    """Work out the plan of a run that goes on.
+
+    Args:
+        config: Description of the run.
+        header: Where it stood; None begins at step 0.
+        samples: Length of the training set, n.
+        world_size: Ranks of today.
+
+    Raises:
+        RefusedError: The number of ranks changed and must not.
+    """
+    if header is None:
+        return make_plan(config, samples=samples, world_size=world_size)
+    resized = header.world_size != world_size
+    if resized and config.on_resize == "refuse":
+        raise RefusedError(
+            f"on_resize is refuse, and the run was saved on {header.world_size} ranks while there "
+            f"are {world_size}; start {header.world_size} ranks, or set "
+            "on_resize=keep_global_batch."
+        )
+    new_batch = rank_batch(header.config) != rank_batch(config.model_dump())
+    if new_batch or (resized and config.on_resize == "rescale"):
+        kept = None
+    else:
+        kept = header.plan["global_batch"], header.plan["reference_batch"]
+    plan = make_plan(config, samples=samples, world_size=world_size, kept=kept)
+    step, skip = plan.step_at(header.epoch, header.position)
+    return replace(plan, samples_before=header.samples - skip - plan.samples_at(step))
+
+
+def state_from(header: Header | None, plan: Plan) -> tuple[State, int]:
+    """Find the place in the plan; gives the state, and the samples of its step that were trained.
+
+    In the middle of a step there is nothing to score: the evaluation before it was done.
+    """
+    if header is None:
+        return State(), 0
+    step, skip = plan.step_at(header.epoch, header.position)
+    done = skip > 0 or header.scored_at == header.step
+    return (
+        State(
+            step=step,
+            scores=dict(header.scores),
+            scored_at=step if done else -1,
+            skipped=header.skipped,
+        ),
+        skip,
+    )
+
+
+def refuse_misfit(
+    header: Header, tensors: Mapping[str, Any], model: nn.Module, *, samples: int, loss: str
+) -> None:
+    """Refuse a checkpoint of another model, data set or loss.
+
+    Args:
+        header: Where the run stood.
+        tensors: Content of the checkpoint.
+        model: The model of today.
+        samples: Length of the training set.
+        loss: What the loss is, from ``describe_loss``.
+
+    Raises:
+        RefusedError: It does not fit; the message lists what differs.
+    """
+    differences = _shape_differences(tensors["model"], model.state_dict())
+    if header.plan["samples"] != samples:
+        differences.append(f"data.train had {header.plan['samples']} samples, has {samples}")
+    if header.loss != loss:
+        differences.append(f"the loss was {header.loss}, is {loss}")
+    if differences:
+        shown = ", ".join(differences[:8]) + (", ..." if len(differences) > 8 else "")
+        raise RefusedError(
+            f"the checkpoint of step {header.step} is of another run: {shown}; restore that, or "
+            "set resume=never to begin anew."
+        )
+
+
+def restore(model: nn.Module, tensors: Mapping[str, Any]) -> None:
+    """Put weights and buffers back; ``refuse_misfit`` has looked at them."""
+    model.load_state_dict(tensors["model"])
+
+
+def restore_velocities(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Any]
+) -> None:
+    """Put the momentum buffers back; one that was not saved, such as without momentum, stays."""
+    saved = tensors["optimizer"]["momentum_buffer"]
+    for name, buffer in velocities(model, optimizer):
+        if name in saved:
+            buffer.copy_(saved[name])
+
+
+def _shape_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    differences = []
+    for name in [*now, *(name for name in saved if name not in now)]:
+        was, is_now = _shape(saved, name), _shape(now, name)
+        if was != is_now:
+            differences.append(f"{name} was {was}, is {is_now}")
+    return differences
+
+
+def _shape(values: Mapping[str, Any], name: str) -> str:
+    if name not in values:
+        return "absent"
+    value = values[name]
+    if not isinstance(value, torch.Tensor):
+        return f"a {type(value).__name__}"
+    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"

@@ -1,0 +1,171 @@
+"""What a run goes on from: rank 0 looks at the run folder, and tells the others."""
+
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from secrets import token_hex
+from typing import Any
+
+from ddp_sgd.checkpointing.folder import FOLDER_NAME, CheckpointFolder, Choice
+from ddp_sgd.checkpointing.manifest import Header
+from ddp_sgd.checkpointing.reading import find_checkpoint
+from ddp_sgd.config import RunConfig, changes_that_matter, read_yaml_file
+from ddp_sgd.distributed.collectives import from_rank_0
+from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.engine.result import RunResult, read_result
+from ddp_sgd.engine.timetable import read_deadline
+from ddp_sgd.errors import ConfigError, DataError, RefusedError
+from ddp_sgd.report.failures import refuse_endless_failure
+from ddp_sgd.report.journal import first_row
+from ddp_sgd.report.run_folder import RunFolder, unwritable
+from ddp_sgd.report.sink import Origin
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Past:
+    """What was before; equal on all ranks.
+
+    Args:
+        run_id: Identity of the run.
+        has_rows: Whether the journal of an earlier life is there.
+        header: Where the run stood when it was saved; None begins at step 0.
+        file: The checkpoint, on rank 0's disk.
+        passed_over: What is wrong with newer checkpoints.
+        ending: How the run ended, if there is nothing left to do.
+        deadline: When the run must be over, unix time in seconds; None if nobody says.
+    """
+
+    run_id: str
+    has_rows: bool = False
+    header: Header | None = None
+    file: Path | None = None
+    passed_over: tuple[str, ...] = ()
+    ending: RunResult | None = None
+    deadline: float | None = None
+
+    @property
+    def origin(self) -> Origin:
+        """Where the journal begins."""
+        head = self.header
+        return Origin(
+            run_id=self.run_id,
+            has_rows=self.has_rows,
+            is_resumed=self.has_rows or head is not None,
+            step=head.step if head else 0,
+            epoch=head.epoch + head.position / head.plan["samples_per_epoch"] if head else 0.0,
+            samples=head.samples if head else 0,
+            is_scored=head is not None and head.scored_at == head.step,
+            note={
+                "file": self.file.name if self.file else None,
+                "passed_over": "; ".join(self.passed_over) or None,
+            },
+        )
+
+
+def look_back(config: RunConfig, folder: RunFolder | None, runtime: Runtime) -> Past:
+    """Find out what there is to go on from; only rank 0 reads the folder.
+
+    Args:
+        config: Description of the run.
+        folder: The run folder, on rank 0.
+        runtime: This process.
+
+    Raises:
+        DataError: There has to be a checkpoint, and there is none that is whole.
+        RefusedError: The folder holds a run of another configuration.
+        RepeatedFailureError: The run failed again and again at the same step.
+    """
+    past = _look_into(config, folder) if folder else None
+    if past is not None:
+        past = replace(past, deadline=read_deadline(config.runtime.deadline, os.environ))
+    return from_rank_0(past, runtime)
+
+
+def _look_into(config: RunConfig, folder: RunFolder) -> Past:
+    refuse_endless_failure(folder.path, os.environ)
+    adopted = config.resume not in ("auto", "never", "must") and _adopt(config, folder)
+    saved = CheckpointFolder(folder.path / FOLDER_NAME)
+    saved.clean_up()
+    chosen = saved.choose()
+    before = _config_in(folder.path)
+    if chosen.manifest is None:
+        return _without_checkpoint(config, folder, before, chosen)
+    header = chosen.manifest.header
+    before = before or (None if adopted else header.config)
+    if before and (changes := changes_that_matter(before, config)):
+        raise RefusedError(
+            f"{folder.path} holds a run of another configuration: {', '.join(changes)}; restore "
+            "that, choose another name, or set resume=never to begin anew."
+        )
+    saved.set_aside(after_samples=header.samples)
+    return Past(
+        **_identity(folder.path),
+        header=header,
+        file=saved.path / chosen.manifest.file,
+        passed_over=chosen.passed_over,
+        ending=_ending(config, folder.path, before),
+    )
+
+
+def _without_checkpoint(
+    config: RunConfig, folder: RunFolder, before: dict[str, Any] | None, chosen: Choice
+) -> Past:
+    """Begin at step 0: in the folder of the same run, or else in a new one."""
+    why = "".join(f"; {line}" for line in chosen.passed_over)
+    if config.resume == "must":
+        raise DataError(
+            f"{folder.path} holds no checkpoint that is whole{why}; set resume=auto to begin anew."
+        )
+    if before and not changes_that_matter(before, config):
+        CheckpointFolder(folder.path / FOLDER_NAME).set_aside(after_samples=-1)
+        return Past(
+            **_identity(folder.path),
+            passed_over=chosen.passed_over,
+            ending=_ending(config, folder.path, before),
+        )
+    if any(folder.path.iterdir()):
+        folder.renew()
+    return Past(run_id=token_hex(4))
+
+
+def _adopt(config: RunConfig, folder: RunFolder) -> bool:
+    """Begin a run with a copy of a checkpoint, unless this very command has done so before."""
+    before = _config_in(folder.path)
+    if before and before.get("resume") == config.resume:
+        return False
+    file, manifest = find_checkpoint(Path(config.resume))
+    staging = folder.path.with_name(f".{folder.path.name}.{token_hex(4)}")
+    try:
+        staging.mkdir()
+        for path in (file, file.with_suffix(".json")):
+            shutil.copyfile(path, staging / path.name)
+        if fault := CheckpointFolder(staging).fault_of(manifest):
+            raise DataError(f"the copy of {file} {fault}; look at the disk of {staging.parent}.")
+        folder.renew()
+        staging.rename(folder.path / FOLDER_NAME)
+    except OSError as error:
+        raise unwritable(staging, error) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return True
+
+
+def _identity(folder: Path) -> dict[str, Any]:
+    row = first_row(folder)
+    return {"run_id": row.get("run_id") or token_hex(4), "has_rows": bool(row)}
+
+
+def _ending(config: RunConfig, folder: Path, before: dict[str, Any] | None) -> RunResult | None:
+    """Give the result of a run that has trained all its epochs."""
+    result = read_result(folder)
+    done = result is not None and result.status == "finished"
+    return result if done and before and before.get("epochs") == config.epochs else None
+
+
+def _config_in(folder: Path) -> dict[str, Any] | None:
+    """Read the configuration of an earlier life; None if there was none."""
+    try:
+        return read_yaml_file(folder / "config.yaml")
+    except ConfigError:
+        return None

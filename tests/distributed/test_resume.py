@@ -1,0 +1,265 @@
+"""Stop and resume change nothing: the same bits on the same ranks, the same run on others."""
+
+import json
+import shutil
+from contextlib import contextmanager
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ddp_sgd.checkpointing.folder import CheckpointFolder
+from ddp_sgd.config import RunConfig
+from ddp_sgd.data import Digits
+from ddp_sgd.engine.fit import fit
+from ddp_sgd.engine.stopping import StopRequest
+from ddp_sgd.models import MLP
+from ddp_sgd.report.journal import read_journal
+
+
+class Noisy:
+    """Few digits, so that runs are short, each with noise of its own in every epoch."""
+
+    def __init__(self, split="train", samples=200):
+        digits = Digits(split, shape="image")
+        self.samples = [digits[index] for index in range(samples)]
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        image, digit = self.samples[index]
+        image = torch.as_tensor(image)
+        return image + 0.1 * torch.randn_like(image), digit
+
+
+class Everything(nn.Sequential):
+    """All that remembers or draws something: normalization, dropout."""
+
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(1, 4, 3, padding=1),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Dropout(0.3),
+            nn.Linear(256, 10),
+        )
+
+
+def describe(folder, **changes):
+    basis = {
+        "name": "x",
+        "epochs": 3,
+        "wandb": {"mode": "disabled"},
+        "optim": {"lr": 0.1, "clip_norm": 1.0},
+        "data": {"batch_size": 8},
+    }
+    return RunConfig(output_dir=str(folder), **basis | changes)
+
+
+@contextmanager
+def asking_after(steps):
+    """A wish to stop that comes in the step with this number of this life."""
+    wish, taken = StopRequest(), [0]
+
+    def count(*_):
+        taken[0] += 1
+        if taken[0] == steps:
+            wish.ask("the test")
+
+    handle = register_optimizer_step_post_hook(count)
+    try:
+        yield wish
+    finally:
+        handle.remove()
+
+
+def live(runtime, folder, steps, changes, victim=0):
+    """One life of a run: to the end, or until one rank asks to stop."""
+    torch.manual_seed(0)
+    model = Everything()
+    with asking_after(steps if runtime.rank == victim else -1) as wish:
+        result = fit(
+            describe(folder, log={"every_steps": 1}, **changes),
+            runtime,
+            model=model,
+            train_set=Noisy(),
+            eval_set=Noisy("eval", 50),
+            stop=wish,
+        )
+    return result.status, result.step, result.weights_digest
+
+
+def rows(folder, *events):
+    return [
+        {key: value for key, value in row.items() if not key.startswith(("time", "throughput"))}
+        for row in read_journal(folder / "x" / "metrics.jsonl")
+        if row["event"] in events
+    ]
+
+
+PLAIN = {}
+WORKERS = {"data": {"batch_size": 8, "workers": 2}}
+ACCUMULATE = {"data": {"batch_size": 4, "accumulate": 3}, "optim": {"lr": 0.1, "nesterov": True}}
+DROP = {"data": {"batch_size": 8, "tail": "drop"}, "schedule": {"name": "one_cycle"}}
+
+
+@pytest.mark.parametrize("changes", [PLAIN, WORKERS, ACCUMULATE, DROP])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_stopped_at_any_step_a_run_ends_with_the_same_bits(world_size, changes, tmp_path):
+    """At the first step, mid-epoch, before, at and after the edge of an epoch."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    undisturbed = run_ranks(world_size, live, whole, -1, changes)
+    edge = undisturbed[0][1] // 3
+    done = 0
+    for stop in (1, edge // 2, edge - 1, edge, edge + 1):
+        victim = stop % world_size
+        first, *_ = run_ranks(world_size, live, parts, stop - done, changes, victim)
+        assert first[:2] == ("stopped", stop)
+        done = stop
+    assert run_ranks(world_size, live, parts, -1, changes) == undisturbed
+    assert len(rows(parts, "resume")) == len(rows(parts, "stop")) == 5
+    # Not only the weights: what was measured on the way is the same, each row once.
+    assert rows(parts, "train", "eval") == rows(whole, "train", "eval")
+
+
+def test_a_run_that_lost_its_last_checkpoints_repeats_them(tmp_path):
+    """As after a kill: the journal is further than the newest checkpoint that is whole."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    changes = {"checkpoint": {"every_steps": 10, "every_epochs": None}}
+    undisturbed = run_ranks(2, live, whole, -1, changes)
+    assert run_ranks(2, live, parts, 27, changes)[0][:2] == ("stopped", 27)
+    saved = CheckpointFolder(parts / "x" / "checkpoints")
+    for entry in saved.manifests()[-2:]:
+        (saved.path / entry.file).write_bytes(b"")
+    with (parts / "x" / "metrics.jsonl").open("a") as journal:
+        journal.write('{"event": "train", "ti')
+    assert run_ranks(2, live, parts, -1, changes) == undisturbed
+    assert rows(parts, "train", "eval") == rows(whole, "train", "eval")
+    (row,) = rows(parts, "resume")
+    assert row["step"] == 10
+    assert "step-00000027.pt has 0 bytes instead of" in row["passed_over"]
+    assert sorted(path.name for path in saved.path.glob("*.damaged")) == [
+        "step-00000020.pt.damaged",
+        "step-00000027.pt.damaged",
+    ]
+
+
+class Watched(Digits):
+    """Digits as float32 or float64 that remembers which were read, and when."""
+
+    def __init__(self, dtype, samples=400):
+        super().__init__()
+        self.inputs = torch.as_tensor(self.inputs[:samples]).to(dtype).numpy()
+        self.targets = self.targets[:samples]
+        self.reads = []
+
+    def __getitems__(self, indices):
+        self.reads.append(list(indices))
+        return super().__getitems__(indices)
+
+
+def live_anywhere(runtime, folder, steps, changes, dtype):
+    """One life on any number of ranks; gives what this rank read, and the weights.
+
+    The first three reads are looks at the data before the run.
+    """
+    torch.manual_seed(0)
+    model = MLP(64, [32], 10).to(dtype)
+    data = Watched(dtype)
+    config = describe(
+        folder, log={"every_steps": 1}, **{"data": {"batch_size": 4}, "epochs": 2} | changes
+    )
+    with asking_after(steps) as wish:
+        result = fit(config, runtime, model=model, train_set=data, stop=wish)
+    weights = torch.cat([p.detach().double().flatten() for p in model.parameters()])
+    return result.status, result.step, data.reads[3:], weights.numpy()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+def test_other_ranks_take_the_same_steps(dtype, tolerance, tmp_path):
+    """4 -> 2 -> 3 -> 1 ranks within one epoch of 25 steps, and on to 50.
+
+    float32: 40 steps add up rounding errors of 2^-24 = 6e-8 each, which grow like a random walk:
+    sqrt(40) x 6e-8 = 4e-7. float64 likewise from 1.1e-16.
+    """
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    first, *_ = run_ranks(4, live_anywhere, whole, -1, {}, dtype)
+    reads = []
+    for world_size, stop in ((4, 5), (2, 7), (3, 6), (1, -1)):
+        lives = run_ranks(world_size, live_anywhere, parts, stop, {}, dtype)
+        reads += [index for life in lives for batch in life[2] for index in batch]
+    assert first[:2] == ("finished", 50)
+    assert lives[0][:2] == ("finished", 50)
+    assert sorted(reads) == sorted(list(range(400)) * 2)
+    difference = abs(lives[0][3] - first[3]).max() / abs(first[3]).max()
+    assert difference <= tolerance
+    for key in ("step", "samples", "train/lr"):
+        assert [r[key] for r in rows(parts, "train")] == [r[key] for r in rows(whole, "train")]
+    losses = [[r["train/loss"] for r in rows(folder, "train")] for folder in (parts, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5 if dtype == torch.float32 else 1e-12)
+    plan = json.loads((parts / "x" / "plan.json").read_text())
+    assert (plan["world_size"], plan["global_batch"], plan["accumulate"]) == (1, 16, 4)
+
+
+def test_a_rescaled_run_reads_every_sample_once(tmp_path):
+    """2 ranks, 400 samples: stopped after 30 steps of 8; then 4 ranks take steps of 16.
+
+    Step 15 of the new grid owns the samples from 240 on: nothing was read of it. Stopped at step 17
+    (272), 3 ranks take steps of 12; step 22 owns 264 to 276, so its first 8 samples are left out.
+    """
+    changes = {"on_resize": "rescale"}
+    reads = []
+    for world_size, stop in ((2, 30), (4, 2), (3, -1)):
+        lives = run_ranks(world_size, live_anywhere, tmp_path, stop, changes, torch.float32)
+        reads += [index for life in lives for batch in life[2] for index in batch]
+    assert sorted(reads) == sorted(list(range(400)) * 2)
+    train = rows(tmp_path, "train")
+    samples = [row["samples"] for row in train]
+    assert samples == sorted(set(samples))
+    assert samples[-1] == 800
+    assert [row["step"] for row in rows(tmp_path, "resume")] == [15, 22]
+    assert train[30]["samples"] == 256
+    assert train[32]["samples"] == 276  # the short step in between
+    assert train[-1]["epoch"] == 2.0
+
+
+def refused(runtime, folder, changes):
+    return live_anywhere(runtime, folder, -1, changes, torch.float32)
+
+
+def test_a_run_that_must_not_be_resized_is_not(tmp_path):
+    changes = {"on_resize": "refuse"}
+    run_ranks(2, live_anywhere, tmp_path, 3, changes, torch.float32)
+    before = (tmp_path / "x" / "metrics.jsonl").read_bytes()
+    results = run_ranks(3, refused, tmp_path, changes, raises=True)
+    assert sorted(r.error for r in results) == [
+        "FaultElsewhereError", "FaultElsewhereError", "RefusedError",
+    ]  # fmt: skip
+    assert "on_resize is refuse, and the run was saved on 2 ranks" in results[0].text
+    assert (tmp_path / "x" / "metrics.jsonl").read_bytes() == before
+    assert run_ranks(2, live_anywhere, tmp_path, -1, changes, torch.float32)[0][0] == "finished"
+
+
+def only_rank_0_sees_the_folder(runtime, folder, steps):
+    """Every rank has an output folder of its own, as on machines without a shared disk."""
+    return live(runtime, folder / str(runtime.rank), steps, {})
+
+
+def test_no_other_rank_reads_the_folder(tmp_path):
+    run_ranks(2, only_rank_0_sees_the_folder, tmp_path / "parts", 11)
+    assert not (tmp_path / "parts" / "1").exists()
+    done = run_ranks(2, only_rank_0_sees_the_folder, tmp_path / "parts", -1)
+    assert done == run_ranks(2, live, tmp_path / "whole", -1, {})
+
+
+def test_a_finished_run_gives_its_result_to_all_ranks(tmp_path):
+    first = run_ranks(2, live, tmp_path, -1, {})
+    before = (tmp_path / "x" / "metrics.jsonl").read_bytes()
+    assert run_ranks(2, live, tmp_path, -1, {}) == first
+    assert (tmp_path / "x" / "metrics.jsonl").read_bytes() == before
+    shutil.rmtree(tmp_path / "x" / "checkpoints")
+    assert run_ranks(2, live, tmp_path, -1, {}) == first
