@@ -11,7 +11,7 @@ from pathlib import Path
 from ddp_sgd.command import run_command
 from ddp_sgd.config import CommandLine, Option
 from ddp_sgd.distributed.ranks import may_be_rank_0, read_ranks, told_by
-from ddp_sgd.engine.stopping import stop_on_signal
+from ddp_sgd.engine.stopping import leave_undisturbed, stop_on_signal
 
 _OPTIONS = (
     Option(
@@ -60,4 +60,6 @@ def train(line: CommandLine) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    leave_undisturbed()
+    sys.exit(code)

@@ -108,7 +108,15 @@ COMMAND_LINE = [
     case("infinite", ["--optim.lr=.inf"], CONFIG, "optim.lr is inf; choose a finite number"),
     case("nearly a word", ["--schedule.name=cosin"], CONFIG, "'cosin'", "did you mean cosine?"),
     case("rule that does not exist", ["--optim.scaling=cubic"], CONFIG, "'cubic'", "linear, sqrt"),
-    case("resume that comes later", ["--resume=must"], CONFIG, "resume is 'must'", "never"),
+    case(
+        "nothing to resume",
+        ["--resume=must"],
+        DATA,
+        "digits holds no checkpoint that is whole; set resume=auto",
+    ),
+    case(
+        "no such checkpoint", ["--resume=gone.pt"], DATA, "gone.pt is not there; name a checkpoint"
+    ),
     case("folder in a name", ["--name=../elsewhere"], CONFIG, "name is '../elsewhere'; choose"),
     case("slash in a name", ["--name=a/b"], CONFIG, "name is 'a/b'; choose"),
     case("name of dots", ["--name=.."], CONFIG, "name is '..'", "use a letter or a digit."),

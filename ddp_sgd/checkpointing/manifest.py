@@ -1,6 +1,7 @@
 """What a checkpoint says of itself, without its tensors. No torch.
 
-The manifest of ``step-00000045.pt`` is ``step-00000045.json`` beside it. A file without one is no checkpoint.
+The manifest of ``step-00000045.pt`` is ``step-00000045.json`` beside it. A file without one is no
+checkpoint.
 """
 
 import hashlib

@@ -16,6 +16,7 @@ from ddp_sgd.data.order import Chunks, Order
 from ddp_sgd.distributed.collectives import broadcast_over_ranks
 from ddp_sgd.distributed.replica import Replica
 from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.distributed.watch import Pulse
 from ddp_sgd.engine.capture import describe_loss, velocities
 from ddp_sgd.engine.evaluation import Metrics, evaluate
 from ddp_sgd.engine.restoring import (
@@ -71,6 +72,7 @@ class Job:
         device: Where this rank computes.
         state: Where the run stands.
         skip: Samples at the head of the next step that were trained already.
+        pulse: What is being done, for those who watch.
     """
 
     plan: Plan
@@ -85,6 +87,7 @@ class Job:
     device: torch.device
     state: State
     skip: int
+    pulse: Pulse
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step."""
@@ -140,44 +143,50 @@ def assemble(config: RunConfig, parts: Parts, runtime: Runtime, past: Past) -> J
         DataError: A sample cannot be read, labels lie out of range, or a checkpoint is damaged.
         RefusedError: The checkpoint is of another run.
     """
-    samples = len(parts.train_set)
+    samples, loss_name = len(parts.train_set), describe_loss(parts.loss)
     saved = read_tensors(past.file) if past.file and runtime.rank == 0 else None
-    loss_name = describe_loss(parts.loss)
     if saved and past.header:
         refuse_misfit(past.header, saved, parts.model, samples=samples, loss=loss_name)
         restore(parts.model, saved)
     plan = plan_from(config, past.header, samples=samples, world_size=runtime.world_size)
     state, skip = state_from(past.header, plan)
     model = parts.model.to(runtime.device)
-    loss = parts.loss.to(runtime.device) if isinstance(parts.loss, nn.Module) else parts.loss
+    if isinstance(parts.loss, nn.Module):
+        parts.loss.to(runtime.device)
     check_normalization(model, plan)
-    objective = try_out(model, loss, parts.train_set, "data.train", runtime.device)
-    optimizer = build_sgd(
-        model,
-        lr=plan.base_lr,
-        momentum=config.optim.momentum,
-        nesterov=config.optim.nesterov,
-        weight_decay=config.optim.weight_decay,
-        decay_norm_and_bias=config.optim.decay_norm_and_bias,
-    )
-    replica = Replica(model, runtime, **config.parallel.model_dump())
+    objective = try_out(model, parts.loss, parts.train_set, "data.train", runtime.device)
+    optimizer = _optimizer(config, model, plan)
+    replica = Replica(model, runtime, **config.parallel.model_dump())  # weights are rank 0's now
     if saved:
         restore_velocities(model, optimizer, saved)
     if past.header:
         broadcast_over_ranks((buffer for _, buffer in velocities(model, optimizer)), runtime)
+    pulse, clip_norm = Pulse(), config.optim.clip_norm
     return Job(
         plan=plan,
         replica=replica,
-        stepper=Stepper(replica, objective, optimizer, runtime, clip_norm=config.optim.clip_norm),
+        stepper=Stepper(replica, objective, optimizer, runtime, pulse, clip_norm=clip_norm),
         loader=_train_loader(config, plan, parts.train_set, runtime),
         schedule=build_schedule(config.schedule, plan),
-        score=_scorer(config, parts, loss, replica, runtime),
+        score=_scorer(config, parts, replica, runtime, pulse),
         seed_model=_model_seeder(config.seed, runtime),
         optimizer=optimizer,
         loss=loss_name,
         device=runtime.device,
         state=state,
         skip=skip,
+        pulse=pulse,
+    )
+
+
+def _optimizer(config: RunConfig, model: nn.Module, plan: Plan) -> SGD:
+    return build_sgd(
+        model,
+        lr=plan.base_lr,
+        momentum=config.optim.momentum,
+        nesterov=config.optim.nesterov,
+        weight_decay=config.optim.weight_decay,
+        decay_norm_and_bias=config.optim.decay_norm_and_bias,
     )
 
 
@@ -197,11 +206,11 @@ def _train_loader(config: RunConfig, plan: Plan, dataset: Any, runtime: Runtime)
 
 
 def _scorer(
-    config: RunConfig, parts: Parts, loss: LossFunction, replica: Replica, runtime: Runtime
+    config: RunConfig, parts: Parts, replica: Replica, runtime: Runtime, pulse: Pulse
 ) -> Callable[[], Metrics]:
     if parts.eval_set is None:
         return dict
-    objective = try_out(replica.inner, loss, parts.eval_set, "data.eval", runtime.device)
+    objective = try_out(replica.inner, parts.loss, parts.eval_set, "data.eval", runtime.device)
     chunks = Chunks(
         len(parts.eval_set),
         batch_size=config.data.batch_size,
@@ -214,7 +223,7 @@ def _scorer(
 
     def score() -> Metrics:
         replica.sync_buffers()
-        return evaluate(replica.inner, objective, loader, runtime)
+        return evaluate(replica.inner, objective, loader, runtime, pulse)
 
     return score
 

@@ -11,13 +11,18 @@ from torch import nn
 from ddp_sgd.data.loading import EvalLoader, move
 from ddp_sgd.distributed.collectives import sum_over_ranks
 from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.distributed.watch import Pulse
 from ddp_sgd.losses import Objective
 
 Metrics = dict[str, float | int]
 
 
 def evaluate(
-    model: nn.Module, objective: Objective, loader: EvalLoader, runtime: Runtime
+    model: nn.Module,
+    objective: Objective,
+    loader: EvalLoader,
+    runtime: Runtime,
+    pulse: Pulse | None = None,
 ) -> Metrics:
     """Score a model.
 
@@ -30,6 +35,7 @@ def evaluate(
         objective: The loss.
         loader: This rank's chunks.
         runtime: This process.
+        pulse: Is told of every chunk.
 
     Returns:
         ``eval/loss``, the mean over all units, and ``eval/count``, the samples scored. For scores
@@ -42,6 +48,8 @@ def evaluate(
     counts = torch.zeros(5, dtype=torch.int64, device=place)
     with evaluating(model):
         for chunk, inputs, targets in loader:
+            if pulse is not None:
+                pulse.tick()
             outputs = model(move(inputs, runtime.device))
             samples = _length(targets)
             units = samples if objective.counts_samples else objective.units(targets, samples)

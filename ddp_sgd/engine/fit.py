@@ -1,6 +1,7 @@
 """The whole run, from the description to the result, on one screen."""
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -8,6 +9,7 @@ from torch import nn
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.distributed.fate import shared_fate
 from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.distributed.watch import keep_watch
 from ddp_sgd.engine.assembly import assemble, gather_parts
 from ddp_sgd.engine.checkpoint import open_checkpoints
 from ddp_sgd.engine.diagnosis import plain_faults
@@ -84,9 +86,19 @@ def fit(
                 every_steps=config.log.every_steps,
                 state=job.state,
             )
-            with open_checkpoints(config, job, past.run_id, folder, report) as checkpoints:
+            with (
+                open_checkpoints(config, job, past.run_id, folder, report) as checkpoints,
+                keep_watch(
+                    runtime,
+                    job.pulse,
+                    hang_s=config.runtime.hang_s,
+                    stacks=Path(config.output_dir) / config.name / "logs",
+                    on_hang=report.fail,
+                    on_orphaned=lambda: wish.ask("the launcher is gone"),
+                ),
+            ):
                 every = config.eval.every_epochs
                 train(job, heartbeat, checkpoints, report, deadline, score_every=every)
-            ending = conclude(job.state, job.plan, job.replica, runtime)
+                ending = conclude(job.state, job.plan, job.replica, runtime)
             report.end(ending.as_row())
             return ending

@@ -39,18 +39,21 @@ def train(
 
     def score_if_due() -> None:
         if plan.ends_epochs(state.step, score_every) and state.scored_at != state.step:
+            job.pulse.at("evaluating", state.step)
             start = time.perf_counter()
             state.scores, state.scored_at = job.score(), state.step
             report.eval(state.scores)
             deadline.score_s = time.perf_counter() - start
             heartbeat.restart_clock()
 
+    job.pulse.at("reading data", state.step)
     score_if_due()  # the run may have been stopped just before
     for batches in job.loader.from_step(state.step, job.skip):
         lr = job.rate(state.step)
         job.seed_model(state.step)
         result = job.stepper.step(batches, lr)
         state.step += 1
+        job.pulse.at("heartbeat")
         beat = heartbeat.after(state.step, result, lr=lr, wait_s=batches.wait_s)
         stopping = False
         if beat:
@@ -63,8 +66,11 @@ def train(
         if not stopping:
             score_if_due()
         if beat and beat.save:
+            job.pulse.at("saving")
             checkpoints.save(state)
         if stopping:
             report.stop(heartbeat.reason)
             break
+        job.pulse.at("reading data", state.step)
+    job.pulse.at("saving")
     checkpoints.finish()

@@ -10,6 +10,7 @@ from ddp_sgd.data.loading import StepBatches
 from ddp_sgd.distributed.collectives import sum_over_ranks
 from ddp_sgd.distributed.replica import Replica
 from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.distributed.watch import Pulse
 from ddp_sgd.losses import Objective, wide_float
 from ddp_sgd.optim.sgd import set_lr
 
@@ -41,6 +42,7 @@ class Stepper:
         objective: What is minimized.
         optimizer: SGD over the replica's parameters.
         runtime: This process.
+        pulse: Is told what is being done.
         clip_norm: Largest L2 norm of the gradient, above 0; None does not clip.
     """
 
@@ -50,6 +52,7 @@ class Stepper:
         objective: Objective,
         optimizer: SGD,
         runtime: Runtime,
+        pulse: Pulse,
         *,
         clip_norm: float | None = None,
     ) -> None:
@@ -57,6 +60,7 @@ class Stepper:
         self._objective = objective
         self._optimizer = optimizer
         self._runtime = runtime
+        self._pulse = pulse
         self._clip_norm = clip_norm
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -71,16 +75,20 @@ class Stepper:
             batches: This rank's part of the step.
             lr: Rate of this step.
         """
+        self._pulse.at("forward pass", batches.step)
         set_lr(self._optimizer, lr)
         self._optimizer.zero_grad(set_to_none=True)
         local_units, units = self._count_units(batches)
         scale = self._runtime.world_size / units
         loss_total = torch.zeros((), device=self._runtime.device)
         for batch in batches.micro_batches:
+            self._pulse.tick()
             ready = batch.to(self._runtime.device)
             with self._replica.sync_gradients(when=batch.is_last):
                 outputs = self._replica.forward(ready.inputs)
                 total = self._objective.total(outputs, ready.targets, ready.samples)
+                if batch.is_last:
+                    self._pulse.at("backward pass")  # where ranks wait for each other
                 torch.autograd.backward(total * scale)
             loss_total = loss_total + total.detach()
         grad_norm, skipped = self._update()

@@ -22,6 +22,12 @@ class StopRequest:
         self.reason = self.reason or reason
 
 
+def leave_undisturbed() -> None:
+    """Let no signal end a process that is about to end by itself, with its own exit code."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def stop_on_signal(
     *signals: signal.Signals,

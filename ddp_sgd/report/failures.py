@@ -1,4 +1,4 @@
-"""What went wrong in earlier lives of a run: a restart that changes nothing must not go on for ever.
+"""What went wrong in earlier lives of a run, so that a restart that mends nothing has an end.
 
 Only failures that a rank told of itself count. A lost peer says nothing about the run: hosts die.
 """

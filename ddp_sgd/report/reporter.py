@@ -141,6 +141,8 @@ class Reporter:
                 sink.finish(full)
 
     def _write(self, event: str, row: Row, step: int | None = None) -> None:
+        if self._plan is None:
+            raise RuntimeError(f"row {event!r} was written before the run had a plan")
         full = {"time": time.time(), **self._place(step), **row}
         for sink in self._opened:
             sink.write(event, {key: _number(value) for key, value in full.items()})

@@ -1,5 +1,6 @@
 """A rank that hangs is found and named, and ends the job; nothing else does."""
 
+import json
 import os
 import select
 import signal
@@ -16,6 +17,7 @@ from ranks import run_ranks
 
 from ddp_sgd.distributed.collectives import sum_over_ranks
 from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.distributed.verdict import Verdict
 from ddp_sgd.distributed.watch import Pulse, keep_watch
 from ddp_sgd.errors import PeerError
 
@@ -208,6 +210,19 @@ def fail(runtime, folder):
 def test_an_error_leaves_as_it_came(tmp_path):
     errors = sorted(result.error for result in run_ranks(2, fail, tmp_path, raises=True))
     assert errors == ["FaultElsewhereError", "ValueError"]
+
+
+def lose_peers_upon_a_verdict(runtime, folder):
+    """What a collective meets when a peer read the verdict first; the next poll is 5 s away."""
+    verdict = Verdict("rank 7 is stuck; look there.", 1, [])
+    with watched(runtime, Pulse(), folder, hang_s=300.0):
+        runtime.store.compare_set("verdict", "", json.dumps(verdict))
+        raise RuntimeError("Connection closed by peer")
+
+
+def test_a_peer_that_left_upon_a_verdict_is_not_a_second_fault(tmp_path):
+    results = run_ranks(2, lose_peers_upon_a_verdict, tmp_path, raises=True)
+    assert all_ended(results, tmp_path) == "rank 7 is stuck; look there."
 
 
 def leave_while_the_store_is_silent(runtime, folder):

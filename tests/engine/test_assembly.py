@@ -7,9 +7,11 @@ from ddp_sgd.data import Digits, InMemory
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.assembly import assemble, gather_parts
 from ddp_sgd.engine.digest import weights_digest
+from ddp_sgd.engine.resume import Past
 from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.models import MLP
 
+ANEW = Past(run_id="cafe0123")
 NOTHING = {"model": None, "loss": None, "train_set": None, "eval_set": None}
 
 
@@ -48,7 +50,7 @@ def test_evaluation_may_be_left_out():
     config = RunConfig(data={"eval": None})
     parts = gather_parts(config, **NOTHING)
     assert parts.eval_set is None
-    assert assemble(config, parts, Runtime()).score() == {}
+    assert assemble(config, parts, Runtime(), ANEW).score() == {}
 
 
 @pytest.mark.parametrize(
@@ -75,14 +77,14 @@ def test_the_wrong_kind_is_named(key, component, error, message):
 
 def test_rates_follow_the_plan():
     config = RunConfig(epochs=10, schedule={"name": "linear"})
-    job = assemble(config, gather_parts(config, **NOTHING), Runtime())
+    job = assemble(config, gather_parts(config, **NOTHING), Runtime(), ANEW)
     assert job.rate(0) == job.plan.peak_lr == 0.05
     assert job.rate(job.plan.total_steps // 2) == pytest.approx(0.025)
 
 
 def test_the_model_s_random_numbers_follow_from_the_step():
     config = RunConfig()
-    job = assemble(config, gather_parts(config, **NOTHING), Runtime())
+    job = assemble(config, gather_parts(config, **NOTHING), Runtime(), ANEW)
 
     def draw(step):
         job.seed_model(step)
@@ -96,7 +98,7 @@ def test_held_out_data_are_tried_as_well():
     wrong = InMemory(torch.zeros(4, 3), torch.zeros(4).long())
     parts = gather_parts(config, **NOTHING | {"train_set": Digits(), "eval_set": wrong})
     with pytest.raises(ConfigError, match=r"fails on inputs of float32 of shape \(2, 3\)"):
-        assemble(config, parts, Runtime())
+        assemble(config, parts, Runtime(), ANEW)
 
 
 def test_a_pretrained_model_is_trained_in_training_mode():

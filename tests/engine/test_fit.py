@@ -44,7 +44,7 @@ def test_a_run_leaves_what_the_contract_says(tmp_path):
     result = fit(describe(tmp_path), Runtime(), model=model)
     folder = tmp_path / "digits"
     assert {path.name for path in folder.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "plan.json", "result.json",
+        "checkpoints", "config.yaml", "metrics.jsonl", "plan.json", "result.json",
     }  # fmt: skip
     assert load_config(["--config", str(folder / "config.yaml")], environ={}) == describe(tmp_path)
     assert json.loads((folder / "plan.json").read_text())["total_steps"] == 90
@@ -57,7 +57,9 @@ def test_a_run_leaves_what_the_contract_says(tmp_path):
     assert [row["event"] for row in journal if row["event"] != "train"] == [
         "start",
         "eval",
+        "checkpoint",
         "eval",
+        "checkpoint",
         "end",
     ]
     for row in journal:
@@ -78,7 +80,8 @@ def test_a_run_leaves_what_the_contract_says(tmp_path):
 
 
 def test_the_same_run_twice_gives_the_same_bits_and_keeps_both(tmp_path):
-    digests = {fit(describe(tmp_path), Runtime()).weights_digest for _ in range(3)}
+    config = describe(tmp_path, resume="never")
+    digests = {fit(config, Runtime()).weights_digest for _ in range(3)}
     assert len(digests) == 1
     assert {path.name for path in tmp_path.iterdir()} == {"digits", "digits.1", "digits.2"}
 

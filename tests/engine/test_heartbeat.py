@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import torch
 from ranks import run_ranks
@@ -7,8 +9,10 @@ from ddp_sgd.distributed import collectives
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine import heartbeat as module
 from ddp_sgd.engine.heartbeat import Heartbeat
+from ddp_sgd.engine.state import State
 from ddp_sgd.engine.step import StepResult
 from ddp_sgd.engine.stopping import StopRequest
+from ddp_sgd.engine.timetable import Deadline, Timetable
 from ddp_sgd.plan import make_plan
 
 
@@ -29,12 +33,20 @@ def result(loss=6.0, units=3, own=3, skipped=0.0, norm=2.0):
     return StepResult(torch.tensor(loss), units, own, torch.tensor(norm), torch.tensor(skipped))
 
 
-def heartbeat(runtime=None, *, every_steps=10, samples=300, stop=None):
+def heartbeat(runtime=None, *, every_steps=10, samples=300, stop=None, **changes):
     runtime = runtime or Runtime()
-    plan = make_plan(
-        RunConfig(data={"batch_size": 3}), samples=samples, world_size=runtime.world_size
+    described = {"data": {"batch_size": 3}, "epochs": 100, "checkpoint": {"every_epochs": None}}
+    config = RunConfig(**described | changes)
+    plan = make_plan(config, samples=samples, world_size=runtime.world_size)
+    return Heartbeat(
+        plan,
+        runtime,
+        stop or StopRequest(),
+        Timetable(config.checkpoint, plan),
+        Deadline(config.runtime.deadline),
+        every_steps=every_steps,
+        state=State(),
     )
-    return Heartbeat(plan, runtime, stop or StopRequest(), every_steps=every_steps)
 
 
 def test_a_row_every_so_many_steps_and_at_the_end_of_an_epoch(clock):
@@ -101,12 +113,12 @@ def test_skipped_steps_count_but_their_losses_do_not(clock):
         clock.now += 1
         beat = pulse.after(step, result(loss=loss, skipped=float(bad)), lr=0.1, wait_s=0.0)
     assert beat.row["train/loss"] == 2.0
-    assert (beat.skipped_steps, beat.skipped_in_a_row) == (2, 2)
+    assert beat.skipped == (2, 0, 2)
     for step in range(5, 9):
         clock.now += 1
         beat = pulse.after(step, result(loss=float("nan"), skipped=1.0), lr=0.1, wait_s=0.0)
     assert beat.row["train/loss"] is None
-    assert (beat.skipped_steps, beat.skipped_in_a_row) == (6, 4)
+    assert beat.skipped == (6, 4, 4)
 
 
 def test_time_spent_elsewhere_is_left_out(clock):
@@ -121,6 +133,48 @@ def test_time_spent_elsewhere_is_left_out(clock):
     pulse.after(3, result(), lr=0.1, wait_s=0.0)
     clock.now += 1
     assert pulse.after(4, result(), lr=0.1, wait_s=0.0).row["time/step_ms"] == pytest.approx(1000)
+
+
+def test_a_save_closes_the_row(clock):
+    """So that nothing half-counted has to be saved, and the journal is the same after a resume."""
+    pulse, beats = heartbeat(checkpoint={"every_steps": 4, "every_epochs": None}), {}
+    for step in range(1, 13):
+        clock.now += 0.01
+        if beat := pulse.after(step, result(), lr=0.1, wait_s=0.0):
+            beats[step] = (beat.row is not None, beat.save)
+    assert beats[1] == (False, False)
+    assert {s: b for s, b in beats.items() if s > 1} == {
+        4: (True, True), 8: (True, True), 10: (True, False), 12: (True, True),
+    }  # fmt: skip
+
+
+def test_skipped_steps_of_an_earlier_life_count(clock):
+    plan = make_plan(RunConfig(), samples=3200, world_size=1)
+    timetable = Timetable(RunConfig().checkpoint, plan)
+    state = State(step=7, skipped=(5, 2, 3))
+    pulse = Heartbeat(
+        plan, Runtime(), StopRequest(), timetable, Deadline(None), every_steps=8, state=state
+    )
+    clock.now += 1
+    assert pulse.after(8, result(skipped=1.0), lr=0.1, wait_s=0.0).skipped == (6, 3, 3)
+
+
+@pytest.mark.parametrize(("left_s", "near"), [(1e6, False), (4.0, True), (-5.0, True)])
+def test_a_deadline_that_is_near_is_a_wish_to_stop(left_s, near, clock):
+    plan = make_plan(RunConfig(), samples=3200, world_size=1)
+    pulse = Heartbeat(
+        plan,
+        Runtime(),
+        StopRequest(),
+        Timetable(RunConfig().checkpoint, plan),
+        Deadline(time.time() + left_s),
+        every_steps=8,
+        state=State(),
+    )
+    clock.now += 0.5
+    beat = pulse.after(1, result(), lr=0.1, wait_s=0.0)
+    assert (beat.stop, beat.save, beat.row is not None) == (near, near, near)
+    assert pulse.reason == ("the deadline is near" if near else None)
 
 
 def beat_together(runtime):

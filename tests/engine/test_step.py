@@ -7,6 +7,7 @@ from torch import nn
 from ddp_sgd.data.loading import MicroBatch, StepBatches
 from ddp_sgd.distributed.replica import Replica
 from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.distributed.watch import Pulse
 from ddp_sgd.engine.step import Stepper, model_generators
 from ddp_sgd.losses import Objective
 from ddp_sgd.optim.sgd import build_sgd
@@ -24,7 +25,7 @@ def linear():
 def stepper(model, **options):
     optimizer = build_sgd(model, lr=0.1, momentum=0.9)
     objective = Objective(nn.MSELoss(), Y)
-    return Stepper(Replica(model, Runtime()), objective, optimizer, Runtime(), **options)
+    return Stepper(Replica(model, Runtime()), objective, optimizer, Runtime(), Pulse(), **options)
 
 
 def batches(*sizes, x=X, y=Y):

@@ -13,7 +13,7 @@ ROW = {"train/loss": 2.25, "samples": 320, "epoch": 0.5, "step": 10, "time": 1.7
 
 def _written(folder, *rows):
     journal = Journal()
-    journal.start(SimpleNamespace(folder=folder))
+    journal.start(SimpleNamespace(folder=folder, resumed=False))
     for event, row in rows:
         journal.write(event, row)
     journal.finish({})
@@ -39,7 +39,7 @@ def test_what_was_written_is_read_back(tmp_path):
 
 def test_a_line_is_on_disk_when_write_returns(tmp_path):
     journal = Journal()
-    journal.start(SimpleNamespace(folder=tmp_path))
+    journal.start(SimpleNamespace(folder=tmp_path, resumed=False))
     journal.write("train", ROW)
     assert len(read_journal(tmp_path / FILE_NAME)) == 1
     journal.finish({})
@@ -96,14 +96,14 @@ def test_an_empty_journal_has_no_rows(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_an_output_error(tmp_path):
     with pytest.raises(OutputError, match=r"metrics\.jsonl cannot be written: .*; set output_dir"):
-        Journal().start(SimpleNamespace(folder=tmp_path / "missing"))
+        Journal().start(SimpleNamespace(folder=tmp_path / "missing", resumed=False))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_is_an_output_error_and_closing_is_quiet(tmp_path):
     (tmp_path / FILE_NAME).symlink_to("/dev/full")
     journal = Journal()
-    journal.start(SimpleNamespace(folder=tmp_path))
+    journal.start(SimpleNamespace(folder=tmp_path, resumed=False))
     with pytest.raises(OutputError, match="No space left on device; set output_dir") as caught:
         journal.write("train", ROW)
     assert caught.value.exit_code == ExitCode.OUTPUT

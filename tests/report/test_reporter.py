@@ -1,15 +1,20 @@
 import json
 import subprocess
+from contextlib import contextmanager
 
 import pytest
 
 from ddp_sgd.config import RunConfig
 from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.engine.state import State
 from ddp_sgd.errors import DataError, OutputError
 from ddp_sgd.plan import make_plan
 from ddp_sgd.report.journal import read_journal
 from ddp_sgd.report.reporter import git_commit, open_report
+from ddp_sgd.report.run_folder import claim_run_folder
+from ddp_sgd.report.sink import Origin
 
+ORIGIN = Origin(run_id="0123cafe")
 PLAN = make_plan(RunConfig(), samples=100, world_size=1)
 
 
@@ -17,45 +22,62 @@ def config(folder, **changes):
     return RunConfig(output_dir=str(folder), name="x", wandb={"mode": "disabled"}, **changes)
 
 
+@contextmanager
+def reporting(folder, state=None, runtime=None, origin=ORIGIN, **changes):
+    runtime, settings = runtime or Runtime(), config(folder, **changes)
+    with claim_run_folder(settings, runtime) as claimed:
+        with open_report(settings, runtime, claimed, origin) as report:
+            yield report
+
+
 def result(folder):
     return json.loads((folder / "x" / "result.json").read_text())
 
 
 def test_rows_have_their_place_in_the_run(tmp_path):
-    with open_report(config(tmp_path), Runtime()) as report:
-        report.start(PLAN)
-        report.train(2, {"train/loss": float("nan")})
-        report.train(3, None)
-        report.eval(4, {"eval/loss": 0.5})
-        report.eval(4, {})
-        report.stop(5, None)
+    state = State()
+    with reporting(tmp_path) as report:
+        report.start(PLAN, state)
+        state.step = 2
+        report.train({"train/loss": float("nan")})
+        state.step = 3
+        report.train(None)
+        state.step = 4
+        report.eval({"eval/loss": 0.5})
+        report.eval({})
+        report.checkpoint(2, {"file": "step-00000002.pt"})
+        state.step = 5
+        report.stop(None)
         report.end({"status": "stopped", "step": 5, "samples": 132})
     rows = read_journal(tmp_path / "x" / "metrics.jsonl")
     assert [(r["event"], r["step"], r["epoch"], r["samples"]) for r in rows] == [
         ("start", 0, 0.0, 0),
         ("train", 2, 0.64, 64),
         ("eval", 4, 1.0, 100),
+        ("checkpoint", 2, 0.64, 64),
         ("stop", 5, 1.32, 132),
         ("end", 5, 1.32, 132),
     ]
     assert rows[1]["train/loss"] is None
-    assert rows[3]["reason"] == "another rank was asked to stop"
+    assert rows[4]["reason"] == "another rank was asked to stop"
     assert result(tmp_path).keys() == {"status", "step", "samples", "wall_s"}
 
 
 def test_only_rank_0_writes(tmp_path, capsys):
-    with open_report(config(tmp_path), Runtime(rank=1, world_size=2)) as report:
-        report.start(PLAN)
-        report.train(2, {"train/loss": 1.0})
+    with reporting(tmp_path, runtime=Runtime(rank=1, world_size=2)) as report:
+        report.start(PLAN, State())
+        report.train({"train/loss": 1.0})
         report.end({"status": "finished", "step": 2})
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr() == ("", "")
 
 
 def test_a_failure_before_the_plan_is_recorded(tmp_path):
-    with pytest.raises(DataError), open_report(config(tmp_path), Runtime()):
+    with pytest.raises(DataError), reporting(tmp_path):
         raise DataError("x is empty; fill it.")
-    assert {path.name for path in (tmp_path / "x").iterdir()} == {"result.json"}
+    assert {path.name for path in (tmp_path / "x").iterdir()} == {
+        "result.json", "failures.jsonl",
+    }  # fmt: skip
     written = result(tmp_path)
     assert written.pop("wall_s") >= 0
     assert written == {
@@ -70,38 +92,77 @@ def test_a_failure_before_the_plan_is_recorded(tmp_path):
 
 
 def test_a_failure_in_the_middle_is_recorded_with_its_place(tmp_path):
-    with pytest.raises(KeyError), open_report(config(tmp_path), Runtime()) as report:
-        report.start(PLAN)
-        report.train(2, {"train/loss": 1.0, "train/lr": 0.1, "train/skipped_steps": 0,
+    state = State(step=2)
+    with pytest.raises(KeyError), reporting(tmp_path) as report:
+        report.start(PLAN, state)
+        report.train({"train/loss": 1.0, "train/lr": 0.1, "train/skipped_steps": 0,
                          "throughput/samples_per_s": 1.0})  # fmt: skip
+        state.step = 3  # the failure is later than the last row
         raise KeyError("y")
     assert (
         result(tmp_path)["status"],
         result(tmp_path)["exit_code"],
         result(tmp_path)["step"],
-    ) == ("failed", 70, 2)
+    ) == ("failed", 70, 3)
     assert read_journal(tmp_path / "x" / "metrics.jsonl")[-1]["status"] == "failed"
 
 
 def test_a_folder_that_goes_away_does_not_hide_the_error(tmp_path):
-    with pytest.raises(DataError), open_report(config(tmp_path), Runtime()) as report:
-        report.start(PLAN)
+    with pytest.raises(DataError), reporting(tmp_path) as report:
+        report.start(PLAN, State())
         (tmp_path / "x").rename(tmp_path / "elsewhere")
         raise DataError("the true one.")
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError), open_report(config(tmp_path / "file"), Runtime()):
+    with pytest.raises(OutputError), reporting(tmp_path / "file"):
         raise AssertionError("must not get here")
 
 
 def test_a_row_needs_a_plan(tmp_path):
     with (
         pytest.raises(RuntimeError, match="before the run had a plan"),
-        open_report(config(tmp_path), Runtime()) as report,
+        reporting(tmp_path) as report,
     ):
-        report.train(1, {"train/loss": 1.0})
+        report.train({"train/loss": 1.0})
+
+
+def test_a_failure_before_the_plan_of_a_run_that_goes_on(tmp_path):
+    origin = Origin(run_id="cafe0123", has_rows=True, step=3, epoch=0.96, samples=96)
+    with pytest.raises(DataError), reporting(tmp_path, origin=origin):
+        raise DataError("x is empty; fill it.")
+    assert {key: result(tmp_path)[key] for key in ("step", "epoch", "samples")} == {
+        "step": 3, "epoch": 0.96, "samples": 96,
+    }  # fmt: skip
+
+
+def test_a_run_that_goes_on_says_from_where(tmp_path, capsys):
+    state = State()
+    with reporting(tmp_path) as report:
+        report.start(PLAN, state)
+        for state.step in (1, 2, 3):
+            report.train({"train/loss": 1.0, "train/lr": 0.1, "train/skipped_steps": 0,
+                          "throughput/samples_per_s": 1.0})  # fmt: skip
+        report.stop("the test")
+        report.end({"status": "stopped", "step": 3, "samples": 96, "exit_code": 75})
+    note = {"file": "step-00000002.pt", "passed_over": "step-00000003.pt is damaged"}
+    origin = Origin(
+        run_id="cafe0123", has_rows=True, is_resumed=True, step=2, samples=64, note=note
+    )
+    capsys.readouterr()
+    with reporting(tmp_path, origin=origin) as report:
+        report.start(PLAN, State(step=2))
+        assert not (tmp_path / "x" / "result.json").exists()
+        report.end({"status": "stopped", "step": 2, "samples": 64, "exit_code": 75})
+    rows = read_journal(tmp_path / "x" / "metrics.jsonl")
+    assert [(row["event"], row["step"]) for row in rows] == [
+        ("start", 0), ("train", 1), ("train", 2), ("resume", 2), ("end", 2),
+    ]  # fmt: skip
+    assert rows[0]["run_id"] == "0123cafe"
+    lines = capsys.readouterr().out.splitlines()
+    assert "passed over: step-00000003.pt is damaged" in lines
+    assert "going on from step 2, epoch 0.64 (step-00000002.pt)" in lines
 
 
 def test_git_commit(tmp_path, monkeypatch):

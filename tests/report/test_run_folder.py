@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -6,16 +7,29 @@ from pathlib import Path
 
 import pytest
 
-from ddp_sgd.config import RunConfig
+from ddp_sgd.config import RunConfig, dump_yaml
+from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.errors import ExitCode, OutputError, RefusedError
 from ddp_sgd.plan import make_plan
-from ddp_sgd.report.run_folder import RunFolder, open_run_folder
+from ddp_sgd.report import run_folder as module
+from ddp_sgd.report.run_folder import RunFolder, claim_run_folder
 from ddp_sgd.report.sink import RunRecord
+
+
+def describe(folder, name="x", **changes):
+    return RunConfig(output_dir=str(folder), name=name, **changes)
+
+
+def open_anew(folder, name="x"):
+    """Begin a run, whatever is there; the path of its folder."""
+    made = RunFolder(describe(folder, name, resume="never"))
+    made.release()
+    return made.path
 
 
 def test_an_old_run_is_moved_aside_and_nothing_is_overwritten(tmp_path):
     for number in range(4):
-        folder = open_run_folder(str(tmp_path / "runs"), "x")
+        folder = open_anew(tmp_path / "runs")
         assert list(folder.iterdir()) == []
         (folder / "number").write_text(str(number))
     kept = {path.name: (path / "number").read_text() for path in (tmp_path / "runs").iterdir()}
@@ -24,10 +38,10 @@ def test_an_old_run_is_moved_aside_and_nothing_is_overwritten(tmp_path):
 
 def test_a_file_or_a_dangling_link_in_the_way_is_moved_aside(tmp_path):
     (tmp_path / "x").write_text("precious")
-    open_run_folder(str(tmp_path), "x")
+    open_anew(tmp_path)
     assert (tmp_path / "x.1").read_text() == "precious"
     (tmp_path / "y").symlink_to(tmp_path / "nowhere")
-    assert open_run_folder(str(tmp_path), "y").is_dir()
+    assert open_anew(tmp_path, "y").is_dir()
     assert not (tmp_path / "nowhere").exists()
 
 
@@ -35,7 +49,7 @@ def test_a_link_to_an_old_run_is_not_followed(tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (tmp_path / "x").symlink_to(elsewhere)
-    (open_run_folder(str(tmp_path), "x") / "new").touch()
+    (open_anew(tmp_path) / "new").touch()
     assert list(elsewhere.iterdir()) == []
 
 
@@ -45,7 +59,7 @@ def test_what_cannot_be_written_is_named(output_dir, tmp_path):
     with pytest.raises(
         OutputError, match=r"/x cannot be written: .*; set output_dir to a folder"
     ) as caught:
-        open_run_folder(output_dir.format(tmp=tmp_path), "x")
+        RunFolder(describe(output_dir.format(tmp=tmp_path)))
     assert caught.value.exit_code == ExitCode.OUTPUT
 
 
@@ -64,42 +78,115 @@ def record(folder):
 
 
 def test_plan_and_result_are_strict_json(tmp_path):
-    verdict = RunFolder(tmp_path, "name: x\n")
-    verdict.start(record(tmp_path))
+    verdict = RunFolder(describe(tmp_path))
+    folder = verdict.path
+    verdict.start(record(folder))
     verdict.write("train", {})
     verdict.finish({"status": "finished", "eval/loss": None})
-    assert (tmp_path / "config.yaml").read_text() == "name: x\n"
-    assert json.loads((tmp_path / "plan.json").read_text()) == asdict(record(tmp_path).plan)
-    assert json.loads((tmp_path / "result.json").read_text()) == {
+    assert (folder / "config.yaml").read_text() == dump_yaml(describe(tmp_path))
+    assert json.loads((folder / "plan.json").read_text()) == asdict(record(folder).plan)
+    assert json.loads((folder / "result.json").read_text()) == {
         "status": "finished",
         "eval/loss": None,
     }
-    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "plan.json", "result.json"}
+    assert {path.name for path in folder.iterdir()} == {"config.yaml", "plan.json", "result.json"}
     with pytest.raises(ValueError, match="Out of range"):
         verdict.finish({"eval/loss": float("nan")})
 
 
+def test_a_result_is_none_any_more_when_the_run_goes_on(tmp_path):
+    RunFolder(describe(tmp_path)).finish({"status": "stopped"})
+    verdict = RunFolder(describe(tmp_path))
+    verdict.start(record(verdict.path))
+    assert not (tmp_path / "x" / "result.json").exists()
+    verdict.release()
+
+
 def test_a_folder_that_went_away(tmp_path):
+    folder = RunFolder(describe(tmp_path))
+    (tmp_path / "x").rmdir()
     with pytest.raises(OutputError, match=r"result.json cannot be written: No such file"):
-        RunFolder(tmp_path / "gone", "").finish({})
-    assert not Path(tmp_path / "gone").exists()
+        folder.finish({})
+    assert not Path(tmp_path / "x").exists()
 
 
-def test_the_folder_of_a_run_that_is_going_on_is_left_alone(tmp_path):
-    first = RunFolder(open_run_folder(str(tmp_path), "x"), "")
+@pytest.mark.parametrize("resume", ["auto", "never", "must"])
+def test_the_folder_of_a_run_that_is_going_on_is_left_alone(resume, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_PATIENCE_S", 0.1)
+    first = RunFolder(describe(tmp_path))
     with pytest.raises(RefusedError, match="x is in use by a run that is going on; wait") as caught:
-        open_run_folder(str(tmp_path), "x")
+        RunFolder(describe(tmp_path, resume=resume))
     assert caught.value.exit_code == ExitCode.REFUSED
     first.finish({})
-    open_run_folder(str(tmp_path), "x")
+    open_anew(tmp_path)
     assert (tmp_path / "x.1" / "result.json").exists()
 
 
-def test_a_run_that_was_killed_gives_its_folder_free(tmp_path):
-    code = (
-        "import os, sys; from ddp_sgd.report.run_folder import *; "
-        "held = RunFolder(open_run_folder(sys.argv[1], 'x'), ''); os.kill(os.getpid(), 9)"
-    )
+HOLD = (
+    "import os, sys; from ddp_sgd.config import RunConfig; "
+    "from ddp_sgd.report.run_folder import RunFolder; "
+    "held = RunFolder(RunConfig(output_dir=sys.argv[1], name='x')); "
+)
+
+
+def test_a_run_that_was_killed_gives_its_folder_free(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_PATIENCE_S", 0.1)
+    code = HOLD + "os.kill(os.getpid(), 9)"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
-    open_run_folder(str(tmp_path), "x")
-    assert (tmp_path / "x.1").is_dir()
+    RunFolder(describe(tmp_path)).release()
+
+
+def test_a_loader_process_that_outlives_its_rank_does_not_hold_the_folder(tmp_path, monkeypatch):
+    """A forked process inherits descriptors, and with them the lock."""
+    monkeypatch.setattr(module, "_PATIENCE_S", 0.1)
+    code = HOLD + (
+        "read, write = os.pipe(); child = os.fork(); "
+        "child or (os.write(write, b'.'), sys.stdin.read(), os._exit(0)); "
+        "os.read(read, 1); print(child, flush=True); os.kill(os.getpid(), 9)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as rank:
+        child = int(rank.stdout.readline())
+        rank.wait(20)
+        os.kill(child, 0)  # it lives
+        RunFolder(describe(tmp_path)).release()
+        rank.stdin.close()
+
+
+def test_a_folder_is_given_free_whatever_happens(tmp_path):
+    with pytest.raises(KeyError), claim_run_folder(describe(tmp_path), Runtime()):
+        raise KeyError
+    with claim_run_folder(describe(tmp_path), Runtime()) as folder:
+        assert folder.path == tmp_path / "x"
+    with claim_run_folder(describe(tmp_path), Runtime(rank=1, world_size=2)) as folder:
+        assert folder is None
+
+
+@pytest.mark.parametrize("place", ["x", "x/metrics.jsonl", "x/checkpoints", "x/checkpoints/last"])
+def test_a_link_that_leads_out_is_not_followed(place, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    link = tmp_path / "runs" / place
+    link.parent.mkdir(parents=True)
+    link.symlink_to(elsewhere)
+    with pytest.raises(RefusedError, match="is a link that leads out of the run folder") as caught:
+        RunFolder(describe(tmp_path / "runs"))
+    assert caught.value.exit_code == ExitCode.REFUSED
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_links_inside_the_folder_are_no_harm(tmp_path):
+    (tmp_path / "x" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "x" / "checkpoints" / "last").symlink_to("step-00000001.pt")
+    (tmp_path / "link").symlink_to(tmp_path)
+    RunFolder(describe(tmp_path / "link")).release()  # the way to the folder may be one
+
+
+def test_only_never_moves_a_run_aside(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "kept").touch()
+    RunFolder(describe(tmp_path)).release()
+    assert (tmp_path / "x" / "kept").exists()
+    open_anew(tmp_path)
+    assert (tmp_path / "x.1" / "kept").exists()
