@@ -4,19 +4,23 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from ddp_sgd.config import CommandLine, Option, read_command_line
 from ddp_sgd.distributed.ranks import may_be_rank_0, told_by
 from ddp_sgd.errors import ExitCode, FaultElsewhereError, UserError
 
+if TYPE_CHECKING:
+    from ddp_sgd.config import CommandLine, Option
+
 
 def run_command(
-    work: Callable[[CommandLine], int | None],
+    work: "Callable[[CommandLine], int | None]",
     argv: Sequence[str] | None,
     *,
     program: str,
     about: str,
-    options: Sequence[Option] = (),
+    options: "Sequence[Option]" = (),
+    argument: str | None = None,
 ) -> int:
     """Run a command and turn whatever happens into an exit code.
 
@@ -26,21 +30,45 @@ def run_command(
         program: How the command is called, for ``--help``.
         about: One sentence on what it does, for ``--help``.
         options: Options besides the keys of the configuration.
+        argument: Name of the one argument that stands alone; None: there is none.
 
     Returns:
         The exit code of the contract. An error of the user's is one line on stderr, from one rank.
     """
     argv = sys.argv[1:] if argv is None else argv
-    debug = "--debug" in argv
-    try:
+
+    def read_and_work() -> int | None:
+        from ddp_sgd.config import read_command_line
+
         with told_by(this_one=may_be_rank_0(os.environ)):
             line = read_command_line(
-                argv, os.environ, program=program, about=about, options=options
+                argv,
+                os.environ,
+                program=program,
+                about=about,
+                options=options,
+                argument=argument,
             )
         if line.text is not None:
             sys.stdout.write(line.text)
             return ExitCode.DONE
-        return work(line) or ExitCode.DONE
+        return work(line)
+
+    return exit_code_of(read_and_work, debug="--debug" in argv)
+
+
+def exit_code_of(work: Callable[[], int | None], *, debug: bool) -> int:
+    """Do some work and turn whatever happens into an exit code.
+
+    Args:
+        work: Returns its exit code, None for 0.
+        debug: Whether an error comes with its traceback.
+
+    Returns:
+        The exit code of the contract. An error of the user's is one line on stderr, from one rank.
+    """
+    try:
+        return work() or ExitCode.DONE
     except FaultElsewhereError as error:
         return error.exit_code
     except UserError as error:

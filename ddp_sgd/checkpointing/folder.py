@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddp_sgd.checkpointing.manifest import Header, Manifest, read_manifest
+from ddp_sgd.errors import DataError
 
 FOLDER_NAME = "checkpoints"
 UNFINISHED = ".new"
 """Ending of files that are being written."""
 
-_SAVED = re.compile(r"step-\d{8,}(\.\d+)?\.pt")
+_SAVED = re.compile(r"step-(\d{8,})(?:\.(\d+))?\.pt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +47,8 @@ class CheckpointFolder:
 
     def manifests(self) -> list[Manifest]:
         """Read the manifests whose file is there, the oldest checkpoint first."""
-        found = [read_manifest(file.with_suffix(".json")) for file in self._files()]
-        whole = [entry for entry in found if entry and (self.path / entry.file).is_file()]
-        return sorted(whole, key=lambda entry: entry.header.samples)
+        found = [entry for entry in map(_manifest_of, self._files()) if entry]
+        return sorted(found, key=lambda entry: (entry.header.samples, entry.time))
 
     def name_for(self, header: Header) -> str:
         """Choose the name of a file, in the way that never replaces another checkpoint.
@@ -56,25 +56,27 @@ class CheckpointFolder:
         Steps may come twice, where a resume with another global batch counted them anew.
         """
         number, name = 1, f"step-{header.step:08d}.pt"
-        while (taken := read_manifest((self.path / name).with_suffix(".json"))) is not None and (
-            taken.header.samples != header.samples
-        ):
+        while os.path.lexists(self.path / name):
             number += 1
             name = f"step-{header.step:08d}.{number}.pt"
         return name
 
     def choose(self) -> Choice:
         """Find the newest checkpoint whose bytes are those that were written."""
-        listed = {entry.file: entry for entry in self.manifests()}
-        orphans = sorted(file.name for file in self._files() if file.name not in listed)
-        passed_over = [f"{name} has no valid manifest" for name in reversed(orphans)]
-        for entry in reversed(listed.values()):
-            fault = self.fault_of(entry)
-            if fault is None:
-                newer = [line for line in passed_over if line.split()[0] > entry.file]
-                return Choice(entry, tuple(newer))
-            passed_over.append(f"{entry.file} {fault}")
-        return Choice(None, tuple(passed_over))
+        entries = self.manifests()
+        listed = {entry.file for entry in entries}
+        orphans = {file.name for file in self._files()} - listed
+        damaged: list[str] = []
+        chosen = None
+        for entry in reversed(entries):
+            if (fault := self.fault_of(entry)) is None:
+                chosen = entry
+                break
+            damaged.append(f"{entry.file} {fault}")
+        oldest = _place(chosen.file) if chosen else (-1, 0)
+        unlisted = sorted((name for name in orphans if _place(name) > oldest), key=_place)
+        lines = [*(f"{name} has no valid manifest" for name in reversed(unlisted)), *damaged]
+        return Choice(chosen, tuple(lines))
 
     def fault_of(self, entry: Manifest) -> str | None:
         """Say what is wrong with a checkpoint; None if its bytes are those that were written."""
@@ -83,7 +85,7 @@ class CheckpointFolder:
     def set_aside(self, *, after_samples: int) -> None:
         """Rename what claims to be newer, so that it is neither chosen nor counted again."""
         for file in self._files():
-            entry = read_manifest(file.with_suffix(".json"))
+            entry = _manifest_of(file)
             if entry is None or entry.header.samples > after_samples:
                 with suppress(OSError):
                     file.replace(file.with_suffix(".pt.damaged"))
@@ -92,9 +94,8 @@ class CheckpointFolder:
     def clean_up(self) -> None:
         """Remove what saves that were cut short left behind."""
         for file in [*self.path.glob(f".*{UNFINISHED}"), *self.path.glob("step-*.json")]:
-            alone = file.suffix == UNFINISHED or not file.with_suffix(".pt").exists()
-            if alone:
-                with suppress(OSError):
+            with suppress(OSError):
+                if file.suffix == UNFINISHED or not file.with_suffix(".pt").exists():
                     file.unlink()
 
     def settle(self, *, keep: int) -> None:
@@ -117,9 +118,15 @@ class CheckpointFolder:
                 file.unlink(missing_ok=True)
 
     def _files(self) -> list[Path]:
-        with suppress(OSError):
+        try:
             return [file for file in self.path.iterdir() if _SAVED.fullmatch(file.name)]
-        return []
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:  # to begin anew would be wrong: there may be checkpoints
+            raise DataError(
+                f"{self.path} cannot be read: {error.strerror or error}; give this user the right "
+                "to, or look at its disk."
+            ) from error
 
     def _point(self, name: str, entry: Manifest) -> None:
         """Replace a link at once; file systems without links do without."""
@@ -128,6 +135,18 @@ class CheckpointFolder:
             new.unlink(missing_ok=True)
             new.symlink_to(entry.file)
             new.replace(self.path / name)
+
+
+def _manifest_of(file: Path) -> Manifest | None:
+    """Read the manifest beside a file; None if it is not that of this file."""
+    entry = read_manifest(file.with_suffix(".json"))
+    return entry if entry and entry.file == file.name and file.is_file() else None
+
+
+def _place(name: str) -> tuple[int, int]:
+    """Order names by their numbers, where there are no samples to go by."""
+    match = _SAVED.fullmatch(name)
+    return (int(match[1]), int(match[2] or 1)) if match else (-1, 0)
 
 
 def fault_of(file: Path, entry: Manifest) -> str | None:

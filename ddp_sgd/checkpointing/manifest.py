@@ -81,12 +81,15 @@ class Manifest:
 def read_manifest(path: Path) -> Manifest | None:
     """Read a manifest; None if it is missing, damaged, or of another format."""
     try:
-        content = json.loads(path.read_bytes())
-        known = content.pop("format") == FORMAT and content.pop("check") == _check(content)
+        text = path.read_bytes()
+        content = json.loads(text)
+        del content["format"], content["check"]
         header = content.pop("header")
         header["skipped"] = tuple(header["skipped"])
-        return Manifest(header=Header(**header), **content) if known else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        manifest = Manifest(header=Header(**header), **content)
+        # Byte by byte: the last digit of a float can change without a change of the number.
+        return manifest if manifest.to_text().encode() == text else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
 

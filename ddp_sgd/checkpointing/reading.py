@@ -1,5 +1,6 @@
 """Reading a checkpoint without running what it contains."""
 
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def read_tensors(file: Path) -> dict[str, Any]:
             f"{file} holds more than tensors and plain data, and is not read; name a file that "
             "`python -m ddp_sgd.checkpoint verify` accepts."
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # of a damaged pickle comes any
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
             f"{file} is no checkpoint that can be read: {cause}; name a file that "
@@ -55,6 +56,16 @@ def find_checkpoint(path: Path) -> tuple[Path, Manifest]:
     Raises:
         DataError: There is none, or it is damaged.
     """
+    try:
+        return _find(path)
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read: {error.strerror or error}; name another, or give this user "
+            "the right to."
+        ) from error
+
+
+def _find(path: Path) -> tuple[Path, Manifest]:
     if path.is_dir():
         inner = path / FOLDER_NAME
         folder = CheckpointFolder(inner if inner.is_dir() else path)
@@ -63,7 +74,7 @@ def find_checkpoint(path: Path) -> tuple[Path, Manifest]:
             why = "; ".join(chosen.passed_over) or "nothing was saved in it"
             raise DataError(f"{path} holds no checkpoint that is whole ({why}); name another.")
         return folder.path / chosen.manifest.file, chosen.manifest
-    file = path.resolve()
+    file = Path(os.path.realpath(path))  # resolve() raises RuntimeError where links run in a circle
     if not file.is_file():
         raise DataError(f"{path} is not there; name a checkpoint or a run folder.")
     manifest = read_manifest(file.with_suffix(".json"))

@@ -33,7 +33,7 @@ class Snapshot:
         Tensors that are one and the same stay so. The copy is overwritten by the next one.
 
         Args:
-            tree: Mappings of tensors and plain data, nested.
+            tree: Mappings and lists of tensors and plain data, nested.
 
         Returns:
             The same tree over the kept memory.
@@ -54,6 +54,9 @@ class Snapshot:
     def _copy(self, tree: Any) -> Any:
         if isinstance(tree, Mapping):
             return {key: self._copy(value) for key, value in tree.items()}
+        if isinstance(tree, (list, tuple)):
+            copies = [self._copy(value) for value in tree]
+            return copies if isinstance(tree, list) else tuple(copies)
         if not isinstance(tree, torch.Tensor):
             return tree
         key = _key(tree)
@@ -77,4 +80,7 @@ def _tensors(tree: Any) -> Iterator[torch.Tensor]:
         yield tree
     elif isinstance(tree, Mapping):
         for value in tree.values():
+            yield from _tensors(value)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
             yield from _tensors(value)

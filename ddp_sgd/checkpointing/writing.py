@@ -50,8 +50,7 @@ def write_checkpoint(
         new.replace(file)
         _sync_folder(folder.path)
     except BaseException:
-        with suppress(OSError):
-            new.unlink(missing_ok=True)
+        folder.clean_up()
         raise
     folder.settle(keep=keep)
     return manifest

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import ValidationError
@@ -13,7 +13,7 @@ from ddp_sgd.config.fields import all_keys
 from ddp_sgd.config.options import OWN_OPTIONS, Option
 from ddp_sgd.config.reference import help_text
 from ddp_sgd.config.schema import RunConfig
-from ddp_sgd.config.sources import Sources, gather
+from ddp_sgd.config.sources import Sources, gather, lay_over
 from ddp_sgd.config.yaml_text import write_yaml
 from ddp_sgd.errors import ConfigError
 
@@ -24,13 +24,29 @@ class CommandLine:
 
     Args:
         config: The resolved configuration.
-        options: Values of the command's own options by name, ``debug`` included.
+        options: Values of the command's own options by name, ``debug`` included; and
+            ``print_config``, where the configuration depends on an argument.
+        argument: The argument that stands alone; empty if the command takes none.
+        given: What files, environment and flags have set, without the defaults.
         text: What the command prints before it exits with 0, instead of running; None to run.
     """
 
     config: RunConfig
     options: Mapping[str, Any]
+    argument: str = ""
+    given: Sources = field(default_factory=Sources)
     text: str | None = None
+
+    def over(self, basis: Mapping[str, Any]) -> RunConfig:
+        """Resolve the configuration anew, over another one in the place of the defaults.
+
+        Args:
+            basis: Resolved configuration as plain data, such as that of a saved run.
+
+        Raises:
+            ConfigError: What was given does not fit.
+        """
+        return _checked(lay_over(Sources(dict(basis)), self.given), tuple(self.options))
 
 
 def read_command_line(
@@ -40,6 +56,7 @@ def read_command_line(
     program: str,
     about: str,
     options: Sequence[Option] = (),
+    argument: str | None = None,
 ) -> CommandLine:
     """Read the arguments of a command and the configuration that they describe.
 
@@ -49,28 +66,33 @@ def read_command_line(
         program: How the command is started, such as ``python -m ddp_sgd.train``.
         about: What the command does, for ``--help``.
         options: Options of this command, besides those of every command.
+        argument: Name of the one argument that stands alone, such as ``CHECKPOINT``; the
+            configuration then depends on it, and is not printed here. None: there is none.
 
     Raises:
         ConfigError: An argument, a variable, a file or the configuration as a whole is at fault.
     """
     known = {option.name: option for option in (*OWN_OPTIONS, *options)}
-    values = {option.name: option.default for option in known.values()}
+    done_with = ("config", "help") if argument else ("config", "help", "print_config")
     if "--help" in argv or "-h" in argv:
         width = max(60, min(100, shutil.get_terminal_size().columns))
-        text = help_text(program, about, tuple(known.values()), width=width)
-        return CommandLine(config=RunConfig(), options=_of_command(values), text=text)
-    files: list[str] = []
-    overrides: list[tuple[str, str]] = []
-    for name, value in _pairs(argv, known):
-        if name == "config":
-            files.append(value)
-        elif name in known:
-            values[name] = known[name].read(value)
-        else:
-            overrides.append((name, value))
-    config = _checked(gather(files, environ, overrides), tuple(known))
-    resolved = dump_yaml(config) if values["print_config"] else None
-    return CommandLine(config=config, options=_of_command(values), text=resolved)
+        usage = f"{program} {argument}" if argument else program
+        text = help_text(usage, about, tuple(known.values()), width=width)
+        return CommandLine(config=RunConfig(), options={}, text=text)
+    found = _sort(argv, known, may_stand_alone=argument is not None)
+    if argument and not found.alone:
+        raise ConfigError(
+            f"{argument} is not given; write {program} {argument}, or --help to see more."
+        )
+    sources = gather(found.files, environ, found.overrides)
+    config = _checked(sources, tuple(known))
+    return CommandLine(
+        config=config,
+        options=found.options(*done_with),
+        argument=found.alone,
+        given=Sources(_given(sources.values, sources.origins), sources.origins),
+        text=dump_yaml(config) if found.values["print_config"] and not argument else None,
+    )
 
 
 def load_config(argv: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> RunConfig:
@@ -110,13 +132,47 @@ def _checked(sources: Sources, options: Sequence[str]) -> RunConfig:
         raise explain_faults(error, sources.values, sources.origins, options) from None
 
 
-def _pairs(argv: Sequence[str], known: Mapping[str, Option]) -> Iterator[tuple[str, str]]:
-    """Names without dashes and their values as text, from both ways of writing them."""
+class _Sorted:
+    """The arguments of a command, each with its kind."""
+
+    def __init__(self, known: Mapping[str, Option]) -> None:
+        self.values = {option.name: option.default for option in known.values()}
+        self.files: list[str] = []
+        self.overrides: list[tuple[str, str]] = []
+        self.alone = ""
+
+    def options(self, *done_with: str) -> dict[str, Any]:
+        """Leave out what is done with once the command line is read."""
+        return {name: value for name, value in self.values.items() if name not in done_with}
+
+
+def _sort(argv: Sequence[str], known: Mapping[str, Option], *, may_stand_alone: bool) -> _Sorted:
+    found = _Sorted(known)
+    for name, value in _pairs(argv, known):
+        if name is None:
+            if not may_stand_alone or found.alone or value.startswith("-"):
+                raise _stray(value)
+            found.alone = value
+        elif name == "config":
+            found.files.append(value)
+        elif name in known:
+            found.values[name] = known[name].read(value)
+        else:
+            found.overrides.append((name, value))
+    return found
+
+
+def _pairs(argv: Sequence[str], known: Mapping[str, Option]) -> Iterator[tuple[str | None, str]]:
+    """Names without dashes and their values as text, from both ways of writing them.
+
+    The name of an argument that stands alone is None.
+    """
     rest = list(argv)
     while rest:
         argument = rest.pop(0)
         if not argument.startswith("--") or argument == "--":
-            raise _stray(argument)
+            yield None, argument
+            continue
         name, equals, value = argument[2:].partition("=")
         if value or (equals and name != "config"):
             yield name, value
@@ -150,10 +206,13 @@ def _without_value(name: str, known: Mapping[str, Option]) -> ConfigError:
     return ConfigError(f"--{name} has no value; write --{key.setting}.")
 
 
-def _of_command(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what is done with once the command line is read."""
-    return {
-        name: value
-        for name, value in values.items()
-        if name not in ("config", "help", "print_config")
-    }
+def _given(values: Mapping[str, Any], origins: Mapping[str, str], path: str = "") -> dict[str, Any]:
+    """Keep what a source has set: a default has no origin."""
+    kept = {}
+    for key, value in values.items():
+        here = f"{path}.{key}" if path else key
+        if here in origins:
+            kept[key] = value
+        elif isinstance(value, Mapping) and (below := _given(value, origins, here)):
+            kept[key] = below
+    return kept

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -117,6 +118,20 @@ def gather_parts(
     check_dataset(train_set, "data.train")
     if eval_set is not None:
         check_dataset(eval_set, "data.eval")
+    return Parts(
+        model=ready_model(config, model),
+        loss=ready_loss(config, loss),
+        train_set=train_set,
+        eval_set=eval_set,
+    )
+
+
+def ready_model(config: RunConfig, model: nn.Module | None = None) -> nn.Module:
+    """Take the model that is given, or build the one of the configuration.
+
+    Raises:
+        ConfigError: It is no module.
+    """
     # The weights follow from the seed alone: not from what the data sets drew before.
     torch.manual_seed(seed_for("weights", config.seed))
     model = build(config.model, "model") if model is None else model
@@ -127,12 +142,21 @@ def gather_parts(
         )
     if not model.training:  # as pretrained models come; parts may stay frozen, the whole may not
         model.train()
+    return model
+
+
+def ready_loss(config: RunConfig, loss: LossFunction | None = None) -> LossFunction:
+    """Take the loss that is given, or build the one of the configuration.
+
+    Raises:
+        ConfigError: It cannot be called.
+    """
     loss = build(config.loss, "loss") if loss is None else loss
     if not callable(loss):
         raise ConfigError(
             f"loss is a {type(loss).__name__}; name a module or function of (outputs, targets)."
         )
-    return Parts(model=model, loss=loss, train_set=train_set, eval_set=eval_set)
+    return loss
 
 
 def assemble(config: RunConfig, parts: Parts, runtime: Runtime, past: Past) -> Job:
@@ -210,22 +234,48 @@ def _scorer(
 ) -> Callable[[], Metrics]:
     if parts.eval_set is None:
         return dict
-    objective = try_out(replica.inner, parts.loss, parts.eval_set, "data.eval", runtime.device)
+    inner_score = build_scorer(config, replica.inner, parts.loss, parts.eval_set, runtime, pulse)
+
+    def score() -> Metrics:
+        replica.sync_buffers()
+        return inner_score()
+
+    return score
+
+
+def build_scorer(
+    config: RunConfig,
+    model: nn.Module,
+    loss: LossFunction,
+    eval_set: Any,
+    runtime: Runtime,
+    pulse: Pulse,
+) -> Callable[[], Metrics]:
+    """Make what scores a model on held-out data.
+
+    Args:
+        config: Description of the run.
+        model: Module on the runtime's device, equal on all ranks.
+        loss: Loss on that device.
+        eval_set: Map-style data set of (input, target).
+        runtime: This process.
+        pulse: Is told of every chunk.
+
+    Raises:
+        ConfigError: Model, loss and samples do not fit together.
+        DataError: The samples cannot be read, or labels lie out of range.
+    """
+    objective = try_out(model, loss, eval_set, "data.eval", runtime.device)
     chunks = Chunks(
-        len(parts.eval_set),
+        len(eval_set),
         batch_size=config.data.batch_size,
         rank=runtime.rank,
         world_size=runtime.world_size,
     )
     loader = EvalLoader(
-        parts.eval_set, chunks, seed=config.seed, workers=config.data.workers, device=runtime.device
+        eval_set, chunks, seed=config.seed, workers=config.data.workers, device=runtime.device
     )
-
-    def score() -> Metrics:
-        replica.sync_buffers()
-        return evaluate(replica.inner, objective, loader, runtime, pulse)
-
-    return score
+    return partial(evaluate, model, objective, loader, runtime, pulse)
 
 
 def _model_seeder(seed: int, runtime: Runtime) -> Callable[[int], None]:

@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from ddp_sgd.losses import LossFunction
 from ddp_sgd.plan import Plan
 
 Tree = Mapping[str, Any]
+
+_PLAIN = (torch.Tensor, nn.Parameter, int, float, bool, str, bytes, complex, type(None))
+"""What a reader takes; a class derived from one of them is code of somebody's."""
 
 
 def capture(
@@ -79,13 +83,12 @@ def refuse_foreign(tree: Any, path: str = "model") -> None:
     """
     if isinstance(tree, Mapping):
         for key, value in tree.items():
+            refuse_foreign(key, f"{path}.{key}")
             refuse_foreign(value, f"{path}.{key}")
-    elif isinstance(tree, (list, tuple)):
+    elif type(tree) in (list, tuple, torch.Size):
         for number, value in enumerate(tree):
             refuse_foreign(value, f"{path}.{number}")
-    elif type(tree) not in (int, float, bool, str, bytes, complex, type(None)) and not isinstance(
-        tree, torch.Tensor
-    ):
+    elif type(tree) not in _PLAIN:
         raise ConfigError(
             f"the state {path} is a {type(tree).__name__}, which a checkpoint cannot hold; keep "
             "tensors and plain numbers, text, lists and mappings in the state of the model."
@@ -105,8 +108,11 @@ def velocities(
 
 def describe_loss(loss: LossFunction) -> str:
     """Name a loss by its class, or function, and the shapes of the tensors that it holds."""
+    while isinstance(loss, partial):
+        loss = loss.func
     kind = type(loss) if isinstance(loss, nn.Module) else loss
     name = f"{kind.__module__}.{getattr(kind, '__qualname__', type(kind).__name__)}"
     held = loss.state_dict() if isinstance(loss, nn.Module) else {}
-    shapes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in held.items())
+    tensors = {key: value for key, value in held.items() if isinstance(value, torch.Tensor)}
+    shapes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in tensors.items())
     return f"{name}({shapes})"

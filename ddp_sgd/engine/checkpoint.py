@@ -93,7 +93,7 @@ class SavedCheckpoints:
         self._tell = tell
         self._snapshot = Snapshot(device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing: Future[Manifest] | None = None
+        self._writing: Future[tuple[Manifest, float]] | None = None
         self._header: Header | None = None
         self._start = self._stall_s = 0.0
         self._failures = 0
@@ -148,9 +148,10 @@ class SavedCheckpoints:
         if self._failure is not None:
             raise self._unsaved()
 
-    def _write(self, header: Header, tensors: Tree) -> Manifest:
+    def _write(self, header: Header, tensors: Tree) -> tuple[Manifest, float]:
         self._snapshot.wait()
-        return write_checkpoint(self._folder, header, tensors, keep=self._keep)
+        manifest = write_checkpoint(self._folder, header, tensors, keep=self._keep)
+        return manifest, time.perf_counter()
 
     def _settle(self) -> None:
         """Wait for the save that is going on, if there is one, and tell of it."""
@@ -158,7 +159,7 @@ class SavedCheckpoints:
             return
         writing, self._writing = self._writing, None
         try:
-            manifest = writing.result()
+            manifest, end = writing.result()
         except Exception as error:  # whatever it is, the run has its earlier checkpoints
             self._failures += 1
             self._failure = error
@@ -167,7 +168,7 @@ class SavedCheckpoints:
                 raise self._unsaved() from error
             return
         self._failures, self._failure = 0, None
-        self.save_s = time.perf_counter() - self._start
+        self.save_s = end - self._start
         self._tell(
             self._header,
             {

@@ -124,8 +124,7 @@ def _without_checkpoint(
             passed_over=chosen.passed_over,
             ending=_ending(config, folder.path, before),
         )
-    if any(folder.path.iterdir()):
-        folder.renew()
+    folder.renew()
     return Past(run_id=token_hex(4))
 
 

@@ -59,6 +59,8 @@ class RunFolder:
     def renew(self) -> None:
         """Move what is there aside, to NAME.1, NAME.2, ..., and begin with an empty folder."""
         with _saying_what_cannot_be_written(self.path):
+            if self._lock is not None and not any(self.path.iterdir()):
+                return
             if self.path.exists() or self.path.is_symlink():
                 self.path.rename(_free_name(self.path))
             self.release()

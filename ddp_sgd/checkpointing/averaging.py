@@ -1,0 +1,161 @@
+"""The mean of several checkpoints, as a checkpoint of its own."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddp_sgd.checkpointing.comparing import misfits
+from ddp_sgd.checkpointing.folder import CheckpointFolder
+from ddp_sgd.checkpointing.listing import checkpoint_folder
+from ddp_sgd.checkpointing.manifest import Manifest
+from ddp_sgd.checkpointing.reading import find_checkpoint, read_tensors
+from ddp_sgd.checkpointing.writing import write_checkpoint
+from ddp_sgd.errors import ConfigError, DataError, OutputError
+
+Found = tuple[Path, Manifest]
+
+
+def choose_checkpoints(paths: Sequence[Path], *, last: int | None = None) -> list[Found]:
+    """Find the checkpoints to average, each once.
+
+    Args:
+        paths: Checkpoints, links to such, and folders, which stand for all whole ones in them.
+        last: How many of the newest to take; None takes all.
+
+    Returns:
+        Files and manifests, the oldest first.
+
+    Raises:
+        ConfigError: Fewer than two are asked for, or named.
+        DataError: A checkpoint that is named is damaged, or there are fewer than asked for.
+    """
+    if last is not None and last < 2:
+        raise ConfigError(f"--last is {last}; choose at least 2.")
+    found: dict[Path, Manifest] = {}
+    for path in paths:
+        found |= _whole_in(path, last) if path.is_dir() else dict([find_checkpoint(path)])
+    ordered = sorted(found.items(), key=lambda item: item[1].header.samples)
+    if len(ordered) < (last or 2):
+        raise DataError(
+            f"{', '.join(map(str, paths))} holds {len(ordered)} whole checkpoints, while "
+            f"{last or 2} are needed; raise checkpoint.keep in the next run, or name more."
+        )
+    return ordered[-last:] if last else ordered
+
+
+def average_tensors(chosen: Sequence[Found]) -> dict[str, Any]:
+    """Work out mean = (x_1 + ... + x_K) / K of each weight, in float64, one file at a time.
+
+    What is not a floating-point number, such as a count of batches, is that of the newest. Tensors
+    that are one and the same in the newest stay so.
+
+    Args:
+        chosen: Files and manifests, the oldest first.
+
+    Returns:
+        Content for a checkpoint: ``model``, and ``optimizer`` without velocities, since those of
+        different places do not fit the mean.
+
+    Raises:
+        DataError: A file cannot be read, or they are of different models.
+    """
+    newest = read_tensors(chosen[-1][0])["model"]
+    sums: dict[Hashable, torch.Tensor] = {}
+    for file, _ in chosen:
+        _add(sums, _fitting(file, newest), newest)
+    means = {key: total / len(chosen) for key, total in sums.items()}
+    kept: dict[Hashable, torch.Tensor] = {}
+    model = {}
+    for name, value in newest.items():
+        key = _identity(value)
+        if key in means:
+            value = kept.setdefault(key, means[key].to(value.dtype))  # noqa: PLW2901
+        model[name] = value
+    return {"model": model, "optimizer": {"momentum_buffer": {}}}
+
+
+def write_average(chosen: Sequence[Found], output: Path) -> Path:
+    """Average checkpoints into a folder of their own.
+
+    The header is that of the newest, so that a run goes on from its place; without scores, since
+    nobody has scored the mean.
+
+    Args:
+        chosen: Files and manifests, the oldest first.
+        output: A folder that does not exist yet.
+
+    Returns:
+        The file.
+
+    Raises:
+        OutputError: The folder exists, or cannot be written.
+        DataError: The checkpoints do not fit together.
+    """
+    header = replace(chosen[-1][1].header, scores={}, scored_at=-1)
+    content = {**average_tensors(chosen), "mean_of": [str(file) for file, _ in chosen]}
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.mkdir()
+    except OSError as error:
+        raise _unwritable(output, error) from error
+    try:
+        manifest = write_checkpoint(CheckpointFolder(output), header, content, keep=1)
+    except OSError as error:
+        with suppress(OSError):
+            output.rmdir()
+        raise _unwritable(output, error) from error
+    return output / manifest.file
+
+
+def _whole_in(path: Path, most: int | None) -> dict[Path, Manifest]:
+    """Verify the newest first, and no more than are needed."""
+    folder = checkpoint_folder(path)
+    whole: dict[Path, Manifest] = {}
+    for manifest in reversed(folder.manifests()):
+        if len(whole) == most:
+            break
+        if folder.fault_of(manifest) is None:
+            whole[(folder.path / manifest.file).resolve()] = manifest
+    return whole
+
+
+def _fitting(file: Path, newest: Mapping[str, Any]) -> Mapping[str, Any]:
+    weights: Mapping[str, Any] = read_tensors(file)["model"]
+    if differences := misfits(weights, newest):
+        raise DataError(
+            f"{file} is of another model than the newest: {', '.join(differences[:4])}; name "
+            "checkpoints of one run."
+        )
+    return weights
+
+
+def _add(
+    sums: dict[Hashable, torch.Tensor], weights: Mapping[str, Any], newest: Mapping[str, Any]
+) -> None:
+    added = set()
+    for name, value in newest.items():
+        key = _identity(value)
+        if key is None or key in added:
+            continue
+        added.add(key)
+        wide = torch.complex128 if value.is_complex() else torch.float64
+        term = weights[name].to(wide)
+        sums[key] = sums[key] + term if key in sums else term
+
+
+def _identity(value: Any) -> Hashable | None:
+    """Tell floating-point tensors apart by their memory; None for anything else."""
+    if not isinstance(value, torch.Tensor) or not (
+        value.is_floating_point() or value.is_complex()
+    ):
+        return None
+    return value.data_ptr(), value.dtype, value.shape, value.stride()
+
+
+def _unwritable(output: Path, error: OSError) -> OutputError:
+    what = "is there already" if isinstance(error, FileExistsError) else "cannot be written"
+    return OutputError(f"{output} {what}: {error.strerror}; choose another --output.")

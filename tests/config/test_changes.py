@@ -1,0 +1,77 @@
+import pytest
+
+from ddp_sgd.config import RunConfig, changes_that_matter, rank_batch
+
+DIGITS = {"class_path": "ddp_sgd.data.Digits"}
+
+
+def before(**changes):
+    return RunConfig(**changes).model_dump(mode="json")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": "other", "output_dir": "elsewhere"},
+        {"epochs": 21},
+        {"resume": "must", "on_resize": "rescale"},
+        {"data": {"workers": 2, "eval": None}},
+        {"data": {"batch_size": 16, "accumulate": 2}},
+        {"eval": {"every_epochs": 3}},
+        {"log": {"every_steps": 1}, "wandb": {"mode": "disabled"}},
+        {"checkpoint": {"every_steps": 5, "keep": 1}},
+        {"parallel": {"bucket_mb": 1.0}, "runtime": {"hang_s": None}},
+    ],
+)
+def test_what_leaves_the_weights_alone_is_no_change(changes):
+    assert changes_that_matter(before(), RunConfig(**changes)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"seed": 1}, "seed was 0, is 1"),
+        ({"epochs": 19}, "epochs was 20, is 19"),
+        ({"optim": {"lr": 0.1}}, "optim.lr was 0.05, is 0.1"),
+        ({"schedule": {"name": "linear"}}, "schedule.name was cosine, is linear"),
+        ({"data": {"tail": "drop"}}, "data.tail was exact, is drop"),
+        ({"data": {"batch_size": 64}}, "data.batch_size x data.accumulate was 32, is 64"),
+        ({"data": {"accumulate": 2}}, "data.batch_size x data.accumulate was 32, is 64"),
+        (
+            {"loss": {"class_path": "torch.nn.NLLLoss"}},
+            "loss.class_path was torch.nn.CrossEntropyLoss, is torch.nn.NLLLoss",
+        ),
+        (
+            {
+                "model": {
+                    "class_path": "ddp_sgd.models.MLP",
+                    "init_args": {"inputs": 64, "hidden": [8]},
+                }
+            },
+            "model.init_args.hidden was [64, 64], is [8]",
+        ),
+        (
+            {
+                "data": {
+                    "train": {"class_path": "ddp_sgd.data.Digits", "init_args": {"split": "eval"}}
+                }
+            },
+            "data.train.init_args.split was train, is eval",
+        ),
+    ],
+)
+def test_what_moves_the_weights_is_named_with_both_values(changes, line):
+    assert line in changes_that_matter(before(), RunConfig(**changes))
+
+
+def test_a_key_that_an_older_release_did_not_have_was_at_its_default():
+    old = before()
+    del old["optim"]["clip_norm"]
+    assert changes_that_matter(old, RunConfig()) == []
+    assert changes_that_matter(old, RunConfig(optim={"clip_norm": 2.0})) == [
+        "optim.clip_norm was None, is 2.0"
+    ]
+
+
+def test_samples_of_one_rank_in_a_step():
+    assert rank_batch(before(data={"batch_size": 8, "accumulate": 3})) == 24

@@ -1,0 +1,112 @@
+"""The order of things in the loop; whole runs are in test_fit.py and tests/distributed/."""
+
+import json
+
+import pytest
+import torch
+
+from ddp_sgd.config import RunConfig
+from ddp_sgd.data import InMemory
+from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.engine import checkpoint as module
+from ddp_sgd.engine.fit import fit
+from ddp_sgd.engine.stopping import StopRequest
+from ddp_sgd.errors import ExitCode, OutputError
+from ddp_sgd.models import MLP
+from ddp_sgd.report.journal import read_journal
+
+
+def run(folder, stop=None, **changes):
+    """Four steps an epoch."""
+    torch.manual_seed(0)
+    samples = InMemory(torch.randn(16, 4), torch.randint(0, 2, (16,)))
+    basis = {"name": "x", "epochs": 2, "wandb": {"mode": "disabled"}, "data": {"batch_size": 4}}
+    config = RunConfig(output_dir=str(folder), **basis | changes)
+    model = MLP(4, [], 2)
+    return fit(config, Runtime(), model=model, train_set=samples, eval_set=samples, stop=stop)
+
+
+def rows(folder, *events):
+    journal = read_journal(folder / "x" / "metrics.jsonl")
+    return [row for row in journal if row["event"] in events]
+
+
+class Late(StopRequest):
+    """Asks at the beat with this number."""
+
+    def __init__(self, beats):
+        self.left = beats
+        super().__init__()
+
+    @property
+    def reason(self):
+        self.left -= 1
+        return "the test" if self.left < 0 else None
+
+    @reason.setter
+    def reason(self, value):
+        pass
+
+
+def test_a_stop_leaves_without_scoring_and_the_score_is_made_up_for(tmp_path):
+    """A grace period is for saving; the evaluation at the edge of an epoch can wait."""
+    log = {"every_steps": 1}
+    stopped = run(tmp_path, Late(3), log=log)
+    assert (stopped.step, stopped.scores) == (4, {})
+    assert rows(tmp_path, "eval") == []
+    run(tmp_path, log=log)
+    assert [row["step"] for row in rows(tmp_path, "eval")] == [4, 8]
+    order = [(row["event"], row["step"]) for row in rows(tmp_path, "resume", "eval", "train")]
+    assert order[4:6] == [("resume", 4), ("eval", 4)]
+
+
+def test_a_row_ends_where_the_state_is_saved(tmp_path):
+    run(tmp_path, log={"every_steps": 100}, checkpoint={"every_steps": 3})
+    assert [row["step"] for row in rows(tmp_path, "train")] == [3, 4, 6, 8]
+    saved = rows(tmp_path, "checkpoint")
+    assert [row["step"] for row in saved] == [3, 4, 6, 8]
+    for row in saved:
+        assert row["file"] == f"step-{row['step']:08d}.pt"
+        assert row["bytes"] > 0
+        assert row["save_s"] > 0 < row["stall_s"]
+
+
+def refuse_to_write(monkeypatch, steps):
+    write = module.write_checkpoint
+
+    def fail_sometimes(folder, header, tensors, *, keep):
+        if header.step in steps:
+            raise OSError(28, "No space left on device")
+        return write(folder, header, tensors, keep=keep)
+
+    monkeypatch.setattr(module, "write_checkpoint", fail_sometimes)
+
+
+EVERY_STEP = {"checkpoint": {"every_steps": 1}}
+
+
+def test_a_failed_save_is_told_and_survived(tmp_path, monkeypatch, capsys):
+    refuse_to_write(monkeypatch, {2, 3, 5, 6})
+    assert run(tmp_path, **EVERY_STEP).status == "finished"
+    errors = [row["step"] for row in rows(tmp_path, "checkpoint") if "error" in row]
+    assert errors == [2, 3, 5, 6]
+    said = "checkpoint of step 2 not written: No space left on device; the run goes on"
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("steps", [{3, 4, 5}, {8}])
+def test_three_failed_saves_in_a_row_or_the_last_one_end_the_run(steps, tmp_path, monkeypatch):
+    refuse_to_write(monkeypatch, steps)
+    with pytest.raises(OutputError, match="does not take a checkpoint.*: No space left on device"):
+        run(tmp_path, **EVERY_STEP)
+    result = json.loads((tmp_path / "x" / "result.json").read_text())
+    assert (result["status"], result["exit_code"]) == ("failed", ExitCode.OUTPUT)
+    monkeypatch.undo()
+    assert run(tmp_path, **EVERY_STEP).status == "finished"
+
+
+def test_a_stop_that_cannot_save_does_not_claim_that_it_did(tmp_path, monkeypatch):
+    refuse_to_write(monkeypatch, set(range(9)))
+    with pytest.raises(OutputError):
+        run(tmp_path, Late(1), log={"every_steps": 1})
+    assert json.loads((tmp_path / "x" / "result.json").read_text())["exit_code"] == 73

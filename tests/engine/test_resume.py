@@ -1,0 +1,252 @@
+"""What a run goes on from; that going on changes nothing is shown in tests/distributed/."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from ddp_sgd.config import RunConfig
+from ddp_sgd.data import InMemory
+from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.engine.fit import fit
+from ddp_sgd.engine.resume import look_back
+from ddp_sgd.engine.stopping import StopRequest
+from ddp_sgd.errors import DataError, ExitCode, RefusedError
+from ddp_sgd.models import MLP
+from ddp_sgd.report.journal import read_journal
+from ddp_sgd.report.run_folder import claim_run_folder
+
+
+def describe(folder, **changes):
+    basis = {"name": "x", "epochs": 2, "wandb": {"mode": "disabled"}, "log": {"every_steps": 1}}
+    return RunConfig(output_dir=str(folder), **basis | changes)
+
+
+def data(samples=64, width=4):
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(samples, width, generator=generator)
+    return InMemory(inputs, torch.randint(0, 2, (samples,), generator=generator))
+
+
+def run(folder, *, stop=False, model=None, train_set=None, **changes):
+    """Two steps an epoch, four in all; stopped after the first."""
+    wish = StopRequest()
+    if stop:
+        wish.ask("the test")
+    torch.manual_seed(0)
+    return fit(
+        describe(folder, **changes),
+        Runtime(),
+        model=model or MLP(4, [5], 2),
+        train_set=train_set or data(),
+        stop=wish,
+    )
+
+
+def look(folder, **changes):
+    config = describe(folder, **changes)
+    with claim_run_folder(config, Runtime()) as claimed:
+        return look_back(config, claimed, Runtime())
+
+
+def events(folder, name="x"):
+    return [
+        (row["event"], row["step"])
+        for row in read_journal(folder / name / "metrics.jsonl")
+        if row["event"] != "train"
+    ]
+
+
+def content(folder):
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_one_command_for_the_first_start_and_for_every_other(tmp_path):
+    whole = run(tmp_path / "whole")
+    assert run(tmp_path, stop=True).exit_code == ExitCode.STOPPED
+    finished = run(tmp_path)
+    assert finished.weights_digest == whole.weights_digest
+    assert events(tmp_path) == [
+        ("start", 0), ("stop", 1), ("checkpoint", 1), ("end", 1),
+        ("resume", 1), ("checkpoint", 2), ("checkpoint", 4), ("end", 4),
+    ]  # fmt: skip
+    before = content(tmp_path)
+    assert run(tmp_path) == finished
+    assert content(tmp_path) == before
+
+
+def test_the_identity_of_a_run_stays(tmp_path):
+    run(tmp_path, stop=True)
+    first = look(tmp_path).run_id
+    run(tmp_path)
+    assert look(tmp_path, epochs=3).run_id == first
+    assert read_journal(tmp_path / "x" / "metrics.jsonl")[0]["run_id"] == first
+
+
+def test_more_epochs_are_trained(tmp_path):
+    run(tmp_path)
+    longer = run(tmp_path, epochs=3)
+    assert (longer.status, longer.step) == ("finished", 6)
+    assert [step for event, step in events(tmp_path) if event == "end"] == [4, 6]
+
+
+def test_another_configuration_is_refused_and_nothing_is_touched(tmp_path):
+    run(tmp_path, stop=True)
+    before = content(tmp_path)
+    with pytest.raises(RefusedError, match=r"optim.lr was 0.05, is 0.1; restore that") as caught:
+        run(tmp_path, optim={"lr": 0.1})
+    assert caught.value.exit_code == ExitCode.REFUSED
+    with pytest.raises(RefusedError, match="epochs was 2, is 1"):
+        run(tmp_path, epochs=1)
+    assert content(tmp_path) == before
+    assert run(tmp_path, optim={"lr": 0.1}, resume="never").step == 4
+    assert content(tmp_path / "x.1") == {
+        path.relative_to("x"): text for path, text in before.items()
+    }
+
+
+def test_a_damaged_description_does_not_hide_that_the_run_is_another(tmp_path):
+    run(tmp_path, stop=True)
+    (tmp_path / "x" / "config.yaml").unlink()
+    with pytest.raises(RefusedError, match="optim.lr was 0.05, is 0.1"):
+        run(tmp_path, optim={"lr": 0.1})
+    assert run(tmp_path).step == 4
+
+
+def test_a_run_that_saved_nothing_begins_again_in_its_folder(tmp_path):
+    run(tmp_path, stop=True)
+    first = look(tmp_path).run_id
+    shutil.rmtree(tmp_path / "x" / "checkpoints")
+    (tmp_path / "x" / "result.json").unlink()
+    past = look(tmp_path)
+    assert (past.run_id, past.has_rows, past.header) == (first, True, None)
+    assert run(tmp_path).step == 4
+    assert events(tmp_path)[:2] == [("start", 0), ("resume", 0)]
+
+
+def test_a_failed_run_of_another_configuration_that_saved_nothing_is_moved_aside(tmp_path):
+    """As after a wrong path to the data, or a wrong shape: mended, the same name must work."""
+    with pytest.raises(Exception, match="fails on inputs"):
+        run(tmp_path, train_set=data(width=7))
+    assert run(tmp_path, seed=1).step == 4
+    assert json.loads((tmp_path / "x.1" / "result.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize("harm", ["empty", "flip", "no manifest"])
+def test_a_run_walks_back_over_damaged_checkpoints(harm, tmp_path):
+    whole = run(tmp_path / "whole")
+    run(tmp_path, checkpoint={"every_steps": 1})
+    (tmp_path / "x" / "result.json").unlink()
+    for step in (3, 4):
+        file = tmp_path / "x" / "checkpoints" / f"step-{step:08d}.pt"
+        if harm == "no manifest":
+            file.with_suffix(".json").unlink()
+        else:
+            text = bytearray(file.read_bytes())
+            text[500] ^= 4
+            file.write_bytes(text if harm == "flip" else b"")
+    past = look(tmp_path)
+    assert past.header.step == 2
+    assert [line.split()[0] for line in past.passed_over] == [
+        "step-00000004.pt", "step-00000003.pt",
+    ]  # fmt: skip
+    assert run(tmp_path).weights_digest == whole.weights_digest
+    kept = {path.name for path in (tmp_path / "x" / "checkpoints").iterdir()}
+    assert "step-00000003.pt.damaged" in kept
+
+
+def test_where_nothing_is_whole_a_run_begins_again_and_says_so(tmp_path, capsys):
+    run(tmp_path, stop=True)
+    (tmp_path / "x" / "result.json").unlink()
+    (tmp_path / "x" / "checkpoints" / "step-00000001.pt").write_bytes(b"")
+    with pytest.raises(DataError, match="no checkpoint that is whole; step-00000001.pt has 0 byte"):
+        look(tmp_path, resume="must")
+    capsys.readouterr()
+    assert run(tmp_path).step == 4
+    said = capsys.readouterr().out
+    assert "passed over: step-00000001.pt has 0 bytes instead of" in said
+    assert "beginning again at step 0" in said
+
+
+def test_must_needs_something_to_go_on_from(tmp_path):
+    with pytest.raises(DataError, match="holds no checkpoint that is whole; set resume=auto"):
+        run(tmp_path, resume="must")
+    run(tmp_path, stop=True, name="y")
+    assert run(tmp_path, resume="must", name="y").step == 4
+
+
+def test_a_path_begins_another_run_with_a_copy(tmp_path):
+    whole = run(tmp_path)
+    before = content(tmp_path / "x")
+    path = str(tmp_path / "x" / "checkpoints" / "step-00000002.pt")
+    branch = run(tmp_path, name="y", resume=path)
+    assert branch.weights_digest == whole.weights_digest
+    assert events(tmp_path, "y")[:2] == [("start", 2), ("resume", 2)]
+    assert content(tmp_path / "x") == before
+    assert look(tmp_path, name="y", resume=path).run_id != look(tmp_path).run_id
+    assert run(tmp_path, name="y", resume=path) == branch  # the same command again
+    assert not (tmp_path / "y.1").exists()
+
+
+def test_a_path_may_change_the_rate_but_not_the_model(tmp_path):
+    run(tmp_path, stop=True)
+    path = str(tmp_path / "x")
+    assert run(tmp_path, name="y", resume=path, optim={"lr": 0.1}).step == 4
+    assert run(tmp_path, name="z", resume=path, data={"batch_size": 16}).samples == 128
+    for changes, message in (
+        ({"model": MLP(4, [6], 2)}, r"1.weight was float32 \(5, 4\), is float32 \(6, 4\)"),
+        ({"train_set": data(65)}, "data.train had 64 samples, has 65"),
+    ):
+        with pytest.raises(RefusedError, match=message):
+            run(tmp_path, name="refused", resume=path, **changes)
+
+
+def test_a_path_into_the_folder_itself_goes_back_there(tmp_path):
+    whole = run(tmp_path)
+    path = str(tmp_path / "x" / "checkpoints" / "step-00000002.pt")
+    again = run(tmp_path, resume=path)
+    assert again.weights_digest == whole.weights_digest
+    assert events(tmp_path)[:2] == [("start", 2), ("resume", 2)]
+    assert (tmp_path / "x.1" / "checkpoints" / "step-00000004.pt").exists()
+    assert run(tmp_path, resume=path) == again  # although the path is gone
+
+
+def test_a_path_that_stopped_goes_on_from_its_own_checkpoints(tmp_path):
+    run(tmp_path)
+    path = str(tmp_path / "x" / "checkpoints" / "step-00000002.pt")
+    run(tmp_path, name="y", resume=path, stop=True)
+    assert look(tmp_path, name="y", resume=path).header.step == 3
+
+
+@pytest.mark.parametrize("path", ["gone", "empty", "text"])
+def test_a_path_that_leads_nowhere(path, tmp_path):
+    run(tmp_path, stop=True)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").write_text("not a checkpoint")
+    before = content(tmp_path / "x")
+    with pytest.raises(DataError) as caught:
+        run(tmp_path, resume=str(tmp_path / path))
+    assert caught.value.exit_code == ExitCode.DATA
+    assert content(tmp_path / "x") == before
+
+
+def test_the_model_of_another_run_is_refused_with_a_list(tmp_path):
+    run(tmp_path, stop=True)
+    with pytest.raises(RefusedError, match="the checkpoint of step 1 is of another run"):
+        run(tmp_path, model=MLP(4, [6], 2))
+    assert (tmp_path / "x" / "checkpoints" / "step-00000001.pt").exists()
+    assert run(tmp_path).step == 4
+
+
+def test_a_deadline_stops_the_run_in_time(tmp_path):
+    past = "2020-01-01T00:00"
+    stopped = run(tmp_path, runtime={"deadline": past})
+    assert (stopped.exit_code, stopped.step) == (ExitCode.STOPPED, 1)
+    (row,) = [r for r in read_journal(tmp_path / "x" / "metrics.jsonl") if r["event"] == "stop"]
+    assert row["reason"] == "the deadline is near"
+    assert run(tmp_path).step == 4

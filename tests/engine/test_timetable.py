@@ -1,0 +1,111 @@
+import os
+import stat
+import time
+
+import pytest
+
+from ddp_sgd.config import CheckpointConfig, RunConfig
+from ddp_sgd.engine import timetable as module
+from ddp_sgd.engine.timetable import Deadline, Timetable, read_deadline
+from ddp_sgd.plan import make_plan
+
+PLAN = make_plan(RunConfig(epochs=4), samples=320, world_size=1)  # 10 steps an epoch, 40 in all
+
+
+def due(**section):
+    table = Timetable(CheckpointConfig(**section), PLAN)
+    return [step for step in range(1, 41) if table.is_due_at(step)]
+
+
+def test_saves_by_epochs_by_steps_and_always_at_the_end():
+    assert due() == [10, 20, 30, 40]
+    assert due(every_epochs=3) == [30, 40]
+    assert due(every_epochs=None) == [40]
+    assert due(every_epochs=None, every_steps=15) == [15, 30, 40]
+    assert due(every_epochs=2, every_steps=15) == [15, 20, 30, 40]
+
+
+def test_saves_by_the_clock(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    table = Timetable(CheckpointConfig(every_minutes=2.0), PLAN)
+    now[0] = 119.0
+    assert not table.is_due_now()
+    now[0] = 120.0
+    assert table.is_due_now()
+    table.start_over()
+    assert not table.is_due_now()
+    assert not Timetable(CheckpointConfig(), PLAN).is_due_now()
+
+
+@pytest.mark.parametrize(
+    ("left_s", "save_s", "score_s", "pause_s", "near"),
+    [
+        (1000.0, 0.0, 0.0, 1.0, False),
+        (6.0, 0.0, 0.0, 1.0, False),
+        (4.0, 0.0, 0.0, 1.0, True),
+        (30.0, 15.0, 0.0, 1.0, True),
+        (30.0, 0.0, 15.0, 1.0, True),
+        (30.0, 0.0, 0.0, 15.0, True),
+        (-1.0, 0.0, 0.0, 1.0, True),
+    ],
+)
+def test_a_run_stops_while_there_is_time_to_save(
+    left_s, save_s, score_s, pause_s, near, monkeypatch
+):
+    monkeypatch.setattr(module.time, "time", lambda: 1e9)
+    deadline = Deadline(1e9 + left_s)
+    deadline.save_s, deadline.score_s = save_s, score_s
+    assert deadline.is_near(pause_s) is near
+
+
+def test_without_a_deadline_nothing_is_near():
+    assert not Deadline(None).is_near(1e9)
+
+
+@pytest.mark.parametrize(
+    ("given", "environ", "expected"),
+    [
+        (None, {}, None),
+        (1.8e9, {"SLURM_JOB_END_TIME": "17"}, 1.8e9),
+        ("2026-12-24T18:00:00Z", {}, 1798135200.0),
+        ("2026-12-24 19:00+01:00", {}, 1798135200.0),
+        (None, {"SLURM_JOB_END_TIME": "1798135200"}, 1798135200.0),
+        (None, {"SLURM_JOB_END_TIME": "UNLIMITED"}, None),
+    ],
+)
+def test_where_the_deadline_comes_from(given, environ, expected):
+    assert read_deadline(given, environ) == expected
+
+
+def test_a_time_without_a_zone_is_local(monkeypatch):
+    monkeypatch.setenv("TZ", "UTC-3")
+    time.tzset()
+    try:
+        assert read_deadline("2026-12-24T21:00:00", {}) == 1798135200.0
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [("2026-12-24T18:00:00", 1798135200.0), ("N/A", None), ("", None)],
+)
+def test_an_older_slurm_is_asked(answer, expected, tmp_path, monkeypatch):
+    squeue = tmp_path / "squeue"
+    squeue.write_text(f'#!/bin/sh\n[ "$2" = --jobs=17 ] && echo "{answer}"\n')
+    squeue.chmod(squeue.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    try:
+        assert read_deadline(None, {"SLURM_JOB_ID": "17"}) == expected
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def test_a_slurm_that_does_not_answer_sets_no_deadline(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert read_deadline(None, {"SLURM_JOB_ID": "17"}) is None
