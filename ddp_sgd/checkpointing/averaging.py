@@ -149,9 +149,7 @@ def _add(
 
 def _identity(value: Any) -> Hashable | None:
     """Tell floating-point tensors apart by their memory; None for anything else."""
-    if not isinstance(value, torch.Tensor) or not (
-        value.is_floating_point() or value.is_complex()
-    ):
+    if not isinstance(value, torch.Tensor) or not (value.is_floating_point() or value.is_complex()):
         return None
     return value.data_ptr(), value.dtype, value.shape, value.stride()
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ddp_sgd.checkpointing.listing import epochs_of
 from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.config.yaml_text import write_yaml
 from ddp_sgd.errors import ConfigError, DataError, OutputError
@@ -63,7 +64,7 @@ def export_weights(
     metadata = {
         "format": "pt",
         "step": str(header.step),
-        "epoch": repr(header.epochs),
+        "epoch": repr(epochs_of(header)),
         "samples": str(header.samples),
         "run_id": header.run_id,
         "weights_digest": digest,
@@ -105,6 +106,7 @@ def untie(weights: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str
     names: dict[Any, str] = {}
     tensors: dict[str, torch.Tensor] = {}
     tied: dict[str, str] = {}
+    taken: set[int] = set()
     for name, value in weights.items():
         if not isinstance(value, torch.Tensor):
             raise DataError(
@@ -116,8 +118,11 @@ def untie(weights: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str
             tied[name] = names[key]
             continue
         names[key] = name
-        is_part = value.untyped_storage().nbytes() != value.nbytes
-        tensors[name] = value.contiguous().clone() if is_part else value.contiguous()
+        memory = value.untyped_storage()
+        is_shared = memory.data_ptr() in taken or memory.nbytes() != value.nbytes
+        taken.add(memory.data_ptr())
+        whole = value.contiguous()
+        tensors[name] = whole.clone() if is_shared else whole
     return tensors, tied
 
 
@@ -125,9 +130,7 @@ def _safetensors() -> Any:
     try:
         from safetensors.torch import save_file
     except ImportError as error:
-        raise ConfigError(
-            "safetensors is not installed; pip install 'ddp_sgd[export]'."
-        ) from error
+        raise ConfigError("safetensors is not installed; pip install 'ddp_sgd[export]'.") from error
     return save_file
 
 

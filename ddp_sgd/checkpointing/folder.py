@@ -113,9 +113,9 @@ class CheckpointFolder:
         for entry in entries[:-keep]:
             if entry is not best:
                 file = self.path / entry.file
-                # The manifest first: a file without one is no checkpoint.
-                file.with_suffix(".json").unlink(missing_ok=True)
+                # The manifest last: of one without a file, clean_up knows that it may go.
                 file.unlink(missing_ok=True)
+                file.with_suffix(".json").unlink(missing_ok=True)
 
     def _files(self) -> list[Path]:
         try:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddp_sgd.checkpointing.folder import FOLDER_NAME, CheckpointFolder, fault_of
-from ddp_sgd.checkpointing.manifest import Manifest, read_manifest
+from ddp_sgd.checkpointing.manifest import Header, Manifest, read_manifest
 from ddp_sgd.checkpointing.table import columns
 from ddp_sgd.errors import DataError
 
@@ -73,6 +73,11 @@ def listing_lines(found: Sequence[Listed], *, now: float) -> list[str]:
     return columns(rows, left=(0, len(_HEAD) - 1))
 
 
+def epochs_of(header: Header) -> float:
+    """Passes over the data, a real number."""
+    return float(header.epoch + header.position / header.plan["samples_per_epoch"])
+
+
 def files_to_verify(path: Path) -> list[Path]:
     """Name the checkpoints that a path stands for: itself, or all in a folder."""
     if not path.is_dir():
@@ -130,7 +135,7 @@ def _cells(entry: Listed, now: float) -> Iterator[str]:
         return
     header = entry.manifest.header
     yield str(header.step)
-    yield f"{header.epochs:.4g}"
+    yield f"{epochs_of(header):.4g}"
     yield f"{header.samples:,}"
     yield str(header.world_size)
     yield size

@@ -121,9 +121,10 @@ class SavedCheckpoints:
         Raises:
             OutputError: This many saves in a row have failed.
         """
-        self._start = time.perf_counter()
+        start = time.perf_counter()
         self._reserved.result()
-        self._settle()
+        self._settle()  # measures the save before from its own start
+        self._start = start
         self._header, tensors = self._capture(state)
         copy = self._snapshot.take(tensors)
         self._writing = self._thread.submit(self._write, self._header, copy)

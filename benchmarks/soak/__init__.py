@@ -1,0 +1,1 @@
+"""A campaign of faults against one run; see ``python -m benchmarks.soak --help``."""

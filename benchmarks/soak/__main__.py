@@ -1,0 +1,186 @@
+"""A campaign of faults against one run, which must end as if nothing had happened.
+
+Usage: ``python -m benchmarks.soak [--faults 100] [--seed 0] [--write benchmarks/results]``.
+"""
+
+import argparse
+import contextlib
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks.soak.faults import FAULTS
+from benchmarks.soak.job import INTERVAL, ROWS, Job
+
+STEPS_A_FAULT = 184
+"""Eight epochs of 23 steps."""
+DISK_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Met:
+    """A fault that was met.
+
+    Args:
+        name: What was done.
+        step: Last step in the journal before.
+        back_at: Step from which the run went on.
+        recovery_s: Time until the next row of training.
+    """
+
+    name: str
+    step: int
+    back_at: int | None
+    recovery_s: float
+
+
+def main() -> int:
+    """Run the campaign; 0 if every promise was kept."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak")
+    parser.add_argument("--faults", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--write", type=Path)
+    options = parser.parse_args()
+    steps = options.faults * STEPS_A_FAULT
+    spoilt = 0.1 * options.faults / (steps * 64)  # as many NaN batches as a tenth of the faults
+    with small_disk() as (disk, is_small):
+        names = [name for name in FAULTS if is_small or name != "disk full"]
+        whole = Job(disk / "whole", steps, spoilt, sys.executable)
+        whole.start()
+        whole.wait_for_life(0.0)
+        whole.wait_for("the undisturbed run ends", whole.is_finished)
+        job = Job(disk / "disturbed", steps, spoilt, sys.executable)
+        met = campaign(job, options.faults, random.Random(options.seed), names)
+        broken = judge(job, whole, bomb=disk / "disturbed" / "bomb")
+        text = report(met, job, options.seed, broken, is_small=is_small)
+    print(text)
+    if options.write:
+        name = f"soak_{os.cpu_count()}cpu_{datetime.now(UTC):%Y%m}.md"
+        (options.write / name).write_text(text)
+    return 1 if broken else 0
+
+
+@contextlib.contextmanager
+def small_disk() -> Iterator[tuple[Path, bool]]:
+    """Give a folder on a disk of its own that can be filled, where this user may mount one."""
+    with tempfile.TemporaryDirectory() as folder:
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "soak", folder]
+        is_small = os.geteuid() == 0 and subprocess.run(mount, check=False).returncode == 0
+        try:
+            yield Path(folder), is_small
+        finally:
+            if is_small:
+                subprocess.run(["umount", "-l", folder], check=True)
+
+
+def campaign(job: Job, faults: int, chance: random.Random, names: list[str]) -> list[Met]:
+    """Do one thing after the other to a run, each when it has come to a random step.
+
+    Args:
+        job: The run; it is started here.
+        faults: How many.
+        chance: Where the draws come from.
+        names: Faults that can be done here.
+    """
+    total = faults * STEPS_A_FAULT
+    at = sorted(chance.randrange(INTERVAL // 2, total - INTERVAL) for _ in range(faults))
+    drawn = chance.choices(names, [FAULTS[name][1] for name in names], k=faults)
+    job.start()
+    job.wait_for_life(0.0)
+    met = []
+    for number, (step, name) in enumerate(zip(at, drawn, strict=True), start=1):
+        job.wait_for(f"step {step}", lambda step=step: job.last_row()["step"] >= step)
+        time.sleep(chance.uniform(0.0, 0.05))  # somewhere in a step, not right after a row
+        before, start = job.last_row(), time.time()
+        FAULTS[name][0](job, chance)
+        hit, lives = time.time(), len(_resumed(job.rows()))
+        row = job.wait_for_life(max(hit, before["time"]))
+        later = _resumed(job.rows())
+        back_at = later[-1]["step"] if later and later[-1]["time"] > start else None
+        met.append(Met(name, before["step"], back_at, row["time"] - hit))
+        print(f"{number}/{faults} {name}: {met[-1]}", file=sys.stderr, flush=True)
+        del lives
+    job.wait_for("the run ends", lambda: job.is_finished() or job.wait_for_life(0.0) is None)
+    return met
+
+
+def judge(job: Job, whole: Job, bomb: Path) -> list[str]:
+    """List the promises that were broken."""
+    broken = []
+    if job.result()["weights_digest"] != whole.result()["weights_digest"]:
+        broken.append("the weights are not those of the undisturbed run")
+    if measurements(job.rows()) != measurements(whole.rows()):
+        broken.append("the journal is not that of the undisturbed run")
+    samples = [row["samples"] for row in job.rows() if row["event"] == "train"]
+    if samples != sorted(set(samples)) or samples[-1] != whole.result()["samples"]:
+        broken.append("the journal has samples twice, or not at all")
+    if bomb.exists():
+        broken.append("the bomb was run")
+    return broken
+
+
+def measurements(rows: list[dict[str, Any]]) -> dict[int, tuple[float, ...]]:
+    """Take what must not depend on faults: rate and losses, at the rows that every run has."""
+    return {
+        row["step"]: (row["samples"], row["train/lr"], row["train/skipped_steps"])
+        for row in rows
+        if row["event"] == "train" and row["step"] % INTERVAL == 0
+    }
+
+
+def report(
+    met: list[Met], job: Job, seed: int, broken: list[str], *, is_small: bool
+) -> str:
+    """Write the result as Markdown."""
+    lines = [
+        f"# {len(met)} faults in one run of 2 ranks",
+        "",
+        f"`python -m benchmarks.soak --faults {len(met)} --seed {seed}`, "
+        f"{datetime.now(UTC):%Y-%m-%d}, python {platform.python_version()}, {os.cpu_count()} cores, "
+        f"gloo, {job.result()['step']:,} steps, a checkpoint every {INTERVAL} steps, a row every "
+        f"{ROWS}, `runtime.hang_s=5`.",
+        "",
+        "| fault | times | back after, s: median | p95 | steps lost: median | most |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in [*FAULTS, "all"]:
+        some = [each for each in met if name in (each.name, "all")]
+        if some:
+            times = [each.recovery_s for each in some]
+            lost = [each.step - each.back_at for each in some if each.back_at is not None]
+            lines.append(
+                f"| {name} | {len(some)} | {statistics.median(times):.1f} | {_p95(times):.1f} | "
+                f"{statistics.median(lost) if lost else 0:g} | {max(lost, default=0)} |"
+            )
+    skipped = int([r for r in job.rows() if r["event"] == "train"][-1]["train/skipped_steps"])
+    lines += ["", f"Batches with NaN, in both runs alike: {skipped}.", ""]
+    lines += [f"**Broken: {promise}.**" for promise in broken] or [
+        "Kept: the weights equal those of the undisturbed run bit by bit, so does the journal at "
+        "every checkpoint; every sample was trained once an epoch; no damaged file was loaded, no "
+        "bomb was run."
+    ]
+    if not is_small:
+        lines.append("Left out: the full disk, since this user may not mount one.")
+    return "\n".join([*lines, ""])
+
+
+def _resumed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["event"] == "resume"]
+
+
+def _p95(values: list[float]) -> float:
+    return sorted(values)[max(0, round(0.95 * len(values)) - 1)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

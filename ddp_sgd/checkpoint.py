@@ -1,0 +1,207 @@
+"""Command: list, verify, export, average and compare checkpoints.
+
+Usage: ``python -m ddp_sgd.checkpoint ls runs/digits``. Listing and verifying need no torch.
+"""
+
+import argparse
+import difflib
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+from ddp_sgd.checkpointing.listing import (
+    epochs_of,
+    fault_at,
+    files_to_verify,
+    list_checkpoints,
+    listing_lines,
+)
+from ddp_sgd.command import exit_code_of
+from ddp_sgd.errors import ConfigError, DataError, ExitCode
+
+_PROGRAM = "python -m ddp_sgd.checkpoint"
+_CHECKPOINT = "a checkpoint, a link to one, or a run folder, which stands for its newest whole one"
+_DIFFERENT = 1
+"""What ``diff`` returns for checkpoints that differ, as diff(1) does."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are ours."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Work on checkpoints, and return the exit code of the contract.
+
+    Args:
+        argv: Arguments after the name of the command; None takes those of the process.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    return exit_code_of(lambda: _run(argv), debug="--debug" in argv)
+
+
+def _run(argv: Sequence[str]) -> int:
+    if argv and not argv[0].startswith("-") and argv[0] not in _COMMANDS:
+        near = difflib.get_close_matches(argv[0], _COMMANDS, n=1)
+        remedy = f"did you mean {near[0]}?" if near else f"choose {', '.join(_COMMANDS)}."
+        raise ConfigError(f"unknown command {argv[0]}; {remedy}")
+    try:
+        asked = _parser().parse_args(argv)
+    except SystemExit:  # after --help
+        return ExitCode.DONE
+    return int(asked.work(asked))
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog=_PROGRAM, description="Work on checkpoints.", allow_abbrev=False)
+    below = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    for name, (work, about, arguments) in _COMMANDS.items():
+        command = below.add_parser(name, help=about, description=about, allow_abbrev=False)
+        command.set_defaults(work=work)
+        command.add_argument("--debug", action="store_true", help="print tracebacks as well")
+        for flag, settings in arguments.items():
+            command.add_argument(flag, **settings)
+    return parser
+
+
+def _ls(asked: argparse.Namespace) -> int:
+    found = list_checkpoints(asked.folder)
+    if not found:
+        _say(f"{asked.folder} holds no checkpoints")
+        return ExitCode.DONE
+    for line in listing_lines(found, now=time.time()):
+        _say(line)
+    return ExitCode.DONE
+
+
+def _verify(asked: argparse.Namespace) -> int:
+    files = [file for path in asked.paths for file in files_to_verify(path)]
+    damaged = 0
+    for file in files:
+        fault = fault_at(file)
+        damaged += fault is not None
+        _say(f"{file} {fault or 'is whole'}")
+    if damaged or not files:
+        state = f"{damaged} of {len(files)} damaged" if files else "no checkpoint at all"
+        raise DataError(
+            f"{' '.join(map(str, asked.paths))} has {state}; go on from one that is whole."
+        )
+    return ExitCode.DONE
+
+
+def _export(asked: argparse.Namespace) -> int:
+    from ddp_sgd.checkpointing.exporting import export_weights, refuse_overwriting
+    from ddp_sgd.checkpointing.reading import find_checkpoint, read_tensors
+    from ddp_sgd.engine.digest import weights_digest
+
+    refuse_overwriting(asked.output, force=asked.force)
+    file, manifest = find_checkpoint(asked.checkpoint)
+    weights = read_tensors(file)["model"]
+    model: Any = SimpleNamespace(state_dict=lambda: weights)  # all that the digest asks for
+    tied = export_weights(weights, manifest.header, asked.output, digest=weights_digest(model))
+    equal = "".join(f"; {name} is tied to {kept}" for name, kept in tied.items())
+    _say(f"{asked.output}: weights of step {manifest.header.step} from {file}{equal}")
+    return ExitCode.DONE
+
+
+def _average(asked: argparse.Namespace) -> int:
+    from ddp_sgd.checkpointing.averaging import choose_checkpoints, write_average
+
+    chosen = choose_checkpoints(asked.paths, last=asked.last)
+    written = write_average(chosen, asked.output)
+    for file, manifest in chosen:
+        _say(f"  {file} (step {manifest.header.step}, epoch {epochs_of(manifest.header):.4g})")
+    _say(f"{written}: the mean of these {len(chosen)}")
+    return ExitCode.DONE
+
+
+def _diff(asked: argparse.Namespace) -> int:
+    from ddp_sgd.checkpointing.comparing import compare_plain, compare_trees, difference_lines
+    from ddp_sgd.checkpointing.reading import find_checkpoint, read_tensors
+
+    (one, first), (other, second) = (find_checkpoint(path) for path in (asked.first, asked.second))
+    settings = compare_plain(_settings(first.header), _settings(second.header))
+    a, b = read_tensors(one), read_tensors(other)
+    weights = compare_trees(a["model"], b["model"])
+    momentum = compare_trees(a["optimizer"], b["optimizer"])
+    for line in (*settings, *difference_lines([*weights, *momentum])):
+        _say(line)
+    parts = (("settings", settings), ("weights", weights), ("momentum", momentum))
+    _say("; ".join(f"{name} {'differ' if found else 'equal'}" for name, found in parts))
+    return _DIFFERENT if settings or weights or momentum else ExitCode.DONE
+
+
+def _settings(header: Any) -> dict[str, Any]:
+    names = ("step", "samples", "world_size", "loss", "config")
+    return {name: getattr(header, name) for name in names}
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+
+
+_Work = Callable[[argparse.Namespace], int]
+_COMMANDS: Mapping[str, tuple[_Work, str, Mapping[str, Mapping[str, Any]]]] = {
+    "ls": (
+        _ls,
+        "List the checkpoints of a run, without reading them.",
+        {"folder": {"type": Path, "metavar": "RUN", "help": "a run folder, or its checkpoints"}},
+    ),
+    "verify": (
+        _verify,
+        "Compare every byte with what was written; exits 65 unless all are whole.",
+        {
+            "paths": {
+                "type": Path,
+                "nargs": "+",
+                "metavar": "PATH",
+                "help": "checkpoints, or folders, which stand for all in them",
+            }
+        },
+    ),
+    "export": (
+        _export,
+        "Write the weights as safetensors, and the configuration as YAML beside them.",
+        {
+            "checkpoint": {"type": Path, "metavar": "CHECKPOINT", "help": _CHECKPOINT},
+            "output": {"type": Path, "metavar": "OUT.safetensors", "help": "where to"},
+            "--force": {"action": "store_true", "help": "replace files that exist"},
+        },
+    ),
+    "average": (
+        _average,
+        "Average the weights of checkpoints into a checkpoint of its own, without momentum.",
+        {
+            "paths": {
+                "type": Path,
+                "nargs": "+",
+                "metavar": "RUN_OR_CHECKPOINT",
+                "help": "checkpoints, or run folders, which stand for all whole ones in them",
+            },
+            "--last": {"type": int, "metavar": "K", "help": "the newest K of these only"},
+            "--output": {
+                "type": Path,
+                "required": True,
+                "metavar": "FOLDER",
+                "help": "folder to make; give it to evaluate, or as --resume=FOLDER",
+            },
+        },
+    ),
+    "diff": (
+        _diff,
+        "Compare two checkpoints; exits 1 if they differ.",
+        {
+            "first": {"type": Path, "metavar": "A", "help": _CHECKPOINT},
+            "second": {"type": Path, "metavar": "B", "help": _CHECKPOINT},
+        },
+    ),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
