@@ -128,12 +128,21 @@ def _diff(asked: argparse.Namespace) -> int:
     settings = compare_plain(_settings(first.header), _settings(second.header))
     a, b = read_tensors(one), read_tensors(other)
     weights = compare_trees(a["model"], b["model"])
-    momentum = compare_trees(a["optimizer"], b["optimizer"])
-    for line in (*settings, *difference_lines([*weights, *momentum])):
+    momentum = compare_trees(_momentum(a), _momentum(b))
+    for line in (*settings, *difference_lines(weights), *difference_lines(momentum)):
         _say(line)
     parts = (("settings", settings), ("weights", weights), ("momentum", momentum))
-    _say("; ".join(f"{name} {'differ' if found else 'equal'}" for name, found in parts))
+    _say(
+        "; ".join(
+            f"{name}: {f'{len(found)} differ' if found else 'equal'}" for name, found in parts
+        )
+    )
     return _DIFFERENT if settings or weights or momentum else ExitCode.DONE
+
+
+def _momentum(content: Mapping[str, Any]) -> dict[str, Any]:
+    buffers = content["optimizer"]["momentum_buffer"]
+    return {f"momentum of {name}": buffer for name, buffer in buffers.items()}
 
 
 def _settings(header: Any) -> dict[str, Any]:

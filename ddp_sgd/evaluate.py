@@ -80,8 +80,7 @@ def _work(line: CommandLine, runtime: "Runtime") -> list[str]:
     }
     summary = last_line({"status": str(saved.file), "step": header.step, **plain})
     if header.is_scored and header.scores != scores:
-        written = " ".join(f"{name}={value}" for name, value in header.scores.items())
-        summary += f"; the run itself wrote {written}"
+        summary += f"; the run itself wrote eval/loss {header.scores['eval/loss']:.6g}"
     return [summary, json.dumps(row, allow_nan=False)]
 
 

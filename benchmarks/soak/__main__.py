@@ -21,6 +21,7 @@ from typing import Any
 
 from benchmarks.soak.faults import FAULTS
 from benchmarks.soak.job import INTERVAL, ROWS, Job
+from ddp_sgd.checkpointing.folder import CheckpointFolder
 
 STEPS_A_FAULT = 184
 """Eight epochs of 23 steps."""
@@ -34,13 +35,15 @@ class Met:
     Args:
         name: What was done.
         step: Last step in the journal before.
-        back_at: Step from which the run went on.
+        back_at: Step from which the run went on; None if it did not have to be started again.
+        whole_at: Step of the newest whole checkpoint that the fault left.
         recovery_s: Time until the next row of training.
     """
 
     name: str
     step: int
     back_at: int | None
+    whole_at: int
     recovery_s: float
 
 
@@ -61,7 +64,7 @@ def main() -> int:
         whole.wait_for("the undisturbed run ends", whole.is_finished)
         job = Job(disk / "disturbed", steps, spoilt, sys.executable)
         met = campaign(job, options.faults, random.Random(options.seed), names)
-        broken = judge(job, whole, bomb=disk / "disturbed" / "bomb")
+        broken = judge(job, whole, met, bomb=disk / "disturbed" / "bomb")
         text = report(met, job, options.seed, broken, is_small=is_small)
     print(text)
     if options.write:
@@ -103,18 +106,18 @@ def campaign(job: Job, faults: int, chance: random.Random, names: list[str]) -> 
         time.sleep(chance.uniform(0.0, 0.05))  # somewhere in a step, not right after a row
         before, start = job.last_row(), time.time()
         FAULTS[name][0](job, chance)
-        hit, lives = time.time(), len(_resumed(job.rows()))
+        hit, left = time.time(), CheckpointFolder(job.folder / "checkpoints").choose().manifest
         row = job.wait_for_life(max(hit, before["time"]))
         later = _resumed(job.rows())
         back_at = later[-1]["step"] if later and later[-1]["time"] > start else None
-        met.append(Met(name, before["step"], back_at, row["time"] - hit))
+        whole_at = left.header.step if left else 0
+        met.append(Met(name, before["step"], back_at, whole_at, row["time"] - hit))
         print(f"{number}/{faults} {name}: {met[-1]}", file=sys.stderr, flush=True)
-        del lives
     job.wait_for("the run ends", lambda: job.is_finished() or job.wait_for_life(0.0) is None)
     return met
 
 
-def judge(job: Job, whole: Job, bomb: Path) -> list[str]:
+def judge(job: Job, whole: Job, met: list[Met], bomb: Path) -> list[str]:
     """List the promises that were broken."""
     broken = []
     if job.result()["weights_digest"] != whole.result()["weights_digest"]:
@@ -124,6 +127,8 @@ def judge(job: Job, whole: Job, bomb: Path) -> list[str]:
     samples = [row["samples"] for row in job.rows() if row["event"] == "train"]
     if samples != sorted(set(samples)) or samples[-1] != whole.result()["samples"]:
         broken.append("the journal has samples twice, or not at all")
+    if any(each.back_at is not None and each.back_at < each.whole_at for each in met):
+        broken.append("a whole checkpoint was passed over")
     if bomb.exists():
         broken.append("the bomb was run")
     return broken
@@ -138,9 +143,7 @@ def measurements(rows: list[dict[str, Any]]) -> dict[int, tuple[float, ...]]:
     }
 
 
-def report(
-    met: list[Met], job: Job, seed: int, broken: list[str], *, is_small: bool
-) -> str:
+def report(met: list[Met], job: Job, seed: int, broken: list[str], *, is_small: bool) -> str:
     """Write the result as Markdown."""
     lines = [
         f"# {len(met)} faults in one run of 2 ranks",
@@ -157,11 +160,17 @@ def report(
         some = [each for each in met if name in (each.name, "all")]
         if some:
             times = [each.recovery_s for each in some]
-            lost = [each.step - each.back_at for each in some if each.back_at is not None]
+            lost = [max(0, each.step - each.back_at) for each in some if each.back_at is not None]
             lines.append(
                 f"| {name} | {len(some)} | {statistics.median(times):.1f} | {_p95(times):.1f} | "
                 f"{statistics.median(lost) if lost else 0:g} | {max(lost, default=0)} |"
             )
+    lines += [
+        "",
+        "A rank that is killed loses at most the steps since the newest checkpoint, an interval, "
+        "and those that were trained while that was being written. Where the fault destroyed the "
+        "newest checkpoint as well, or kept it from being written, that interval comes on top.",
+    ]
     skipped = int([r for r in job.rows() if r["event"] == "train"][-1]["train/skipped_steps"])
     lines += ["", f"Batches with NaN, in both runs alike: {skipped}.", ""]
     lines += [f"**Broken: {promise}.**" for promise in broken] or [

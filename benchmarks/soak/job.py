@@ -105,7 +105,7 @@ class Job:
         except (OSError, ValueError):
             return {"step": -1, "time": 0.0, "event": ""}
 
-    def wait_for(self, what: str, met: Any) -> None:  # noqa: ANN401
+    def wait_for(self, what: str, met: Any) -> None:
         """Look again and again until something holds.
 
         Raises:

@@ -96,18 +96,21 @@ def write_average(chosen: Sequence[Found], output: Path) -> Path:
         DataError: The checkpoints do not fit together.
     """
     header = replace(chosen[-1][1].header, scores={}, scored_at=-1)
-    content = {**average_tensors(chosen), "mean_of": [str(file) for file, _ in chosen]}
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.mkdir()
+    except FileExistsError as error:
+        raise OutputError(f"{output} is there already; choose another --output.") from error
     except OSError as error:
         raise _unwritable(output, error) from error
     try:
+        content = {**average_tensors(chosen), "mean_of": [str(file) for file, _ in chosen]}
         manifest = write_checkpoint(CheckpointFolder(output), header, content, keep=1)
     except OSError as error:
-        with suppress(OSError):
-            output.rmdir()
         raise _unwritable(output, error) from error
+    finally:
+        with suppress(OSError):
+            output.rmdir()  # which only works on a folder that stayed empty
     return output / manifest.file
 
 
@@ -155,5 +158,5 @@ def _identity(value: Any) -> Hashable | None:
 
 
 def _unwritable(output: Path, error: OSError) -> OutputError:
-    what = "is there already" if isinstance(error, FileExistsError) else "cannot be written"
-    return OutputError(f"{output} {what}: {error.strerror}; choose another --output.")
+    reason = error.strerror or error
+    return OutputError(f"{output} cannot be written: {reason}; choose another --output.")

@@ -90,7 +90,7 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Yield what is no mapping and no list, with its dotted path."""
     if isinstance(value, (list, tuple)):
         value = dict(enumerate(value))
-    if not isinstance(value, Mapping) or not value:
+    if not isinstance(value, Mapping) or (path and not value):
         yield path, value
         return
     for key, below in value.items():

@@ -1,0 +1,348 @@
+import errno
+import os
+import random
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from saving import flip, header, names, scored, tensors, write
+
+from ddp_sgd.checkpointing.folder import CheckpointFolder, goodness
+from ddp_sgd.checkpointing.reading import find_checkpoint
+from ddp_sgd.checkpointing.writing import write_checkpoint
+from ddp_sgd.errors import DataError, ExitCode
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Checkpoints of the steps 10 and 20."""
+    for step in (10, 20):
+        write(tmp_path / "checkpoints", step)
+    return tmp_path / "checkpoints"
+
+
+def chosen(folder):
+    """Step of the checkpoint that a resume would take, and what it says of newer ones."""
+    choice = CheckpointFolder(folder).choose()
+    return choice.manifest and choice.manifest.header.step, choice.passed_over
+
+
+def refused(path):
+    with pytest.raises(DataError) as caught:
+        find_checkpoint(path)
+    assert caught.value.exit_code == ExitCode.DATA == 65
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def save_scored(folder, *marks, keep=2):
+    for step, accuracy in marks:
+        write_checkpoint(
+            CheckpointFolder(folder), scored(step, accuracy), tensors(step), keep=keep
+        )
+
+
+def steps(folder):
+    return [entry.header.step for entry in CheckpointFolder(folder).manifests()]
+
+
+def flips(file, manifest, count):
+    """Bits all over a checkpoint, in proportion to the length of its two files, and chosen ones."""
+    content, text = file.read_bytes(), manifest.read_bytes()
+    directory, digit = content.rindex(b"PK\1\2"), text.index(b'"step": 20') + 8
+    special = [
+        *((file, 8 * at) for at in (0, 1, len(content) - 1, directory, directory + 16)),
+        *((file, 8 * at + 7) for at in (0, len(content) - 1, content.rindex(b"PK\5\6"))),
+        *((manifest, bit) for bit in (0, 8 * len(text) - 1, 8 * digit, 8 * digit + 1)),
+    ]
+    place, total = random.Random(0), 8 * (len(content) + len(text))
+    for path, bit in special:
+        yield path, bit
+    for bit in place.sample(range(total), count - len(special)):
+        in_file = bit < 8 * len(content)
+        yield (file, bit) if in_file else (manifest, bit - 8 * len(content))
+
+
+def test_of_200_flipped_bits_200_are_found(folder):
+    file, manifest = folder / "step-00000020.pt", folder / "step-00000020.json"
+    good = {path: path.read_bytes() for path in (file, manifest)}
+    found = {file: 0, manifest: 0}
+    for path, bit in flips(file, manifest, 200):
+        flip(path, bit)
+        step, passed_over = chosen(folder)
+        assert step == 10
+        assert len(passed_over) == 1
+        assert refused(file)
+        path.write_bytes(good[path])
+        found[path] += 1
+    assert sum(found.values()) == 200
+    assert min(found.values()) > 10
+    assert chosen(folder) == (20, ())
+
+
+def empty(file):
+    file.write_bytes(b"")
+
+
+def truncate(file):
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def lengthen(file):
+    file.write_bytes(file.read_bytes() + b"\0")
+
+
+def become_a_folder(file):
+    file.unlink()
+    file.mkdir()
+
+
+def link_in_a_circle(file):
+    file.unlink()
+    file.symlink_to(file.name)
+
+
+def swap_file(file):
+    shutil.copyfile(file.with_name("step-00000010.pt"), file)
+
+
+def swap_manifest(file):
+    shutil.copyfile(file.with_name("step-00000010.json"), file.with_suffix(".json"))
+
+
+def lose_manifest(file):
+    file.with_suffix(".json").unlink()
+
+
+def tear_manifest(file):
+    truncate(file.with_suffix(".json"))
+
+
+def empty_manifest(file):
+    empty(file.with_suffix(".json"))
+
+
+def another_format(file):
+    manifest = file.with_suffix(".json")
+    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
+
+
+NO_MANIFEST = "step-00000020.pt has no valid manifest"
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (empty, "has 0 bytes instead of"),
+        (truncate, "bytes instead of"),
+        (lengthen, "bytes instead of"),
+        (swap_file, "is damaged: its SHA-256 is not that of the manifest"),
+        (become_a_folder, NO_MANIFEST),
+        (link_in_a_circle, NO_MANIFEST),
+        (swap_manifest, NO_MANIFEST),
+        (lose_manifest, NO_MANIFEST),
+        (tear_manifest, NO_MANIFEST),
+        (empty_manifest, NO_MANIFEST),
+        (another_format, NO_MANIFEST),
+    ],
+)
+def test_what_was_harmed_is_refused_and_the_one_before_is_chosen(harm, told, folder):
+    harm(folder / "step-00000020.pt")
+    step, (line,) = chosen(folder)
+    assert step == 10
+    assert line.startswith("step-00000020.pt ")
+    assert told in line
+    refused(folder / "step-00000020.pt")
+    saved = CheckpointFolder(folder)
+    saved.set_aside(after_samples=100)
+    assert chosen(folder) == (10, ())
+    write(folder, 20)
+    assert chosen(folder) == (20, ())
+
+
+def test_a_missing_file_leaves_the_one_before(folder):
+    (folder / "step-00000020.pt").unlink()
+    assert chosen(folder) == (10, ())
+    refused(folder / "step-00000020.pt")
+    CheckpointFolder(folder).clean_up()
+    assert not (folder / "step-00000020.json").exists()
+
+
+@contextmanager
+def forbidden(path):
+    """Take the right to read away, and with it the power of root that needs none."""
+    mode, user = path.stat().st_mode, os.geteuid()
+    path.chmod(0)
+    if user == 0:
+        for parent in path.parents:  # pytest keeps its folders to itself
+            parent.chmod(parent.stat().st_mode | 0o011)
+        path.parent.chmod(0o755)
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+        path.chmod(mode)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("step-00000020.pt", "cannot be read: Permission denied"),
+        ("step-00000020.json", "has no valid manifest"),
+    ],
+)
+def test_what_may_not_be_read_is_passed_over(name, told, folder):
+    with forbidden(folder / name):
+        step, (line,) = chosen(folder)
+        assert step == 10
+        assert told in line
+        refused(folder / "step-00000020.pt")
+
+
+def test_a_folder_that_may_not_be_read_is_not_taken_for_an_empty_one(folder):
+    with forbidden(folder):
+        with pytest.raises(DataError, match="cannot be read: Permission denied; "):
+            CheckpointFolder(folder).choose()
+        assert "Permission denied" in refused(folder)
+        assert "Permission denied" in refused(folder / "last")
+
+
+def test_a_folder_that_is_not_there_holds_nothing(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "nowhere", tmp_path / "file", tmp_path):
+        assert chosen(path) == (None, ())
+
+
+def test_all_that_is_wrong_with_newer_ones_is_told(folder):
+    write(folder, 30, keep=9)
+    write(folder, 40, keep=9)
+    lose_manifest(folder / "step-00000010.pt")
+    lose_manifest(folder / "step-00000030.pt")
+    truncate(folder / "step-00000040.pt")
+    assert chosen(folder)[0] == 20
+    told = {line.split()[0] for line in chosen(folder)[1]}
+    assert told == {"step-00000030.pt", "step-00000040.pt"}  # and nothing of step 10: it is older
+    truncate(folder / "step-00000020.pt")
+    assert chosen(folder)[0] is None
+    assert len(chosen(folder)[1]) == 4
+
+
+def test_one_that_lost_its_manifest_is_told_of_by_number_not_by_letters(tmp_path):
+    for step in (99_999_999, 100_000_000):
+        write(tmp_path, step)
+    lose_manifest(tmp_path / "step-100000000.pt")
+    assert chosen(tmp_path) == (99_999_999, ("step-100000000.pt has no valid manifest",))
+
+
+def test_the_order_is_that_of_samples(tmp_path):
+    """A resume with a larger global batch counts the same samples in fewer steps."""
+    write(tmp_path, 40, samples=400)
+    write(tmp_path, 21, samples=420)
+    assert steps(tmp_path) == [40, 21]
+    assert chosen(tmp_path) == (21, ())
+    truncate(tmp_path / "step-00000021.pt")
+    step, (line,) = chosen(tmp_path)
+    assert (step, line.split()[0]) == (40, "step-00000021.pt")
+    CheckpointFolder(tmp_path).set_aside(after_samples=400)
+    assert names(tmp_path) >= {"step-00000040.pt", "step-00000021.pt.damaged"}
+    assert chosen(tmp_path) == (40, ())
+
+
+def test_a_name_is_never_given_twice(tmp_path):
+    files = [write(tmp_path, 7, samples=samples).file for samples in (70, 80, 90, 90)]
+    assert files == [f"step-00000007{ending}.pt" for ending in ("", ".2", ".3", ".4")]
+    (tmp_path / "step-00000008.pt").mkdir()
+    assert CheckpointFolder(tmp_path).name_for(header(8)) == "step-00000008.2.pt"
+    assert chosen(tmp_path) == (7, ())
+    assert CheckpointFolder(tmp_path).choose().manifest.file == files[-1]  # of equals, the later
+    truncate(tmp_path / files[-1])
+    choice = CheckpointFolder(tmp_path).choose()
+    assert choice.manifest.file == files[-2]
+    assert [line.split()[0] for line in choice.passed_over] == [files[-1]]
+
+
+def test_a_manifest_under_another_name_does_not_remove_what_it_speaks_of(folder):
+    shutil.copyfile(folder / "step-00000020.json", folder / "step-00000010.json")
+    CheckpointFolder(folder).settle(keep=1)
+    assert steps(folder) == [20]
+    assert chosen(folder) == (20, ())
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    save_scored(tmp_path, (1, 0.5), (2, 0.9), (3, 0.7), (4, 0.9), (5, 0.8))
+    assert steps(tmp_path) == [2, 4, 5]  # of equals the first
+    assert names(tmp_path) == {
+        "last",
+        "best",
+        *(f"step-0000000{step}.{ending}" for step in (2, 4, 5) for ending in ("pt", "json")),
+    }
+    assert (tmp_path / "last").readlink() == Path("step-00000005.pt")
+    assert (tmp_path / "best").readlink() == Path("step-00000002.pt")
+    for link, step in (("last", 5), ("best", 2)):
+        assert find_checkpoint(tmp_path / link)[1].header.step == step
+
+
+def test_the_best_survives_many_saves_and_a_new_life(tmp_path):
+    save_scored(tmp_path, (1, 0.9))
+    for step in range(2, 20):
+        write(tmp_path, step, keep=1)  # each by a folder that is opened anew
+        assert steps(tmp_path) == [1, step]
+    save_scored(tmp_path, (20, 0.95), keep=1)
+    assert steps(tmp_path) == [20]
+    assert (tmp_path / "best").readlink() == (tmp_path / "last").readlink()
+
+
+def test_scores_of_earlier_weights_make_no_best(tmp_path):
+    write(tmp_path, 1, scored_at=0, scores={"eval/accuracy": 1.0})
+    assert names(tmp_path) == {"step-00000001.pt", "step-00000001.json", "last"}
+
+
+@pytest.mark.parametrize(
+    ("better", "worse"),
+    [
+        ({"eval/accuracy": 0.6, "eval/loss": 9.0}, {"eval/accuracy": 0.5, "eval/loss": 1.0}),
+        ({"eval/loss": 1.0}, {"eval/loss": 2.0}),
+        ({"eval/loss": 1e30}, {"eval/loss": float("nan")}),
+        ({"eval/loss": 1e30}, {}),
+    ],
+)
+def test_better_is_more_accurate_or_else_of_less_loss(better, worse):
+    assert goodness(better) > goodness(worse)
+
+
+def test_without_links_there_are_no_links(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    save_scored(tmp_path, (1, 0.9), (2, 0.1), (3, 0.1), keep=1)
+    assert steps(tmp_path) == [1, 3]
+    assert names(tmp_path) == {
+        f"step-0000000{step}.{ending}" for step in (1, 3) for ending in ("pt", "json")
+    }
+
+
+def test_what_is_set_aside_is_kept_but_no_checkpoint_any_more(folder):
+    CheckpointFolder(folder).set_aside(after_samples=100)
+    assert names(folder) == {
+        "step-00000010.pt",
+        "step-00000010.json",
+        "step-00000020.pt.damaged",
+        "last",
+    }
+    CheckpointFolder(folder).set_aside(after_samples=-1)
+    assert chosen(folder) == (None, ())
+
+
+def test_leftovers_go_and_nothing_else(folder):
+    before = names(folder)
+    for name in (".step-00000030.pt.new", ".step-00000030.json.new", "step-00000030.json"):
+        (folder / name).write_text("half")
+    (folder / ".last.new").symlink_to("step-00000030.pt")
+    (folder / "notes.txt").touch()
+    CheckpointFolder(folder).clean_up()
+    assert names(folder) == before | {"notes.txt"}

@@ -1,0 +1,263 @@
+import errno
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from saving import flip, header, names, tensors, write
+
+from ddp_sgd.checkpointing import writing
+from ddp_sgd.checkpointing.folder import CheckpointFolder
+from ddp_sgd.checkpointing.manifest import FORMAT
+from ddp_sgd.checkpointing.reading import read_tensors
+from ddp_sgd.checkpointing.writing import write_checkpoint
+
+PROGRAM = Path(__file__).parents[1] / "saving.py"
+
+
+def chosen_step(folder):
+    return CheckpointFolder(folder).choose().manifest.header.step
+
+
+def test_torch_alone_reads_what_was_written(tmp_path):
+    manifest = write(tmp_path / "new", 13)
+    content = torch.load(tmp_path / "new" / manifest.file, weights_only=True)
+    assert content["format"] == FORMAT
+    assert content["cursor"] == {"epoch": 1, "position": 30, "step": 13, "samples": 130}
+    assert set(content) == {
+        "format", "cursor", "model", "optimizer", "plan", "config", "run_id", "versions", "loss",
+        "scores", "scored_at", "skipped", "world_size",
+    }  # fmt: skip
+    assert content["model"]["weight"].tolist() == [13.0] * 64
+    assert content["optimizer"]["momentum_buffer"]["weight"].tolist() == [-13.0] * 64
+    assert content["config"] == header().config
+    assert CheckpointFolder(tmp_path / "new").choose().manifest == manifest
+    assert names(tmp_path / "new") == {"step-00000013.pt", "step-00000013.json", "last"}
+
+
+def test_tensors_that_are_one_are_written_once(tmp_path):
+    weight = torch.zeros(100_000)
+    sizes = [
+        write_checkpoint(
+            CheckpointFolder(tmp_path), header(step), {"model": {"a": weight, "b": b}}, keep=9
+        ).size_bytes
+        for step, b in ((1, weight), (2, weight.clone()))
+    ]
+    assert 400_000 < sizes[0] < 420_000
+    assert 800_000 < sizes[1] < 820_000
+
+
+class Saving:
+    """A program that forks processes, each of which saves again and again."""
+
+    def __init__(self, folder, size):
+        self._server = subprocess.Popen(
+            [sys.executable, str(PROGRAM), str(folder), str(size)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": str(PROGRAM.parents[1])},
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._server.communicate(timeout=20)
+
+    def kill_at(self, first_step, saves, moment_s):
+        """Kill a process that saves, so long after it began a save.
+
+        Returns the last step whose save had ended, the last that had begun, and how long saves
+        took.
+        """
+        self._server.stdin.write(f"{first_step}\n".encode())
+        self._server.stdin.flush()
+        pid, saved, began, seconds = None, None, None, []
+        for line in self._server.stdout:
+            words = json.loads(line)
+            pid = words.get("pid", pid)
+            saved = words.get("saved", saved)
+            began = words.get("began", began)
+            if "seconds" in words:
+                seconds.append(words["seconds"])
+            if "ended" in words:
+                return saved, began, seconds
+            if pid and began == first_step + saves:
+                time.sleep(moment_s)  # not to wait for anything: this is the random moment
+                os.kill(pid, 9)
+                saves = -1
+        raise EOFError
+
+
+def test_of_50_saves_that_are_killed_none_leaves_less_than_there_was(tmp_path):
+    place, size = random.Random(0), 1_000_000  # 8 MB a file
+    folder = tmp_path / "checkpoints"
+    saved = CheckpointFolder(folder)
+    last, save_s, left_behind = 0, 0.1, 0
+    with Saving(folder, size) as saving:
+        for kill in range(50):
+            first = last + 1
+            moment_s = place.uniform(0, 1.1) * save_s
+            ended, began, seconds = saving.kill_at(first, 1 if kill < 2 else 0, moment_s)
+            save_s = min([save_s, *seconds]) if kill > 1 else min(seconds)
+            before = names(folder)
+            saved.clean_up()
+            left_behind += names(folder) != before
+            choice = saved.choose()
+            assert choice.passed_over == ()
+            last = choice.manifest.header.step
+            assert (ended or first - 1) <= last <= began
+            content = read_tensors(folder / choice.manifest.file)
+            assert content["cursor"]["step"] == last
+            assert torch.equal(content["model"]["weight"], torch.full((size,), float(last)))
+            kept = {name.removesuffix(".pt") for name in names(folder) if name.endswith(".pt")}
+            assert names(folder) - {"last", "best"} == {
+                f"{name}.{ending}" for name in kept for ending in ("pt", "json")
+            }
+            assert len(kept) <= 4  # two, the best, and one that was about to go
+    assert left_behind >= 15  # the moments were in the midst of things
+    write(folder, last + 1, keep=1)
+    assert chosen_step(folder) == last + 1
+    assert len(saved.manifests()) <= 2
+
+
+def damage(file):
+    """Stand in for a disk that returns something else than it was given."""
+    flip(file, 8 * 200)
+
+
+def test_nothing_goes_before_the_new_one_was_read_back(tmp_path, monkeypatch):
+    for step in (1, 2):
+        write(tmp_path, step)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "_forget_cached", damage)
+        with pytest.raises(OSError, match="what was written is damaged: its SHA-256") as caught:
+            write(tmp_path, 3, keep=1)
+    assert caught.value.errno == errno.EIO
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    write(tmp_path, 3, keep=1)
+    assert names(tmp_path) == {"step-00000003.pt", "step-00000003.json", "last"}
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of 2 MiB that holds a checkpoint of 1 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    try:
+        mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    except OSError:
+        mounted = False
+    if not mounted:
+        pytest.skip("NOT SHOWN: a full disk; only root may mount one")
+    write(disk, 1, size=125_000)
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def save_too_much(folder):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(OSError) as caught:
+        write(folder, 2, size=250_000, keep=1)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert chosen_step(folder) == 1
+    return caught.value.errno
+
+
+def test_a_full_disk_shows_before_anything_is_written(disk, monkeypatch):
+    monkeypatch.setattr(writing._Hashed, "write", None)  # it is not called
+    assert save_too_much(disk) == errno.ENOSPC
+
+
+def test_a_disk_that_fills_up_while_it_is_written_to(disk, monkeypatch):
+    """As on file systems that cannot reserve room."""
+    monkeypatch.setattr(writing, "_room_for", lambda _: 1)
+    assert save_too_much(disk) == errno.ENOSPC
+    write(disk, 2, size=100_000, keep=1)
+    assert chosen_step(disk) == 2
+
+
+def test_a_disk_with_room_for_all_but_the_manifest(disk, monkeypatch, tmp_path):
+    needed = write(tmp_path / "elsewhere", 2, size=50_000).size_bytes
+    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+    page = os.statvfs(disk).f_frsize
+    (disk / "ballast").write_bytes(bytes(free - -(-needed // page) * page))
+    monkeypatch.setattr(writing, "_room_for", lambda _: 1)
+    before = names(disk)
+    with pytest.raises(OSError) as caught:
+        write(disk, 2, size=50_000)
+    assert caught.value.errno == errno.ENOSPC
+    assert names(disk) == before
+    assert chosen_step(disk) == 1
+    (disk / "ballast").unlink()
+    write(disk, 2, size=50_000)
+    assert chosen_step(disk) == 2
+
+
+@pytest.mark.parametrize("reserving", [True, False])
+def test_a_limit_on_the_length_of_files(reserving, tmp_path, monkeypatch):
+    write(tmp_path, 1)
+    if not reserving:
+        monkeypatch.setattr(writing, "_room_for", lambda _: 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+    try:
+        assert save_too_much(tmp_path) == errno.EFBIG
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_file_system_that_cannot_reserve_room_does_without(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    write(tmp_path, 1)
+    assert chosen_step(tmp_path) == 1
+
+
+def test_room_is_reserved_for_all_that_is_written(tmp_path):
+    tree = {"model": {f"layer{n}.weight": torch.zeros(n) for n in range(300)}}
+    manifest = write_checkpoint(CheckpointFolder(tmp_path), header(), tree, keep=1)
+    assert manifest.size_bytes <= writing._room_for(tree)
+    assert manifest.size_bytes == (tmp_path / manifest.file).stat().st_size
+
+
+def test_a_place_that_cannot_be_written_to(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        write(tmp_path / "no" / "where", 1)
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        write(tmp_path / "file", 1)
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path):
+    write(tmp_path, 1)
+    before = names(tmp_path)
+    with pytest.raises(Exception, match="pickle") as caught:
+        write_checkpoint(
+            CheckpointFolder(tmp_path), header(2), tensors(2) | {"more": lambda: 0}, keep=1
+        )
+    assert not isinstance(caught.value, OSError)
+    assert names(tmp_path) == before
+
+
+def test_a_save_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    write(tmp_path, 1)
+    before = names(tmp_path)
+    monkeypatch.setattr(writing, "_forget_cached", interrupt)
+    with suppress(KeyboardInterrupt):
+        write(tmp_path, 2)
+    assert names(tmp_path) == before
