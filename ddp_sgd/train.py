@@ -6,6 +6,7 @@ Usage: ``torchrun --nproc_per_node=4 -m ddp_sgd.train --config run.yaml --optim.
 import os
 import sys
 from collections.abc import Sequence
+from math import ceil
 from pathlib import Path
 
 from ddp_sgd.command import run_command
@@ -19,6 +20,12 @@ _OPTIONS = (
         bool,
         "Print the folder of the run instead of running: what launch scripts need to find "
         "result.json.",
+        default=False,
+    ),
+    Option(
+        "print_timeout",
+        bool,
+        "Print runtime.timeout_s in whole seconds instead of running: how long torchrun may wait.",
         default=False,
     ),
 )
@@ -42,8 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(line: CommandLine) -> int:
     """Join the ranks that the environment names, and fit."""
     config = line.config
-    if line.options["print_folder"]:
-        sys.stdout.write(f"{Path(config.output_dir) / config.name}\n")
+    answers = {
+        "print_folder": Path(config.output_dir) / config.name,
+        "print_timeout": ceil(config.runtime.timeout_s),
+    }
+    if any(line.options[name] for name in answers):
+        sys.stdout.writelines(f"{answers[name]}\n" for name in answers if line.options[name])
         return 0
     with told_by(this_one=may_be_rank_0(os.environ)):
         read_ranks(os.environ)

@@ -4,7 +4,7 @@
 # usage: launch/local.sh [--nproc N] [--max-restarts N] [--] [--key=value of ddp_sgd.train]...
 #
 #   --nproc N         number of processes; else NPROC, else the number of GPUs, else 2 (1 on a single CPU)
-#   --max-restarts N  times that torchrun starts all processes again after a failure; else 0
+#   --max-restarts N  times that all processes are started again after a failure; else 0
 #
 # PYTHON names the interpreter, else python. OMP_NUM_THREADS is shared fairly if unset. SIGTERM, SIGINT, SIGHUP and
 # SIGUSR1 end the run between two steps.
@@ -30,6 +30,5 @@ while (($#)); do
     *) break ;;
     esac
 done
-[[ $restarts =~ ^[0-9]+$ ]] || fail "--max-restarts is '$restarts'; give a number, such as --max-restarts=3."
 
-train_under_torchrun "${nproc:-$(count_processes)}" --standalone --max-restarts="$restarts" -- "$@"
+train_under_torchrun "${nproc:-$(count_processes)}" "$restarts" --standalone -- "$@"

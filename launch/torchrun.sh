@@ -2,6 +2,9 @@
 # What local.sh and multinode.sh have in common; they read it, it does nothing by itself.
 
 PYTHON=${PYTHON:-python}
+RDZV_CONF=''                   # more settings of the rendezvous
+MEETING='torchrun on one host' # who waits for whom, in an error
+REMEDY='start it again.'
 
 # fail MESSAGE: one line and the code of a wrong call.
 fail() {
@@ -30,14 +33,80 @@ count_processes() {
     echo $((gpus > 0 ? gpus : cpus < 2 ? 1 : 2))
 }
 
-# train_under_torchrun NPROC [FLAG OF TORCHRUN]... -- [OPTION OF ddp_sgd.train]...: train, and exit with the run's code.
+# run_torchrun FLAG...: run it to its end, and set code. Reads folder and logs; sets signalled.
+run_torchrun() {
+    local agent watcher again=yes
+    # In a process group of its own torchrun gets a signal once, from here, and not a second time from the terminal.
+    set -m
+    TORCHELASTIC_ERROR_FILE=$logs/torchrun.json "$PYTHON" -m torch.distributed.run "$@" &
+    agent=$!
+    set +m
+    watch_restarts "$agent" </dev/null &>/dev/null &
+    watcher=$!
+    # A second signal would end torchrun at once and leave ranks behind, so only the first is passed on.
+    trap 'again=yes; [[ $signalled ]] || { signalled=yes; kill -TERM "$agent" 2>/dev/null || true; }' TERM INT HUP USR1
+    [[ ! $signalled ]] || kill -TERM "$agent" || true # it came between two lives
+    while [[ $again ]]; do                            # a trap interrupts wait
+        again='' code=0
+        wait "$agent" || code=$?
+    done
+    kill "$watcher" 2>/dev/null || true
+}
+
+# watch_restarts PID: end a torchrun that starts all processes again, where the run is not to go on.
+watch_restarts() {
+    while sleep 0.5 && kill -0 "$1"; do
+        if has_restarted "$folder/failures.jsonl" '"gives_up": true' ||
+            { [[ $alone ]] && has_restarted "$folder/result.json" '"exit_code": 75'; }; then
+            kill -TERM "$1"
+            return
+        fi
+    done
+}
+
+# has_restarted FILE TEXT: whether FILE, written since the start, says TEXT, and an attempt began after that.
+has_restarted() {
+    local attempt
+    [[ $1 -nt $logs/start ]] && grep -q "$2" "$1" || return
+    for attempt in "$logs"/*/attempt_*/; do
+        [[ ! $attempt -nt $1 ]] || return 0
+    done
+    return 1
+}
+
+# why_lost: what became of torchrun, if it ended for another reason than the run; else nothing.
+why_lost() {
+    local began=("$logs"/*/attempt_0/) name=''
+    ((code <= 128)) || name=$(kill -l "$code")
+    if [[ $name && $name != @(HUP|INT|QUIT|USR1|TERM) ]]; then
+        echo "torchrun was ended by SIG$name"
+    elif [[ -d ${began[0]} ]] && grep -qs RendezvousConnectionError "$logs/torchrun.json"; then
+        echo "torchrun lost the machine where all meet"
+    fi
+}
+
+# let_ranks_leave: wait until the processes of a torchrun that was killed have saved; they find out by themselves.
+let_ranks_leave() {
+    local tries
+    touch "$logs/lost"
+    for ((tries = 0; tries < 75; tries++)); do
+        [[ ! $folder/result.json -nt $logs/lost && ! $signalled ]] || break
+        sleep 0.2
+    done
+    touch "$logs/start"
+}
+
+# train_under_torchrun NPROC RESTARTS [FLAG OF TORCHRUN]... -- [OPTION OF ddp_sgd.train]...: train, and exit with the
+# run's code. If torchrun is killed, it is started again, RESTARTS times at most; and so it starts the processes.
 train_under_torchrun() {
-    local nproc=$1 flags=() folder logs agent code=0 signalled='' again=yes
-    while shift && [[ $1 != -- ]]; do flags+=("$1"); done
-    shift
+    local nproc=$1 restarts=$2 flags=() folder timeout_s logs alone='' code=0 signalled='' lives=0 why conf
+    while shift && [[ $2 != -- ]]; do flags+=("$2"); done
+    shift 2
     [[ $nproc =~ ^[1-9][0-9]*$ ]] || fail "the number of processes is '$nproc'; set NPROC=2, for example."
+    [[ $restarts =~ ^[0-9]+$ ]] || fail "--max-restarts is '$restarts'; give a number, such as --max-restarts=3."
     if [[ " $* " =~ \ (-h|--help|--print_config)[=\ ] ]]; then exec "$PYTHON" -m ddp_sgd.train "$@"; fi
-    folder=$("$PYTHON" -m ddp_sgd.train --print_folder "$@") # a wrong configuration ends here
+    folder=$("$PYTHON" -m ddp_sgd.train --print_folder --print_timeout "$@") # a wrong configuration ends here
+    timeout_s=${folder##*$'\n'} folder=${folder%$'\n'*}
 
     # The run folder is rank 0's to make, so the logs begin beside it, and move in when the run is over.
     if ! mkdir -p "${folder%/*}" || ! logs=$(mktemp -d "$folder.logs.XXXXXX"); then
@@ -53,27 +122,43 @@ train_under_torchrun() {
     export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE=${TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE:- }
     export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
 
-    # In a process group of its own torchrun gets a signal once, from here, and not a second time from the terminal.
-    set -m
-    "$PYTHON" -m torch.distributed.run --nproc-per-node="$nproc" "${flags[@]}" \
-        --log-dir="$logs" --tee=3 -m ddp_sgd.train "$@" &
-    agent=$!
-    set +m
-    # A second signal would end torchrun at once and leave ranks behind, so only the first is passed on.
-    trap 'again=yes; [[ $signalled ]] || { signalled=yes; kill -TERM "$agent" 2>/dev/null || true; }' TERM INT HUP USR1
-    while [[ $again ]]; do # a trap interrupts wait
-        again='' code=0
-        wait "$agent" || code=$?
-    done
+    # torchrun waits for other machines as long as ranks wait for each other, instead of 600 s; and it believes a machine
+    # lost after 10 s of silence instead of 15, and goes on with fewer 10 s later instead of 30.
+    conf=join_timeout=$timeout_s,read_timeout=$timeout_s,last_call_timeout=$((timeout_s < 10 ? timeout_s : 10))
+    conf+=,keep_alive_interval=2,keep_alive_max_attempt=5${RDZV_CONF:+,$RDZV_CONF}
+    flags+=(--nproc-per-node="$nproc" --rdzv-conf="$conf" --log-dir="$logs" --tee=3)
+    [[ " ${flags[*]} " != *" --standalone "* ]] || alone=yes
 
-    if [[ $folder/result.json -nt $logs/start ]]; then
+    while :; do
+        run_torchrun "${flags[@]}" --max-restarts=$((restarts - lives)) -m ddp_sgd.train "$@"
+        why=$(why_lost)
+        if [[ ! $why || $signalled ]] || ((++lives > restarts)); then break; fi
+        echo "$0: $why; it is started again ($lives of $restarts)" >&2
+        let_ranks_leave
+        rm -f "$logs/torchrun.json"
+        export LAUNCH_RESTART_COUNT=$lives
+    done
+    conclude
+}
+
+# conclude: exit with the code of the run, or with the best that is known.
+conclude() {
+    local attempts
+    if [[ $why && ! $signalled ]]; then
+        printf 'ddp_sgd: error: %s; its processes save and end by themselves, start it again.\n' "$why" >&2
+        code=69
+    elif [[ $folder/result.json -nt $logs/start ]]; then
         code=$("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["exit_code"])' "$folder/result.json")
+        attempts=("$logs"/*/)
         mkdir -p "$folder/logs"
-        mv "$logs"/*/ "$folder/logs/"
+        [[ ! -d ${attempts[0]} ]] || mv "${attempts[@]}" "$folder/logs/"
         rm -r "$logs"
         logs=$folder/logs
     elif [[ $signalled ]]; then
         code=75 # it came before the ranks could write anything
+    elif grep -qs 'Rendezvous[A-Za-z]*Error' "$logs/torchrun.json"; then
+        printf 'ddp_sgd: error: %s\n' "$MEETING did not come together within $timeout_s s; $REMEDY" >&2
+        code=69
     fi
     ((code == 0)) || echo "$0: exit code $code; what every rank said is in $logs" >&2
     exit "$code"

@@ -115,7 +115,8 @@ def test_scripts_are_clean(command):
 def test_help_is_the_head_of_the_script(script, flag, tmp_path):
     code, out, err = _run(tmp_path, script, flag)
     assert (code, err) == (0, "")
-    assert f"launch/{script.name} [--" in out
+    assert f"launch/{script.name} " in out
+    assert "[--key=value of" in out
     assert "set -euo" not in out
 
 
@@ -153,7 +154,7 @@ def test_number_of_processes(variables, processes, tmp_path):
     programs = {
         "nproc": "echo ${CPUS:-4}",
         "nvidia-smi": 'for i in $(seq ${GPUS:-0}); do echo "GPU $i: x (UUID: y)"; done',
-        "python": '[[ $* == *print_folder* ]] && echo runs/x || echo $OMP_NUM_THREADS "$*"',
+        "python": '[[ $* == *print_folder* ]] && printf "runs/x\\n7\\n" || echo $OMP_NUM_THREADS "$*"',
     }
     for name, text in programs.items():
         path = tmp_path / name
@@ -167,7 +168,7 @@ def test_number_of_processes(variables, processes, tmp_path):
     code, out, err = _run(tmp_path, LOCAL, **environment, **variables)
     assert (code, err) == (0, "")
     threads, _, flags = out.partition(" ")
-    assert f"--nproc-per-node={processes} --standalone" in flags
+    assert f"--standalone --nproc-per-node={processes} --rdzv-conf=join_timeout=7,read_timeout=7," in flags
     assert int(threads) == max(1, int(variables.get("CPUS", "4")) // processes)
 
 

@@ -241,6 +241,37 @@ def test_peak_rate_is_finite_at_the_edge():
     assert math.isfinite(plan.peak_lr)
 
 
+@given(
+    samples=st.integers(1, 500),
+    global_batch=st.integers(1, 64),
+    world_size=st.integers(1, 9),
+    batch=st.integers(1, 16),
+    tail=st.sampled_from(["exact", "drop"]),
+    step=st.integers(0, 1000),
+)
+def test_places_and_steps_lead_back_to_each_other(
+    samples, global_batch, world_size, batch, tail, step
+):
+    assume(tail == "exact" or samples >= global_batch)
+    config = RunConfig(data={"batch_size": batch, "tail": tail})
+    plan = make_plan(config, samples=samples, world_size=world_size, kept=(global_batch, 8))
+    assert (plan.global_batch, plan.reference_batch) == (global_batch, 8)
+    epoch, position = plan.place_at(step)
+    assert plan.step_at(epoch, position) == (step, 0)
+    assert plan.samples_at(step) == epoch * plan.samples_per_epoch + position
+    most = max(
+        len(micro_batch_sizes(global_batch, rank, world_size, batch)) for rank in range(world_size)
+    )
+    assert plan.accumulate == most
+
+
+def test_a_place_in_the_tail_that_is_dropped_belongs_to_the_next_epoch():
+    config = RunConfig(data={"batch_size": 8, "tail": "drop"})
+    plan = make_plan(config, samples=30, world_size=1)
+    assert plan.step_at(2, 23) == (8, 7)
+    assert plan.step_at(2, 24) == plan.step_at(2, 29) == (9, 0)
+
+
 def test_plan_needs_no_torch():
     program = "import ddp_sgd.plan, sys; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

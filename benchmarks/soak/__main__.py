@@ -149,8 +149,8 @@ def report(met: list[Met], job: Job, seed: int, broken: list[str], *, is_small: 
         f"# {len(met)} faults in one run of 2 ranks",
         "",
         f"`python -m benchmarks.soak --faults {len(met)} --seed {seed}`, "
-        f"{datetime.now(UTC):%Y-%m-%d}, python {platform.python_version()}, {os.cpu_count()} cores, "
-        f"gloo, {job.result()['step']:,} steps, a checkpoint every {INTERVAL} steps, a row every "
+        f"{datetime.now(UTC):%Y-%m-%d}, python {platform.python_version()}, {os.cpu_count()} cores"
+        f", gloo, {job.result()['step']:,} steps, a checkpoint every {INTERVAL} steps, a row every "
         f"{ROWS}, `runtime.hang_s=5`.",
         "",
         "| fault | times | back after, s: median | p95 | steps lost: median | most |",

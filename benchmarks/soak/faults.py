@@ -7,6 +7,7 @@ import signal
 import time
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from benchmarks.soak.job import Job
@@ -129,7 +130,5 @@ def _damage(job: Job, chance: random.Random, harm: Callable[[bytes], bytes]) -> 
 
 def _signal(process: int | None, number: signal.Signals) -> None:
     if process is not None:
-        try:
+        with suppress(ProcessLookupError):
             os.kill(process, number)
-        except ProcessLookupError:
-            pass

@@ -76,6 +76,7 @@ class SharedFate:
 
     def _lost_peer(self, error: Exception) -> PeerError:
         cause = re.sub(r"^\[[^\]]*\]\s*", "", str(error).strip().splitlines()[0])
+        cause = re.split(r"\.\s+(?=[A-Z])", cause)[0].rstrip(".")  # gloo goes on to chat
         return PeerError(
             f"rank {self._rank} of {self._world_size} is cut off: {cause}; look for the first "
             "error in the logs of the other ranks, then start again."

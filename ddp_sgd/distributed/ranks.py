@@ -87,6 +87,21 @@ def may_be_rank_0(environ: Mapping[str, str]) -> bool:
     return True
 
 
+def is_orphaned(environ: Mapping[str, str]) -> bool:
+    """Whether torchrun's agent that started this process is gone."""
+    return "TORCHELASTIC_RUN_ID" in environ and os.getppid() != _parent
+
+
+def _note_parent() -> None:
+    """Remember who started this process, at once: the agent may die while torch is imported."""
+    global _parent  # noqa: PLW0603
+    _parent = os.getppid()
+
+
+_parent = os.getppid()
+os.register_at_fork(after_in_child=_note_parent)
+
+
 def first_host(node_list: str) -> str:
     """First host of a SLURM node list, such as ``node03`` of ``node[03-07,12],other``.
 

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from secrets import token_hex
 
 import torch
 import torch.distributed as dist
+from torch.distributed import DistStoreError
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
@@ -171,6 +173,8 @@ def _join(ranks: Ranks, device: torch.device, backend: str, timeout_s: float) ->
     )
     try:
         store, _, _ = next(rendezvous("env://", timeout=timeout))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = _fresh_part(store, ranks, timeout_s)
         dist.init_process_group(
             backend,
             store=PrefixStore("group", store),
@@ -190,6 +194,32 @@ def _join(ranks: Ranks, device: torch.device, backend: str, timeout_s: float) ->
             "rank 0's host and that the port is free."
         ) from error
     return PrefixStore("fate", store)
+
+
+def _fresh_part(store: Store, ranks: Ranks, timeout_s: float) -> Store:
+    """Give the ranks of this attempt a part of torchrun's store that no earlier one has touched.
+
+    torchrun keeps its store over restarts, with the addresses of ranks that are dead by now, and
+    has no number that is equal on all agents and new in every attempt. So rank 0 draws a word, and
+    gives it to whoever asks: questions of dead ranks get answers that nobody reads.
+    """
+    others = range(1, ranks.world_size)
+    if ranks.rank > 0:
+        question = token_hex(8)
+        store.set(f"ask/{ranks.rank}", question)
+        word = store.get(f"answer/{question}").decode()
+        store.set(f"heard/{word}/{ranks.rank}", "")
+        return PrefixStore(word, store)
+    word = token_hex(8)
+    deadline = time.monotonic() + timeout_s
+    while not store.check([f"heard/{word}/{rank}" for rank in others]):
+        if time.monotonic() > deadline:
+            raise DistStoreError(f"not all of {ranks.world_size} ranks came")
+        for rank in others:
+            if store.check([f"ask/{rank}"]):
+                store.set(f"answer/{store.get(f'ask/{rank}').decode()}", word)
+        time.sleep(0.01)
+    return PrefixStore(word, store)
 
 
 def _forget_locals(error: BaseException | None) -> None:

@@ -16,6 +16,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from ddp_sgd.distributed.board import Board
 from ddp_sgd.distributed.collectives import gather_over_ranks
+from ddp_sgd.distributed.ranks import is_orphaned
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.distributed.verdict import Note, Place, Verdict, describe_hang, find_culprits
 from ddp_sgd.errors import ExitCode, PeerError
@@ -123,7 +124,7 @@ class _Watch:
         self._stacks = stacks
         self._on_hang = on_hang
         self._on_orphaned = on_orphaned
-        self._parent = os.getppid() if os.environ.get("TORCHELASTIC_RUN_ID") else None
+        self._has_launcher = True
         by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         self._store_rank = None if by_agent or runtime.alone else 0
         self._interval_s = min(max(hang_s / 50, 0.05), 5.0) if hang_s else _ORPHAN_POLL_S
@@ -174,8 +175,8 @@ class _Watch:
 
     def _poll(self) -> None:
         self._polls += 1
-        if self._parent is not None and os.getppid() != self._parent:
-            self._parent = None
+        if self._has_launcher and is_orphaned(os.environ):
+            self._has_launcher = False
             self._on_orphaned()
         if self._board is None:
             return

