@@ -3,8 +3,10 @@
 import json
 import os
 import random
+import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -59,14 +61,42 @@ def write(folder, step, keep=3, size=64, **changes):
 
 def flip(path, bit):
     """Flip one bit of a file in place."""
-    data = bytearray(path.read_bytes())
-    data[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(data)
+    with path.open("r+b", buffering=0) as file:
+        byte = os.pread(file.fileno(), 1, bit // 8)[0]
+        os.pwrite(file.fileno(), bytes([byte ^ 1 << bit % 8]), bit // 8)
 
 
 def names(folder):
     """Names of everything in a folder."""
     return {path.name for path in folder.iterdir()}
+
+
+@contextmanager
+def small_disk(path, size):
+    """A disk of its own; skips the test where there can be none."""
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
+    try:
+        mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    except OSError:
+        mounted = False
+    if not mounted:
+        import pytest
+
+        pytest.skip("NOT SHOWN: a full disk; only root may mount one")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
+
+
+def fill(disk, leaving=0):
+    """Fill a disk up to the last block, or to those that so many bytes need."""
+    space = os.statvfs(disk)
+    blocks = space.f_bavail + -leaving // space.f_frsize
+    ballast = disk / "ballast"
+    ballast.write_bytes(bytes(blocks * space.f_frsize))
+    return ballast
 
 
 def _save_until_killed(folder, step, size):

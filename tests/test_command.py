@@ -1,6 +1,6 @@
 import pytest
 
-from ddp_sgd.command import run_command
+from ddp_sgd.command import exit_code_of, run_command
 from ddp_sgd.config import Option, RunConfig
 from ddp_sgd.errors import ConfigError, DataError, ExitCode, FaultElsewhereError, OutputError
 
@@ -120,6 +120,25 @@ def test_wrong_configuration_is_told_by_rank_0_alone(rank, world_size, monkeypat
         assert _command(_never, ["--epochs=0"]) == ExitCode.CONFIG
         told.append(capsys.readouterr().err.count("ddp_sgd: error: "))
     assert told == [1, 0, 0, 1, 1]  # numbers that no rank can have are nobody else's to tell
+
+
+def test_an_argument_may_stand_alone():
+    seen = []
+    names = {"program": "try", "about": "", "argument": "PLACE"}
+    assert run_command(seen.append, ["here"], **names) == ExitCode.DONE
+    assert seen[0].argument == "here"
+    assert run_command(seen.append, [], **names) == ExitCode.CONFIG
+
+
+def test_work_without_a_configuration_ends_with_a_code_as_well(capsys):
+    assert exit_code_of(lambda: 1, debug=False) == 1
+    assert exit_code_of(lambda: None, debug=False) == ExitCode.DONE
+
+    def fail():
+        raise OutputError("x is y; z.")
+
+    assert exit_code_of(fail, debug=False) == ExitCode.OUTPUT
+    assert capsys.readouterr().err == "ddp_sgd: error: x is y; z.\n"
 
 
 def test_output_comes_before_the_error(capfd):

@@ -1,6 +1,7 @@
 """What a user may name in a configuration, good and bad."""
 
 import os
+import time
 
 import numpy as np
 import torch
@@ -145,3 +146,31 @@ class Holder:
         self.dtype = dtype
         self.text = text
         self.others = others
+
+
+class Slow(nn.Linear):
+    """A model that takes its time in training, so that something can happen meanwhile."""
+
+    def __init__(self, pause_s=0.0):
+        super().__init__(64, 10)
+        self._pause_s = pause_s
+
+    def forward(self, inputs):
+        if self.training:
+            time.sleep(self._pause_s)
+        return super().forward(inputs)
+
+
+class DiesAt(Zeros):
+    """Samples of which one ends the process that reads it, without a word."""
+
+    def __init__(self, at, signal=9, samples=640):
+        super().__init__(samples)
+        self._at = at
+        self._signal = signal
+
+    def __getitem__(self, index):
+        if index == self._at:
+            os.kill(os.getpid(), self._signal)
+            time.sleep(60)
+        return super().__getitem__(index)

@@ -1,5 +1,6 @@
 """The mean of several checkpoints, as a checkpoint of its own."""
 
+import os
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -96,14 +97,10 @@ def write_average(chosen: Sequence[Found], output: Path) -> Path:
         DataError: The checkpoints do not fit together.
     """
     header = replace(chosen[-1][1].header, scores={}, scored_at=-1)
+    if os.path.lexists(output):
+        raise OutputError(f"{output} is there already; choose another --output.")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.mkdir()
-    except FileExistsError as error:
-        raise OutputError(f"{output} is there already; choose another --output.") from error
-    except OSError as error:
-        raise _unwritable(output, error) from error
-    try:
+        output.mkdir(parents=True)
         content = {**average_tensors(chosen), "mean_of": [str(file) for file, _ in chosen]}
         manifest = write_checkpoint(CheckpointFolder(output), header, content, keep=1)
     except OSError as error:

@@ -88,12 +88,10 @@ def difference_lines(found: Sequence[Difference]) -> list[str]:
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Yield what is no mapping and no list, with its dotted path."""
-    if isinstance(value, (list, tuple)):
-        value = dict(enumerate(value))
-    if not isinstance(value, Mapping) or (path and not value):
+    if not isinstance(value, (Mapping, list, tuple)) or (path and not value):
         yield path, value
         return
-    for key, below in value.items():
+    for key, below in value.items() if isinstance(value, Mapping) else enumerate(value):
         yield from leaves(below, f"{path}.{key}" if path else str(key))
 
 

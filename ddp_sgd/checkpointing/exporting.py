@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -71,26 +71,8 @@ def export_weights(
         "config": config,
         "tied": json.dumps(tied),
     }
-    new = output.with_name(f".{output.name}.new")
-    try:
-        save_file(tensors, new, metadata=metadata)
-        _place(new, output)
-        beside = output.with_suffix(".yaml")
-        new = beside.with_name(f".{beside.name}.new")
-        new.write_text(config)
-        _place(new, beside)
-    except (OSError, _error_of_safetensors()) as error:
-        with suppress(OSError):
-            new.unlink(missing_ok=True)
-        raise OutputError(
-            f"{output} cannot be written: {getattr(error, 'strerror', None) or error}; choose "
-            "another place."
-        ) from error
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise DataError(
-            f"the weights are of a kind that safetensors does not know: {error}; leave them as "
-            "they are, torch.load(..., weights_only=True) reads the checkpoint."
-        ) from error
+    _replace(output, lambda new: save_file(tensors, new, metadata=metadata))
+    _replace(output.with_suffix(".yaml"), lambda new: new.write_text(config))
     return tied
 
 
@@ -134,13 +116,24 @@ def _safetensors() -> Any:
     return save_file
 
 
-def _error_of_safetensors() -> type[Exception]:
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside its place, and put it there once it is on the disk."""
     from safetensors import SafetensorError
 
-    return SafetensorError
-
-
-def _place(new: Path, path: Path) -> None:
-    with new.open("rb") as stream:
-        os.fsync(stream.fileno())
-    new.replace(path)
+    new = path.with_name(f".{path.name}.new")
+    try:
+        write(new)
+        with new.open("rb") as stream:
+            os.fsync(stream.fileno())
+        new.replace(path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"{path} cannot be written: {reason}; choose another place.") from error
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"the weights are of a kind that safetensors does not know: {error}; use the "
+            "checkpoint itself, torch.load(..., weights_only=True) reads it."
+        ) from error
+    finally:
+        with suppress(OSError):
+            new.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from ddp_sgd.distributed.replica import Replica
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.distributed.watch import Pulse
 from ddp_sgd.engine.capture import describe_loss, velocities
-from ddp_sgd.engine.evaluation import Metrics, evaluate
+from ddp_sgd.engine.evaluation import Metrics, Score, evaluate
 from ddp_sgd.engine.restoring import (
     plan_from,
     refuse_misfit,
@@ -81,7 +81,7 @@ class Job:
     stepper: Stepper
     loader: TrainLoader
     schedule: Schedule
-    score: Callable[[], Metrics]
+    score: Score
     seed_model: Callable[[int], None]
     optimizer: SGD
     loss: str
@@ -231,14 +231,14 @@ def _train_loader(config: RunConfig, plan: Plan, dataset: Any, runtime: Runtime)
 
 def _scorer(
     config: RunConfig, parts: Parts, replica: Replica, runtime: Runtime, pulse: Pulse
-) -> Callable[[], Metrics]:
+) -> Score:
     if parts.eval_set is None:
-        return dict
+        return lambda _: {}
     inner_score = build_scorer(config, replica.inner, parts.loss, parts.eval_set, runtime, pulse)
 
-    def score() -> Metrics:
+    def score(interrupted: Callable[[], bool]) -> Metrics:
         replica.sync_buffers()
-        return inner_score()
+        return inner_score(interrupted)
 
     return score
 
@@ -250,7 +250,7 @@ def build_scorer(
     eval_set: Any,
     runtime: Runtime,
     pulse: Pulse,
-) -> Callable[[], Metrics]:
+) -> Callable[..., Metrics]:
     """Make what scores a model on held-out data.
 
     Args:

@@ -1,7 +1,7 @@
 """The score of a model: every sample once, the same bits on any number of ranks."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,13 @@ from ddp_sgd.losses import Objective
 
 Metrics = dict[str, float | int]
 
+Score = Callable[[Callable[[], bool]], Metrics]
+"""Scores the model, unless its argument says that there is something better to do."""
+
+
+class Interrupted(Exception):  # noqa: N818  # it is no error
+    """An evaluation was cut short, on all ranks."""
+
 
 def evaluate(
     model: nn.Module,
@@ -23,6 +30,7 @@ def evaluate(
     loader: EvalLoader,
     runtime: Runtime,
     pulse: Pulse | None = None,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> Metrics:
     """Score a model.
 
@@ -36,20 +44,27 @@ def evaluate(
         loader: This rank's chunks.
         runtime: This process.
         pulse: Is told of every chunk.
+        interrupted: Whether this rank has something better to do; asked before every chunk.
 
     Returns:
         ``eval/loss``, the mean over all units, and ``eval/count``, the samples scored. For scores
         of shape (m, C) and integer targets of shape (m,), C > 1, also ``eval/correct`` and
         ``eval/accuracy`` in [0, 1], with C > 5 ``eval/correct_top5`` and ``eval/accuracy_top5``.
+
+    Raises:
+        Interrupted: Some rank had something better to do; raised on all.
     """
     on_host = runtime.device.type == "mps"  # Metal has no float64
     place = torch.device("cpu") if on_host else runtime.device
     sums = torch.zeros((2, loader.chunks.count), dtype=torch.float64, device=place)
-    counts = torch.zeros(5, dtype=torch.int64, device=place)
+    counts = torch.zeros(6, dtype=torch.int64, device=place)
     with evaluating(model):
         for chunk, inputs, targets in loader:
             if pulse is not None:
                 pulse.tick()
+            if interrupted():
+                counts[5] = 1
+                break
             outputs = model(move(inputs, runtime.device))
             samples = _length(targets)
             units = samples if objective.counts_samples else objective.units(targets, samples)
@@ -59,7 +74,10 @@ def evaluate(
             _judge(outputs, answers, objective, samples, counts)
     sum_over_ranks(sums, runtime)
     sum_over_ranks(counts, runtime)
-    return _metrics(*sums.sum(dim=1).tolist(), *counts.tolist())
+    *judged, cut_short = counts.tolist()
+    if cut_short:
+        raise Interrupted
+    return _metrics(*sums.sum(dim=1).tolist(), *judged)
 
 
 @contextmanager

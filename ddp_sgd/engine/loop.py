@@ -5,6 +5,7 @@ import time
 from ddp_sgd.engine.assembly import Job
 from ddp_sgd.engine.checkpoint import Checkpoints
 from ddp_sgd.engine.diagnosis import refuse_divergence
+from ddp_sgd.engine.evaluation import Interrupted
 from ddp_sgd.engine.heartbeat import Heartbeat
 from ddp_sgd.engine.timetable import Deadline
 from ddp_sgd.report.reporter import Reporter
@@ -37,17 +38,27 @@ def train(
     """
     plan, state = job.plan, job.state
 
-    def score_if_due() -> None:
+    def is_unwanted() -> bool:
+        return heartbeat.reason is not None and state.step < plan.total_steps
+
+    def score_if_due() -> bool:
+        """Score at the end of an epoch; False if that was cut short by a wish to stop."""
         if plan.ends_epochs(state.step, score_every) and state.scored_at != state.step:
             job.pulse.at("evaluating", state.step)
             start = time.perf_counter()
-            state.scores, state.scored_at = job.score(), state.step
+            try:
+                state.scores, state.scored_at = job.score(is_unwanted), state.step
+            except Interrupted:
+                return False
             report.eval(state.scores)
             deadline.score_s = time.perf_counter() - start
             heartbeat.restart_clock()
+        return True
 
     job.pulse.at("reading data", state.step)
-    score_if_due()  # the run may have been stopped just before
+    if not score_if_due():  # the run may have been stopped just before
+        report.stop(heartbeat.reason)
+        return
     for batches in job.loader.from_step(state.step, job.skip):
         lr = job.rate(state.step)
         job.seed_model(state.step)
@@ -63,9 +74,8 @@ def train(
             checkpoints.poll()
             deadline.save_s = checkpoints.save_s
             stopping = beat.stop and state.step < plan.total_steps
-        if not stopping:
-            score_if_due()
-        if beat and beat.save:
+        stopping = stopping or not score_if_due()
+        if stopping or (beat and beat.save):
             job.pulse.at("saving")
             checkpoints.save(state)
         if stopping:

@@ -196,7 +196,10 @@ def git_commit() -> str | None:
 def tell_of_the_end(result: Row, folder: RunFolder | None) -> None:
     """Print how a run ended that has nothing left to do, on the rank that has its folder."""
     if folder is not None:
-        Progress().say(f"{last_line(result)}, results in {folder.path}; nothing is left to do")
+        Progress().say(
+            f"{last_line(result)}, results in {folder.path}; nothing is left to do "
+            "(resume=never trains anew)"
+        )
 
 
 def _sinks(config: RunConfig) -> list[Sink]:

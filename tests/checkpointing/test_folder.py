@@ -40,9 +40,7 @@ def refused(path):
 
 def save_scored(folder, *marks, keep=2):
     for step, accuracy in marks:
-        write_checkpoint(
-            CheckpointFolder(folder), scored(step, accuracy), tensors(step), keep=keep
-        )
+        write_checkpoint(CheckpointFolder(folder), scored(step, accuracy), tensors(step), keep=keep)
 
 
 def steps(folder):
@@ -174,18 +172,22 @@ def test_a_missing_file_leaves_the_one_before(folder):
 @contextmanager
 def forbidden(path):
     """Take the right to read away, and with it the power of root that needs none."""
-    mode, user = path.stat().st_mode, os.geteuid()
+    user = os.geteuid()
+    modes = {place: place.stat().st_mode for place in (path, *path.parents)}
+    if user == 0:  # pytest keeps its folders to itself
+        for place in path.parents:
+            if modes[place] & 0o055 != 0o055:
+                place.chmod(modes[place] | 0o055)
     path.chmod(0)
     if user == 0:
-        for parent in path.parents:  # pytest keeps its folders to itself
-            parent.chmod(parent.stat().st_mode | 0o011)
-        path.parent.chmod(0o755)
         os.seteuid(NOBODY)
     try:
         yield
     finally:
         os.seteuid(user)
-        path.chmod(mode)
+        for place, mode in modes.items():
+            if place.stat().st_mode != mode:
+                place.chmod(mode)
 
 
 @pytest.mark.parametrize(

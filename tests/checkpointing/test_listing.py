@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import replace
 
 import pytest
 from ranks import run_ranks
@@ -61,10 +62,7 @@ def test_what_is_damaged_shows_without_reading_it(run):
     remarks = {entry.file.name: entry.remark for entry in list_checkpoints(run)}
     size = first.stat().st_size
     assert remarks.pop(first.name).startswith(f"damaged: {size} bytes instead of {size + 100}")
-    assert [remark.split(" ", 1)[-1] for remark in remarks.values()] == [
-        "no valid manifest",
-        "set aside",
-    ] or list(remarks.values()) == ["no valid manifest", "set aside"]
+    assert list(remarks.values()) == ["no valid manifest", "set aside"]
     lines = listing_lines(list_checkpoints(run), now=0.0)
     assert lines[-1].endswith("set aside")
 
@@ -104,27 +102,12 @@ def test_epochs_are_a_real_number(run):
 
 
 def test_a_run_without_accuracy_shows_its_loss(tmp_path):
-    folder = tmp_path
-    changes = {"epochs": 1, "loss": {"class_path": "torch.nn.CrossEntropyLoss"}}
-    changes["data"] = {"batch_size": 100, "eval": None}
-    changes["model"] = {
-        "class_path": "ddp_sgd.models.MLP",
-        "init_args": {"inputs": 64, "hidden": [], "classes": 10},
-    }
-    run_ranks(1, train, folder, changes)
-    (entry,) = list_checkpoints(folder / "tiny")
+    mlp = {"class_path": "ddp_sgd.models.MLP"}
+    changes = {"epochs": 1, "data": {"batch_size": 100, "eval": None}}
+    changes["model"] = mlp | {"init_args": {"inputs": 64, "hidden": [], "classes": 10}}
+    run_ranks(1, train, tmp_path, changes)
+    (entry,) = list_checkpoints(tmp_path / "tiny")
     assert listing_lines([entry], now=entry.manifest.time)[1].split()[-2:] == ["-", "last"]
-    entry.manifest.header.scores["eval/loss"] = 0.25
-    scored = listing_lines(
-        [_scored(entry)],
-        now=entry.manifest.time,
-    )
-    assert "loss 0.2500" in scored[1]
-
-
-def _scored(entry):
-    from dataclasses import replace
-
-    header = entry.manifest.header
-    header = replace(header, scored_at=header.step, scores={"eval/loss": 0.25})
-    return replace(entry, manifest=replace(entry.manifest, header=header))
+    header = replace(entry.manifest.header, scored_at=15, scores={"eval/loss": 0.25})
+    entry = replace(entry, manifest=replace(entry.manifest, header=header))
+    assert "loss 0.2500" in listing_lines([entry], now=0.0)[1]

@@ -30,13 +30,12 @@ def test_what_is_written_is_read(path):
 
 def test_no_flipped_bit_passes(path):
     """Each of them: also the last digit of a float, the case of an exponent, of an escape."""
-    good = path.read_bytes()
     missed = []
-    for bit in range(8 * len(good)):
+    for bit in range(8 * path.stat().st_size):
         flip(path, bit)
         if read_manifest(path) is not None:
             missed.append((bit, path.read_bytes()[bit // 8 - 9 : bit // 8 + 9]))
-        path.write_bytes(good)
+        flip(path, bit)
     assert missed == []
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from saving import names, write
+from saving import write
 
 from ddp_sgd.checkpointing.folder import CheckpointFolder
 from ddp_sgd.checkpointing.manifest import read_manifest
@@ -61,7 +61,9 @@ def test_where_there_is_none_that_is_said(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / "circle").symlink_to("circle")
-    refused(find_checkpoint, tmp_path / "nowhere", "is not there; name a checkpoint or a run folder")
+    refused(
+        find_checkpoint, tmp_path / "nowhere", "is not there; name a checkpoint or a run folder"
+    )
     refused(find_checkpoint, tmp_path / "dangling", "is not there")
     refused(find_checkpoint, tmp_path / "circle", "is not there")
     refused(find_checkpoint, tmp_path / ("x" * 300), "cannot be read: File name too long")
@@ -108,7 +110,9 @@ def test_where_nobody_compared_checksums_noise_gives_no_other_error(folder):
 @pytest.mark.parametrize("content", [{"format": 2}, {}, [1, 2], torch.zeros(2)])
 def test_a_file_of_another_format_is_refused(content, tmp_path):
     torch.save(content, tmp_path / "x.pt")
-    refused(read_tensors, tmp_path / "x.pt", "is no checkpoint of format 1; name a file that ddp_sgd")
+    refused(
+        read_tensors, tmp_path / "x.pt", "is no checkpoint of format 1; name a file that ddp_sgd"
+    )
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):

@@ -108,6 +108,76 @@ def test_help_answers_before_anything_is_read(flag, monkeypatch):
     assert "--world_size=N" in line.text
 
 
+def _read_alone(*argv, environ=None):
+    return read_command_line(
+        argv, environ or {}, program="python -m x", about="About x.", argument="PLACE"
+    )
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["here", "--epochs=3", "--debug"],
+        ["--epochs", "3", "here", "--debug"],
+        ["--debug", "here", "--epochs=3"],
+    ],
+)
+def test_one_argument_may_stand_alone_anywhere(argv):
+    line = _read_alone(*argv)
+    assert (line.argument, line.config.epochs) == ("here", 3)
+    assert line.options == {"debug": True, "print_config": False}
+    assert _read().argument == ""
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "PLACE is not given; write python -m x PLACE, or --help to see more."),
+        (["here", "there"], "argument 'there' stands alone; "),
+        (["-x"], "argument '-x' stands alone; "),
+        (["--"], "argument '--' stands alone; "),
+    ],
+)
+def test_the_argument_that_stands_alone_is_one(argv, message):
+    with pytest.raises(ConfigError) as caught:
+        _read_alone(*argv)
+    assert message in str(caught.value)
+
+
+def test_help_names_the_argument_that_stands_alone():
+    assert _read_alone("--help").text.startswith("usage: python -m x PLACE ")
+
+
+def test_a_configuration_that_depends_on_an_argument_is_not_printed_here():
+    line = _read_alone("here", "--print_config")
+    assert line.text is None
+    assert line.options["print_config"] is True
+
+
+def test_what_is_given_is_laid_over_another_configuration(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("data: {batch_size: 7, eval: {init_args: {x: {}, y.z: [1]}}}")
+    basis = RunConfig(
+        epochs=9,
+        loss={"class_path": "a.B", "init_args": {"c": 1}},
+        data={"batch_size": 5, "eval": {"class_path": "d.E", "init_args": {"f": 1}}},
+    ).model_dump(mode="json")
+    line = _read_alone(
+        "here", f"--config={file}", "--loss.class_path=g.H", environ={"DDP_SGD_SEED": "3"}
+    )
+    config = line.over(basis)
+    assert (config.epochs, config.seed, config.data.batch_size) == (9, 3, 7)
+    assert (config.loss.class_path, config.loss.init_args) == ("g.H", {})
+    assert config.data.eval.init_args == {"f": 1, "x": {}, "y.z": [1]}
+    assert _read_alone("here").over(basis) == RunConfig.model_validate(basis)
+
+
+def test_what_does_not_fit_the_other_configuration_is_a_fault():
+    line = _read_alone("here", "--parallel.static_graph=true")
+    with pytest.raises(ConfigError, match="parallel.static_graph is true while"):
+        line.over(RunConfig(data={"accumulate": 2}).model_dump(mode="json"))
+
+
 def test_what_print_config_prints_resolves_to_the_same(tmp_path):
     argv = ["--epochs=90", "--schedule={name: step, milestones: [30, 60]}", "--optim.lr=1e-5"]
     argv += ["--wandb.group='1e-3'", "--wandb.name=on", "--data.eval=null"]

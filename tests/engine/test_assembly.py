@@ -50,7 +50,7 @@ def test_evaluation_may_be_left_out():
     config = RunConfig(data={"eval": None})
     parts = gather_parts(config, **NOTHING)
     assert parts.eval_set is None
-    assert assemble(config, parts, Runtime(), ANEW).score() == {}
+    assert assemble(config, parts, Runtime(), ANEW).score(lambda: False) == {}
 
 
 @pytest.mark.parametrize(

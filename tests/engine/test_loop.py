@@ -16,13 +16,13 @@ from ddp_sgd.models import MLP
 from ddp_sgd.report.journal import read_journal
 
 
-def run(folder, stop=None, **changes):
+def run(folder, stop=None, model=None, **changes):
     """Four steps an epoch."""
     torch.manual_seed(0)
     samples = InMemory(torch.randn(16, 4), torch.randint(0, 2, (16,)))
     basis = {"name": "x", "epochs": 2, "wandb": {"mode": "disabled"}, "data": {"batch_size": 4}}
     config = RunConfig(output_dir=str(folder), **basis | changes)
-    model = MLP(4, [], 2)
+    model = model or MLP(4, [], 2)
     return fit(config, Runtime(), model=model, train_set=samples, eval_set=samples, stop=stop)
 
 
@@ -58,6 +58,40 @@ def test_a_stop_leaves_without_scoring_and_the_score_is_made_up_for(tmp_path):
     assert [row["step"] for row in rows(tmp_path, "eval")] == [4, 8]
     order = [(row["event"], row["step"]) for row in rows(tmp_path, "resume", "eval", "train")]
     assert order[4:6] == [("resume", 4), ("eval", 4)]
+
+
+class Impatient(MLP):
+    """Asks to stop while it is being scored for the first time."""
+
+    def __init__(self, wish):
+        super().__init__(4, [], 2)
+        self.wish, self.scored = wish, 0
+
+    def forward(self, inputs):
+        if not self.training:
+            self.scored += 1
+            if self.scored == 4:  # two passes are a look at the data before the run
+                self.wish.ask("the test")
+        return super().forward(inputs)
+
+
+def test_a_wish_to_stop_cuts_an_evaluation_short(tmp_path):
+    """It may take an hour, and a grace period is a minute."""
+    wish = StopRequest()
+    model = Impatient(wish)
+    stopped = run(tmp_path, wish, model=model)
+    assert (stopped.status, stopped.step, stopped.scores) == ("stopped", 4, {})
+    assert model.scored == 4  # of 2 + 4
+    assert [row["step"] for row in rows(tmp_path, "checkpoint", "eval", "stop")] == [4, 4]
+    run(tmp_path)
+    assert [row["step"] for row in rows(tmp_path, "eval")] == [4, 8]
+
+
+def test_the_evaluation_at_the_end_of_a_run_is_not_cut_short(tmp_path):
+    wish = StopRequest()
+    ended = run(tmp_path, wish, model=Impatient(wish), epochs=1)
+    assert ended.status == "finished"
+    assert ended.scores["eval/count"] == 16
 
 
 def test_a_row_ends_where_the_state_is_saved(tmp_path):

@@ -1,0 +1,369 @@
+import threading
+from functools import partial
+
+import pytest
+import torch
+from ranks import run_ranks
+from saving import fill, names, small_disk, write
+from torch import nn
+from torch.optim import SGD
+
+from ddp_sgd import __version__
+from ddp_sgd.checkpointing.folder import CheckpointFolder
+from ddp_sgd.checkpointing.reading import read_tensors
+from ddp_sgd.config import RunConfig
+from ddp_sgd.data import InMemory
+from ddp_sgd.engine import checkpoint as module
+from ddp_sgd.engine.capture import capture
+from ddp_sgd.engine.checkpoint import NoCheckpoints, SavedCheckpoints, open_checkpoints
+from ddp_sgd.engine.fit import fit
+from ddp_sgd.engine.state import State
+from ddp_sgd.errors import ConfigError, ExitCode, OutputError
+from ddp_sgd.plan import make_plan
+from ddp_sgd.report.journal import read_journal
+
+
+class Training:
+    """A model of which every step changes all weights, and what was told of its saves."""
+
+    def __init__(self, folder, size=8):
+        self.folder = folder
+        self.model = nn.Linear(size, 1, bias=False)
+        self.optimizer = SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+        self.state = State()
+        self.told = []
+        self.captured = []
+        config = RunConfig(data={"batch_size": 10}, epochs=10)
+        self._plan = make_plan(config, samples=100, world_size=1)
+        self._capture = partial(
+            capture,
+            model=self.model,
+            optimizer=self.optimizer,
+            plan=self._plan,
+            config=config,
+            run_id="0a1b2c3d",
+            loss="x()",
+        )
+
+    def step(self):
+        self.model(torch.ones(1, self.model.in_features)).sum().backward()
+        self.optimizer.step()
+        self.state.step += 1
+
+    def open(self, keep=3):
+        def gather(state):
+            self.captured.append(state.step)
+            return self._capture(state)
+
+        return SavedCheckpoints(
+            CheckpointFolder(self.folder),
+            gather,
+            torch.device("cpu"),
+            keep=keep,
+            tell=lambda header, row: self.told.append((header.step, row)),
+        )
+
+    def saved(self):
+        """What a resume would read."""
+        entry = CheckpointFolder(self.folder).choose().manifest
+        return read_tensors(self.folder / entry.file)
+
+
+@pytest.fixture
+def training(tmp_path):
+    return Training(tmp_path / "checkpoints")
+
+
+class Gate:
+    """Holds every write up until it is opened, and counts those that are going on."""
+
+    def __init__(self, monkeypatch):
+        self.open, self.reached = threading.Event(), threading.Event()
+        self.now = self.most = 0
+        self._write = module.write_checkpoint
+        monkeypatch.setattr(module, "write_checkpoint", self._wait)
+
+    def _wait(self, *args, **kwargs):
+        self.now += 1
+        self.most = max(self.most, self.now)
+        self.reached.set()
+        assert self.open.wait(60)
+        try:
+            return self._write(*args, **kwargs)
+        finally:
+            self.now -= 1
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    return Gate(monkeypatch)
+
+
+def break_writes(monkeypatch, *failures):
+    """Have writes fail the way a list says, where an entry is one; None writes."""
+    write, failures = module.write_checkpoint, iter(failures)
+
+    def attempt(*args, **kwargs):
+        if failure := next(failures, None):
+            raise failure
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(module, "write_checkpoint", attempt)
+
+
+def test_what_is_saved_is_the_moment_of_the_save(training, gate):
+    """Training goes on while the disk is slow, and changes weights and velocities in place."""
+    with training.open() as checkpoints:
+        training.step()
+        weight = training.model.weight.detach().clone()
+        velocity = training.optimizer.state[training.model.weight]["momentum_buffer"].clone()
+        checkpoints.save(training.state)
+        assert gate.reached.wait(60)
+        for _ in range(5):
+            training.step()
+            checkpoints.poll()
+        assert training.told == []  # it is being written still
+        assert not (training.folder / "last").exists()
+        gate.open.set()
+        checkpoints.finish()
+    saved = training.saved()
+    assert saved["cursor"] == {"epoch": 0, "position": 10, "step": 1, "samples": 10}
+    assert torch.equal(saved["model"]["weight"], weight)
+    assert torch.equal(saved["optimizer"]["momentum_buffer"]["weight"], velocity)
+    assert not torch.equal(training.model.weight, weight)
+
+
+def test_a_save_waits_for_the_one_before(training, gate):
+    with training.open(keep=9) as checkpoints:
+        training.step()
+        checkpoints.save(training.state)
+        training.step()
+        second = threading.Thread(target=checkpoints.save, args=(training.state,))
+        second.start()
+        assert gate.reached.wait(60)
+        second.join(0.1)
+        assert second.is_alive()
+        assert training.captured == [0, 1]
+        gate.open.set()
+        second.join(60)
+        assert training.captured == [0, 1, 2]
+        checkpoints.finish()
+    assert [step for step, row in training.told if "file" in row] == [1, 2]
+    assert gate.most == 1
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_leaving_waits_for_the_save_that_is_going_on(failing, training, gate):
+    training.step()
+
+    def leave():
+        with training.open() as checkpoints:
+            checkpoints.save(training.state)
+            if failing:
+                raise KeyError("of the user's")
+
+    ended = []
+
+    def run():
+        try:
+            leave()
+        except KeyError:
+            ended.append("failed")
+        ended.append("left")
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert gate.reached.wait(60)
+    thread.join(0.1)
+    assert ended == []
+    gate.open.set()
+    thread.join(60)
+    assert ended == ["failed", "left"][not failing :]
+    assert training.saved()["cursor"]["step"] == 1
+
+
+def test_what_a_save_took_is_told(training, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    write = module.write_checkpoint
+
+    def slow(*args, **kwargs):
+        now[0] += 5
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(module, "write_checkpoint", slow)
+    with training.open() as checkpoints:
+        estimate = 1.0 + 4 * 8 / 1e8
+        assert checkpoints.save_s == pytest.approx(estimate)
+        training.step()
+        checkpoints.save(training.state)
+        checkpoints._writing.result()
+        now[0] += 1000  # until somebody asks
+        training.step()
+        checkpoints.save(training.state)
+        assert checkpoints.save_s == 5
+        checkpoints.finish()
+    (one, first), (two, second) = training.told
+    assert (one, two) == (1, 2)
+    assert (first["save_s"], second["save_s"]) == (5, 5)
+    assert first["stall_s"] == 0
+    assert first["file"] == "step-00000001.pt"
+    assert first["bytes"] == (training.folder / first["file"]).stat().st_size
+
+
+def save_steps(training, checkpoints, count):
+    for _ in range(count):
+        training.step()
+        checkpoints.save(training.state)
+        checkpoints._writing.exception()  # it has ended
+        checkpoints.poll()
+
+
+def test_a_failed_save_is_told_and_the_run_goes_on(training, monkeypatch):
+    break_writes(monkeypatch, None, OSError(28, "No space left on device"))
+    with training.open() as checkpoints:
+        save_steps(training, checkpoints, 2)
+        assert training.told[1] == (2, {"error": "not written: No space left on device"})
+        assert training.saved()["cursor"]["step"] == 1
+        save_steps(training, checkpoints, 1)
+        checkpoints.finish()
+    assert training.saved()["cursor"]["step"] == 3
+
+
+def test_three_failures_in_a_row_end_the_run(training, monkeypatch):
+    full = OSError(28, "No space left on device")
+    break_writes(monkeypatch, full, full, None, full, full, full)
+    with training.open() as checkpoints:
+        save_steps(training, checkpoints, 5)  # the third was written, and counting began anew
+        with pytest.raises(
+            OutputError,
+            match=r"checkpoints does not take a checkpoint, 3 times in a row: No space left on "
+            r"device; make room on its disk, or set output_dir to another, and start again\.$",
+        ) as caught:
+            save_steps(training, checkpoints, 1)
+    assert caught.value.exit_code == ExitCode.OUTPUT == 73
+    assert ["error" in row for _, row in training.told] == [True, True, False, True, True, True]
+    assert training.saved()["cursor"]["step"] == 3
+
+
+def test_a_third_failure_shows_at_the_next_save_too(training, monkeypatch):
+    break_writes(monkeypatch, *[RuntimeError("of the kernel\nand more")] * 3)
+    with training.open() as checkpoints:
+        save_steps(training, checkpoints, 2)
+        checkpoints.save(training.state)
+        with pytest.raises(OutputError, match="3 times in a row: of the kernel; make"):
+            checkpoints.save(training.state)
+
+
+def test_a_run_whose_last_save_failed_does_not_end_well(training, monkeypatch):
+    break_writes(monkeypatch, None, MemoryError())
+    with training.open() as checkpoints:
+        save_steps(training, checkpoints, 1)
+        checkpoints.finish()
+        training.step()
+        checkpoints.save(training.state)
+        with pytest.raises(OutputError, match="does not take a checkpoint: MemoryError; make room"):
+            checkpoints.finish()
+    assert training.saved()["cursor"]["step"] == 1
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of 1 MiB."""
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        yield disk
+
+
+def test_a_full_disk_costs_no_checkpoint_and_room_mends_it(disk):
+    training = Training(disk / "checkpoints", size=10_000)
+    with training.open() as checkpoints:
+        save_steps(training, checkpoints, 1)
+        whole = names(training.folder)
+        ballast = fill(disk)
+        save_steps(training, checkpoints, 2)
+        assert training.told[-1] == (3, {"error": "not written: No space left on device"})
+        assert names(training.folder) == whole
+        assert training.saved()["cursor"]["step"] == 1
+        ballast.unlink()
+        save_steps(training, checkpoints, 1)
+        checkpoints.finish()
+        assert training.saved()["cursor"]["step"] == 4
+        fill(disk)
+        save_steps(training, checkpoints, 2)
+        with pytest.raises(OutputError, match="3 times in a row: No space left on device; make"):
+            save_steps(training, checkpoints, 1)
+        with pytest.raises(OutputError, match="No space left on device"):
+            checkpoints.finish()
+    assert training.saved()["cursor"]["step"] == 4
+
+
+def test_state_that_cannot_be_read_back_is_refused_at_the_start(training):
+    class Odd(nn.Linear):
+        def get_extra_state(self):
+            return {"made": threading.Event()}
+
+        def set_extra_state(self, state):
+            pass
+
+    training._capture.keywords["model"] = Odd(2, 2)
+    with pytest.raises(ConfigError, match="the state model._extra_state.made is a Event"):
+        training.open()
+
+
+def test_only_the_rank_that_has_the_folder_saves():
+    with open_checkpoints(RunConfig(), None, "0a1b2c3d", None, None) as checkpoints:
+        assert isinstance(checkpoints, NoCheckpoints)
+        checkpoints.save(State())
+        checkpoints.poll()
+        checkpoints.finish()
+        assert checkpoints.save_s == 0
+
+
+class Normalized(nn.Module):
+    """With buffers, and two names for one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+        self.scores = nn.Linear(4, 3)
+        self.also = self.scores.weight
+
+    def forward(self, inputs):
+        return self.scores(self.norm(inputs))
+
+
+def fit_a_little(runtime, folder):
+    torch.manual_seed(0)
+    data = InMemory(torch.randn(40, 4), torch.randint(0, 3, (40,)))
+    config = RunConfig(
+        output_dir=folder, name="x", epochs=3, data={"batch_size": 5}, wandb={"mode": "disabled"}
+    )
+    model = Normalized()
+    result = fit(config, runtime, model=model, train_set=data, eval_set=data)
+    return result.step, {name: value.tolist() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_file_of_a_run_holds_all_that_it_needs_under_plain_names(world_size, tmp_path):
+    step, weights = run_ranks(world_size, fit_a_little, str(tmp_path))[0]
+    assert step == 3 * 8 // world_size
+    folder = tmp_path / "x" / "checkpoints"
+    content = torch.load((folder / "last").resolve(), weights_only=True)
+    assert content["cursor"] == {"epoch": 3, "position": 0, "step": step, "samples": 120}
+    assert {name: value.tolist() for name, value in content["model"].items()} == weights
+    assert set(content["optimizer"]["momentum_buffer"]) == {
+        name for name, _ in Normalized().named_parameters()
+    }
+    assert not any("module." in name for name in content["model"])
+    assert content["plan"]["global_batch"] == 5 * world_size
+    assert content["config"]["epochs"] == 3
+    assert content["world_size"] == world_size
+    assert content["versions"]["ddp_sgd"] == __version__
+    assert content["versions"]["torch"] == torch.__version__
+    assert content["scored_at"] == step
+    start, *_ = rows = read_journal(tmp_path / "x" / "metrics.jsonl")
+    assert content["run_id"] == start["run_id"]
+    told = [row for row in rows if row["event"] == "checkpoint"]
+    assert [row["step"] for row in told] == [step // 3, 2 * step // 3, step]
+    assert told[-1]["file"] == (folder / "last").readlink().name
+    assert write(folder, step + 1, samples=130, keep=1).file in names(folder)  # all were whole
