@@ -36,6 +36,8 @@ count_processes() {
 # run_torchrun FLAG...: run it to its end, and set code. Reads folder and logs; sets signalled.
 run_torchrun() {
     local agent watcher again=yes
+    touch "$logs/life"
+    rm -f "$logs/torchrun.json"
     # In a process group of its own torchrun gets a signal once, from here, and not a second time from the terminal.
     set -m
     TORCHELASTIC_ERROR_FILE=$logs/torchrun.json "$PYTHON" -m torch.distributed.run "$@" &
@@ -66,8 +68,12 @@ watch_restarts() {
 
 # has_restarted FILE TEXT: whether FILE, written since the start, says TEXT, and an attempt began after that.
 has_restarted() {
+    [[ $1 -nt $logs/start ]] && grep -q "$2" "$1" && has_begun_after "$1"
+}
+
+# has_begun_after FILE: whether an attempt of this script is younger than FILE.
+has_begun_after() {
     local attempt
-    [[ $1 -nt $logs/start ]] && grep -q "$2" "$1" || return
     for attempt in "$logs"/*/attempt_*/; do
         [[ ! $attempt -nt $1 ]] || return 0
     done
@@ -76,11 +82,11 @@ has_restarted() {
 
 # why_lost: what became of torchrun, if it ended for another reason than the run; else nothing.
 why_lost() {
-    local began=("$logs"/*/attempt_0/) name=''
+    local name=''
     ((code <= 128)) || name=$(kill -l "$code")
     if [[ $name && $name != @(HUP|INT|QUIT|USR1|TERM) ]]; then
         echo "torchrun was ended by SIG$name"
-    elif [[ -d ${began[0]} ]] && grep -qs RendezvousConnectionError "$logs/torchrun.json"; then
+    elif has_begun_after "$logs/life" && grep -qs RendezvousConnectionError "$logs/torchrun.json"; then
         echo "torchrun lost the machine where all meet"
     fi
 }
@@ -93,7 +99,6 @@ let_ranks_leave() {
         [[ ! $folder/result.json -nt $logs/lost && ! $signalled ]] || break
         sleep 0.2
     done
-    touch "$logs/start"
 }
 
 # train_under_torchrun NPROC RESTARTS [FLAG OF TORCHRUN]... -- [OPTION OF ddp_sgd.train]...: train, and exit with the
@@ -123,8 +128,9 @@ train_under_torchrun() {
     export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
 
     # torchrun waits for other machines as long as ranks wait for each other, instead of 600 s; and it believes a machine
-    # lost after 10 s of silence instead of 15, and goes on with fewer 10 s later instead of 30.
-    conf=join_timeout=$timeout_s,read_timeout=$timeout_s,last_call_timeout=$((timeout_s < 10 ? timeout_s : 10))
+    # lost after 10 s of silence instead of 15, and goes on with fewer 10 s later instead of 30. It tries twice to reach
+    # the place where all meet.
+    conf=join_timeout=$timeout_s,read_timeout=$(((timeout_s + 1) / 2)),last_call_timeout=$((timeout_s < 10 ? timeout_s : 10))
     conf+=,keep_alive_interval=2,keep_alive_max_attempt=5${RDZV_CONF:+,$RDZV_CONF}
     flags+=(--nproc-per-node="$nproc" --rdzv-conf="$conf" --log-dir="$logs" --tee=3)
     [[ " ${flags[*]} " != *" --standalone "* ]] || alone=yes
@@ -134,8 +140,8 @@ train_under_torchrun() {
         why=$(why_lost)
         if [[ ! $why || $signalled ]] || ((++lives > restarts)); then break; fi
         echo "$0: $why; it is started again ($lives of $restarts)" >&2
-        let_ranks_leave
-        rm -f "$logs/torchrun.json"
+        [[ ! $why =~ SIG ]] || let_ranks_leave # else torchrun has ended them
+        touch "$logs/start"
         export LAUNCH_RESTART_COUNT=$lives
     done
     conclude

@@ -168,7 +168,10 @@ def test_number_of_processes(variables, processes, tmp_path):
     code, out, err = _run(tmp_path, LOCAL, **environment, **variables)
     assert (code, err) == (0, "")
     threads, _, flags = out.partition(" ")
-    assert f"--standalone --nproc-per-node={processes} --rdzv-conf=join_timeout=7,read_timeout=7," in flags
+    assert (
+        f"--standalone --nproc-per-node={processes} --rdzv-conf=join_timeout=7,read_timeout=4,"
+        in flags
+    )
     assert int(threads) == max(1, int(variables.get("CPUS", "4")) // processes)
 
 

@@ -168,7 +168,7 @@ def assemble(config: RunConfig, parts: Parts, runtime: Runtime, past: Past) -> J
         RefusedError: The checkpoint is of another run.
     """
     samples, loss_name = len(parts.train_set), describe_loss(parts.loss)
-    saved = read_tensors(past.file) if past.file and runtime.rank == 0 else None
+    saved = read_tensors(past.file) if past.file else None
     if saved and past.header:
         refuse_misfit(past.header, saved, parts.model, samples=samples, loss=loss_name)
         restore(parts.model, saved)

@@ -14,7 +14,8 @@ from ddp_sgd.engine.assembly import assemble, gather_parts
 from ddp_sgd.engine.checkpoint import open_checkpoints
 from ddp_sgd.engine.diagnosis import plain_faults
 from ddp_sgd.engine.heartbeat import Heartbeat
-from ddp_sgd.engine.loop import train
+from ddp_sgd.engine.loop import Loop
+from ddp_sgd.engine.restoring import hand_over
 from ddp_sgd.engine.result import RunResult, conclude
 from ddp_sgd.engine.resume import look_back
 from ddp_sgd.engine.stopping import StopRequest, stop_on_signal
@@ -64,6 +65,8 @@ def fit(
     ):
         past = look_back(config, folder, runtime)
         if past.ending:
+            if model is not None:
+                hand_over(model, past.file, runtime)
             tell_of_the_end(past.ending.as_row(), folder)
             return past.ending
         with (
@@ -98,7 +101,7 @@ def fit(
                 ),
             ):
                 every = config.eval.every_epochs
-                train(job, heartbeat, checkpoints, report, deadline, score_every=every)
+                Loop(job, heartbeat, checkpoints, report, deadline, score_every=every).run()
                 ending = conclude(job.state, job.plan, job.replica, runtime)
             report.end(ending.as_row())
             return ending

@@ -2,27 +2,18 @@
 
 import time
 
+from ddp_sgd.data.loading import StepBatches
 from ddp_sgd.engine.assembly import Job
 from ddp_sgd.engine.checkpoint import Checkpoints
 from ddp_sgd.engine.diagnosis import refuse_divergence
 from ddp_sgd.engine.evaluation import Interrupted
-from ddp_sgd.engine.heartbeat import Heartbeat
+from ddp_sgd.engine.heartbeat import Beat, Heartbeat
 from ddp_sgd.engine.timetable import Deadline
 from ddp_sgd.report.reporter import Reporter
 
 
-def train(
-    job: Job,
-    heartbeat: Heartbeat,
-    checkpoints: Checkpoints,
-    report: Reporter,
-    deadline: Deadline,
-    *,
-    score_every: int,
-) -> None:
-    """Take a run from where it stands to its end, or to where somebody asks it to stop.
-
-    Whatever ends it, the state is saved at the last step.
+class Loop:
+    """Takes a run from where it stands to its end, or to where somebody asks it to stop.
 
     Args:
         job: The run; its state moves.
@@ -31,56 +22,85 @@ def train(
         report: Where measurements go.
         deadline: Is told how long saves and evaluations take.
         score_every: Epochs between evaluations.
-
-    Raises:
-        DivergedError: Gradients stay non-finite.
-        OutputError: The state cannot be saved.
     """
-    plan, state = job.plan, job.state
 
-    def is_unwanted() -> bool:
-        return heartbeat.reason is not None and state.step < plan.total_steps
+    def __init__(
+        self,
+        job: Job,
+        heartbeat: Heartbeat,
+        checkpoints: Checkpoints,
+        report: Reporter,
+        deadline: Deadline,
+        *,
+        score_every: int,
+    ) -> None:
+        self._job = job
+        self._heartbeat = heartbeat
+        self._checkpoints = checkpoints
+        self._report = report
+        self._deadline = deadline
+        self._score_every = score_every
 
-    def score_if_due() -> bool:
-        """Score at the end of an epoch; False if that was cut short by a wish to stop."""
-        if plan.ends_epochs(state.step, score_every) and state.scored_at != state.step:
-            job.pulse.at("evaluating", state.step)
-            start = time.perf_counter()
-            try:
-                state.scores, state.scored_at = job.score(is_unwanted), state.step
-            except Interrupted:
-                return False
-            report.eval(state.scores)
-            deadline.score_s = time.perf_counter() - start
-            heartbeat.restart_clock()
-        return True
+    def run(self) -> None:
+        """Take steps; whatever ends them, the state is saved at the last one.
 
-    job.pulse.at("reading data", state.step)
-    if not score_if_due():  # the run may have been stopped just before
-        report.stop(heartbeat.reason)
-        return
-    for batches in job.loader.from_step(state.step, job.skip):
+        Raises:
+            DivergedError: Gradients stay non-finite.
+            OutputError: The state cannot be saved.
+        """
+        job, state = self._job, self._job.state
+        job.pulse.at("reading data", state.step)
+        go_on = self._score_if_due()  # the run may have been stopped just before
+        for batches in job.loader.from_step(state.step, job.skip) if go_on else ():
+            beat = self._take_step(batches)
+            go_on = not self._is_to_stop(beat) and self._score_if_due()
+            if not go_on or (beat and beat.save):
+                job.pulse.at("saving")
+                self._checkpoints.save(state)
+            if not go_on:
+                break
+            job.pulse.at("reading data", state.step)
+        if not go_on:
+            self._report.stop(self._heartbeat.reason)
+        job.pulse.at("saving")
+        self._checkpoints.finish()
+
+    def _take_step(self, batches: StepBatches) -> Beat | None:
+        """Take a step, and tell what the heartbeat tells, if there was one."""
+        job, state = self._job, self._job.state
         lr = job.rate(state.step)
         job.seed_model(state.step)
         result = job.stepper.step(batches, lr)
         state.step += 1
         job.pulse.at("heartbeat")
-        beat = heartbeat.after(state.step, result, lr=lr, wait_s=batches.wait_s)
-        stopping = False
+        beat = self._heartbeat.after(state.step, result, lr=lr, wait_s=batches.wait_s)
         if beat:
             state.skipped = beat.skipped
-            report.train(beat.row)
+            self._report.train(beat.row)
             refuse_divergence(beat.skipped, lr)
-            checkpoints.poll()
-            deadline.save_s = checkpoints.save_s
-            stopping = beat.stop and state.step < plan.total_steps
-        stopping = stopping or not score_if_due()
-        if stopping or (beat and beat.save):
-            job.pulse.at("saving")
-            checkpoints.save(state)
-        if stopping:
-            report.stop(heartbeat.reason)
-            break
-        job.pulse.at("reading data", state.step)
-    job.pulse.at("saving")
-    checkpoints.finish()
+            self._checkpoints.poll()
+            self._deadline.save_s = self._checkpoints.save_s
+        return beat
+
+    def _is_to_stop(self, beat: Beat | None) -> bool:
+        return bool(beat and beat.stop) and self._job.state.step < self._job.plan.total_steps
+
+    def _score_if_due(self) -> bool:
+        """Score at the end of an epoch; False if a wish to stop cut that short, on any rank."""
+        job, state = self._job, self._job.state
+        if not job.plan.ends_epochs(state.step, self._score_every) or state.scored_at == state.step:
+            return True
+
+        def is_unwanted() -> bool:
+            return self._heartbeat.reason is not None and state.step < job.plan.total_steps
+
+        job.pulse.at("evaluating", state.step)
+        start = time.perf_counter()
+        try:
+            state.scores, state.scored_at = job.score(is_unwanted), state.step
+        except Interrupted:
+            return False
+        self._report.eval(state.scores)
+        self._deadline.score_s = time.perf_counter() - start
+        self._heartbeat.restart_clock()
+        return True

@@ -2,13 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from ddp_sgd.checkpointing.manifest import Header
+from ddp_sgd.checkpointing.reading import read_tensors
 from ddp_sgd.config import RunConfig, rank_batch
+from ddp_sgd.distributed.collectives import broadcast_over_ranks
+from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.capture import velocities
 from ddp_sgd.engine.state import State
 from ddp_sgd.errors import RefusedError
@@ -87,11 +91,30 @@ def refuse_misfit(
     if header.loss != loss:
         differences.append(f"the loss was {header.loss}, is {loss}")
     if differences:
-        shown = ", ".join(differences[:8]) + (", ..." if len(differences) > 8 else "")
-        raise RefusedError(
-            f"the checkpoint of step {header.step} is of another run: {shown}; restore that, or "
-            "set resume=never to begin anew."
-        )
+        raise _misfit(header.step, differences)
+
+
+def hand_over(model: nn.Module, file: Path | None, runtime: Runtime) -> None:
+    """Give a model the weights of a run that has nothing left to do, on all ranks.
+
+    Args:
+        model: Moved to the runtime's device, changed in place.
+        file: The last checkpoint, on the rank that has it; where nothing is left of it, weights
+            stay as they are.
+        runtime: This process.
+
+    Raises:
+        DataError: The checkpoint cannot be read.
+        RefusedError: It is of another model.
+    """
+    model.to(runtime.device)
+    if file is not None:
+        tensors = read_tensors(file)
+        if differences := _shape_differences(tensors["model"], model.state_dict()):
+            raise _misfit(tensors["cursor"]["step"], differences)
+        restore(model, tensors)
+    tensors_now = [value for value in model.state_dict().values() if torch.is_tensor(value)]
+    broadcast_over_ranks(tensors_now, runtime)
 
 
 def restore(model: nn.Module, tensors: Mapping[str, Any]) -> None:
@@ -107,6 +130,14 @@ def restore_velocities(
     for name, buffer in velocities(model, optimizer):
         if name in saved:
             buffer.copy_(saved[name])
+
+
+def _misfit(step: int, differences: list[str]) -> RefusedError:
+    shown = ", ".join(differences[:8]) + (", ..." if len(differences) > 8 else "")
+    return RefusedError(
+        f"the checkpoint of step {step} is of another run: {shown}; restore that, or set "
+        "resume=never to begin anew."
+    )
 
 
 def _shape_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -24,13 +24,13 @@ from ddp_sgd.report.sink import Origin
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Past:
-    """What was before; equal on all ranks.
+    """What was before; equal on all ranks, but for the file.
 
     Args:
         run_id: Identity of the run.
         has_rows: Whether the journal of an earlier life is there.
         header: Where the run stood when it was saved; None begins at step 0.
-        file: The checkpoint, on rank 0's disk.
+        file: The checkpoint, on the rank that has the folder.
         passed_over: What is wrong with newer checkpoints.
         ending: How the run ended, if there is nothing left to do.
         deadline: When the run must be over, unix time in seconds; None if nobody says.
@@ -79,7 +79,8 @@ def look_back(config: RunConfig, folder: RunFolder | None, runtime: Runtime) -> 
     past = _look_into(config, folder) if folder else None
     if past is not None:
         past = replace(past, deadline=read_deadline(config.runtime.deadline, os.environ))
-    return from_rank_0(past, runtime)
+    past = from_rank_0(past, runtime)
+    return past if folder else replace(past, file=None)
 
 
 def _look_into(config: RunConfig, folder: RunFolder) -> Past:
@@ -133,13 +134,15 @@ def _adopt(config: RunConfig, folder: RunFolder) -> bool:
     before = _config_in(folder.path)
     if before and before.get("resume") == config.resume:
         return False
-    file, manifest = find_checkpoint(Path(config.resume))
+    file, named = find_checkpoint(Path(config.resume))
     staging = folder.path.with_name(f".{folder.path.name}.{token_hex(4)}")
+    copies = CheckpointFolder(staging)
+    manifest = replace(named, file=copies.name_for(named.header))
     try:
         staging.mkdir()
-        for path in (file, file.with_suffix(".json")):
-            shutil.copyfile(path, staging / path.name)
-        if fault := CheckpointFolder(staging).fault_of(manifest):
+        copy = shutil.copyfile(file, staging / manifest.file)
+        copy.with_suffix(".json").write_text(manifest.to_text())
+        if fault := copies.fault_of(manifest):
             raise DataError(f"the copy of {file} {fault}; look at the disk of {staging.parent}.")
         folder.renew()
         staging.rename(folder.path / FOLDER_NAME)

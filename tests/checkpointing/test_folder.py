@@ -297,6 +297,25 @@ def test_the_best_survives_many_saves_and_a_new_life(tmp_path):
     assert (tmp_path / "best").readlink() == (tmp_path / "last").readlink()
 
 
+def test_a_kill_in_the_midst_of_pruning_leaves_nothing_that_stays(folder, monkeypatch):
+    write(folder, 30)
+    unlink = Path.unlink
+
+    def die_after(path, missing_ok=False):
+        unlink(path, missing_ok)
+        if path.name.startswith("step-"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", die_after)
+        with pytest.raises(KeyboardInterrupt):
+            CheckpointFolder(folder).settle(keep=2)
+    assert len(names(folder)) == 6  # one of seven went
+    CheckpointFolder(folder).clean_up()
+    assert {name for name in names(folder) if "10" in name} == set()
+    assert chosen(folder) == (30, ())
+
+
 def test_scores_of_earlier_weights_make_no_best(tmp_path):
     write(tmp_path, 1, scored_at=0, scores={"eval/accuracy": 1.0})
     assert names(tmp_path) == {"step-00000001.pt", "step-00000001.json", "last"}

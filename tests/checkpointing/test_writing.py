@@ -1,4 +1,6 @@
 import errno
+import hashlib
+import io
 import json
 import os
 import random
@@ -201,6 +203,20 @@ def test_a_limit_on_the_length_of_files(reserving, tmp_path, monkeypatch):
         assert save_too_much(tmp_path) == errno.EFBIG
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_takes_less_at_once_than_it_is_given():
+    """As every disk does beyond 2 GiB."""
+
+    class Sipping(io.BytesIO):
+        def write(self, data):
+            return super().write(data[:3])
+
+    raw = Sipping()
+    stream = writing._Hashed(raw)
+    assert stream.write(b"0123456789") == stream.size == 10
+    assert raw.getvalue() == b"0123456789"
+    assert stream.digest.hexdigest() == hashlib.sha256(b"0123456789").hexdigest()
 
 
 def test_a_file_system_that_cannot_reserve_room_does_without(tmp_path, monkeypatch):

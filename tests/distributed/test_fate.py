@@ -5,9 +5,10 @@ import os
 import pytest
 import torch
 from ranks import run_ranks
+from torch.distributed import HashStore
 
 from ddp_sgd.distributed.collectives import sum_over_ranks
-from ddp_sgd.distributed.fate import OwnFate, is_lost_peer, shared_fate
+from ddp_sgd.distributed.fate import OwnFate, SharedFate, is_lost_peer, shared_fate
 from ddp_sgd.errors import ConfigError, DataError, ExitCode, PeerError
 
 
@@ -75,3 +76,12 @@ def test_what_counts_as_a_lost_peer():
     assert not is_lost_peer(ValueError("Connection reset"))
     assert not is_lost_peer(PeerError("Connection reset"))
     assert PeerError("x").exit_code == ExitCode.PEER
+
+
+def test_a_lost_peer_is_told_of_without_the_chatter_of_gloo():
+    chatter = (
+        "[/pytorch/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:5. This "
+        "is typically caused by a crash. GLHF! 🏖️"
+    )
+    told = str(SharedFate(HashStore(), 0, 2).judge(RuntimeError(chatter)))
+    assert told.startswith("rank 0 of 2 is cut off: Connection closed by peer [127.0.0.1]:5; look")

@@ -15,6 +15,7 @@ from wandb_stub import isolate_wandb
 from ddp_sgd.checkpointing.folder import CheckpointFolder
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data import Digits
+from ddp_sgd.engine.digest import weights_digest
 from ddp_sgd.engine.fit import fit
 from ddp_sgd.engine.stopping import StopRequest
 from ddp_sgd.models import MLP
@@ -256,6 +257,19 @@ def test_no_other_rank_reads_the_folder(tmp_path):
     assert not (tmp_path / "parts" / "1").exists()
     done = run_ranks(2, only_rank_0_sees_the_folder, tmp_path / "parts", -1)
     assert done == run_ranks(2, live, tmp_path / "whole", -1, {})
+
+
+def digest_of_the_model(runtime, folder):
+    torch.manual_seed(runtime.rank)
+    model = Everything()
+    result = fit(describe(folder), runtime, model=model, train_set=Noisy())
+    return result.weights_digest, weights_digest(model)
+
+
+def test_the_model_of_a_finished_run_has_its_weights(tmp_path):
+    (trained, _, digest), _ = run_ranks(2, live, tmp_path, -1, {})
+    assert trained == "finished"
+    assert run_ranks(2, digest_of_the_model, tmp_path) == [(digest, digest)] * 2
 
 
 def test_a_finished_run_gives_its_result_to_all_ranks(tmp_path):

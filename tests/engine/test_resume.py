@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
+from ddp_sgd.checkpointing.reading import find_checkpoint
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data import InMemory
 from ddp_sgd.distributed.runtime import Runtime
@@ -191,6 +193,16 @@ def test_a_path_begins_another_run_with_a_copy(tmp_path):
     assert look(tmp_path, name="y", resume=path).run_id != look(tmp_path).run_id
     assert run(tmp_path, name="y", resume=path) == branch  # the same command again
     assert not (tmp_path / "y.1").exists()
+
+
+def test_a_checkpoint_under_any_name_is_found_again(tmp_path):
+    whole = run(tmp_path)
+    file, manifest = find_checkpoint(tmp_path / "x" / "checkpoints" / "step-00000002.pt")
+    shutil.copyfile(file, tmp_path / "mine.pt")
+    (tmp_path / "mine.json").write_text(replace(manifest, file="mine.pt").to_text())
+    branch = run(tmp_path, name="y", resume=str(tmp_path / "mine.pt"))
+    assert branch.weights_digest == whole.weights_digest
+    assert events(tmp_path, "y")[:2] == [("start", 2), ("resume", 2)]
 
 
 def test_a_path_may_change_the_rate_but_not_the_model(tmp_path):

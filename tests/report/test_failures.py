@@ -51,3 +51,9 @@ def test_a_failure_is_one_line_with_its_step_code_and_reason(tmp_path):
     row = json.loads((tmp_path / FILE_NAME).read_text())
     assert row.pop("time") > 1e9
     assert row == {"step": 3, "exit_code": 65, "error": "the sample at step 3 is bad."}
+
+
+def test_the_last_failure_that_is_allowed_says_so(tmp_path):
+    fail(tmp_path, 3, 57, 57, 57)
+    rows = [json.loads(line) for line in (tmp_path / FILE_NAME).read_text().splitlines()]
+    assert [row.get("gives_up") for row in rows] == [None, None, None, True]
