@@ -9,7 +9,7 @@ RUNS := $(VENV)/.installed
 TESTS := $(VENV)/.installed-for-tests
 SHELL_FILES := $(wildcard .ci/run launch/*.sh slurm/*.sh)
 
-.PHONY: help train test lint check docs clean
+.PHONY: help train test lint check soak docs clean
 
 help: ## Print this list.
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 14
@@ -31,6 +31,9 @@ lint: $(TESTS) ## Check style, types, imports, shell scripts, spelling and depen
 	$(BIN)/deptry .
 
 check: lint test ## All that CI runs.
+
+soak: $(TESTS) ## A hundred random faults against one run, about a quarter of an hour; ARGS="--faults=20 --seed=1".
+	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 docs: $(RUNS) ## Write docs/configuration.md anew.
 	$(BIN)/python -c 'from ddp_sgd.config.reference import reference_markdown as m; print(m(), end="")' \

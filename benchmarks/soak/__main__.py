@@ -107,7 +107,8 @@ def campaign(job: Job, faults: int, chance: random.Random, names: list[str]) -> 
         before, start = job.last_row(), time.time()
         FAULTS[name][0](job, chance)
         hit, left = time.time(), CheckpointFolder(job.folder / "checkpoints").choose().manifest
-        row = job.wait_for_life(max(hit, before["time"]))
+        survives = name == "disk full"  # the only one that a run may live through
+        row = job.wait_for_life(hit, resumed=not survives)
         later = _resumed(job.rows())
         back_at = later[-1]["step"] if later and later[-1]["time"] > start else None
         whole_at = left.header.step if left else 0

@@ -117,17 +117,26 @@ class Job:
                 raise TimeoutError(f"{what}: not within {_TOO_LONG_S:g} s; {self.last_row()}")
             time.sleep(0.005)
 
-    def wait_for_life(self, since: float) -> dict[str, Any]:
-        """Wait for a training row that is newer than an instant; starts the launcher if needed."""
+    def wait_for_life(self, since: float, *, resumed: bool = False) -> dict[str, Any]:
+        """Wait for a training row that is newer than an instant; starts the launcher if needed.
+
+        Args:
+            since: Unix time in seconds.
+            resumed: Whether the row must be that of a new life: one that froze may wake once more.
+        """
 
         def lives() -> bool:
             if self.ended() is not None and self.result().get("status") != "finished":
                 self.start()
             row = self.last_row()
-            return (row["event"] == "train" and row["time"] > since) or self.is_finished()
+            alive = row["event"] == "train" and row["time"] > since
+            return self.is_finished() or (alive and (not resumed or self._resumed_since(since)))
 
         self.wait_for("the run comes back", lives)
         return self.last_row()
+
+    def _resumed_since(self, instant: float) -> bool:
+        return any(row["event"] == "resume" and row["time"] > instant for row in self.rows())
 
     def result(self) -> dict[str, Any]:
         """Content of result.json; empty if there is none."""
