@@ -8,42 +8,22 @@ import time
 from pathlib import Path
 
 import pytest
+from launching import LOCAL, MULTINODE, ROOT, environment
 
 from ddp_sgd.distributed.ranks import free_port
 from ddp_sgd.errors import ExitCode
 
-ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
-LOCAL = ROOT / "launch" / "local.sh"
-MULTINODE = ROOT / "launch" / "multinode.sh"
 DEADLINE_S = 80
 STARTED = []
 ENDLESS = ("--epochs=100000", "--eval.every_epochs=100000", "--log.every_steps=1")
-
-
-def _environment(**extra):
-    foreign = ("SLURM_", "DDP_SGD_", "PET_", "MASTER_", "NODE_")
-    named = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "NPROC", "NNODES", "RUN_ID", "MAX_RESTARTS")
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(foreign) and name not in named
-    }
-    ours = {
-        "PYTHON": sys.executable,
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-        "OMP_NUM_THREADS": "1",
-        "DDP_SGD_WANDB__MODE": "disabled",
-        "DDP_SGD_RUNTIME__DEVICE": "cpu",
-    }
-    return kept | ours | extra
 
 
 def _start(folder, script, *options, **variables):
     process = subprocess.Popen(
         [str(script), *options],
         cwd=folder,
-        env=_environment(**variables),
+        env=environment(**variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -154,7 +134,8 @@ def test_number_of_processes(variables, processes, tmp_path):
     programs = {
         "nproc": "echo ${CPUS:-4}",
         "nvidia-smi": 'for i in $(seq ${GPUS:-0}); do echo "GPU $i: x (UUID: y)"; done',
-        "python": '[[ $* == *print_folder* ]] && printf "runs/x\\n7\\n" || echo $OMP_NUM_THREADS "$*"',
+        "python": "if [[ $* == *print_folder* ]]; then printf 'runs/x\\n7\\n'; exit; fi\n"
+        'echo $OMP_NUM_THREADS "$*"',
     }
     for name, text in programs.items():
         path = tmp_path / name
@@ -286,6 +267,30 @@ def test_two_machines_take_the_same_steps_as_two_processes(finished, tmp_path):
     assert result["weights_digest"] == _result(finished[0])["weights_digest"]
     logs = tmp_path / "runs" / "digits" / "logs"
     assert len(list(logs.glob("*/attempt_0/0/stdout.log"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        (["--nnodes=2"], "--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=here:29400"),
+        (["--nnodes=2"], "--max-restarts=0"),
+        (["--nnodes", "1:2"], "--nnodes=1:2 "),
+        (["--nnodes", "1:2"], "--max-restarts=10"),
+        (["--nnodes=2:4", "--max-restarts", "3"], "--max-restarts=3"),
+        (["--nnodes=2", "--nproc=5"], "--nproc-per-node=5"),
+        (["--nnodes=2"], "join_timeout=7,read_timeout=4,last_call_timeout=7,"),
+    ],
+)
+def test_options_of_multinode_reach_torchrun(options, shown, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/usr/bin/env bash\n"
+        "if [[ $* == *print_folder* ]]; then printf 'runs/x\\n7\\n'; else echo \"$*\"; fi\n"
+    )
+    python.chmod(0o755)
+    code, out, err = _run(tmp_path, MULTINODE, *options, PYTHON=str(python), MASTER_ADDR="here")
+    assert (code, err) == (0, "")
+    assert shown in out
 
 
 @pytest.mark.parametrize(

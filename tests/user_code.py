@@ -2,6 +2,7 @@
 
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -154,10 +155,10 @@ class Slow(nn.Linear):
     def __init__(self, pause_s=0.0, until="now"):
         super().__init__(64, 10)
         self._pause_s = pause_s
-        self._until = until
+        self._until = Path(until)
 
     def forward(self, inputs):
-        if self.training and not os.path.exists(self._until):
+        if self.training and not self._until.exists():
             time.sleep(self._pause_s)
         return super().forward(inputs)
 

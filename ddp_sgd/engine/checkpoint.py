@@ -20,7 +20,7 @@ from ddp_sgd.engine.capture import Tree, capture, refuse_foreign
 from ddp_sgd.engine.state import State
 from ddp_sgd.errors import OutputError
 from ddp_sgd.report.reporter import Reporter
-from ddp_sgd.report.run_folder import RunFolder
+from ddp_sgd.report.run_folder import RunFolder, unwritable
 from ddp_sgd.report.sink import Row
 
 _PATIENCE = 3
@@ -200,12 +200,20 @@ def open_checkpoints(
         run_id: Identity of the run.
         folder: The run folder, on rank 0.
         report: Is told of every save.
+
+    Raises:
+        OutputError: The folder of checkpoints cannot be made.
     """
     if folder is None:
         yield NoCheckpoints()
         return
+    saved = CheckpointFolder(folder.path / FOLDER_NAME)
+    try:
+        saved.path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise unwritable(saved.path, error) from error
     with SavedCheckpoints(
-        CheckpointFolder(folder.path / FOLDER_NAME),
+        saved,
         partial(
             capture,
             model=job.replica.inner,

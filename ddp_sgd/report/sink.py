@@ -108,18 +108,20 @@ class Sinks:
     def __init__(self, sinks: Sequence[Sink]) -> None:
         """Keep the sinks."""
         self._sinks = tuple(sinks)
+        self._opened: list[Sink] = []
 
     def start(self, record: RunRecord) -> None:
         """Open every outlet."""
         for sink in self._sinks:
             sink.start(record)
+            self._opened.append(sink)
 
     def write(self, event: str, row: Row) -> None:
-        """Give the row to every outlet."""
-        for sink in self._sinks:
+        """Give the row to every outlet that is open."""
+        for sink in self._opened:
             sink.write(event, row)
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Close every outlet, the last opened first."""
-        for sink in reversed(self._sinks):
+        """Close every outlet that is open, the last opened first."""
+        for sink in reversed(self._opened):
             sink.finish(result)

@@ -144,3 +144,21 @@ def test_a_stop_that_cannot_save_does_not_claim_that_it_did(tmp_path, monkeypatc
     with pytest.raises(OutputError):
         run(tmp_path, Late(1), log={"every_steps": 1})
     assert json.loads((tmp_path / "x" / "result.json").read_text())["exit_code"] == 73
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "config.yaml", "plan.json", "result.json", "checkpoints"]
+)
+def test_a_folder_where_a_file_should_be_ends_a_resume_before_its_first_step(name, tmp_path):
+    run(tmp_path, epochs=1)
+    place = tmp_path / "x" / name
+    place.rename(tmp_path / "kept")
+    if name == "checkpoints":  # the other way round
+        place.touch()
+    else:
+        place.mkdir()
+    with pytest.raises(OutputError, match=f"{name} cannot be written: ") as caught:
+        run(tmp_path)
+    assert caught.value.exit_code == ExitCode.OUTPUT
+    assert place.exists()
+    assert not (tmp_path / "x.1").exists()

@@ -1,3 +1,5 @@
+import pytest
+
 from ddp_sgd.report.sink import NoSink, Sinks
 
 
@@ -38,3 +40,21 @@ def test_no_sink_takes_everything_and_says_nothing(capsys):
     sink.write("train", {"step": 1})
     sink.finish({"exit_code": 0})
     assert tuple(capsys.readouterr()) == ("", "")
+
+
+def test_what_was_never_opened_gets_nothing():
+    class Shut(Recorder):
+        def start(self, record):
+            raise OSError("shut")
+
+    calls = []
+    sinks = Sinks([Recorder("first", calls), Shut("second", calls), Recorder("third", calls)])
+    with pytest.raises(OSError, match="shut"):
+        sinks.start("record")
+    sinks.write("end", {"step": 1})
+    sinks.finish({"exit_code": 73})
+    assert [(name, event) for name, event, _ in calls] == [
+        ("first", "start"),
+        ("first", "end"),
+        ("first", "finish"),
+    ]
