@@ -32,8 +32,9 @@ lint: $(TESTS) ## Check style, types, imports, shell scripts, spelling and depen
 
 check: lint test ## All that CI runs.
 
-soak: $(TESTS) ## A hundred random faults against one run, about a quarter of an hour; ARGS="--faults=20 --seed=1".
+soak: $(TESTS) ## A hundred random faults, 20 restarts, machines that come and go: half an hour. ARGS="--faults=20 --seed=1".
 	$(BIN)/python -m benchmarks.soak $(ARGS)
+	RESTARTS=20 $(BIN)/python -m pytest tests/test_restarts.py -s --timeout 900
 
 docs: $(RUNS) ## Write docs/configuration.md anew.
 	$(BIN)/python -c 'from ddp_sgd.config.reference import reference_markdown as m; print(m(), end="")' \

@@ -200,7 +200,7 @@ def test_run_goes_on_where_the_torchrun_is_killed_that_all_meet_at(undisturbed, 
 def test_machine_where_all_meet_is_lost_for_good(tmp_path):
     port = free_port()
     first = machine(tmp_path, port, NODE_RANK="0")
-    second = machine(tmp_path, port, "--runtime.timeout_s=5", NODE_RANK="1")
+    second = machine(tmp_path, port, "--runtime.timeout_s=15", NODE_RANK="1")
     first.wait_until(lambda: world_size(first, 2))
     orphans = lose(first)
     instant = time.monotonic()

@@ -283,7 +283,8 @@ class RuntimeConfig(Section):
 
     hang_s: Annotated[StrictFloat, Field(ge=1.0)] | None = 300.0
     """Time without progress of a rank after which the run is ended, in seconds, at least 1; it must
-    exceed the longest single batch, compilation included. null: wait for ever."""
+    exceed the longest single batch, compilation included, and the longest save. null: wait for
+    ever."""
 
     deadline: Instant | None = None
     """When the run must be over: unix time in seconds, or a date and time such as
