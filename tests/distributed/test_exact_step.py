@@ -49,6 +49,7 @@ def run(
     config = RunConfig(
         name=f"n{n}",
         output_dir=str(folder),
+        resume="never",  # the runs differ in what no configuration says
         epochs=epochs,
         data={"batch_size": batch // (runtime.world_size * accumulate), "accumulate": accumulate},
         optim={"lr": 0.05, "reference_batch": batch, "momentum": 0.9} | optim,

@@ -26,7 +26,8 @@ from ddp_sgd.report.journal import read_journal
 
 def describe(folder, **changes):
     return RunConfig(
-        output_dir=str(folder), **{"wandb": {"mode": "disabled"}, "epochs": 2} | changes
+        output_dir=str(folder),
+        **{"wandb": {"mode": "disabled"}, "epochs": 2, "resume": "never"} | changes,
     )
 
 

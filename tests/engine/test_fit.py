@@ -28,7 +28,11 @@ def one_thread():
 
 
 def describe(folder, **changes):
-    return RunConfig(output_dir=str(folder), wandb={"mode": "disabled"}, **{"epochs": 2} | changes)
+    return RunConfig(
+        output_dir=str(folder),
+        wandb={"mode": "disabled"},
+        **{"epochs": 2, "resume": "never"} | changes,
+    )
 
 
 def rows(folder, event, name="digits"):
