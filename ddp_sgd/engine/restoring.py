@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ddp_sgd.checkpointing.comparing import misfits
 from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.checkpointing.reading import read_tensors
 from ddp_sgd.config import RunConfig, rank_batch
@@ -85,7 +86,7 @@ def refuse_misfit(
     Raises:
         RefusedError: It does not fit; the message lists what differs.
     """
-    differences = _shape_differences(tensors["model"], model.state_dict())
+    differences = misfits(tensors["model"], model.state_dict())
     if header.plan["samples"] != samples:
         differences.append(f"data.train had {header.plan['samples']} samples, has {samples}")
     if header.loss != loss:
@@ -110,7 +111,7 @@ def hand_over(model: nn.Module, file: Path | None, runtime: Runtime) -> None:
     model.to(runtime.device)
     if file is not None:
         tensors = read_tensors(file)
-        if differences := _shape_differences(tensors["model"], model.state_dict()):
+        if differences := misfits(tensors["model"], model.state_dict()):
             raise _misfit(tensors["cursor"]["step"], differences)
         restore(model, tensors)
     tensors_now = [value for value in model.state_dict().values() if torch.is_tensor(value)]
@@ -138,21 +139,3 @@ def _misfit(step: int, differences: list[str]) -> RefusedError:
         f"the checkpoint of step {step} is of another run: {shown}; restore that, or set "
         "resume=never to begin anew."
     )
-
-
-def _shape_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    differences = []
-    for name in [*now, *(name for name in saved if name not in now)]:
-        was, is_now = _shape(saved, name), _shape(now, name)
-        if was != is_now:
-            differences.append(f"{name} was {was}, is {is_now}")
-    return differences
-
-
-def _shape(values: Mapping[str, Any], name: str) -> str:
-    if name not in values:
-        return "absent"
-    value = values[name]
-    if not isinstance(value, torch.Tensor):
-        return f"a {type(value).__name__}"
-    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
