@@ -104,7 +104,8 @@ let_ranks_leave() {
 # train_under_torchrun NPROC RESTARTS [FLAG OF TORCHRUN]... -- [OPTION OF ddp_sgd.train]...: train, and exit with the
 # run's code. If torchrun is killed, it is started again, RESTARTS times at most; and so it starts the processes.
 train_under_torchrun() {
-    local nproc=$1 restarts=$2 flags=() folder timeout_s logs alone='' code=0 signalled='' lives=0 why conf
+    local nproc=$1 restarts=$2 flags=() folder timeout_s logs alone='' code=0 signalled='' lives=0 why='' conf
+    trap 'signalled=yes' TERM INT HUP USR1 # until there is a torchrun to pass it on to
     while shift && [[ $2 != -- ]]; do flags+=("$2"); done
     shift 2
     [[ $nproc =~ ^[1-9][0-9]*$ ]] || fail "the number of processes is '$nproc'; set NPROC=2, for example."
@@ -135,10 +136,10 @@ train_under_torchrun() {
     flags+=(--nproc-per-node="$nproc" --rdzv-conf="$conf" --log-dir="$logs" --tee=3)
     [[ " ${flags[*]} " != *" --standalone "* ]] || alone=yes
 
-    while :; do
+    while [[ ! $signalled ]]; do
         run_torchrun "${flags[@]}" --max-restarts=$((restarts - lives)) -m ddp_sgd.train "$@"
         why=$(why_lost)
-        if [[ ! $why || $signalled ]] || ((++lives > restarts)); then break; fi
+        if [[ ! $why ]] || ((++lives > restarts)); then break; fi
         echo "$0: $why; it is started again ($lives of $restarts)" >&2
         [[ ! $why =~ SIG ]] || let_ranks_leave # else torchrun has ended them
         touch "$logs/start"
