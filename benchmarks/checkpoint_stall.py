@@ -6,6 +6,7 @@ meets all of them; each figure is a median with its spread.
 """
 
 import argparse
+import os
 import platform
 import statistics
 import tempfile
@@ -40,7 +41,7 @@ def main() -> None:
     print(table)
     if options.write:
         now = datetime.now(UTC)
-        path = options.write / f"checkpoint_stall_{torch.get_num_threads()}cpu_{now:%Y%m}.md"
+        path = options.write / f"checkpoint_stall_{os.cpu_count()}cpu_{now:%Y%m}.md"
         path.write_text(table)
 
 
