@@ -4,6 +4,8 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddp_sgd.distributed.ranks import may_be_rank_0, told_by
@@ -11,6 +13,10 @@ from ddp_sgd.errors import ExitCode, FaultElsewhereError, UserError
 
 if TYPE_CHECKING:
     from ddp_sgd.config import CommandLine, Option
+
+
+LAUNCHER_READS = "LAUNCH_EXIT_CODE_FILE"
+"""Variable that names the file in which a launch script looks for the exit code of rank 0."""
 
 
 def run_command(
@@ -54,7 +60,9 @@ def run_command(
             return ExitCode.DONE
         return work(line)
 
-    return exit_code_of(read_and_work, debug="--debug" in argv)
+    code = exit_code_of(read_and_work, debug="--debug" in argv)
+    _tell_the_launcher(code)
+    return code
 
 
 def exit_code_of(work: Callable[[], int | None], *, debug: bool) -> int:
@@ -81,6 +89,17 @@ def exit_code_of(work: Callable[[], int | None], *, debug: bool) -> int:
             debug=debug,
         )
         return ExitCode.INTERNAL
+
+
+def _tell_the_launcher(code: int) -> None:
+    """Leave the code for launch scripts: torchrun exits with 1 whatever it was.
+
+    A run that was refused leaves no ``result.json``: that would be somebody else's.
+    """
+    path = os.environ.get(LAUNCHER_READS)
+    if path and may_be_rank_0(os.environ):
+        with suppress(OSError):
+            Path(path).write_text(f"{int(code)}\n")
 
 
 def _tell(message: str, *, debug: bool) -> None:

@@ -35,9 +35,9 @@ count_processes() {
 
 # run_torchrun FLAG...: run it to its end, and set code. Reads folder and logs; sets signalled.
 run_torchrun() {
-    local agent watcher again=yes
+    local watcher again=yes
     touch "$logs/life"
-    rm -f "$logs/torchrun.json"
+    rm -f "$logs/torchrun.json" "$logs/exit_code"
     # In a process group of its own torchrun gets a signal once, from here, and not a second time from the terminal.
     set -m
     TORCHELASTIC_ERROR_FILE=$logs/torchrun.json "$PYTHON" -m torch.distributed.run "$@" &
@@ -46,12 +46,13 @@ run_torchrun() {
     watch_restarts "$agent" </dev/null &>/dev/null &
     watcher=$!
     # A second signal would end torchrun at once and leave ranks behind, so only the first is passed on.
-    trap 'again=yes; [[ $signalled ]] || { signalled=yes; kill -TERM "$agent" 2>/dev/null || true; }' TERM INT HUP USR1
+    trap 'again=yes; [[ $signalled ]] || { signalled=yes; [[ ! $agent ]] || kill -TERM "$agent" 2>/dev/null || true; }' TERM INT HUP USR1
     [[ ! $signalled ]] || kill -TERM "$agent" || true # it came between two lives
     while [[ $again ]]; do                            # a trap interrupts wait
         again='' code=0
         wait "$agent" || code=$?
     done
+    agent=''
     kill "$watcher" 2>/dev/null || true
 }
 
@@ -104,7 +105,7 @@ let_ranks_leave() {
 # train_under_torchrun NPROC RESTARTS [FLAG OF TORCHRUN]... -- [OPTION OF ddp_sgd.train]...: train, and exit with the
 # run's code. If torchrun is killed, it is started again, RESTARTS times at most; and so it starts the processes.
 train_under_torchrun() {
-    local nproc=$1 restarts=$2 flags=() folder timeout_s logs alone='' code=0 signalled='' lives=0 why='' conf
+    local nproc=$1 restarts=$2 flags=() folder timeout_s logs alone='' code=0 signalled='' lives=0 why='' conf agent=''
     trap 'signalled=yes' TERM INT HUP USR1 # until there is a torchrun to pass it on to
     while shift && [[ $2 != -- ]]; do flags+=("$2"); done
     shift 2
@@ -122,7 +123,8 @@ train_under_torchrun() {
     touch "$logs/start" # whatever is older in the run folder belongs to an earlier run
 
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((nproc < $(count_cpus) ? $(count_cpus) / nproc : 1))}
-    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # a restart must not read addresses of the attempt before
+    export LAUNCH_EXIT_CODE_FILE=$logs/exit_code # what rank 0 ends with, should it leave no result.json
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # a restart must not read addresses of the attempt before
     # Every flag of torchrun has such a variable; a release that lacks the flag does not mind the variable.
     # Only one rank speaks, so lines need no name in front; torchrun takes the shortest that is not empty.
     export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE=${TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE:- }
@@ -161,6 +163,9 @@ conclude() {
         [[ ! -d ${attempts[0]} ]] || mv "${attempts[@]}" "$folder/logs/"
         rm -r "$logs"
         logs=$folder/logs
+    elif [[ -s $logs/exit_code && ! $signalled ]]; then
+        code=$(<"$logs/exit_code")
+        ((code)) || rm -r "$logs" # nothing was left to do
     elif [[ $signalled ]]; then
         code=75 # it came before the ranks could write anything
     elif grep -qs 'Rendezvous[A-Za-z]*Error' "$logs/torchrun.json"; then

@@ -219,11 +219,25 @@ def test_stale_result_is_not_taken(finished):
     code, _, err = _run(folder, LOCAL, "--nproc=1", "--runtime.device=mps")
     assert _result(folder) == before
     assert before["exit_code"] == 0
-    assert code == 1
+    assert code == ExitCode.CONFIG
     assert "ddp_sgd: error: runtime.device is mps" in err
     (logs,) = (folder / "runs").glob("digits.logs.*")
     assert f"is in runs/{logs.name}" in err.splitlines()[-1]
     shutil.rmtree(logs)
+
+
+def test_a_run_that_is_refused_or_has_nothing_left_to_do(finished):
+    folder, *_ = finished
+    before = _result(folder)
+    code, _, err = _run(folder, LOCAL, "--nproc=1", "--epochs=1", "--seed=1")
+    assert (code, _result(folder)) == (ExitCode.REFUSED, before)
+    assert "seed was 0, is 1" in err
+    for logs in (folder / "runs").glob("digits.logs.*"):
+        shutil.rmtree(logs)
+    code, out, _ = _run(folder, LOCAL, "--nproc=1", "--epochs=1")
+    assert (code, _result(folder)) == (ExitCode.DONE, before)
+    assert "nothing is left to do" in out
+    assert not list((folder / "runs").glob("digits.logs.*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

@@ -89,7 +89,7 @@ class CheckpointFolder:
             if entry is None or entry.header.samples > after_samples:
                 with suppress(OSError):
                     file.replace(file.with_suffix(".pt.damaged"))
-                    file.with_suffix(".json").unlink(missing_ok=True)
+                    file.with_suffix(".json").replace(file.with_suffix(".json.damaged"))
 
     def clean_up(self) -> None:
         """Remove what saves that were cut short left behind."""

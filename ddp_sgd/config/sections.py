@@ -4,6 +4,7 @@ Each field carries its docstring, unit and range; ``--help`` and ``docs/configur
 from them.
 """
 
+from datetime import datetime
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -279,7 +280,7 @@ class RuntimeConfig(Section):
 
     timeout_s: Annotated[StrictFloat, Field(gt=0.0, le=86_400.0)] = 300.0
     """Longest wait for another rank, when joining and in every collective, in seconds, in (0,
-    86400]."""
+    86400]; the others wait so for rank 0 while it waits for its last save."""
 
     hang_s: Annotated[StrictFloat, Field(ge=1.0)] | None = 300.0
     """Time without progress of a rank after which the run is ended, in seconds, at least 1; it must
@@ -290,3 +291,15 @@ class RuntimeConfig(Section):
     """When the run must be over: unix time in seconds, or a date and time such as
     2026-12-24T18:00:00+01:00 (without a zone: local time). The run saves and stops in time. null:
     the end of the SLURM job, if there is one."""
+
+    @model_validator(mode="after")
+    def _deadline_is_a_date(self) -> "RuntimeConfig":
+        if isinstance(self.deadline, str):
+            try:
+                datetime.fromisoformat(self.deadline)
+            except ValueError as error:
+                raise ValueError(
+                    f"runtime.deadline is {self.deadline!r} ({error}); give a date and time such "
+                    "as 2026-12-24T18:00:00"
+                ) from None
+        return self

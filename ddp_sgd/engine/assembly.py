@@ -25,6 +25,7 @@ from ddp_sgd.engine.restoring import (
     refuse_misfit,
     restore,
     restore_velocities,
+    share_other_state,
     state_from,
 )
 from ddp_sgd.engine.resume import Past
@@ -184,6 +185,7 @@ def assemble(config: RunConfig, parts: Parts, runtime: Runtime, past: Past) -> J
     if saved:
         restore_velocities(model, optimizer, saved)
     if past.header:
+        share_other_state(model, runtime)
         broadcast_over_ranks((buffer for _, buffer in velocities(model, optimizer)), runtime)
     pulse, clip_norm = Pulse(), config.optim.clip_norm
     return Job(

@@ -15,7 +15,7 @@ from ddp_sgd.engine.checkpoint import open_checkpoints
 from ddp_sgd.engine.diagnosis import plain_faults
 from ddp_sgd.engine.heartbeat import Heartbeat
 from ddp_sgd.engine.loop import Loop
-from ddp_sgd.engine.restoring import hand_over
+from ddp_sgd.engine.restoring import hand_over, refuse_other_parts
 from ddp_sgd.engine.result import RunResult, conclude
 from ddp_sgd.engine.resume import look_back
 from ddp_sgd.engine.stopping import StopRequest, stop_on_signal
@@ -41,7 +41,8 @@ def fit(
         config: Description of the run.
         runtime: This process, from ``start_runtime``.
         model: Module to train, changed in place; None builds ``config.model``.
-        train_set: Map-style data set of (input, target); None builds ``config.data.train``.
+        train_set: Map-style data set of (input, target); None builds ``config.data.train``. A name
+            stands for one run: other data of the same length are not noticed on a resume.
         eval_set: The same, held out; None builds ``config.data.eval``, unless a training set is
             given.
         loss: Module or function of (outputs, targets) that gives the mean; None builds
@@ -65,6 +66,7 @@ def fit(
     ):
         past = look_back(config, folder, runtime)
         if past.ending:
+            refuse_other_parts(past.header, train_set, loss)
             if model is not None:
                 hand_over(model, past.file, runtime)
             tell_of_the_end(past.ending.as_row(), folder)

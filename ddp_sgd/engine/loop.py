@@ -50,7 +50,10 @@ class Loop:
         """
         job, state = self._job, self._job.state
         job.pulse.at("reading data", state.step)
+        scored_before = state.scored_at
         go_on = self._score_if_due()  # the run may have been stopped just before
+        if state.scored_at != scored_before:  # it may be the best, and must not be forgotten
+            self._checkpoints.save(state)
         for batches in job.loader.from_step(state.step, job.skip) if go_on else ():
             beat = self._take_step(batches)
             go_on = not self._is_to_stop(beat) and self._score_if_due()

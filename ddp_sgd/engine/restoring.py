@@ -12,11 +12,12 @@ from ddp_sgd.checkpointing.comparing import misfits
 from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.checkpointing.reading import read_tensors
 from ddp_sgd.config import RunConfig, rank_batch
-from ddp_sgd.distributed.collectives import broadcast_over_ranks
+from ddp_sgd.distributed.collectives import broadcast_over_ranks, from_rank_0
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.capture import velocities
+from ddp_sgd.engine.capture import describe_loss, velocities
 from ddp_sgd.engine.state import State
 from ddp_sgd.errors import RefusedError
+from ddp_sgd.losses import LossFunction
 from ddp_sgd.plan import Plan, make_plan
 
 
@@ -45,7 +46,9 @@ def plan_from(config: RunConfig, header: Header | None, *, samples: int, world_s
     if new_batch or (resized and config.on_resize == "rescale"):
         kept = None
     else:
-        kept = header.plan["global_batch"], header.plan["reference_batch"]
+        same = header.config["optim"]["reference_batch"] == config.optim.reference_batch
+        reference = header.plan["reference_batch"] if same else config.optim.reference_batch
+        kept = header.plan["global_batch"], reference or rank_batch(config.model_dump())
     plan = make_plan(config, samples=samples, world_size=world_size, kept=kept)
     step, skip = plan.step_at(header.epoch, header.position)
     return replace(plan, samples_before=header.samples - skip - plan.samples_at(step))
@@ -95,6 +98,26 @@ def refuse_misfit(
         raise _misfit(header.step, differences)
 
 
+def refuse_other_parts(header: Header | None, train_set: Any, loss: LossFunction | None) -> None:
+    """Refuse to take a run that is finished for one with other data, or another loss.
+
+    Args:
+        header: Where the run stood; None if nothing is left of it.
+        train_set: Data that were given today; None if none were.
+        loss: The loss that was given today; None if none was.
+
+    Raises:
+        RefusedError: They are not those of the run.
+    """
+    differences = []
+    if header and train_set is not None and len(train_set) != header.plan["samples"]:
+        differences.append(f"data.train had {header.plan['samples']} samples, has {len(train_set)}")
+    if header and loss is not None and describe_loss(loss) != header.loss:
+        differences.append(f"the loss was {header.loss}, is {describe_loss(loss)}")
+    if header and differences:
+        raise _misfit(header.step, differences)
+
+
 def hand_over(model: nn.Module, file: Path | None, runtime: Runtime) -> None:
     """Give a model the weights of a run that has nothing left to do, on all ranks.
 
@@ -116,11 +139,26 @@ def hand_over(model: nn.Module, file: Path | None, runtime: Runtime) -> None:
         restore(model, tensors)
     tensors_now = [value for value in model.state_dict().values() if torch.is_tensor(value)]
     broadcast_over_ranks(tensors_now, runtime)
+    share_other_state(model, runtime)
 
 
 def restore(model: nn.Module, tensors: Mapping[str, Any]) -> None:
     """Put weights and buffers back; ``refuse_misfit`` has looked at them."""
     model.load_state_dict(tensors["model"])
+
+
+def share_other_state(model: nn.Module, runtime: Runtime) -> None:
+    """Give every rank the state of rank 0 that is neither parameter nor buffer.
+
+    Modules keep it by ``get_extra_state``; wrappers copy parameters and buffers only.
+    """
+    known = {
+        name
+        for named in (model.named_parameters, model.named_buffers)
+        for name, _ in named(remove_duplicate=False)
+    }
+    other = {name: value for name, value in model.state_dict().items() if name not in known}
+    model.load_state_dict(from_rank_0(other, runtime), strict=False)
 
 
 def restore_velocities(

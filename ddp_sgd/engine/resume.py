@@ -17,7 +17,7 @@ from ddp_sgd.engine.result import RunResult, read_result
 from ddp_sgd.engine.timetable import read_deadline
 from ddp_sgd.errors import ConfigError, DataError, RefusedError
 from ddp_sgd.report.failures import refuse_endless_failure
-from ddp_sgd.report.journal import first_row
+from ddp_sgd.report.journal import first_row, has_journal
 from ddp_sgd.report.run_folder import RunFolder, unwritable
 from ddp_sgd.report.sink import Origin
 
@@ -101,11 +101,11 @@ def _look_into(config: RunConfig, folder: RunFolder) -> Past:
         )
     saved.set_aside(after_samples=header.samples)
     return Past(
-        **_identity(folder.path),
+        **_identity(folder.path, header),
         header=header,
         file=saved.path / chosen.manifest.file,
         passed_over=chosen.passed_over,
-        ending=_ending(config, folder.path, before),
+        ending=_ending(config, folder.path, before, saved_at=header.step),
     )
 
 
@@ -114,7 +114,7 @@ def _without_checkpoint(
 ) -> Past:
     """Begin at step 0: in the folder of the same run, or else in a new one."""
     why = "".join(f"; {line}" for line in chosen.passed_over)
-    if config.resume == "must":
+    if config.resume not in ("auto", "never"):
         raise DataError(
             f"{folder.path} holds no checkpoint that is whole{why}; set resume=auto to begin anew."
         )
@@ -153,16 +153,21 @@ def _adopt(config: RunConfig, folder: RunFolder) -> bool:
     return True
 
 
-def _identity(folder: Path) -> dict[str, Any]:
+def _identity(folder: Path, header: Header | None = None) -> dict[str, Any]:
+    """Keep the identity of the journal; a branch of another run has none yet."""
     row = first_row(folder)
-    return {"run_id": row.get("run_id") or token_hex(4), "has_rows": bool(row)}
+    known = row.get("run_id") or (header.run_id if header and has_journal(folder) else None)
+    return {"run_id": known or token_hex(4), "has_rows": has_journal(folder)}
 
 
-def _ending(config: RunConfig, folder: Path, before: dict[str, Any] | None) -> RunResult | None:
-    """Give the result of a run that has trained all its epochs."""
+def _ending(
+    config: RunConfig, folder: Path, before: dict[str, Any] | None, saved_at: int | None = None
+) -> RunResult | None:
+    """Give the result of a run that has trained all its epochs, unless its weights were lost."""
     result = read_result(folder)
-    done = result is not None and result.status == "finished"
-    return result if done and before and before.get("epochs") == config.epochs else None
+    if result is None or result.status != "finished" or saved_at not in (None, result.step):
+        return None
+    return result if before and before.get("epochs") == config.epochs else None
 
 
 def _config_in(folder: Path) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,13 @@ class Journal:
         ordered = {"event": event, **first, **row}
         line = json.dumps({key: _strict(value) for key, value in ordered.items()}, allow_nan=False)
         rest = f"{line}\n".encode()
+        end = self._file.seek(0, os.SEEK_END)
         try:
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
+            with suppress(OSError):  # no torn line in the middle, should another one fit
+                self._file.truncate(end)
             raise unwritable(self._path, error) from error
 
     def finish(self, result: Mapping[str, Any]) -> None:  # noqa: ARG002
@@ -76,6 +80,12 @@ class Journal:
             raise unwritable(self._path, error) from error
         finally:
             self._file = None
+
+
+def has_journal(folder: Path) -> bool:
+    """Whether a run has written rows into a folder."""
+    path = folder / FILE_NAME
+    return path.is_file() and path.stat().st_size > 0
 
 
 def first_row(folder: Path) -> dict[str, Any]:

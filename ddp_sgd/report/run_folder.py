@@ -181,4 +181,7 @@ def _lock(folder: Path) -> int | None:
         except OSError:
             os.close(descriptor)
             return None
-        return descriptor
+        if os.path.samestat(os.fstat(descriptor), folder.stat()):
+            return descriptor
+        os.close(descriptor)  # another run has moved that folder aside meanwhile
+        descriptor = os.open(folder, os.O_RDONLY)

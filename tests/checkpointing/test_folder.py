@@ -352,6 +352,7 @@ def test_what_is_set_aside_is_kept_but_no_checkpoint_any_more(folder):
         "step-00000010.pt",
         "step-00000010.json",
         "step-00000020.pt.damaged",
+        "step-00000020.json.damaged",
         "last",
     }
     CheckpointFolder(folder).set_aside(after_samples=-1)

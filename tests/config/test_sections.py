@@ -7,6 +7,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from ddp_sgd.config.schema import RunConfig
+from ddp_sgd.config.sections import RuntimeConfig
 
 
 def _bounds(annotation, metadata):
@@ -124,3 +125,9 @@ def test_combinations_that_fit(values):
 def test_the_models_are_frozen():
     with pytest.raises(ValidationError, match="frozen"):
         RunConfig().optim.lr = 1.0
+
+
+def test_a_deadline_is_a_date_that_exists():
+    RuntimeConfig(deadline="2026-12-24T18:00:00+01:00")
+    with pytest.raises(ValidationError, match="runtime.deadline is '2026-13-45T99:99'"):
+        RuntimeConfig(deadline="2026-13-45T99:99")

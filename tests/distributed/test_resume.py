@@ -261,6 +261,39 @@ def test_no_other_rank_reads_the_folder(tmp_path):
     assert done == run_ranks(2, live, tmp_path / "whole", -1, {})
 
 
+class Counting(nn.Linear):
+    """Scales by a count of its passes, which is neither parameter nor buffer."""
+
+    def __init__(self):
+        super().__init__(64, 10)
+        self.passes = 0
+
+    def forward(self, inputs):
+        self.passes += self.training
+        return super().forward(inputs.flatten(1)) / (1 + 0.1 * self.passes)
+
+    def get_extra_state(self):
+        return {"passes": self.passes}
+
+    def set_extra_state(self, state):
+        self.passes = state["passes"]
+
+
+def counting(runtime, folder, steps):
+    torch.manual_seed(0)
+    config = describe(folder, log={"every_steps": 1}, data={"batch_size": 8, "eval": None})
+    with asking_after(steps) as wish:
+        model = Counting()
+        fit(config, runtime, model=model, train_set=Noisy(), stop=wish)
+    return weights_digest(model), model.passes
+
+
+def test_state_that_is_no_tensor_comes_back_on_every_rank(tmp_path):
+    whole = run_ranks(2, counting, tmp_path / "whole", -1)
+    run_ranks(2, counting, tmp_path / "parts", 17)
+    assert run_ranks(2, counting, tmp_path / "parts", -1) == whole
+
+
 def digest_of_the_model(runtime, folder):
     torch.manual_seed(runtime.rank)
     model = Everything()

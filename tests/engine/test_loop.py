@@ -56,6 +56,8 @@ def test_a_stop_leaves_without_scoring_and_the_score_is_made_up_for(tmp_path):
     assert rows(tmp_path, "eval") == []
     run(tmp_path, log=log)
     assert [row["step"] for row in rows(tmp_path, "eval")] == [4, 8]
+    best = tmp_path / "x" / "checkpoints" / "best"
+    assert best.exists()  # what was made up for is not forgotten
     order = [(row["event"], row["step"]) for row in rows(tmp_path, "resume", "eval", "train")]
     assert order[4:6] == [("resume", 4), ("eval", 4)]
 

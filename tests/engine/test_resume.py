@@ -175,6 +175,57 @@ def test_where_nothing_is_whole_a_run_begins_again_and_says_so(tmp_path, capsys)
     assert "beginning again at step 0" in said
 
 
+def test_a_finished_run_whose_last_checkpoint_is_damaged_makes_it_anew(tmp_path):
+    finished = run(tmp_path)
+    file = tmp_path / "x" / "checkpoints" / "step-00000004.pt"
+    before = file.read_bytes()
+    file.write_bytes(before[:-1])
+    assert run(tmp_path) == finished
+    assert [event for event in events(tmp_path) if event[0] == "resume"] == [("resume", 2)]
+    assert file.stat().st_size == len(before)
+
+
+def test_a_finished_run_is_not_that_of_other_data_or_another_loss(tmp_path):
+    run(tmp_path)
+    with pytest.raises(RefusedError, match="data.train had 64 samples, has 65"):
+        run(tmp_path, train_set=data(65))
+    loss = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
+    with pytest.raises(RefusedError, match="the loss was"):
+        fit(describe(tmp_path), Runtime(), train_set=data(), loss=torch.nn.MultiMarginLoss())
+    assert fit(describe(tmp_path), Runtime(), train_set=data(), loss=loss).step == 4
+
+
+def test_a_branch_whose_copy_is_damaged_does_not_begin_at_step_0(tmp_path):
+    run(tmp_path)
+    path = str(tmp_path / "x" / "checkpoints" / "step-00000002.pt")
+    run(tmp_path, name="y", resume=path, stop=True)
+    for file in (tmp_path / "y" / "checkpoints").glob("*.pt"):
+        file.write_bytes(b"")
+    with pytest.raises(DataError, match="no checkpoint that is whole"):
+        run(tmp_path, name="y", resume=path)
+
+
+def test_a_branch_may_have_another_reference_batch(tmp_path):
+    run(tmp_path, stop=True)
+    path = str(tmp_path / "x")
+    for reference, rate in ((None, 0.05), (64, 0.025)):
+        name = f"r{reference}"
+        optim = {"reference_batch": reference}
+        run(tmp_path, name=name, resume=path, optim=optim, schedule={"name": "constant"})
+        rows = read_journal(tmp_path / name / "metrics.jsonl")
+        assert [row["train/lr"] for row in rows if row["event"] == "train"][-1] == rate
+
+
+def test_a_journal_whose_first_line_is_torn_keeps_the_identity(tmp_path):
+    run(tmp_path, stop=True)
+    first = look(tmp_path).run_id
+    journal = tmp_path / "x" / "metrics.jsonl"
+    journal.write_text("{torn")
+    past = look(tmp_path)
+    assert (past.run_id, past.has_rows) == (first, True)
+    assert run(tmp_path).step == 4
+
+
 def test_must_needs_something_to_go_on_from(tmp_path):
     with pytest.raises(DataError, match="holds no checkpoint that is whole; set resume=auto"):
         run(tmp_path, resume="must")

@@ -1,5 +1,7 @@
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -97,6 +99,24 @@ def test_an_empty_journal_has_no_rows(tmp_path):
 def test_a_folder_that_cannot_be_written_is_an_output_error(tmp_path):
     with pytest.raises(OutputError, match=r"metrics\.jsonl cannot be written: .*; set output_dir"):
         Journal().start(SimpleNamespace(folder=tmp_path / "missing", resumed=False))
+
+
+def test_a_line_that_did_not_fit_leaves_nothing_of_itself(tmp_path):
+    """Else a later line that fits would follow half of it, and the journal could not be read."""
+    code = (
+        "import resource, signal, sys; from pathlib import Path; from types import SimpleNamespace;"
+        "from ddp_sgd.errors import OutputError; from ddp_sgd.report.journal import Journal;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); journal = Journal();"
+        "journal.start(SimpleNamespace(folder=Path(sys.argv[1]), resumed=False));"
+        "journal.write('train', {'step': 1});"
+        "limit = (Path(sys.argv[1]) / 'metrics.jsonl').stat().st_size + 50;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))\n"
+        "try: journal.write('train', {'step': 2, 'text': 'x' * 200})\n"
+        "except OutputError: journal.write('end', {'step': 2})"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    rows = read_journal(tmp_path / FILE_NAME)
+    assert [(row["event"], row["step"]) for row in rows] == [("train", 1), ("end", 2)]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
