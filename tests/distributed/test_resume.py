@@ -147,7 +147,7 @@ def test_a_run_that_lost_its_last_checkpoints_repeats_them(tmp_path):
     (row,) = rows(parts, "resume")
     assert row["step"] == 10
     assert "step-00000027.pt has 0 bytes instead of" in row["passed_over"]
-    assert sorted(path.name for path in saved.path.glob("*.damaged")) == [
+    assert sorted(path.name for path in saved.path.glob("*.pt.damaged")) == [
         "step-00000020.pt.damaged",
         "step-00000027.pt.damaged",
     ]
