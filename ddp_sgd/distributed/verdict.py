@@ -60,8 +60,6 @@ def find_culprits(
     frozen = [rank for rank in here if before and after[rank].polls == before[rank].polls]
     if frozen:
         return frozen, True
-    if len(here) < len(after):  # who left has failed, and tells so; the others wait for that
-        return [], False
     least = min((after[rank].phases for rank in here), default=0)
     last = [rank for rank in here if after[rank].phases == least]
     return (last if all(after[rank].idle_s >= limit_s for rank in last) else []), False
