@@ -261,12 +261,10 @@ class ParallelConfig(Section):
 
     static_graph: StrictBool = False
     """Promise that every step uses the same parameters in the same order; not together with
-    data.accumulate above 1.
-    """
+    data.accumulate above 1."""
 
     find_unused_parameters: StrictBool = False
-    """Search every step for parameters that got no gradient; needed where a forward pass leaves
-    some out."""
+    """Search every step for parameters without a gradient, where a forward pass leaves some out."""
 
 
 class RuntimeConfig(Section):
@@ -284,8 +282,7 @@ class RuntimeConfig(Section):
 
     hang_s: Annotated[StrictFloat, Field(ge=1.0)] | None = 300.0
     """Time without progress of a rank after which the run is ended, in seconds, at least 1; it must
-    exceed the longest single batch, compilation included, and the longest save. null: wait for
-    ever."""
+    exceed the longest batch, compilation included, and the longest save. null: wait for ever."""
 
     deadline: Instant | None = None
     """When the run must be over: unix time in seconds, or a date and time such as
@@ -298,8 +295,6 @@ class RuntimeConfig(Section):
             try:
                 datetime.fromisoformat(self.deadline)
             except ValueError as error:
-                raise ValueError(
-                    f"runtime.deadline is {self.deadline!r} ({error}); give a date and time such "
-                    "as 2026-12-24T18:00:00"
-                ) from None
+                text = f"runtime.deadline is {self.deadline!r} ({error})"
+                raise ValueError(f"{text}; give a date such as 2026-12-24T18:00:00") from None
         return self

@@ -10,7 +10,7 @@ from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.distributed.fate import shared_fate
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.distributed.watch import keep_watch
-from ddp_sgd.engine.assembly import assemble, gather_parts
+from ddp_sgd.engine.assembly import Job, assemble, gather_parts
 from ddp_sgd.engine.checkpoint import open_checkpoints
 from ddp_sgd.engine.diagnosis import plain_faults
 from ddp_sgd.engine.heartbeat import Heartbeat
@@ -81,16 +81,6 @@ def fit(
             )
             job = assemble(config, parts, runtime, past)
             report.start(job.plan, job.state)
-            deadline = Deadline(past.deadline)
-            heartbeat = Heartbeat(
-                job.plan,
-                runtime,
-                wish,
-                Timetable(config.checkpoint, job.plan),
-                deadline,
-                every_steps=config.log.every_steps,
-                state=job.state,
-            )
             with (
                 open_checkpoints(config, job, past.run_id, folder, report) as checkpoints,
                 keep_watch(
@@ -102,8 +92,24 @@ def fit(
                     on_orphaned=lambda: wish.ask("the launcher is gone"),
                 ),
             ):
+                deadline = Deadline(past.deadline)
+                heartbeat = _heartbeat(config, job, runtime, wish, deadline)
                 every = config.eval.every_epochs
                 Loop(job, heartbeat, checkpoints, report, deadline, score_every=every).run()
                 ending = conclude(job.state, job.plan, job.replica, runtime)
             report.end(ending.as_row())
             return ending
+
+
+def _heartbeat(
+    config: RunConfig, job: Job, runtime: Runtime, wish: StopRequest, deadline: Deadline
+) -> Heartbeat:
+    return Heartbeat(
+        job.plan,
+        runtime,
+        wish,
+        Timetable(config.checkpoint, job.plan),
+        deadline,
+        every_steps=config.log.every_steps,
+        state=job.state,
+    )
