@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS := $(VENV)/.installed
 TESTS := $(VENV)/.installed-for-tests
-SHELL_FILES := $(wildcard .ci/run launch/*.sh slurm/*.sh)
+SHELL_FILES := $(wildcard .ci/run launch/*.sh slurm/*.sh slurm/*.sbatch)
 
 .PHONY: help train test lint check soak docs clean
 

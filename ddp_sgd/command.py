@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 LAUNCHER_READS = "LAUNCH_EXIT_CODE_FILE"
-"""Variable that names the file in which a launch script looks for the exit code of rank 0."""
+"""Variable that names the file in which a launch script looks for the exit code of a rank."""
 
 
 def run_command(
@@ -94,10 +94,11 @@ def exit_code_of(work: Callable[[], int | None], *, debug: bool) -> int:
 def _tell_the_launcher(code: int) -> None:
     """Leave the code for launch scripts: torchrun exits with 1 whatever it was.
 
-    A run that was refused leaves no ``result.json``: that would be somebody else's.
+    The first rank of each host does so, since rank 0 may be on another, without a shared disk. A
+    run that was refused leaves no ``result.json``: that would be somebody else's.
     """
     path = os.environ.get(LAUNCHER_READS)
-    if path and may_be_rank_0(os.environ):
+    if path and (may_be_rank_0(os.environ) or os.environ.get("LOCAL_RANK") == "0"):
         with suppress(OSError):
             Path(path).write_text(f"{int(code)}\n")
 

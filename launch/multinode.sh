@@ -11,16 +11,15 @@
 #
 #   MASTER_ADDR  name of the machine where all meet, as the others see it; not localhost
 #   MASTER_PORT  free port on it; else 29400
-#   RUN_ID       word that tells this run from others at the same port; else ddp_sgd
+#   RUN_ID       word that tells this run from others at the same port; else its name
 #   NODE_RANK    0 on MASTER_ADDR, above 0 elsewhere; only needed where a machine does not know its own name
 #
 # PYTHON names the interpreter, else python. If machines do not find each other by their host names, set PET_LOCAL_ADDR
 # to the address of each. Machines wait for each other for runtime.timeout_s seconds. Signals and logs are those of
 # launch/local.sh; with MIN:MAX a signal takes this machine out, and the others go on. See docs/restarts.md.
 #
-# Exit code: that of the run, as result.json has it, on every machine that sees the run folder. The folder is made by
-# rank 0; where it is not on a shared disk, the other machines exit with the code of torchrun: 0, or 1 for any failure.
-# 69 if this machine finds no others, or if its torchrun was killed and no restart is left.
+# Exit code: that of the run, as result.json has it, on every machine, with or without a shared disk; the folder is made by
+# rank 0. 69 if this machine finds no others or loses them, or if its torchrun was killed and no restart is left.
 
 set -euo pipefail
 
@@ -51,9 +50,22 @@ done
     fail "NODE_RANK is '$NODE_RANK'; set 0 on $MASTER_ADDR and 1, 2, ... elsewhere, or unset it."
 
 MEETING="$nnodes machines at $MASTER_ADDR:$MASTER_PORT"
-REMEDY="start this on every machine, with the same MASTER_ADDR, MASTER_PORT and RUN_ID, and see that the port is open."
+REMEDY="start this on every machine, with the same MASTER_ADDR, MASTER_PORT and RUN_ID, which no other run has, and see \
+that the port is open."
+# torchrun would host the meeting where it takes MASTER_ADDR for itself, and else, or if the port is taken, join whatever
+# meets there: so say which it is.
+place=$("$PYTHON" -c 'if 1:
+    import sys
+    from ddp_sgd.distributed.addresses import whereabouts
+    print(whereabouts(sys.argv[1]))' "$MASTER_ADDR")
+case $place in
+loopback) REMEDY="$MASTER_ADDR is another machine on every host; set MASTER_ADDR to the name of one, as the others see it." ;;
+unknown) REMEDY="this host does not know $MASTER_ADDR; set MASTER_ADDR to a name that every host knows, or add it to /etc/hosts." ;;
+here) RDZV_CONF='is_host=1' ;;
+elsewhere) RDZV_CONF='is_host=0' ;;
+esac
 [[ -z ${NODE_RANK:-} ]] || RDZV_CONF="is_host=$((NODE_RANK == 0))"
 restarts=${restarts:-$([[ $nnodes == *:* ]] && echo 10 || echo 0)}
 
 train_under_torchrun "${nproc:-$(count_processes)}" "$restarts" --nnodes="$nnodes" --rdzv-backend=c10d \
-    --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" --rdzv-id="${RUN_ID:-ddp_sgd}" -- "$@"
+    --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" -- "$@"

@@ -6,9 +6,13 @@ RDZV_CONF=''                   # more settings of the rendezvous
 MEETING='torchrun on one host' # who waits for whom, in an error
 REMEDY='start it again.'
 
+tell() {
+    printf 'ddp_sgd: error: %s\n' "$1" >&2
+}
+
 # fail MESSAGE: one line and the code of a wrong call.
 fail() {
-    printf 'ddp_sgd: error: %s\n' "$1" >&2
+    tell "$1"
     exit 64
 }
 
@@ -37,13 +41,17 @@ count_processes() {
 run_torchrun() {
     local watcher again=yes
     touch "$logs/life"
-    rm -f "$logs/torchrun.json" "$logs/exit_code"
+    rm -f "$logs/torchrun.json" "$logs/exit_code" "$logs/stuck" "$logs/spare" "$logs/entered"
     # In a process group of its own torchrun gets a signal once, from here, and not a second time from the terminal.
     set -m
-    TORCHELASTIC_ERROR_FILE=$logs/torchrun.json "$PYTHON" -m torch.distributed.run "$@" &
+    TORCHELASTIC_ERROR_FILE=$logs/torchrun.json "$PYTHON" -c 'if 1:
+        import pathlib, sys
+        from torch.distributed.run import main
+        pathlib.Path(sys.argv.pop(1)).touch() # the time of importing is over
+        main()' "$logs/entered" "$@" &
     agent=$!
     set +m
-    watch_restarts "$agent" </dev/null &>/dev/null &
+    watch_torchrun "$agent" </dev/null &>/dev/null &
     watcher=$!
     # A second signal would end torchrun at once and leave ranks behind, so only the first is passed on.
     trap 'again=yes; [[ $signalled ]] || { signalled=yes; [[ ! $agent ]] || kill -TERM "$agent" 2>/dev/null || true; }' TERM INT HUP USR1
@@ -56,15 +64,49 @@ run_torchrun() {
     kill "$watcher" 2>/dev/null || true
 }
 
-# watch_restarts PID: end a torchrun that starts all processes again, where the run is not to go on.
-watch_restarts() {
+# watch_torchrun PID: end a torchrun that starts all processes again, where the run is not to go on, or that waits in vain:
+# as a spare machine of a run that needs none, or for the answer of a host that is gone, which it does without a timeout.
+watch_torchrun() {
+    local waiting=$SECONDS left=$SECONDS
     while sleep 0.5 && kill -0 "$1"; do
+        is_spare || waiting=$SECONDS
+        has_left "$1" || left=$SECONDS
         if has_restarted "$folder/failures.jsonl" '"gives_up": true' ||
             { [[ $alone ]] && has_restarted "$folder/result.json" '"exit_code": 75'; }; then
             kill -TERM "$1"
             return
+        elif ((SECONDS - waiting > timeout_s + 10)); then
+            touch "$logs/spare"
+            kill -TERM "$1"
+            return
+        elif ((SECONDS - left > (restarts > 0 ? timeout_s + 20 : 5))); then
+            touch "$logs/stuck"
+            kill -KILL "$1"
+            return
         fi
     done
+}
+
+# is_spare: whether torchrun waits for others, though the number of machines is fixed.
+is_spare() {
+    [[ -e $logs/entered && ${nnodes:-} != *:* ]] && ! has_begun_after "$logs/entered"
+}
+
+# has_left PID: whether the processes of a torchrun have ended with an error, and no others were started.
+has_left() {
+    [[ -s $logs/exit_code && $(<"$logs/exit_code") != 0 ]] && ! has_begun_after "$logs/exit_code" && ! has_ranks "$1"
+}
+
+# has_ranks PID: whether a torchrun has a process that lives; always, where /proc does not tell.
+has_ranks() {
+    local child children state
+    [[ -r /proc/$1/task/$1/children ]] || return 0
+    children=$(cat "/proc/$1"/task/*/children)
+    for child in $children; do
+        read -r _ state _ < <(sed 's/.*) /- /' "/proc/$child/stat") || continue
+        [[ $state == Z ]] || return 0
+    done
+    return 1
 }
 
 # has_restarted FILE TEXT: whether FILE, written since the start, says TEXT, and an attempt began after that.
@@ -85,7 +127,9 @@ has_begun_after() {
 why_lost() {
     local name=''
     ((code <= 128)) || name=$(kill -l "$code")
-    if [[ $name && $name != @(HUP|INT|QUIT|USR1|TERM) ]]; then
+    if [[ -e $logs/stuck ]]; then
+        echo "torchrun lost the machine where all meet"
+    elif [[ $name && $name != @(HUP|INT|QUIT|USR1|TERM) ]]; then
         echo "torchrun was ended by SIG$name"
     elif has_begun_after "$logs/life" && grep -qs RendezvousConnectionError "$logs/torchrun.json"; then
         echo "torchrun lost the machine where all meet"
@@ -117,7 +161,7 @@ train_under_torchrun() {
 
     # The run folder is rank 0's to make, so the logs begin beside it, and move in when the run is over.
     if ! mkdir -p "${folder%/*}" || ! logs=$(mktemp -d "$folder.logs.XXXXXX"); then
-        printf 'ddp_sgd: error: %s cannot be written; set output_dir to a folder that you may write.\n' "$folder" >&2
+        tell "$folder cannot be written; set output_dir to a folder that you may write."
         exit 73
     fi
     touch "$logs/start" # whatever is older in the run folder belongs to an earlier run
@@ -136,7 +180,7 @@ train_under_torchrun() {
     conf=join_timeout=$timeout_s,read_timeout=$(((timeout_s + 1) / 2)),last_call_timeout=$((timeout_s < 10 ? timeout_s : 10))
     conf+=,keep_alive_interval=2,keep_alive_max_attempt=5${RDZV_CONF:+,$RDZV_CONF}
     flags+=(--nproc-per-node="$nproc" --rdzv-conf="$conf" --log-dir="$logs" --tee=3)
-    [[ " ${flags[*]} " != *" --standalone "* ]] || alone=yes
+    if [[ " ${flags[*]} " == *" --standalone "* ]]; then alone=yes; else flags+=(--rdzv-id="${RUN_ID:-${folder##*/}}"); fi
 
     while [[ ! $signalled ]]; do
         run_torchrun "${flags[@]}" --max-restarts=$((restarts - lives)) -m ddp_sgd.train "$@"
@@ -152,9 +196,10 @@ train_under_torchrun() {
 
 # conclude: exit with the code of the run, or with the best that is known.
 conclude() {
-    local attempts
-    if [[ $why && ! $signalled ]]; then
-        printf 'ddp_sgd: error: %s; its processes save and end by themselves, start it again.\n' "$why" >&2
+    local attempts told=''
+    ! grep -rqs --include=stderr.log 'ddp_sgd: error: ' "$logs" || told=yes
+    if [[ $why && ! -e $logs/stuck && ! $signalled ]]; then
+        [[ $told ]] || tell "$why; its processes save and end by themselves, start it again."
         code=69
     elif [[ $folder/result.json -nt $logs/start ]]; then
         code=$("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["exit_code"])' "$folder/result.json")
@@ -168,9 +213,14 @@ conclude() {
         ((code)) || rm -r "$logs" # nothing was left to do
     elif [[ $signalled ]]; then
         code=75 # it came before the ranks could write anything
-    elif grep -qs 'Rendezvous[A-Za-z]*Error' "$logs/torchrun.json"; then
-        printf 'ddp_sgd: error: %s\n' "$MEETING did not come together within $timeout_s s; $REMEDY" >&2
+    elif grep -qs EADDRINUSE "$logs/torchrun.json"; then
+        tell "port $MASTER_PORT on $MASTER_ADDR is held by another program; set MASTER_PORT to a free one, the same on every machine."
         code=69
+    elif [[ -e $logs/spare ]] || grep -qs 'Rendezvous[A-Za-z]*Error' "$logs/torchrun.json"; then
+        tell "$MEETING did not come together within $timeout_s s; $REMEDY"
+        code=69
+    elif ((code == 1)); then
+        code=$(grep -os 'exitcode *: [1-9][0-9]*' "$logs/torchrun.json" | grep -om 1 '[0-9]*$' || echo 1)
     fi
     ((code == 0)) || echo "$0: exit code $code; what every rank said is in $logs" >&2
     exit "$code"

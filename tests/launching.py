@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from ddp_sgd.distributed.ranks import free_port
+from ddp_sgd.distributed.addresses import free_port
 from ddp_sgd.errors import DataError
 from ddp_sgd.report.journal import read_journal
 

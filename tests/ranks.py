@@ -9,7 +9,7 @@ from typing import Any
 
 import coverage
 
-from ddp_sgd.distributed.ranks import free_port
+from ddp_sgd.distributed.addresses import free_port
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "torch.optim", "numpy", "ddp_sgd.engine.fit"])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddp_sgd.distributed.ranks import free_port
+from ddp_sgd.distributed.addresses import free_port
 from ddp_sgd.errors import ExitCode
 from ddp_sgd.train import main
 

@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from launching import LOCAL, MULTINODE, ROOT, environment
 
-from ddp_sgd.distributed.ranks import free_port
+from ddp_sgd.distributed.addresses import free_port
 from ddp_sgd.errors import ExitCode
 
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
@@ -283,9 +284,46 @@ def test_two_machines_take_the_same_steps_as_two_processes(finished, tmp_path):
     assert len(list(logs.glob("*/attempt_0/0/stdout.log"))) == 2
 
 
+def test_exit_code_is_known_on_a_machine_without_the_run_folder(tmp_path):
+    variables = {
+        "NNODES": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "NPROC": "1",
+        "PET_LOCAL_ADDR": "127.0.0.1",
+    }
+    machines = []
+    for rank in ("0", "1"):
+        folder = tmp_path / rank
+        folder.mkdir()
+        options = ("--epochs=1", "--optim.lr=1e30", "--log.every_steps=1")
+        machines.append(_start(folder, MULTINODE, *options, **variables, NODE_RANK=rank))
+    ends = [_end(machine) for machine in machines]
+    assert [code for code, *_ in ends] == [ExitCode.DIVERGED] * 2, ends
+    assert len(list(tmp_path.glob("*/runs/digits/result.json"))) == 1
+
+
+def test_port_that_is_taken_is_told_where_all_meet(tmp_path):
+    with socket.create_server(("", 0)) as other:
+        port = str(other.getsockname()[1])
+        variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0"}
+        code, _, err = _run(tmp_path, MULTINODE, "--nnodes=2", "--nproc=1", **variables)
+    assert code == ExitCode.PEER, err
+    line = f"ddp_sgd: error: port {port} on 127.0.0.1 is held by another program; set MASTER_PORT"
+    assert sum(text.startswith(line) for text in err.splitlines()) == 1
+
+
+def test_name_that_nobody_knows_is_told_of(tmp_path):
+    variables = {"MASTER_ADDR": "nosuch.invalid", "DDP_SGD_RUNTIME__TIMEOUT_S": "1"}
+    code, _, err = _run(tmp_path, MULTINODE, "--nnodes=2", "--nproc=1", **variables)
+    assert code == ExitCode.PEER, err
+    assert "this host does not know nosuch.invalid; set MASTER_ADDR to a name that every" in err
+
+
 @pytest.mark.parametrize(
     ("options", "shown"),
     [
+        (["--nnodes=2"], "--rdzv-id=x"),
         (["--nnodes=2"], "--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=here:29400"),
         (["--nnodes=2"], "--max-restarts=0"),
         (["--nnodes", "1:2"], "--nnodes=1:2 "),

@@ -15,7 +15,7 @@ import pytest
 import torch
 from launching import LOCAL, MULTINODE, Launch, is_alive, kill
 
-from ddp_sgd.distributed.ranks import free_port
+from ddp_sgd.distributed.addresses import free_port
 from ddp_sgd.errors import ExitCode
 
 KILLS = int(os.environ.get("RESTARTS", "3"))
@@ -199,7 +199,7 @@ def test_run_goes_on_where_the_torchrun_is_killed_that_all_meet_at(undisturbed, 
 @pytest.mark.timeout(240)
 def test_machine_where_all_meet_is_lost_for_good(tmp_path):
     port = free_port()
-    first = machine(tmp_path, port, NODE_RANK="0")
+    first = machine(tmp_path, port, "--runtime.timeout_s=15", NODE_RANK="0")
     second = machine(tmp_path, port, "--runtime.timeout_s=15", NODE_RANK="1")
     first.wait_until(lambda: world_size(first, 2))
     orphans = lose(first)
@@ -226,7 +226,7 @@ def test_machine_that_finds_no_others_ends_within_the_timeout(rank, tmp_path):
     assert run.end(deadline_s=33) == ExitCode.PEER, run.said
     line = next(line for line in run.said.splitlines() if line.startswith("ddp_sgd: error: "))
     assert "2 machines at 127.0.0.1:" in line
-    assert "did not come together within 3 s; start this on every machine" in line
+    assert "did not come together within 3 s; 127.0.0.1 is another machine on every host" in line
     assert time.monotonic() - start > 3
 
 

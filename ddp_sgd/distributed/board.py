@@ -13,6 +13,9 @@ from ddp_sgd.distributed.verdict import Note, Verdict
 
 T = TypeVar("T")
 
+NOTE_S = 2.0
+"""Longest time between two notes of a rank that keeps a watch, in seconds."""
+
 
 class Board:
     """Notes and one verdict in a store; no call waits longer than it is told to.

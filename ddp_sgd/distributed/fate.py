@@ -9,6 +9,10 @@ from typing import Protocol
 from torch.distributed import DistError, DistNetworkError
 from torch.distributed.distributed_c10d import Store
 
+from ddp_sgd.distributed.absence import describe_absence, find_absent
+from ddp_sgd.distributed.board import NOTE_S
+from ddp_sgd.distributed.bounded import call_within
+from ddp_sgd.distributed.meeting import Attendance
 from ddp_sgd.errors import ExitCode, FaultElsewhereError, PeerError, UserError
 
 _LOST_PEER = re.compile(
@@ -16,6 +20,9 @@ _LOST_PEER = re.compile(
     r"|wait timeout|gloo/transport|ncclRemoteError|ncclSystemError|watchdog|NCCL",
     re.IGNORECASE,
 )
+_SILENT_PEER = re.compile(r"Timed out|timeout|No route|unreachable", re.IGNORECASE)
+_PATIENCE_S = 5.0
+"""Longest wait for a store, before its host counts as gone."""
 _FIRST_FAULT = "ddp_sgd/first_fault"
 
 
@@ -40,16 +47,24 @@ class SharedFate:
     A rank that fails leaves the group, so that collectives of the others fail within moments; they
     find the first fault on the board and end with its code, in silence.
 
+    If a host is gone, and takes the store along or not, each side names the other.
+
     Args:
         store: Key-value store of the group.
         rank: Number of this process.
-        world_size: Number of processes.
+        attendance: Who is where.
+        timeout_s: Longest wait of a collective, in seconds.
+
+    Attributes:
+        is_store_silent: Whether the host of the store has been found gone.
     """
 
-    def __init__(self, store: Store, rank: int, world_size: int) -> None:
+    def __init__(self, store: Store, rank: int, attendance: Attendance, timeout_s: float) -> None:
         self._store = store
         self._rank = rank
-        self._world_size = world_size
+        self._hosts, self._store_host = attendance
+        self._timeout_s = timeout_s
+        self.is_store_silent = False
 
     def judge(self, error: Exception) -> Exception:
         """Return the error that this rank should end with.
@@ -61,24 +76,53 @@ class SharedFate:
             The error itself if this rank failed first, as a ``PeerError`` if it is a lost
             connection; ``FaultElsewhereError`` if another rank failed before.
         """
-        if isinstance(error, FaultElsewhereError):
+        if isinstance(error, FaultElsewhereError) or self.is_store_silent:
             return error
-        mine = self._lost_peer(error) if is_lost_peer(error) else error
+        wait_s = 3 * NOTE_S if is_lost_peer(error) and _SILENT_PEER.search(str(error)) else 0.0
+        try:
+            call_within(_PATIENCE_S, lambda: self._store.check([_FIRST_FAULT]))
+            return call_within(wait_s + _PATIENCE_S, lambda: self._judge(error, wait_s))
+        except TimeoutError:
+            self.is_store_silent = True
+            return self._judge_in_silence(error)
+        except (DistError, RuntimeError):  # the store went down with its host
+            return self._lost_peer(error) if is_lost_peer(error) else error
+
+    def _judge(self, error: Exception, wait_s: float) -> Exception:
+        """Look for ranks that are absent, if that may be the cause, and for the first fault."""
+        world_size = len(self._hosts)
+        absent = find_absent(self._store, world_size, wait_s) if wait_s else []
+        mine = error
+        if absent:
+            silent_s = self._timeout_s + wait_s
+            mine = PeerError(describe_absence(absent, self._hosts, silent_s))
+        elif is_lost_peer(error):
+            mine = self._lost_peer(error)
         code = mine.exit_code if isinstance(mine, UserError) else ExitCode.INTERNAL
         note = json.dumps({"rank": self._rank, "code": int(code), "message": str(mine)})
-        try:
-            first = json.loads(self._store.compare_set(_FIRST_FAULT, "", note))
-        except (DistError, RuntimeError):  # the store went down with its host
-            return mine
+        first = json.loads(self._store.compare_set(_FIRST_FAULT, "", note))
         if first["rank"] == self._rank:
             return mine
         return FaultElsewhereError(first["message"], first["code"])
+
+    def _judge_in_silence(self, error: Exception) -> Exception:
+        """Blame the host of the store; of each other host one rank tells."""
+        if not is_lost_peer(error):
+            return error
+        here = self._hosts[self._rank]
+        gone = [rank for rank, host in enumerate(self._hosts) if host == self._store_host]
+        if not gone or here == self._store_host:
+            return self._lost_peer(error)
+        message = describe_absence(gone, self._hosts, self._timeout_s + _PATIENCE_S)
+        if self._rank == self._hosts.index(here):
+            return PeerError(message)
+        return FaultElsewhereError(message, ExitCode.PEER)
 
     def _lost_peer(self, error: Exception) -> PeerError:
         cause = re.sub(r"^\[[^\]]*\]\s*", "", str(error).strip().splitlines()[0])
         cause = re.split(r"\.\s+(?=[A-Z])", cause)[0].rstrip(".")  # gloo goes on to chat
         return PeerError(
-            f"rank {self._rank} of {self._world_size} is cut off: {cause}; look for the first "
+            f"rank {self._rank} of {len(self._hosts)} is cut off: {cause}; look for the first "
             "error in the logs of the other ranks, then start again."
         )
 

@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -116,13 +115,6 @@ def first_host(node_list: str) -> str:
         )
     prefix, first, suffix = match.groups()
     return prefix + (first or "") + (suffix or "")
-
-
-def free_port() -> int:
-    """Find a TCP port that nobody listens on at this moment."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def usable_cpus() -> int:

@@ -7,20 +7,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from secrets import token_hex
 
 import torch
 import torch.distributed as dist
-from torch.distributed import DistStoreError
 from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
 
+from ddp_sgd.distributed.bounded import call_within
 from ddp_sgd.distributed.fate import Fate, OwnFate, SharedFate, shared_fate
+from ddp_sgd.distributed.meeting import (
+    could_not_join,
+    is_agent_store,
+    open_store,
+    read_attendance,
+)
 from ddp_sgd.distributed.ranks import Ranks, may_be_rank_0, read_ranks, told_by, usable_cpus
-from ddp_sgd.errors import ConfigError, PeerError
+from ddp_sgd.errors import ConfigError
 
 _FAREWELL_S = 5.0
 """Longest wait of the store's host for the others to read of a fault."""
+_GRACE_S = 2.0
+"""What connecting may take beyond its timeout before it counts as hung."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,8 +91,10 @@ def start_runtime(
         return
     name = dist.get_default_backend_for_device(place) if backend == "auto" else backend
     _share_cpus(ranks)
-    store = _join(ranks, place, name, timeout_s)
-    fate = SharedFate(store, ranks.rank, ranks.world_size)
+    store = open_store(ranks, timeout_s)
+    attendance = read_attendance(store)
+    notes = PrefixStore("fate", store)
+    fate = SharedFate(notes, ranks.rank, attendance, timeout_s)
     runtime = Runtime(
         rank=ranks.rank,
         world_size=ranks.world_size,
@@ -94,20 +102,22 @@ def start_runtime(
         device=place,
         backend=name,
         fate=fate,
-        store=store,
+        store=notes,
     )
     try:
         with shared_fate(fate):
+            _connect(runtime, ranks, store, attendance.hosts, timeout_s)
             yield runtime
     except Exception as error:
         _forget_locals(error)
-        dist.destroy_process_group()  # first of all, so that the others stop waiting for this rank
-        _say_farewell(store, ranks)
+        _leave_group()  # first of all, so that the others stop waiting for this rank
+        if not fate.is_store_silent:
+            _say_farewell(notes, ranks)
         raise
     except BaseException:
-        dist.destroy_process_group()
+        _leave_group()
         raise
-    dist.destroy_process_group()
+    _leave_group()
 
 
 def _choose_device(wanted: str, ranks: Ranks) -> torch.device:
@@ -157,69 +167,56 @@ def _check_backend(backend: str, device: torch.device) -> None:
         )
 
 
-def _join(ranks: Ranks, device: torch.device, backend: str, timeout_s: float) -> Store:
+def _connect(
+    runtime: Runtime, ranks: Ranks, store: Store, hosts: list[str], timeout_s: float
+) -> None:
     # While there is no group yet: the functions of this module keep the one that they find as a
     # default argument, and its threads would then outlive the interpreter. torch itself imports it
     # late, with the first wrapper.
-    import torch.distributed.nn  # noqa: F401
+    import torch.distributed.nn
 
-    timeout = timedelta(seconds=timeout_s)
-    where = f"{ranks.address}:{ranks.port}"
     os.environ.update(
         RANK=str(ranks.rank),
         WORLD_SIZE=str(ranks.world_size),
         MASTER_ADDR=ranks.address,
         MASTER_PORT=str(ranks.port),
     )
-    try:
-        store, _, _ = next(rendezvous("env://", timeout=timeout))
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            store = _fresh_part(store, ranks, timeout_s)
+
+    def connect() -> None:
+        if runtime.device.type != "cpu":
+            torch.accelerator.set_device_index(runtime.device.index)  # each thread has its own
         dist.init_process_group(
-            backend,
+            runtime.backend,
             store=PrefixStore("group", store),
             rank=ranks.rank,
             world_size=ranks.world_size,
-            timeout=timeout,
-            device_id=None if device.type == "cpu" else device,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=None if runtime.device.type == "cpu" else runtime.device,
         )
         dist.barrier()  # a rank that fails at once must not leave while others are still connecting
-    except (RuntimeError, ValueError) as error:  # torch's own classes are RuntimeErrors
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        cause = str(error).strip().splitlines()[0].rstrip(".")
-        raise PeerError(
-            f"rank {ranks.rank} of {ranks.world_size} could not join at {where} within "
-            f"{timeout_s:g} s: {cause}; check that every rank was started, that MASTER_ADDR names "
-            "rank 0's host and that the port is free."
-        ) from error
-    return PrefixStore("fate", store)
+
+    try:
+        call_within(timeout_s + _GRACE_S, connect)
+    except (OSError, RuntimeError, ValueError) as error:  # torch's own classes are RuntimeErrors
+        remedy = _find_way(hosts, runtime.backend or "")
+        raise could_not_join(ranks, timeout_s, error, remedy) from error
 
 
-def _fresh_part(store: Store, ranks: Ranks, timeout_s: float) -> Store:
-    """Give the ranks of this attempt a part of torchrun's store that no earlier one has touched.
+def _leave_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
-    torchrun keeps its store over restarts, with the addresses of ranks that are dead by now, and
-    has no number that is equal on all agents and new in every attempt. So rank 0 draws a word, and
-    gives it to whoever asks: questions of dead ranks get answers that nobody reads.
-    """
-    others = range(1, ranks.world_size)
-    if ranks.rank > 0:
-        question = token_hex(8)
-        store.set(f"ask/{ranks.rank}", question)
-        word = store.get(f"answer/{question}").decode()
-        store.set(f"heard/{word}/{ranks.rank}", "")
-        return PrefixStore(word, store)
-    word = token_hex(8)
-    deadline = time.monotonic() + timeout_s
-    while not store.check([f"heard/{word}/{rank}" for rank in others]):
-        if time.monotonic() > deadline:
-            raise DistStoreError(f"not all of {ranks.world_size} ranks came")
-        for rank in others:
-            if store.check([f"ask/{rank}"]):
-                store.set(f"answer/{store.get(f'ask/{rank}').decode()}", word)
-        time.sleep(0.01)
-    return PrefixStore(word, store)
+
+def _find_way(hosts: list[str], backend: str) -> str:
+    """What to do where ranks have met, but cannot connect; empty on one host."""
+    if len(set(hosts)) < 2:
+        return ""
+    name = f"{'GLOO' if backend == 'gloo' else 'NCCL'}_SOCKET_IFNAME"
+    wrong = f"{name} is {os.environ[name]}: " if name in os.environ else ""
+    return (
+        f"{wrong}set {name}, on every host, to the interface that leads to the others; see that no "
+        "host takes its own name for 127.0.1.1, and that no firewall closes ports above 1024."
+    )
 
 
 def _forget_locals(error: BaseException | None) -> None:
@@ -231,11 +228,15 @@ def _forget_locals(error: BaseException | None) -> None:
 
 def _say_farewell(store: Store, ranks: Ranks) -> None:
     """Keep the store alive until every rank has read of the fault, where this rank hosts it."""
-    with suppress(RuntimeError):
-        store.add("left", 1)
-        deadline = time.monotonic() + _FAREWELL_S
-        hosts_store = ranks.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        while hosts_store and store.add("left", 0) < ranks.world_size:
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.01)
+    with suppress(RuntimeError, TimeoutError):
+        call_within(_FAREWELL_S + 1.0, lambda: _outlast_others(store, ranks))
+
+
+def _outlast_others(store: Store, ranks: Ranks) -> None:
+    store.add("left", 1)
+    deadline = time.monotonic() + _FAREWELL_S
+    hosts_store = ranks.rank == 0 and not is_agent_store(os.environ)
+    while hosts_store and store.add("left", 0) < ranks.world_size:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.01)

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from ddp_sgd.distributed.board import Board
+from ddp_sgd.distributed.board import NOTE_S, Board
 from ddp_sgd.distributed.collectives import gather_over_ranks
 from ddp_sgd.distributed.ranks import is_orphaned
 from ddp_sgd.distributed.runtime import Runtime
@@ -127,7 +127,7 @@ class _Watch:
         self._has_launcher = True
         by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         self._store_rank = None if by_agent or runtime.alone else 0
-        self._interval_s = min(max(hang_s / 50, 0.05), 5.0) if hang_s else _ORPHAN_POLL_S
+        self._interval_s = min(max(hang_s / 50, 0.05), NOTE_S) if hang_s else _ORPHAN_POLL_S
         self._patience_s = min(self._interval_s, _PATIENCE_S)
         # What passes between the last sign of life and a poll, and from there to the verdict.
         self._limit_s = max(hang_s - 3 * self._interval_s, hang_s / 2) if hang_s else float("inf")

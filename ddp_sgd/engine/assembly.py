@@ -98,7 +98,6 @@ class Job:
 
 def gather_parts(
     config: RunConfig,
-    *,
     model: nn.Module | None,
     loss: LossFunction | None,
     train_set: Any,

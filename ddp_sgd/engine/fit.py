@@ -10,6 +10,7 @@ from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.distributed.fate import shared_fate
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.distributed.watch import keep_watch
+from ddp_sgd.engine.agreement import require_agreement
 from ddp_sgd.engine.assembly import Job, assemble, gather_parts
 from ddp_sgd.engine.checkpoint import open_checkpoints
 from ddp_sgd.engine.diagnosis import plain_faults
@@ -76,9 +77,8 @@ def fit(
             shared_fate(runtime.fate),
             plain_faults(),
         ):
-            parts = gather_parts(
-                config, model=model, loss=loss, train_set=train_set, eval_set=eval_set
-            )
+            parts = gather_parts(config, model, loss, train_set, eval_set)
+            require_agreement(config, parts, runtime)
             job = assemble(config, parts, runtime, past)
             report.start(job.plan, job.state)
             with (

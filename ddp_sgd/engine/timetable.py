@@ -1,13 +1,12 @@
 """When the state is saved, and when the run must be over."""
 
-import subprocess
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from datetime import datetime
 
 from ddp_sgd.config.sections import CheckpointConfig
 from ddp_sgd.plan import Plan
+from ddp_sgd.slurm import end_of_job
 
 _LEAVING_S = 3.0
 """Time from the last save to the end of the process: reports are closed, ranks part."""
@@ -88,15 +87,4 @@ def read_deadline(given: float | str | None, environ: Mapping[str, str]) -> floa
         return datetime.fromisoformat(given).astimezone().timestamp()
     if given is not None:
         return given
-    if environ.get("SLURM_JOB_END_TIME", "").isdigit():
-        return float(environ["SLURM_JOB_END_TIME"])
-    return _ask_slurm(environ["SLURM_JOB_ID"]) if environ.get("SLURM_JOB_ID") else None
-
-
-def _ask_slurm(job: str) -> float | None:
-    """Ask for the end of a job; releases of SLURM before 23.02 do not put it into environments."""
-    command = ["squeue", "--noheader", f"--jobs={job}", "--format=%e"]
-    with suppress(OSError, subprocess.SubprocessError, ValueError):
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
-        return datetime.fromisoformat(answer.stdout.strip()).astimezone().timestamp()
-    return None
+    return end_of_job(environ)

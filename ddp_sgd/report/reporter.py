@@ -1,6 +1,7 @@
 """What a run says, and to whom: rows with their place in the run, to every sink of rank 0."""
 
 import math
+import os
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from ddp_sgd.report.run_folder import RunFolder
 from ddp_sgd.report.sink import NoSink, Origin, Row, RunRecord, Sink, Sinks
 from ddp_sgd.report.tensorboard import TensorBoard
 from ddp_sgd.report.weights_and_biases import WeightsAndBiases
+from ddp_sgd.slurm import life_of_job
 
 
 class Progressing(Protocol):
@@ -54,6 +56,8 @@ class Reporter:
         self._config = config
         self._world_size = world_size
         self._origin = origin
+        life = life_of_job(os.environ)
+        self._job = {"job": life} if life else {}
         self._start = time.perf_counter()
         self._plan: Plan | None = None
         self._state: Progressing | None = None
@@ -82,10 +86,11 @@ class Reporter:
         for sink in (self._verdict, self._sinks):
             self._opened.append(sink)
             sink.start(record)
+        world: Row = {"world_size": self._world_size, **self._job}
         if not origin.has_rows:
-            self._write("start", {"world_size": self._world_size, "run_id": origin.run_id})
+            self._write("start", {**world, "run_id": origin.run_id})
         if origin.is_resumed:
-            self._write("resume", {"world_size": self._world_size, **origin.note})
+            self._write("resume", {**world, **origin.note})
 
     def train(self, row: Row | None) -> None:
         """Say what the steps since the last row measured, if there is a row."""
@@ -133,7 +138,7 @@ class Reporter:
 
     def _close(self, result: Mapping[str, Any]) -> None:
         wall = {"wall_s": time.perf_counter() - self._start}
-        full = {key: _number(value) for key, value in {**result, **wall}.items()}
+        full = {key: _number(value) for key, value in {**result, **self._job, **wall}.items()}
         try:  # the result first: others may take their time, and a launcher may lose patience
             self._verdict.finish(full)
         finally:

@@ -8,13 +8,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ddp_sgd.config import RunConfig, dump_yaml
-from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.errors import OutputError, RefusedError
 from ddp_sgd.report.failures import note_failure
 from ddp_sgd.report.sink import Row, RunRecord
+
+if TYPE_CHECKING:  # commands that need no torch come here, too
+    from ddp_sgd.distributed.runtime import Runtime
 
 _PATIENCE_S = 10.0
 """Longest wait for another run to leave the folder: a rank that lost its launcher saves first."""
@@ -94,16 +96,24 @@ class RunFolder:
             self._lock = None
 
     def _write(self, name: str, text: str) -> None:
-        """Replace a file whole, so that a reader never sees half of it."""
         path = self.path / name
         with _saying_what_cannot_be_written(path):
-            new = path.with_name(f".{name}.new")
-            new.write_text(text)
-            new.replace(path)
+            replace_file(path, text)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Replace a file whole, so that a reader never sees half of it.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text)
+    new.replace(path)
 
 
 @contextmanager
-def claim_run_folder(config: RunConfig, runtime: Runtime) -> Iterator[RunFolder | None]:
+def claim_run_folder(config: RunConfig, runtime: "Runtime") -> Iterator[RunFolder | None]:
     """Make or enter the run folder, on rank 0; the others have none.
 
     Raises:

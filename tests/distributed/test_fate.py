@@ -1,15 +1,21 @@
 """The first fault of any rank is the one that the user reads, once."""
 
+import json
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 from ranks import run_ranks
-from torch.distributed import HashStore
+from torch.distributed import HashStore, TCPStore
 
 from ddp_sgd.distributed.collectives import sum_over_ranks
 from ddp_sgd.distributed.fate import OwnFate, SharedFate, is_lost_peer, shared_fate
-from ddp_sgd.errors import ConfigError, DataError, ExitCode, PeerError
+from ddp_sgd.distributed.meeting import Attendance
+from ddp_sgd.distributed.verdict import Note
+from ddp_sgd.errors import ConfigError, DataError, ExitCode, FaultElsewhereError, PeerError
 
 
 def fail(runtime, culprit, error):
@@ -83,5 +89,69 @@ def test_a_lost_peer_is_told_of_without_the_chatter_of_gloo():
         "[/pytorch/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:5. This "
         "is typically caused by a crash. GLHF! 🏖️"
     )
-    told = str(SharedFate(HashStore(), 0, 2).judge(RuntimeError(chatter)))
+    told = str(
+        SharedFate(HashStore(), 0, Attendance(["a", "b"], "a"), 9.0).judge(RuntimeError(chatter))
+    )
     assert told.startswith("rank 0 of 2 is cut off: Connection closed by peer [127.0.0.1]:5; look")
+
+
+@pytest.fixture
+def frozen_store():
+    """Client of a store whose host stands still."""
+    code = (
+        "from torch.distributed import TCPStore;"
+        "store = TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False);"
+        "print(store.port, flush=True); input()"
+    )
+    host = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    store = TCPStore("127.0.0.1", int(host.stdout.readline()), wait_for_workers=False)
+    host.send_signal(signal.SIGSTOP)
+    yield store
+    host.send_signal(signal.SIGCONT)
+    host.communicate("", timeout=60)
+
+
+HOSTS = ["node1", "node1", "node2", "node2"]
+SILENCE = RuntimeError("[gloo/transport/tcp/x.cc:1] Timed out waiting 9000ms for recv operation")
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "words"),
+    [
+        (2, PeerError, "node1 (ranks 0, 1) has not been heard of for 9 s; see that the host"),
+        (3, FaultElsewhereError, "node1 (ranks 0, 1) has not been heard of for 9 s; see that"),
+        (1, PeerError, "rank 1 of 4 is cut off: Timed out waiting 9000ms for recv operation; look"),
+    ],
+)
+def test_host_of_a_silent_store_is_named_by_one_rank_of_a_host(
+    frozen_store, monkeypatch, rank, error, words
+):
+    monkeypatch.setattr("ddp_sgd.distributed.fate._PATIENCE_S", 0.3)
+    fate = SharedFate(frozen_store, rank, Attendance(HOSTS, "node1"), 9.0)
+    judged = fate.judge(SILENCE)
+    assert type(judged) is error
+    assert words in str(judged)
+    assert fate.judge(judged) is judged
+
+
+def test_fault_of_ones_own_is_told_though_the_store_is_silent(frozen_store, monkeypatch):
+    monkeypatch.setattr("ddp_sgd.distributed.fate._PATIENCE_S", 0.3)
+    error = DataError("x")
+    fate = SharedFate(frozen_store, 2, Attendance(HOSTS, "node1"), 9.0)
+    assert fate.judge(error) is error
+
+
+def test_hosts_that_make_no_notes_are_named(monkeypatch):
+    monkeypatch.setattr("ddp_sgd.distributed.fate.NOTE_S", 0.1)
+    store = HashStore()
+    for rank in range(4):
+        note = Note(step=1, phase="x", phases=1, idle_s=0.0, polls=7, left=rank < 2)
+        store.set(f"note/{rank}", json.dumps(note))
+    judged = SharedFate(store, 1, Attendance(HOSTS, "node1"), 9.0).judge(SILENCE)
+    assert isinstance(judged, PeerError)
+    assert str(judged).startswith("node2 (ranks 2, 3) has not been heard of for 9 s; see that")
+    later = SharedFate(store, 0, Attendance(HOSTS, "node1"), 9.0).judge(ValueError("x"))
+    assert isinstance(later, FaultElsewhereError)
+    assert str(later) == str(judged)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ddp_sgd.distributed.ranks import free_port
+from ddp_sgd.distributed.addresses import free_port
 
 HERE = Path(__file__).parent
 

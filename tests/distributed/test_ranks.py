@@ -2,7 +2,6 @@ import pytest
 
 from ddp_sgd.distributed.ranks import (
     first_host,
-    free_port,
     is_orphaned,
     may_be_rank_0,
     read_ranks,
@@ -168,7 +167,6 @@ def test_a_wrong_configuration_is_told_by_rank_0_only():
 
 def test_machine():
     assert usable_cpus() >= 1
-    assert 1024 < free_port() < 65536
 
 
 def test_a_process_knows_that_its_launcher_is_gone(monkeypatch):

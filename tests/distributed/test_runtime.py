@@ -9,11 +9,11 @@ import torch.distributed as dist
 from ranks import rank_environment, run_ranks
 
 from ddp_sgd.config import RunConfig
-from ddp_sgd.distributed.ranks import Ranks, free_port, read_ranks, usable_cpus
+from ddp_sgd.distributed.addresses import free_port
+from ddp_sgd.distributed.ranks import Ranks, read_ranks, usable_cpus
 from ddp_sgd.distributed.runtime import (
     Runtime,
     _choose_device,
-    _fresh_part,
     _share_cpus,
     start_runtime,
 )
@@ -235,37 +235,3 @@ def test_no_thread_of_the_group_outlives_it(tmp_path):
         thread.join()
     assert len(left) == 2
     assert not [name for names in left.values() for name in names if "gloo" in name]
-
-
-def join_anew(store, others, word):
-    """Join as all ranks of one attempt do, over a store that dead ranks have used; tell the key."""
-    told = {}
-
-    def join(rank):
-        ranks = Ranks(
-            rank=rank, world_size=3, local_rank=rank, local_world_size=3, launcher="torchrun"
-        )
-        part = _fresh_part(store.clone(), ranks, 10.0)
-        part.add(word, 1)
-        told[rank] = part
-
-    threads = [threading.Thread(target=join, args=(rank,)) for rank in others]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    return [told[rank].add(word, 0) for rank in others]
-
-
-def test_an_attempt_has_a_part_of_torchruns_store_for_itself():
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=10))
-    store.set("ask/1", "question of a rank that was killed")
-    assert join_anew(store, (0, 1, 2), "here") == [3, 3, 3]
-    assert join_anew(store, (2, 1, 0), "here") == [3, 3, 3]
-
-
-def test_a_rank_that_does_not_come_is_told_of_by_the_store():
-    store = dist.HashStore()
-    ranks = Ranks(rank=0, world_size=2, local_rank=0, local_world_size=2, launcher="torchrun")
-    with pytest.raises(dist.DistStoreError, match="not all of 2 ranks came"):
-        _fresh_part(store, ranks, 0.05)

@@ -1,5 +1,3 @@
-import os
-import stat
 import time
 
 import pytest
@@ -86,26 +84,3 @@ def test_a_time_without_a_zone_is_local(monkeypatch):
     finally:
         monkeypatch.undo()
         time.tzset()
-
-
-@pytest.mark.parametrize(
-    ("answer", "expected"),
-    [("2026-12-24T18:00:00", 1798135200.0), ("N/A", None), ("", None)],
-)
-def test_an_older_slurm_is_asked(answer, expected, tmp_path, monkeypatch):
-    squeue = tmp_path / "squeue"
-    squeue.write_text(f'#!/bin/sh\n[ "$2" = --jobs=17 ] && echo "{answer}"\n')
-    squeue.chmod(squeue.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("TZ", "UTC")
-    time.tzset()
-    try:
-        assert read_deadline(None, {"SLURM_JOB_ID": "17"}) == expected
-    finally:
-        monkeypatch.undo()
-        time.tzset()
-
-
-def test_a_slurm_that_does_not_answer_sets_no_deadline(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    assert read_deadline(None, {"SLURM_JOB_ID": "17"}) is None

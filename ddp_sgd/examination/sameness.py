@@ -1,0 +1,77 @@
+"""What has to be the same on every rank before a run: versions and the configuration."""
+
+import json
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from operator import itemgetter
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+import torch
+
+from ddp_sgd.config import RunConfig
+
+_MAY_DIFFER = ("output_dir", "wandb", "runtime.device", "runtime.backend", "data.workers")
+"""Keys that a host may have of its own: what rank 0 alone writes, where a rank computes, and how
+many processes read; a backend that does not fit the others' fails when the ranks join.
+"""
+
+
+def read_versions() -> dict[str, str]:
+    """Give the versions of what a run is made of; those of CUDA and NCCL only with a GPU."""
+    versions = {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "ddp_sgd": sys.modules["ddp_sgd"].__version__,
+        "numpy": str(np.__version__),
+    }
+    if torch.cuda.is_available():
+        versions["cuda"] = str(torch.version.cuda)
+        if torch.distributed.is_nccl_available():
+            versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+    return versions
+
+
+def vital_versions(versions: Mapping[str, str]) -> dict[str, str]:
+    """Keep the versions that have to agree: ``torch``, ``ddp_sgd``, and Python's first two numbers.
+
+    Others may differ: numpy, and the patch level of Python, read the same data alike.
+    """
+    kept = {name: versions[name] for name in ("torch", "ddp_sgd") if name in versions}
+    if "python" in versions:
+        kept["python"] = ".".join(versions["python"].split(".")[:2])
+    return kept
+
+
+def settings_that_agree(config: RunConfig) -> dict[str, str]:
+    """Give the keys of the configuration that have to be the same on every rank, with their values.
+
+    A host may keep its copy of the data where it likes: absolute paths in the arguments of data
+    sets are left out, since the data are compared themselves.
+
+    Args:
+        config: Description of the run.
+
+    Returns:
+        Dotted keys with their values in JSON.
+    """
+    return {
+        key: "a path of its own" if _is_place_of_data(key, value) else json.dumps(value)
+        for key, value in sorted(_leaves(config.model_dump(mode="json")), key=itemgetter(0))
+        if not any(key == name or key.startswith(f"{name}.") for name in _MAY_DIFFER)
+    }
+
+
+def _is_place_of_data(key: str, value: Any) -> bool:
+    is_argument = key.startswith(("data.train.init_args.", "data.eval.init_args."))
+    return is_argument and isinstance(value, str) and PurePath(value).is_absolute()
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, Mapping) or not value:
+        yield path, value
+        return
+    for key, item in value.items():
+        yield from _leaves(item, f"{path}.{key}" if path else str(key))

@@ -1,0 +1,195 @@
+"""Command: after a life of a SLURM job, decide whether the job goes on, and say why.
+
+Batch scripts call it with the options of the run; it touches nothing of SLURM itself.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ddp_sgd.checkpointing.folder import FOLDER_NAME, CheckpointFolder
+from ddp_sgd.command import run_command
+from ddp_sgd.config import CommandLine, Option
+from ddp_sgd.errors import DataError, ExitCode, OutputError
+from ddp_sgd.report.journal import read_journal
+from ddp_sgd.report.run_folder import replace_file
+from ddp_sgd.slurm import life_of_job, times_requeued
+
+_OPTIONS = (
+    Option("exit_code", int, "What rank 0 ended with; left out if it ended without a word.", None),
+    Option("launcher_code", int, "What srun ended with.", 0),
+    Option("job_state", str, "State of the job by now, as squeue has it.", "RUNNING"),
+    Option("max_requeues", int, "How often the job may go back into the queue, at least 0.", 100),
+    Option(
+        "answer",
+        str,
+        "File that is made if the job is to be requeued. It says 'now', or 'later' where a node "
+        "may be dead, which SLURM notices by itself after a while.",
+        None,
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Life:
+    """What became of one life of a job.
+
+    Args:
+        exit_code: What rank 0 ended with; None if it ended without a word.
+        began_at: Samples that the run had trained when this life began; None if it came to nothing.
+        saved_at: Samples in the newest checkpoint, at least 0.
+        requeues: How often the job was requeued before.
+        job_state: State of the job by now, as ``squeue`` has it.
+    """
+
+    exit_code: int | None
+    began_at: int | None
+    saved_at: int
+    requeues: int
+    job_state: str
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Decide, and return the exit code of the run.
+
+    Args:
+        argv: Arguments after the name of the command; None takes those of the process.
+    """
+    return run_command(
+        requeue,
+        argv,
+        program="python -m ddp_sgd.requeue",
+        about="Decide whether a SLURM job goes back into the queue, by result.json, the journal "
+        "and the checkpoints of its run; the batch scripts in slurm/ call it.",
+        options=_OPTIONS,
+    )
+
+
+def requeue(line: CommandLine) -> int:
+    """Decide, print why, write it into ``result.json``, and leave the answer for the script.
+
+    Args:
+        line: The configuration of the run, and what the batch script knows.
+
+    Returns:
+        The exit code of the run.
+    """
+    asked = line.options
+    folder = Path(line.config.output_dir) / line.config.name
+    name = life_of_job(os.environ)
+    if asked["exit_code"] == ExitCode.DONE:
+        return ExitCode.DONE
+    rows = _rows(folder)
+    life = Life(
+        exit_code=asked["exit_code"],
+        began_at=_begin(rows, name),
+        saved_at=_saved(folder),
+        requeues=times_requeued(os.environ),
+        job_state=asked["job_state"],
+    )
+    obstacle = why_not(life, max_requeues=asked["max_requeues"])
+    end = _end(life, asked["launcher_code"])
+    said = f"{end}: {f'not requeued, since {obstacle}' if obstacle else 'requeued'}"
+    print(f"ddp_sgd: {said}")  # noqa: T201
+    verdict = {"requeued": obstacle is None, "requeue_reason": said}
+    _write_down(folder, name, life, verdict, rows)
+    if obstacle is None and asked["answer"]:
+        stopped = life.exit_code == ExitCode.STOPPED
+        replace_file(Path(asked["answer"]), "now\n" if stopped else "later\n")
+    return int(ExitCode.PEER if life.exit_code is None else life.exit_code)
+
+
+def why_not(life: Life, *, max_requeues: int) -> str | None:
+    """Say why a job is not requeued; None if it is.
+
+    A job goes on if it was stopped, or lost a machine, and saved a step since it began; not if it
+    failed, which a person has to look at, and not if SLURM ends or requeues it by itself.
+
+    Args:
+        life: What became of the job.
+        max_requeues: How often it may go back into the queue.
+    """
+    if life.exit_code not in (ExitCode.STOPPED, ExitCode.PEER, None):
+        return "what failed would fail again"
+    if life.job_state != "RUNNING":
+        return f"SLURM itself ends or requeues it (the job is {life.job_state or 'gone'})"
+    if life.began_at is None:
+        return "the run did not begin"
+    if life.saved_at <= life.began_at:
+        return "no step was saved since it began"
+    if life.requeues >= max_requeues:
+        return f"it was requeued {life.requeues} times and MAX_REQUEUES is {max_requeues}"
+    return None
+
+
+def _end(life: Life, launcher_code: int) -> str:
+    if life.exit_code is None:
+        return f"rank 0 ended without a word, srun with code {launcher_code}"
+    return "stopped" if life.exit_code == ExitCode.STOPPED else f"exit code {life.exit_code}"
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    try:
+        return read_journal(folder / "metrics.jsonl")
+    except DataError:  # there is none, or somebody else's
+        return []
+
+
+def _begin(rows: Sequence[Mapping[str, Any]], life: str | None) -> int | None:
+    """Samples at the place where this life began; None if it did not get that far."""
+    begins = [row for row in rows if row["event"] in ("start", "resume")]
+    if life is None or not begins or begins[-1].get("job") != life:
+        return None
+    return int(begins[-1]["samples"])
+
+
+def _saved(folder: Path) -> int:
+    manifests = CheckpointFolder(folder / FOLDER_NAME).manifests()
+    return manifests[-1].header.samples if manifests else 0
+
+
+def _write_down(
+    folder: Path,
+    name: str | None,
+    life: Life,
+    verdict: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+) -> None:
+    """Add the verdict to the result of this life, or make one where rank 0 left none.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    path = folder / "result.json"
+    try:
+        result = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        result = _result_without_a_word(name, rows) if life.began_at is not None else {}
+    if name and result.get("job") == name:
+        try:
+            replace_file(path, json.dumps({**result, **verdict}, indent=2) + "\n")
+        except OSError as error:
+            raise OutputError(
+                f"{path} cannot be written: {error.strerror or error}; make room on its disk."
+            ) from error
+
+
+def _result_without_a_word(name: str | None, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    begin = next(row for row in reversed(rows) if row["event"] in ("start", "resume"))
+    return {
+        "status": "failed",
+        "exit_code": int(ExitCode.PEER),
+        **{key: rows[-1][key] for key in ("step", "epoch", "samples")},
+        "world_size": begin["world_size"],
+        "job": name,
+        "error": "rank 0 ended without a word; look for its last lines in logs/, and whether its "
+        "host or its memory failed.",
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+import os
+import stat
+import time
+
+import pytest
+
+from ddp_sgd.slurm import end_of_job, life_of_job, times_requeued
+
+
+@pytest.mark.parametrize(
+    ("environ", "life", "requeues"),
+    [
+        ({}, None, 0),
+        ({"SLURM_JOB_ID": "17"}, "17.0", 0),
+        ({"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": "2"}, "17.2", 2),
+        ({"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": ""}, "17.0", 0),
+    ],
+)
+def test_life_of_a_job(environ, life, requeues):
+    assert life_of_job(environ) == life
+    assert times_requeued(environ) == requeues
+
+
+@pytest.mark.parametrize(("said", "end"), [("1798135200", 1798135200.0), ("UNLIMITED", None)])
+def test_end_that_slurm_puts_into_the_environment(said, end):
+    assert end_of_job({"SLURM_JOB_END_TIME": said}) == end
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [("2026-12-24T18:00:00", 1798135200.0), ("N/A", None), ("", None)],
+)
+@pytest.mark.parametrize(
+    ("environ", "asked"),
+    [
+        ({"SLURM_JOB_ID": "17"}, "17"),
+        ({"SLURM_JOB_ID": "17", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"}, "17_3"),
+    ],
+)
+def test_an_older_slurm_is_asked(environ, asked, answer, expected, tmp_path, monkeypatch):
+    squeue = tmp_path / "squeue"
+    squeue.write_text(f'#!/bin/sh\n[ "$2" = --jobs={asked} ] && echo "{answer}"\n')
+    squeue.chmod(squeue.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    try:
+        assert end_of_job(environ) == expected
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def test_a_slurm_that_does_not_answer_sets_no_end(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert end_of_job({"SLURM_JOB_ID": "17"}) is None
