@@ -20,7 +20,12 @@ from ddp_sgd.report.run_folder import replace_file
 from ddp_sgd.slurm import life_of_job, times_requeued
 
 _OPTIONS = (
-    Option("exit_code", int, "What rank 0 ended with; left out if it ended without a word.", None),
+    Option(
+        "exit_code",
+        int,
+        "What a rank ended with, should rank 0 have left no result; left out if none said a word.",
+        None,
+    ),
     Option("launcher_code", int, "What srun ended with.", 0),
     Option("job_state", str, "State of the job by now, as squeue has it.", "RUNNING"),
     Option("max_requeues", int, "How often the job may go back into the queue, at least 0.", 100),
@@ -39,7 +44,7 @@ class Life:
     """What became of one life of a job.
 
     Args:
-        exit_code: What rank 0 ended with; None if it ended without a word.
+        exit_code: What the run ended with; None if no rank said a word.
         began_at: Samples that the run had trained when this life began; None if it came to nothing.
         saved_at: Samples in the newest checkpoint, at least 0.
         requeues: How often the job was requeued before.
@@ -81,22 +86,25 @@ def requeue(line: CommandLine) -> int:
     asked = line.options
     folder = Path(line.config.output_dir) / line.config.name
     name = life_of_job(os.environ)
-    if asked["exit_code"] == ExitCode.DONE:
-        return ExitCode.DONE
-    rows = _rows(folder)
+    rows, result = _rows(folder), _result(folder, name)
     life = Life(
-        exit_code=asked["exit_code"],
+        exit_code=result.get("exit_code", asked["exit_code"]),
         began_at=_begin(rows, name),
         saved_at=_saved(folder),
         requeues=times_requeued(os.environ),
         job_state=asked["job_state"],
     )
+    if life.exit_code == ExitCode.DONE:
+        return ExitCode.DONE
     obstacle = why_not(life, max_requeues=asked["max_requeues"])
     end = _end(life, asked["launcher_code"])
     said = f"{end}: {f'not requeued, since {obstacle}' if obstacle else 'requeued'}"
     print(f"ddp_sgd: {said}")  # noqa: T201
     verdict = {"requeued": obstacle is None, "requeue_reason": said}
-    _write_down(folder, name, life, verdict, rows)
+    if life.began_at is not None and not result:
+        result = _result_without_a_word(name, rows)
+    if result:
+        _write(folder / "result.json", {**result, **verdict})
     if obstacle is None and asked["answer"]:
         stopped = life.exit_code == ExitCode.STOPPED
         replace_file(Path(asked["answer"]), "now\n" if stopped else "later\n")
@@ -128,7 +136,7 @@ def why_not(life: Life, *, max_requeues: int) -> str | None:
 
 def _end(life: Life, launcher_code: int) -> str:
     if life.exit_code is None:
-        return f"rank 0 ended without a word, srun with code {launcher_code}"
+        return f"no rank said a word, srun ended with code {launcher_code}"
     return "stopped" if life.exit_code == ExitCode.STOPPED else f"exit code {life.exit_code}"
 
 
@@ -152,30 +160,27 @@ def _saved(folder: Path) -> int:
     return manifests[-1].header.samples if manifests else 0
 
 
-def _write_down(
-    folder: Path,
-    name: str | None,
-    life: Life,
-    verdict: Mapping[str, Any],
-    rows: Sequence[Mapping[str, Any]],
-) -> None:
-    """Add the verdict to the result of this life, or make one where rank 0 left none.
+def _result(folder: Path, life: str | None) -> dict[str, Any]:
+    """Read what rank 0 says of this life; empty if it said nothing."""
+    try:
+        result = json.loads((folder / "result.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return result if life and result.get("job") == life else {}
+
+
+def _write(path: Path, result: Mapping[str, Any]) -> None:
+    """Write a result.
 
     Raises:
         OutputError: It cannot be written.
     """
-    path = folder / "result.json"
     try:
-        result = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        result = _result_without_a_word(name, rows) if life.began_at is not None else {}
-    if name and result.get("job") == name:
-        try:
-            replace_file(path, json.dumps({**result, **verdict}, indent=2) + "\n")
-        except OSError as error:
-            raise OutputError(
-                f"{path} cannot be written: {error.strerror or error}; make room on its disk."
-            ) from error
+        replace_file(path, json.dumps(result, indent=2) + "\n")
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be written: {error.strerror or error}; make room on its disk."
+        ) from error
 
 
 def _result_without_a_word(name: str | None, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ prepare() {
     done
 
     export PYTHON MASTER_ADDR MASTER_PORT TIMEOUT_S RANKS_OF_NODES
-    export LAUNCH_EXIT_CODE_FILE=$logs/exit_code # what rank 0 ends with
+    export LAUNCH_EXIT_CODE_FILE=$logs/exit_code # what ranks end with, should there be no result.json
     export SLURM_EXPORT_ENV=ALL                  # sbatch --export=NONE would reach the ranks, too
 }
 
@@ -71,7 +71,7 @@ launch() {
 
 # is_up: whether to wait for the step. Where SLURM ends the job itself, it signals the ranks and gives us some seconds.
 is_up() {
-    kill -0 "$srun_pid" 2>/dev/null && ! [[ $ending && -s $LAUNCH_EXIT_CODE_FILE ]]
+    kill -0 "$srun_pid" 2>/dev/null && ! [[ $ending && $folder/result.json -nt $logs/begin ]]
 }
 
 job_state() {

@@ -11,6 +11,9 @@ from ddp_sgd.requeue import Life, main, why_not
 STOPPED = Life(exit_code=75, began_at=64, saved_at=128, requeues=0, job_state="RUNNING")
 
 
+STOPPED_RESULT = {"status": "stopped", "exit_code": 75, "job": "17.1"}
+
+
 def life(**changes):
     fields = {name: getattr(STOPPED, name) for name in STOPPED.__slots__}
     return Life(**fields | changes)
@@ -49,7 +52,7 @@ def run(tmp_path, monkeypatch):
     (folder / "checkpoints").mkdir(parents=True)
     write_journal(folder, begin=64, job="17.1")
     save(folder, samples=128)
-    (folder / "result.json").write_text(json.dumps({"status": "stopped", "job": "17.1"}))
+    (folder / "result.json").write_text(json.dumps(STOPPED_RESULT))
     return folder
 
 
@@ -84,15 +87,19 @@ def test_stopped_job_is_requeued_now(run, tmp_path, capsys):
     assert capsys.readouterr().out == "ddp_sgd: stopped: requeued\n"
     assert (tmp_path / "answer").read_text() == "now\n"
     result = json.loads((run / "result.json").read_text())
-    assert result == {
-        "status": "stopped",
-        "job": "17.1",
-        "requeued": True,
-        "requeue_reason": "stopped: requeued",
-    }
+    verdict = {"requeued": True, "requeue_reason": "stopped: requeued"}
+    assert result == STOPPED_RESULT | verdict
+
+
+def test_result_counts_more_than_what_other_ranks_ended_with(run, tmp_path, capsys):
+    failed = {"status": "failed", "exit_code": 70, "job": "17.1"}
+    (run / "result.json").write_text(json.dumps(failed))
+    assert decide("--exit_code=69") == ExitCode.INTERNAL
+    assert "exit code 70: not requeued, since what failed would" in capsys.readouterr().out
 
 
 def test_job_that_lost_a_machine_is_requeued_once_slurm_may_know(run, tmp_path, capsys):
+    (run / "result.json").unlink()
     assert decide("--exit_code=69") == ExitCode.PEER
     assert capsys.readouterr().out == "ddp_sgd: exit code 69: requeued\n"
     assert (tmp_path / "answer").read_text() == "later\n"
@@ -101,7 +108,7 @@ def test_job_that_lost_a_machine_is_requeued_once_slurm_may_know(run, tmp_path, 
 def test_rank_0_that_died_without_a_word_gets_a_result(run, tmp_path, capsys):
     (run / "result.json").unlink()
     assert decide("--launcher_code=137") == ExitCode.PEER
-    said = "rank 0 ended without a word, srun with code 137: requeued"
+    said = "no rank said a word, srun ended with code 137: requeued"
     assert capsys.readouterr().out == f"ddp_sgd: {said}\n"
     result = json.loads((run / "result.json").read_text())
     assert result.pop("error").startswith("rank 0 ended without a word; look for its last lines")
@@ -136,7 +143,8 @@ def test_run_that_never_was(run, tmp_path, capsys, monkeypatch):
 
 
 def test_finished_run_needs_no_word(run, tmp_path, capsys):
-    assert decide("--exit_code=0") == ExitCode.DONE
+    (run / "result.json").write_text(json.dumps(STOPPED_RESULT | {"exit_code": 0}))
+    assert decide() == ExitCode.DONE
     assert capsys.readouterr().out == ""
     assert not (tmp_path / "answer").exists()
 

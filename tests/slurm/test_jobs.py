@@ -48,12 +48,14 @@ def limited(cluster, tmp_path_factory):
     sbatch = ("--nodelist=node3,node4", "--nodes=2", "--ntasks-per-node=1", "--time=1")
     sbatch += ("--signal=B:USR1@5",)  # the 120 s of the script are more than there are
     folder = tmp_path_factory.mktemp("limited")
-    return Story(cluster, folder, "train.sbatch", sbatch=sbatch, pause_s=1.0)
+    first_life_is_over = folder / "runs" / "digits" / "logs"
+    slow = model(first_life_is_over, pause_s=1.0)
+    return Story(cluster, folder, "train.sbatch", *slow, sbatch=sbatch)
 
 
-def model(folder, *, pause_s=0.1):
-    """Train slowly until ``hurry`` is there, so that something can happen."""
-    patience = f"{{pause_s: {pause_s}, until: {folder / 'hurry'}}}"
+def model(hurry, *, pause_s=0.1):
+    """Train slowly until a file is there, so that something can happen."""
+    patience = f"{{pause_s: {pause_s}, until: {hurry}}}"
     return (f"--model={{class_path: user_code.Slow, init_args: {patience}}}",)
 
 
@@ -64,7 +66,7 @@ class Story:
         self, cluster, folder, script, *options, sbatch=TWO_NODES, pause_s=0.1, **variables
     ):
         self._hurry = folder / "hurry"
-        slow = model(folder, pause_s=pause_s)
+        slow = model(self._hurry, pause_s=pause_s)
         self.job = cluster.submit(
             folder, script, *OFTEN, *slow, *options, sbatch=sbatch, **variables
         )
@@ -198,14 +200,15 @@ def test_scancel_saves_and_is_the_end(script, cluster, tmp_path):
 
 
 def test_job_that_fails_is_not_requeued(cluster, tmp_path):
-    story = Story(cluster, tmp_path, "train.sbatch", "--optim.lr=1e30")
-    story.hurry()
+    story = Story(
+        cluster, tmp_path, "train.sbatch", "--model={class_path: user_code.FailsInTraining}"
+    )
     assert story.job.end() == ("FAILED", 0), story.job.said
     result = story.result()
-    assert (result["status"], result["exit_code"]) == ("failed", 76)
+    assert (result["status"], result["exit_code"]) == ("failed", 70)
     assert not result["requeued"]
     assert "what failed would fail again" in result["requeue_reason"]
-    assert story.job.facts()["ExitCode"] == "76:0"
+    assert story.job.facts()["ExitCode"] == "70:0"
 
 
 def test_job_that_dies_without_a_word_is_not_requeued_for_ever(cluster, tmp_path):
@@ -246,5 +249,4 @@ def test_time_limit(limited, undisturbed):
     """The run is asked to stop before the limit, or sees it coming."""
     limited.job.wait_until(lambda: "stopped: requeued" in limited.job.said, deadline_s=150)
     assert "TIME LIMIT" not in limited.job.said
-    limited.hurry()
     limited.end_as_if_undisturbed(undisturbed(2))
