@@ -1,11 +1,7 @@
-"""The files that take longest come first, so that no worker is left with one at the end."""
+"""The file that takes longest comes first, so that no worker is left with it at the end."""
 
-LONGEST = ("slurm/test_jobs.py", "slurm/test_scripts.py", "network/test_two_hosts.py")
+LONGEST = "slurm/test_jobs.py"
 
 
 def pytest_collection_modifyitems(items):
-    def turn(item):
-        is_named = [item.path.as_posix().endswith(name) for name in LONGEST]
-        return is_named.index(True) if any(is_named) else len(LONGEST)
-
-    items.sort(key=turn)
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONGEST))

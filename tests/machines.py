@@ -76,7 +76,8 @@ def what_is_missing(tools):
     """
     if not hasattr(os, "geteuid") or os.geteuid() != 0:
         return "machines in namespaces need root; run as root, in a container if you like"
-    lacking = sorted({package for tool, package in tools.items() if not shutil.which(tool)})
+    needed = {"unshare": "util-linux", "nsenter": "util-linux", **tools}
+    lacking = sorted({package for tool, package in needed.items() if not shutil.which(tool)})
     if lacking:
         return f"tools are missing: apt-get install --no-install-recommends {' '.join(lacking)}"
     probe = [*UNSHARE, "ip", "link", "add", "type", "veth"]

@@ -82,6 +82,10 @@ def run_ranks(world_size, work, *args, timeout_s=60.0, raises=False, deadline_s=
 def _rank(send, environment: dict[str, str], rank: int, timeout_s: float, work: Any, args: Any):
     os.environ.clear()
     os.environ.update(environment)
+    measured = coverage.Coverage.current()
+    if measured and "UNMEASURED" in environment:
+        measured.stop()
+        measured = None
     import torch
 
     from ddp_sgd.distributed.runtime import start_runtime
@@ -94,6 +98,6 @@ def _rank(send, environment: dict[str, str], rank: int, timeout_s: float, work: 
         value = RankError(rank, type(error).__name__, "".join(traceback.format_exception(error)))
     send.send(value)
     send.close()
-    if measured := coverage.Coverage.current():  # a forked process ends without its exit hooks
+    if measured:  # a forked process ends without its exit hooks
         measured.stop()
         measured.save()

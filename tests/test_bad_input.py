@@ -741,6 +741,7 @@ def bench(monkeypatch, tmp_path):
             monkeypatch.delenv(name)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)  # other tests are there, too
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("DDP_SGD_WANDB__MODE", "disabled")
     monkeypatch.setenv("DDP_SGD_RUNTIME__DEVICE", "cpu")

@@ -66,8 +66,11 @@ PIP = """#!/usr/bin/env bash
 [[ $1 == install ]]
 """
 
-OURS = ("DDP_SGD_", "WANDB_", "SLURM_", "MAKE", "MFLAGS", "ARGS", "PROCESSES", "PYTHON")
-"""Variables that would change what a page says; those of make come from ``make test`` around us."""
+OURS = ("COV", "DDP_SGD_", "WANDB_", "SLURM_", "MAKE", "MFLAGS", "ARGS", "PROCESSES", "PYTHON")
+"""Variables that would change what a page says, or how long it takes; those of make come from
+``make test`` around us."""
+
+pytestmark = pytest.mark.timeout(600)
 
 
 class Block(NamedTuple):
@@ -136,7 +139,7 @@ class Reader:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=150,
+            timeout=300,
             check=False,
         )
 

@@ -114,12 +114,28 @@ def _remedy(ranks: Ranks) -> str:
 
 def _meet(ranks: Ranks, timeout_s: float) -> Store:
     deadline = time.monotonic() + timeout_s
-    if is_agent_store(os.environ):
-        store = _reach(ranks, timeout_s, deadline)
-    else:
-        store = _reach(ranks, timeout_s, deadline) if ranks.rank else _host(ranks, timeout_s)
+    store = open_whole_store(ranks, timeout_s)
+    if not is_agent_store(os.environ):
         _introduce(store, ranks, min(timeout_s, _INTRODUCTION_S))
     return _fresh_part(store, ranks, deadline)
+
+
+def open_whole_store(ranks: Ranks, timeout_s: float) -> Store:
+    """Reach the store that all launches and attempts at this address share, or host it.
+
+    Args:
+        ranks: This process among all, at least two.
+        timeout_s: Longest wait for the store, in seconds.
+
+    Raises:
+        PeerError: The port is taken.
+        OSError: Nobody opens.
+        RuntimeError: torch cannot connect.
+    """
+    if ranks.rank == 0 and not is_agent_store(os.environ):
+        return _host(ranks, timeout_s)
+    _knock(ranks, timeout_s)
+    return _tcp_store(ranks, timeout_s, is_host=False)
 
 
 def _host(ranks: Ranks, timeout_s: float) -> Store:
@@ -134,18 +150,19 @@ def _host(ranks: Ranks, timeout_s: float) -> Store:
         ) from error
 
 
-def _reach(ranks: Ranks, timeout_s: float, deadline: float) -> Store:
+def _knock(ranks: Ranks, timeout_s: float) -> None:
     """Knock until somebody opens: torch's client would fill the log, and hide the cause."""
+    deadline = time.monotonic() + timeout_s
     while True:
         patience_s = min(max(deadline - time.monotonic(), 0.1), 5.0)
         try:
             socket.create_connection((ranks.address, ranks.port), timeout=patience_s).close()
-            break
         except OSError:
             if time.monotonic() > deadline:
                 raise
+        else:
+            return
         time.sleep(0.1)
-    return _tcp_store(ranks, timeout_s, is_host=False)
 
 
 def _tcp_store(ranks: Ranks, timeout_s: float, *, is_host: bool) -> Store:

@@ -1,16 +1,14 @@
 """The ranks' key-value store, opened without waiting for all of them, and bounded reads of it."""
 
-import socket
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 
-from torch.distributed import DistStoreError, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistStoreError
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from ddp_sgd.distributed.bounded import call_within
-from ddp_sgd.distributed.meeting import could_not_join, is_agent_store
+from ddp_sgd.distributed.meeting import could_not_join, open_whole_store
 from ddp_sgd.distributed.ranks import Ranks
 from ddp_sgd.errors import PeerError
 
@@ -28,11 +26,8 @@ def reach_store(ranks: Ranks, timeout_s: float, environ: Mapping[str, str]) -> S
     Raises:
         PeerError: Rank 0 cannot be reached, or its port is taken.
     """
-    hosts_store = ranks.rank == 0 and not is_agent_store(environ)
     try:
-        if not hosts_store:
-            _knock(ranks, timeout_s)
-        store = call_within(timeout_s, lambda: _tcp_store(ranks, timeout_s, is_host=hosts_store))
+        store = call_within(timeout_s + 1.0, lambda: open_whole_store(ranks, timeout_s))
     except (OSError, RuntimeError, ValueError) as error:
         raise could_not_join(ranks, timeout_s, error) from error
     # torchrun keeps its store over restarts.
@@ -81,30 +76,3 @@ def needs_store() -> Iterator[None]:
         raise PeerError(
             f"rank 0 cannot be reached any more: {str(error).splitlines()[0]}; look at its log."
         ) from error
-
-
-def _knock(ranks: Ranks, timeout_s: float) -> None:
-    """Try until somebody opens; torch's client would fill the log meanwhile."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        patience_s = min(max(deadline - time.monotonic(), 0.1), 5.0)
-        try:
-            socket.create_connection((ranks.address, ranks.port), timeout=patience_s).close()
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-        else:
-            return
-        time.sleep(0.1)
-
-
-def _tcp_store(ranks: Ranks, timeout_s: float, *, is_host: bool) -> Store:
-    return TCPStore(
-        ranks.address,
-        ranks.port,
-        world_size=ranks.world_size,
-        is_master=is_host,
-        timeout=timedelta(seconds=timeout_s),
-        wait_for_workers=False,
-        multi_tenant=True,  # the group opens it once more
-    )

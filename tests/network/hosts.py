@@ -1,85 +1,32 @@
-"""Two hosts on one machine: namespaces with names, addresses and processes of their own.
-
-What a host starts dies with it, and the hosts die with the test that made them.
-"""
+"""Two hosts and the cable between them, as namespaces; they die with the test that made them."""
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import time
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import pytest
 from launching import MULTINODE, environment
+from machines import Machine, what_is_missing
 
 NAMES = ("node1", "node2")
 PORT = "29400"
-TOOLS = {
-    "ip": "iproute2",
-    "tc": "iproute2",
-    "nft": "nftables",
-    "unshare": "util-linux",
-    "nsenter": "util-linux",
-}
-NAMESPACES = ("--net", "--uts", "--mount", "--pid")
-UNSHARE = ("unshare", *NAMESPACES, "--fork", "--kill-child", "--mount-proc")
-BOOT = """
-set -e
-hostname "$1"
-mount --bind "$2/hosts" /etc/hosts
-# Names from that file only: each question that no name server answers costs seconds.
-[ ! -e /etc/nsswitch.conf ] || mount --bind "$2/nsswitch.conf" /etc/nsswitch.conf
-ip link set lo up
-ip link add lost0 type veth peer name lost1 # an interface that leads nowhere
-ip address add "$3" dev lost0
-ip link set lost0 up
-ip link set lost1 up
-echo up
-read -r _ # bash waits for orphans meanwhile, as the first process must
-"""
+TOOLS = {"ip": "iproute2", "tc": "iproute2", "nft": "nftables"}
 
 
-class Host:
-    """A machine of the network; ``run`` does a command on it."""
+class Host(Machine):
+    """A machine of the network, with an interface ``lost0`` that leads nowhere."""
 
     def __init__(self, index, folder):
-        self.name = NAMES[index]
+        super().__init__(NAMES[index], folder)
         self.address = f"10.213.77.{index + 1}"
         self.lost_address = f"10.213.{78 + index}.1"
-        self._process = subprocess.Popen(
-            [
-                *UNSHARE,
-                "bash",
-                "-c",
-                BOOT,
-                "boot",
-                self.name,
-                str(folder),
-                f"{self.lost_address}/24",
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self._process.stdout.readline() == "up\n", f"{self.name} did not come up"
-        pid = self._process.pid
-        self.pid = int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
-
-    def command(self, *words):
-        enter = ["nsenter", f"--target={self.pid}", *NAMESPACES, f"--wdns={Path.cwd()}"]
-        return [*enter, *map(str, words)]
-
-    def run(self, *words):
-        subprocess.run(self.command(*words), check=True, timeout=20)
-
-    def power_off(self):
-        self._process.kill()
-        self._process.wait(20)
-        self._process.stdin.close()
-        self._process.stdout.close()
+        self.run("ip", "link", "add", "lost0", "type", "veth", "peer", "name", "lost1")
+        self.run("ip", "address", "add", f"{self.lost_address}/24", "dev", "lost0")
+        for end in ("lost0", "lost1"):
+            self.run("ip", "link", "set", end, "up")
 
 
 class Network:
@@ -203,23 +150,10 @@ def result_in(run_folder):
     return json.loads((run_folder / "result.json").read_text())
 
 
-def missing_parts():
-    """What this machine lacks for the tests, and how to get it; empty if nothing."""
-    if not hasattr(os, "geteuid") or os.geteuid() != 0:
-        return "the tests of two hosts need root; run them as root, in a container if you like"
-    lacking = sorted({package for tool, package in TOOLS.items() if not shutil.which(tool)})
-    if lacking:
-        return f"the tests of two hosts need tools: apt-get install {' '.join(lacking)}"
-    probe = [*UNSHARE, "ip", "link", "add", "type", "veth"]
-    if subprocess.run(probe, capture_output=True, check=False).returncode:
-        return "the tests of two hosts need network namespaces; run them in a privileged container"
-    return ""
-
-
 @contextmanager
 def two_hosts(folder):
     """Yield a network, or skip the test and say why; fail where REQUIRE_CLUSTER_TESTS is set."""
-    if lacking := missing_parts():
+    if lacking := what_is_missing(TOOLS):
         (pytest.fail if os.environ.get("REQUIRE_CLUSTER_TESTS") else pytest.skip)(lacking)
     network = Network(folder)
     try:

@@ -217,14 +217,14 @@ class Job:
     def signal(self, *options):
         self._cluster.run("scancel", *options, str(self.number))
 
-    def wait_until(self, holds, *, deadline_s=90):
+    def wait_until(self, holds, *, deadline_s=150):
         deadline = time.monotonic() + deadline_s
         while not (found := holds()):
             assert time.monotonic() < deadline, f"{self.facts()}\n{self.said}"
             time.sleep(0.05)
         return found
 
-    def end(self, task=None, *, deadline_s=120):
+    def end(self, task=None, *, deadline_s=180):
         """Return the final state, and how often it was requeued."""
 
         def final():
