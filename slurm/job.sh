@@ -99,7 +99,7 @@ conclude() {
         echo "a node may be dead; the job goes back into the queue within $wait_s s"
         sleep "$wait_s" &
         wait $!
-        requeue
+        [[ $ending ]] || requeue
         ;;
     esac
     exit "$code"

@@ -74,6 +74,7 @@ class Cluster:
 
     def __init__(self, folder, *, nodes, kill_wait_s=10, grace_s=20):
         self._folder = folder
+        self.configuration = folder / "slurm.conf"
         self._names = [f"node{index + 1}" for index in range(nodes)]
         self._machines = {}
         self._daemons = []
@@ -200,6 +201,7 @@ class Job:
 
     def __init__(self, cluster, number, folder):
         self._cluster = cluster
+        self.configuration = cluster.configuration
         self.number = number
         self.run_folder = folder / "runs" / "digits"
         self._said = folder / f"{number}.out"

@@ -171,8 +171,9 @@ def test_killed_rank_is_a_lost_machine_until_slurm_knows_better(cluster, undistu
 
 
 def kill_rank(job, rank):
-    """Kill a rank of a job, wherever it is."""
+    """Kill a rank of a job, wherever it is; other clusters have jobs of the same number."""
     wanted = {f"SLURM_JOB_ID={job.number}", f"SLURM_PROCID={rank}"}
+    wanted.add(f"SLURM_CONF={job.configuration}")
     for process in Path("/proc").glob("[0-9]*"):
         try:
             words = set((process / "environ").read_text().split("\0"))

@@ -81,7 +81,8 @@ def launch_lines(job, *, begin):
     python = f"({re.escape(shutil.which(sys.executable))}|{re.escape(sys.executable)})"
     lines = [line.rstrip() for line in job.said.splitlines() if line.startswith(begin)]
     lines = [re.sub(python, "python", line) for line in lines]
-    return sorted(re.sub(rf"\b{job.number}\b", "JOB", line) for line in lines)
+    place = rf"(digits\.logs/|--rdzv-id=){job.number}\b"
+    return sorted(re.sub(place, r"\1JOB", line) for line in lines)
 
 
 def test_what_one_torchrun_on_each_node_is_told(cluster, tmp_path):
