@@ -1,6 +1,6 @@
 """The run, described: models, and the way from files, environment and command line to them."""
 
-from ddp_sgd.config.changes import changes_that_matter, rank_batch
+from ddp_sgd.config.changes import changes_that_matter, leaves, rank_batch
 from ddp_sgd.config.command_line import CommandLine, dump_yaml, load_config, read_command_line
 from ddp_sgd.config.options import Option
 from ddp_sgd.config.schema import RunConfig
@@ -34,6 +34,7 @@ __all__ = [
     "WandbConfig",
     "changes_that_matter",
     "dump_yaml",
+    "leaves",
     "load_config",
     "rank_batch",
     "read_command_line",

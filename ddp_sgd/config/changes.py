@@ -21,8 +21,8 @@ def changes_that_matter(before: Mapping[str, Any], now: RunConfig) -> list[str]:
     Returns:
         Lines such as ``optim.lr was 0.05, is 0.1``.
     """
-    old, new = dict(_leaves(before)), dict(_leaves(now.model_dump(mode="json")))
-    default = dict(_leaves(RunConfig().model_dump(mode="json")))
+    old, new = dict(leaves(before)), dict(leaves(now.model_dump(mode="json")))
+    default = dict(leaves(RunConfig().model_dump(mode="json")))
     changes = []
     for key in sorted(old.keys() | new.keys()):
         was, is_now = (values.get(key, default.get(key)) for values in (old, new))
@@ -42,9 +42,15 @@ def rank_batch(config: Mapping[str, Any]) -> int:
     return int(data.get("batch_size", 0)) * int(data.get("accumulate", 0))
 
 
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted keys of nested mappings, each with its value.
+
+    Args:
+        value: Mappings within mappings; an empty one is a value.
+        path: Key of the whole.
+    """
     if not isinstance(value, Mapping) or not value:
         yield path, value
         return
     for key, item in value.items():
-        yield from _leaves(item, f"{path}.{key}" if path else str(key))
+        yield from leaves(item, f"{path}.{key}" if path else str(key))

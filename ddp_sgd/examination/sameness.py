@@ -3,7 +3,7 @@
 import json
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from operator import itemgetter
 from pathlib import PurePath
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddp_sgd.config import RunConfig
+from ddp_sgd.config import RunConfig, leaves
 
 _MAY_DIFFER = ("output_dir", "wandb", "runtime.device", "runtime.backend", "data.workers")
 """Keys that a host may have of its own: what rank 0 alone writes, where a rank computes, and how
@@ -59,7 +59,7 @@ def settings_that_agree(config: RunConfig) -> dict[str, str]:
     """
     return {
         key: "a path of its own" if _is_place_of_data(key, value) else json.dumps(value)
-        for key, value in sorted(_leaves(config.model_dump(mode="json")), key=itemgetter(0))
+        for key, value in sorted(leaves(config.model_dump(mode="json")), key=itemgetter(0))
         if not any(key == name or key.startswith(f"{name}.") for name in _MAY_DIFFER)
     }
 
@@ -67,11 +67,3 @@ def settings_that_agree(config: RunConfig) -> dict[str, str]:
 def _is_place_of_data(key: str, value: Any) -> bool:
     is_argument = key.startswith(("data.train.init_args.", "data.eval.init_args."))
     return is_argument and isinstance(value, str) and PurePath(value).is_absolute()
-
-
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if not isinstance(value, Mapping) or not value:
-        yield path, value
-        return
-    for key, item in value.items():
-        yield from _leaves(item, f"{path}.{key}" if path else str(key))
