@@ -24,7 +24,7 @@ from ddp_sgd.config import RunConfig
 from ddp_sgd.engine.capture import capture
 from ddp_sgd.engine.checkpoint import SavedCheckpoints
 from ddp_sgd.engine.state import State
-from ddp_sgd.optim.sgd import build_sgd
+from ddp_sgd.optim.sgd import SGD, build_sgd
 from ddp_sgd.plan import make_plan
 
 
@@ -88,11 +88,11 @@ def measure(folder: Path, megabytes: float, rounds: int) -> str:
     return _report(times, quiet, megabytes, rounds, told)
 
 
-def _model(megabytes: float) -> tuple[nn.Module, torch.optim.SGD]:
+def _model(megabytes: float) -> tuple[nn.Module, SGD]:
     width = 1024
     layers = round(megabytes * 1e6 / 2 / 4 / width / width)
     model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
-    return model, build_sgd(model, lr=0.1, momentum=0.9)
+    return model, build_sgd(model, momentum=0.9)
 
 
 def _timed(work) -> float:  # noqa: ANN001

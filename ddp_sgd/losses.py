@@ -52,20 +52,30 @@ class Objective:
             weight = self._loss.weight
             self._weight = None if weight is None else weight.detach().double().cpu()
 
-    def total(self, outputs: Any, targets: Any, samples: int) -> torch.Tensor:
-        """Sum the loss over the units of a micro-batch.
+    def __call__(self, outputs: Any, targets: Any) -> torch.Tensor:
+        """Compute the loss of a micro-batch, which times ``weight`` is the sum over its units.
 
         Args:
             outputs: What the model returned.
             targets: What the data set gave.
-            samples: True number of samples; with 0 the result is 0, with gradients of 0.
 
         Returns:
             Tensor without dimensions.
         """
-        factor = samples if self.counts_samples else min(samples, 1)
-        total: torch.Tensor = self._loss(outputs, targets) * factor
-        return total
+        loss: torch.Tensor = self._loss(outputs, targets)
+        return loss
+
+    def weight(self, samples: int) -> int:
+        """Tell by what the loss of a micro-batch is multiplied: a mean by its samples, a sum by 1.
+
+        Args:
+            samples: True number of samples; with 0 the result is 0.
+        """
+        return samples if self.counts_samples else min(samples, 1)
+
+    def total(self, outputs: Any, targets: Any, samples: int) -> torch.Tensor:
+        """Sum the loss over the units of a micro-batch; without samples it is 0."""
+        return self(outputs, targets) * self.weight(samples)
 
     def units(self, targets: torch.Tensor, samples: int) -> float:
         """Count the units of a micro-batch, for a loss that weighs targets.

@@ -12,7 +12,7 @@ import coverage
 from ddp_sgd.distributed.addresses import free_port
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.optim", "numpy", "ddp_sgd.engine.fit"])
+_CONTEXT.set_forkserver_preload(["torch", "numpy", "ddp_sgd.engine.fit"])
 
 
 class RankError(Exception):

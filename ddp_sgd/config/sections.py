@@ -251,7 +251,12 @@ class WandbConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the replicas are kept equal; see torch.nn.parallel.DistributedDataParallel."""
+    """How the replicas are kept equal."""
+
+    replica: Literal["auto", "ddp", "flat"] = "auto"
+    """ddp: torch.nn.parallel.DistributedDataParallel, which reduces gradients during the backward
+    pass; flat: one all-reduce after it; auto: flat where all gradients fit into one bucket, else
+    ddp. A rank that is alone needs neither."""
 
     bucket_mb: Positive = 25.0
     """Size of the pieces in which gradients are reduced, in MiB, above 0."""

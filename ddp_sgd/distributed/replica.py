@@ -2,13 +2,17 @@
 
 import inspect
 from contextlib import AbstractContextManager, nullcontext
+from itertools import groupby
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddp_sgd.distributed.collectives import broadcast_over_ranks
+from ddp_sgd.config.sections import ParallelConfig
+from ddp_sgd.distributed.collectives import broadcast_over_ranks, sum_over_ranks
 from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.errors import ConfigError
 
 # Rank 0's buffers are what counts in the end, and normalization layers do not read them in
 # training: they are sent when somebody looks, not at every step. The argument was renamed between
@@ -21,59 +25,157 @@ _NO_BUFFERS_IN_FORWARD: dict[str, Any] = (
 
 
 class Replica:
-    """A model whose gradients are the mean over all ranks. Alone, it is the model and nothing else.
+    """A model whose gradients are summed over ranks; this one is alone, and adds nothing.
 
     Args:
-        model: The model, on the runtime's device; its weights become rank 0's.
+        model: The model, on the runtime's device.
         runtime: This process.
-        bucket_mb: Size of the pieces in which gradients are reduced, in MiB.
-        gradient_as_bucket_view: Let gradients live in the reduced buffers.
-        static_graph: Promise that every step uses the same parameters in the same order.
-        find_unused_parameters: Search each step for parameters that got no gradient.
 
     Attributes:
-        inner: The model as the user built it; evaluation calls this one, since a forward pass of
-            the wrapper may talk to the other ranks.
+        inner: The model as the user built it; evaluation calls this one, since a forward pass of a
+            wrapper may talk to the other ranks.
+        forward: What a training step calls.
+        divisor: What the replica divides the sum over ranks by.
+        meets_in: Phase of a step in which ranks wait for each other; None if they never do.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        runtime: Runtime,
-        *,
-        bucket_mb: float = 25.0,
-        gradient_as_bucket_view: bool = True,
-        static_graph: bool = False,
-        find_unused_parameters: bool = False,
-    ) -> None:
-        self.inner = model
-        self._runtime = runtime
-        self._ddp = (
-            None
-            if runtime.alone
-            else DistributedDataParallel(
-                model,
-                device_ids=None if runtime.device.type == "cpu" else [runtime.device],
-                **_NO_BUFFERS_IN_FORWARD,
-                bucket_cap_mb=bucket_mb,
-                gradient_as_bucket_view=gradient_as_bucket_view,
-                static_graph=static_graph,
-                find_unused_parameters=find_unused_parameters,
-            )
-        )
-        self.forward: nn.Module = self._ddp or model
-        self.sync_buffers()
+    meets_in: str | None = None
 
-    def sync_gradients(self, *, when: bool) -> AbstractContextManager[None]:
+    def __init__(self, model: nn.Module, runtime: Runtime) -> None:
+        self.inner = model
+        self.forward: nn.Module = model
+        self.divisor = 1
+        self._runtime = runtime
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def sync_gradients(self, *, when: bool) -> AbstractContextManager[None]:  # noqa: ARG002
         """Reduce gradients over ranks in the backward pass, or let them add up locally.
 
         Args:
             when: True in the last micro-batch of a step.
         """
-        if self._ddp is None or when:
-            return nullcontext()
-        return self._ddp.no_sync()
+        return nullcontext()
+
+    def reduce(self) -> list[torch.Tensor]:
+        """Finish the reduction after the last backward pass of a step.
+
+        Returns:
+            The whole gradient in as few tensors as there are; each parameter has its part in
+            ``grad``.
+        """
+        return [p.grad for p in self._parameters if p.grad is not None]
 
     def sync_buffers(self) -> None:
         """Replace the buffers, such as running statistics, by those of rank 0."""
         broadcast_over_ranks(self.inner.buffers(), self._runtime)
+
+
+class FlatReplica(Replica):
+    """Gradients are gathered in one buffer for each type, which is summed over ranks in one call.
+
+    Where all gradients fit into one bucket there is nothing that a wrapper could overlap with the
+    backward pass. Norm and check take one call, too, so that this is quicker on one rank as well.
+    Weights and buffers become rank 0's.
+    """
+
+    meets_in = "reducing gradients"
+
+    def __init__(self, model: nn.Module, runtime: Runtime) -> None:
+        super().__init__(model, runtime)
+        broadcast_over_ranks((p.detach() for p in model.parameters()), runtime)
+        self.sync_buffers()
+        self._buffers: list[torch.Tensor] = []
+        self._views: list[torch.Tensor] = []
+        self._parameters.sort(key=lambda p: str(p.dtype))  # stable: in the order of the model
+        for _, group in groupby(self._parameters, key=lambda p: p.dtype):
+            shapes = [p.shape for p in group]
+            sizes = [shape.numel() for shape in shapes]
+            dtype = self._parameters[len(self._views)].dtype
+            buffer = torch.zeros(sum(sizes), dtype=dtype, device=runtime.device)
+            self._buffers.append(buffer)
+            parts = zip(torch.split(buffer, sizes), shapes, strict=True)
+            self._views += [part.view(shape) for part, shape in parts]
+
+    def reduce(self) -> list[torch.Tensor]:
+        """Gather the gradients of this rank in the buffers, and sum these over ranks.
+
+        Raises:
+            ConfigError: A parameter has no gradient, on one of several ranks.
+        """
+        gradients = super().reduce()
+        if len(gradients) < len(self._views):
+            if self._runtime.alone:
+                return gradients
+            raise unused_parameters()
+        torch._foreach_copy_(self._views, gradients)
+        for p, view in zip(self._parameters, self._views, strict=True):
+            p.grad = view
+        return [sum_over_ranks(buffer, self._runtime) for buffer in self._buffers]
+
+
+class WrappedReplica(Replica):
+    """A model in DistributedDataParallel, which reduces buckets while the backward pass goes on.
+
+    Weights and buffers become rank 0's.
+
+    Args:
+        model: The model, on the runtime's device.
+        runtime: This process.
+        options: Arguments of the wrapper.
+    """
+
+    meets_in = "backward pass"
+
+    def __init__(self, model: nn.Module, runtime: Runtime, **options: Any) -> None:
+        super().__init__(model, runtime)
+        self._ddp = DistributedDataParallel(
+            model,
+            device_ids=None if runtime.device.type == "cpu" else [runtime.device],
+            **_NO_BUFFERS_IN_FORWARD,
+            **options,
+        )
+        self.forward = self._ddp
+        self.divisor = runtime.world_size
+        self.sync_buffers()
+
+    def sync_gradients(self, *, when: bool) -> AbstractContextManager[None]:
+        """Reduce gradients over ranks in the backward pass, or let them add up locally."""
+        return nullcontext() if when else self._ddp.no_sync()
+
+
+def replicate(model: nn.Module, runtime: Runtime, config: ParallelConfig) -> Replica:
+    """Keep a model equal on all ranks, in the way that costs least.
+
+    With ``parallel.replica: auto`` gradients that fit into one bucket are reduced by one call after
+    the backward pass. Larger ones, and what only DistributedDataParallel can do, are reduced by
+    that, or, on one rank, left as they are.
+
+    Args:
+        model: The model, on the runtime's device; its weights become rank 0's.
+        runtime: This process.
+        config: Section ``parallel`` of the configuration.
+    """
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    only_ddp = config.static_graph or config.find_unused_parameters
+    fits = trained <= config.bucket_mb * 2**20 and not only_ddp
+    if config.replica == "flat" or (config.replica == "auto" and fits):
+        return FlatReplica(model, runtime)
+    if runtime.alone:
+        return Replica(model, runtime)
+    return WrappedReplica(
+        model,
+        runtime,
+        bucket_cap_mb=config.bucket_mb,
+        gradient_as_bucket_view=config.gradient_as_bucket_view,
+        static_graph=config.static_graph,
+        find_unused_parameters=config.find_unused_parameters,
+    )
+
+
+def unused_parameters() -> ConfigError:
+    """Say that a step left parameters without a gradient, and what to do."""
+    return ConfigError(
+        "parallel.find_unused_parameters is false, but a step left parameters of the model "
+        "without a gradient; set parallel.find_unused_parameters=true, or "
+        "remove the parameters."
+    )

@@ -16,6 +16,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from ddp_sgd.distributed.board import NOTE_S, Board
 from ddp_sgd.distributed.collectives import gather_over_ranks
+from ddp_sgd.distributed.pulse import Pulse
 from ddp_sgd.distributed.ranks import is_orphaned
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.distributed.verdict import Note, Place, Verdict, describe_hang, find_culprits
@@ -34,42 +35,6 @@ _LAST_WORDS_S = 60.0
 """Longest wait for ``on_hang``."""
 _SILENT_POLLS = 5
 """Unanswered polls in a row after which the host of the store counts as frozen."""
-
-
-class Pulse:
-    """Where the training thread is; that thread alone writes, the watch looks on, without a lock.
-
-    Attributes:
-        step: Step of the run.
-        phase: What is being done, such as ``reading data``.
-        count: Phases entered: comparable, since all ranks enter the same phases in the same order.
-        ticks: Signs of life, phases included.
-    """
-
-    __slots__ = ("count", "phase", "step", "ticks")
-
-    def __init__(self) -> None:
-        self.step = 0
-        self.phase = "start"
-        self.count = 0
-        self.ticks = 0
-
-    def at(self, phase: str, step: int | None = None) -> None:
-        """Enter a phase that every rank enters, in the same order.
-
-        Args:
-            phase: Its name, for people.
-            step: Step of the run; None keeps the one before.
-        """
-        if step is not None:
-            self.step = step
-        self.phase = phase
-        self.count += 1
-        self.ticks += 1
-
-    def tick(self) -> None:
-        """Show life within a phase; ranks may do so unequally often."""
-        self.ticks += 1
 
 
 @contextmanager

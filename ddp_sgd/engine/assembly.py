@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import SGD
 
 from ddp_sgd.building import build
 from ddp_sgd.checkpointing.reading import read_tensors
@@ -15,9 +14,9 @@ from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.data.loading import EvalLoader, TrainLoader
 from ddp_sgd.data.order import Chunks, Order
 from ddp_sgd.distributed.collectives import broadcast_over_ranks
-from ddp_sgd.distributed.replica import Replica
+from ddp_sgd.distributed.pulse import Pulse
+from ddp_sgd.distributed.replica import Replica, replicate
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.distributed.watch import Pulse
 from ddp_sgd.engine.capture import describe_loss, velocities
 from ddp_sgd.engine.evaluation import Metrics, Score, evaluate
 from ddp_sgd.engine.restoring import (
@@ -31,11 +30,12 @@ from ddp_sgd.engine.restoring import (
 from ddp_sgd.engine.resume import Past
 from ddp_sgd.engine.state import State
 from ddp_sgd.engine.step import Stepper, model_generators
+from ddp_sgd.engine.time_shares import TimeShares
 from ddp_sgd.engine.trial import check_dataset, check_normalization, try_out
 from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.losses import LossFunction
 from ddp_sgd.optim.schedule import Schedule, build_schedule
-from ddp_sgd.optim.sgd import build_sgd
+from ddp_sgd.optim.sgd import SGD, build_sgd
 from ddp_sgd.plan import Plan
 from ddp_sgd.seeds import seed_for
 
@@ -75,6 +75,7 @@ class Job:
         state: Where the run stands.
         skip: Samples at the head of the next step that were trained already.
         pulse: What is being done, for those who watch.
+        shares: Where the time goes.
     """
 
     plan: Plan
@@ -90,6 +91,7 @@ class Job:
     state: State
     skip: int
     pulse: Pulse
+    shares: TimeShares
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step."""
@@ -179,8 +181,8 @@ def assemble(config: RunConfig, parts: Parts, runtime: Runtime, past: Past) -> J
         parts.loss.to(runtime.device)
     check_normalization(model, plan)
     objective = try_out(model, parts.loss, parts.train_set, "data.train", runtime.device)
-    optimizer = _optimizer(config, model, plan)
-    replica = Replica(model, runtime, **config.parallel.model_dump())  # weights are rank 0's now
+    optimizer = _optimizer(config, model)
+    replica = replicate(model, runtime, config.parallel)  # weights are rank 0's now
     if saved:
         restore_velocities(model, optimizer, saved)
     if past.header:
@@ -201,13 +203,13 @@ def assemble(config: RunConfig, parts: Parts, runtime: Runtime, past: Past) -> J
         state=state,
         skip=skip,
         pulse=pulse,
+        shares=TimeShares(pulse, runtime, replica.meets_in),
     )
 
 
-def _optimizer(config: RunConfig, model: nn.Module, plan: Plan) -> SGD:
+def _optimizer(config: RunConfig, model: nn.Module) -> SGD:
     return build_sgd(
         model,
-        lr=plan.base_lr,
         momentum=config.optim.momentum,
         nesterov=config.optim.nesterov,
         weight_decay=config.optim.weight_decay,

@@ -12,9 +12,11 @@ from torch import nn
 from ddp_sgd import __version__
 from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.config.schema import RunConfig
+from ddp_sgd.data.permutation import ORDER
 from ddp_sgd.engine.state import State
 from ddp_sgd.errors import ConfigError
 from ddp_sgd.losses import LossFunction
+from ddp_sgd.optim.sgd import SGD
 from ddp_sgd.plan import Plan
 
 Tree = Mapping[str, Any]
@@ -27,7 +29,7 @@ def capture(
     state: State,
     *,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: SGD,
     plan: Plan,
     config: RunConfig,
     run_id: str,
@@ -65,6 +67,7 @@ def capture(
             "ddp_sgd": __version__,
             "python": platform.python_version(),
             "torch": str(torch.__version__),
+            "order": ORDER,
         },
     )
     momentum = dict(velocities(model, optimizer))
@@ -95,14 +98,12 @@ def refuse_foreign(tree: Any, path: str = "model") -> None:
         )
 
 
-def velocities(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> list[tuple[str, torch.Tensor]]:
-    """List the momentum buffers with the names of their parameters, in the order of the model."""
+def velocities(model: nn.Module, optimizer: SGD) -> list[tuple[str, torch.Tensor]]:
+    """List the velocities with the names of their parameters, in the order of the model."""
     return [
-        (name, optimizer.state[parameter]["momentum_buffer"])
+        (name, optimizer.velocities[parameter])
         for name, parameter in model.named_parameters()
-        if "momentum_buffer" in optimizer.state.get(parameter, {})
+        if parameter in optimizer.velocities
     ]
 
 

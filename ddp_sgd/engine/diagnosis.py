@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
+from ddp_sgd.distributed.replica import unused_parameters
 from ddp_sgd.errors import ConfigError, DataError, DivergedError
 
 _PATIENCE = 10
@@ -33,11 +34,7 @@ def plain_faults() -> Iterator[None]:
             raise _label_out_of_range(error) from error
         if "finished reduction in the prior iteration" not in str(error):
             raise
-        raise ConfigError(
-            "parallel.find_unused_parameters is false, but a step left parameters of the model "
-            "without a gradient; set parallel.find_unused_parameters=true, or "
-            "remove the parameters."
-        ) from error
+        raise unused_parameters() from error
     except IndexError as error:
         if not re.search(r"Target -?\d+ is out of bounds", str(error)):
             raise

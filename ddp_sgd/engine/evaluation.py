@@ -10,8 +10,8 @@ from torch import nn
 
 from ddp_sgd.data.loading import EvalLoader, move
 from ddp_sgd.distributed.collectives import sum_over_ranks
+from ddp_sgd.distributed.pulse import Pulse
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.distributed.watch import Pulse
 from ddp_sgd.losses import Objective
 
 Metrics = dict[str, float | int]

@@ -96,7 +96,7 @@ def fit(
                 heartbeat = _heartbeat(config, job, runtime, wish, deadline)
                 every = config.eval.every_epochs
                 Loop(job, heartbeat, checkpoints, report, deadline, score_every=every).run()
-                ending = conclude(job.state, job.plan, job.replica, runtime)
+                ending = conclude(job.state, job.plan, job.replica, job.shares, runtime)
             report.end(ending.as_row())
             return ending
 
@@ -108,8 +108,8 @@ def _heartbeat(
         job.plan,
         runtime,
         wish,
-        Timetable(config.checkpoint, job.plan),
+        Timetable(config.checkpoint, job.plan, row_steps=config.log.every_steps),
         deadline,
-        every_steps=config.log.every_steps,
-        state=job.state,
+        job.shares,
+        job.state,
     )

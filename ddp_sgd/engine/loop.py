@@ -76,7 +76,7 @@ class Loop:
         result = job.stepper.step(batches, lr)
         state.step += 1
         job.pulse.at("heartbeat")
-        beat = self._heartbeat.after(state.step, result, lr=lr, wait_s=batches.wait_s)
+        beat = self._heartbeat.after(state.step, result, lr=lr)
         if beat:
             state.skipped = beat.skipped
             self._report.train(beat.row)
@@ -105,5 +105,4 @@ class Loop:
             return False
         self._report.eval(state.scores)
         self._deadline.score_s = time.perf_counter() - start
-        self._heartbeat.restart_clock()
         return True

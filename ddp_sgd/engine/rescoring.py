@@ -14,8 +14,8 @@ from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.checkpointing.reading import find_checkpoint, read_tensors
 from ddp_sgd.config import RunConfig
 from ddp_sgd.distributed.collectives import broadcast_over_ranks, from_rank_0
+from ddp_sgd.distributed.pulse import Pulse
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.distributed.watch import Pulse
 from ddp_sgd.engine.assembly import build_scorer, ready_loss, ready_model
 from ddp_sgd.engine.capture import describe_loss
 from ddp_sgd.engine.diagnosis import plain_faults

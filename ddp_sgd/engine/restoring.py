@@ -12,12 +12,14 @@ from ddp_sgd.checkpointing.comparing import misfits
 from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.checkpointing.reading import read_tensors
 from ddp_sgd.config import RunConfig, rank_batch
+from ddp_sgd.data.permutation import ORDER
 from ddp_sgd.distributed.collectives import broadcast_over_ranks, from_rank_0
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.capture import describe_loss, velocities
 from ddp_sgd.engine.state import State
 from ddp_sgd.errors import RefusedError
 from ddp_sgd.losses import LossFunction
+from ddp_sgd.optim.sgd import SGD
 from ddp_sgd.plan import Plan, make_plan
 
 
@@ -94,6 +96,9 @@ def refuse_misfit(
         differences.append(f"data.train had {header.plan['samples']} samples, has {samples}")
     if header.loss != loss:
         differences.append(f"the loss was {header.loss}, is {loss}")
+    order = header.versions.get("order", "torch.randperm")
+    if header.position and order != ORDER:  # some samples of the epoch would count twice
+        differences.append(f"the order of samples was {order}, is {ORDER}")
     if differences:
         raise _misfit(header.step, differences)
 
@@ -161,10 +166,8 @@ def share_other_state(model: nn.Module, runtime: Runtime) -> None:
     model.load_state_dict(from_rank_0(other, runtime), strict=False)
 
 
-def restore_velocities(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Any]
-) -> None:
-    """Put the momentum buffers back; one that was not saved, such as without momentum, stays."""
+def restore_velocities(model: nn.Module, optimizer: SGD, tensors: Mapping[str, Any]) -> None:
+    """Put the velocities back; one that was not saved, such as without momentum, stays."""
     saved = tensors["optimizer"]["momentum_buffer"]
     for name, buffer in velocities(model, optimizer):
         if name in saved:

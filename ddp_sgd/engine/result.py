@@ -11,6 +11,7 @@ from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.digest import weights_digest
 from ddp_sgd.engine.evaluation import Metrics
 from ddp_sgd.engine.state import State
+from ddp_sgd.engine.time_shares import TimeShares, is_share
 from ddp_sgd.errors import ExitCode
 from ddp_sgd.plan import Plan
 
@@ -27,6 +28,7 @@ class RunResult:
         samples: Samples trained.
         world_size: Ranks.
         scores: The last evaluation, by name.
+        shares: Where the time of this life went, from ``TimeShares.summary``.
         weights_digest: SHA-256 of all parameters and buffers.
     """
 
@@ -37,6 +39,7 @@ class RunResult:
     samples: int
     world_size: int
     scores: Metrics
+    shares: Metrics
     weights_digest: str
 
     def as_row(self) -> dict[str, Any]:
@@ -49,6 +52,7 @@ class RunResult:
             "samples": self.samples,
             "world_size": self.world_size,
             **self.scores,
+            **self.shares,
             "weights_digest": self.weights_digest,
         }
 
@@ -69,13 +73,16 @@ def read_result(folder: Path) -> RunResult | None:
             samples=row["samples"],
             world_size=row["world_size"],
             scores={key: value for key, value in row.items() if key.startswith("eval/")},
+            shares={key: value for key, value in row.items() if is_share(key)},
             weights_digest=row["weights_digest"],
         )
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
-def conclude(state: State, plan: Plan, replica: Replica, runtime: Runtime) -> RunResult:
+def conclude(
+    state: State, plan: Plan, replica: Replica, shares: TimeShares, runtime: Runtime
+) -> RunResult:
     """Compare the replicas and say how the run ended.
 
     Raises:
@@ -94,5 +101,6 @@ def conclude(state: State, plan: Plan, replica: Replica, runtime: Runtime) -> Ru
         samples=plan.samples_at(state.step),
         world_size=runtime.world_size,
         scores=state.scores,
+        shares=shares.summary(),
         weights_digest=digests[0],
     )

@@ -1,4 +1,4 @@
-"""When the state is saved, and when the run must be over."""
+"""When a row is written, when the state is saved, and when the run must be over."""
 
 import time
 from collections.abc import Mapping
@@ -13,19 +13,25 @@ _LEAVING_S = 3.0
 
 
 class Timetable:
-    """When the state is saved.
+    """When a row of metrics is written, and when the state is saved.
 
     Args:
         config: Section ``checkpoint`` of the configuration.
         plan: The run's arithmetic.
+        row_steps: Steps between rows, at least 1.
     """
 
-    def __init__(self, config: CheckpointConfig, plan: Plan) -> None:
+    def __init__(self, config: CheckpointConfig, plan: Plan, *, row_steps: int) -> None:
         self._config = config
         self._plan = plan
+        self._row_steps = row_steps
         self._last_save = time.monotonic()
 
-    def is_due_at(self, step: int) -> bool:
+    def row_is_due_at(self, step: int) -> bool:
+        """Whether a row is written after this many steps, as at the end of every epoch."""
+        return step % self._row_steps == 0 or step % self._plan.steps_per_epoch == 0
+
+    def save_is_due_at(self, step: int) -> bool:
         """Whether the plan asks for a save after this many steps; known to all ranks beforehand."""
         steps, epochs = self._config.every_steps, self._config.every_epochs
         return (
@@ -34,7 +40,7 @@ class Timetable:
             or (epochs is not None and self._plan.ends_epochs(step, epochs))
         )
 
-    def is_due_now(self) -> bool:
+    def save_is_due_now(self) -> bool:
         """Whether the clock of this rank asks for a save; the ranks must agree on the answer."""
         minutes = self._config.every_minutes
         return minutes is not None and time.monotonic() - self._last_save >= 60 * minutes

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Sized
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -81,7 +82,7 @@ def try_out(
         DataError: The samples cannot be read, or labels lie out of range.
         ConfigError: Model, loss and samples do not fit together.
     """
-    request = Request(EVAL_EPOCH, list(range(min(2, len(dataset)))))
+    request = Request(EVAL_EPOCH, np.arange(min(2, len(dataset))))
     batch = Fetcher(dataset, where, seed=0).__getitems__(request)
     if isinstance(batch, Unreadable):
         raise DataError(batch.message)

@@ -1,10 +1,13 @@
+"""Three ways to keep a model equal, one result."""
+
 import pytest
 import torch
 from ranks import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddp_sgd.distributed.replica import Replica
+from ddp_sgd.config.sections import ParallelConfig
+from ddp_sgd.distributed.replica import FlatReplica, Replica, WrappedReplica, replicate
 from ddp_sgd.distributed.runtime import Runtime
 
 
@@ -14,59 +17,124 @@ def model(seed=0):
 
 
 def gradients(replica):
-    return torch.cat([p.grad.flatten() for p in replica.inner.parameters()]).tolist()
+    return torch.cat([p.grad.flatten() for p in replica.inner.parameters()])
 
 
-def test_alone_the_model_is_not_wrapped():
+@pytest.mark.parametrize("options", [{}, {"replica": "ddp"}, {"bucket_mb": 1e-5}])
+def test_alone_the_model_is_not_wrapped(options):
     inner = model()
-    replica = Replica(inner, Runtime())
+    replica = replicate(inner, Runtime(), ParallelConfig(**options))
+    assert type(replica) is (Replica if options else FlatReplica)
     assert replica.forward is replica.inner is inner
+    assert replica.divisor == 1
     with replica.sync_gradients(when=False):
         replica.forward(torch.ones(2, 3)).sum().backward()
+    own = gradients(replica)
+    parts = replica.reduce()
+    assert torch.equal(torch.cat([part.flatten() for part in parts]), own)
+    assert torch.equal(gradients(replica), own)
     replica.sync_buffers()
+
+
+def test_alone_a_parameter_may_go_without_a_gradient():
+    replica = FlatReplica(model(), Runtime())
+    replica.forward(torch.ones(2, 3)).sum().backward()
+    replica.inner[2].bias.grad = None
+    assert len(replica.reduce()) == 5
 
 
 def work(runtime, options):
-    replica = Replica(model(seed=runtime.rank), runtime, **options)
-    weights = torch.cat([p.detach().flatten() for p in replica.inner.parameters()]).tolist()
+    """The sum over ranks of gradients of two passes."""
+    replica = replicate(model(seed=runtime.rank), runtime, ParallelConfig(**options))
+    weights = torch.cat([p.detach().flatten() for p in replica.inner.parameters()])
     inputs = torch.arange(12.0).reshape(4, 3) * (1 + runtime.rank)
     with replica.sync_gradients(when=False):
         (replica.forward(inputs) ** 2).sum().backward()
-    apart = gradients(replica)
+    apart = gradients(replica).clone()
     with replica.sync_gradients(when=True):
-        (replica.forward(inputs) ** 2).sum().backward()
+        (replica.forward(inputs) ** 2).sum().mul(replica.divisor).backward()
+    parts = replica.reduce()
+    whole = torch.cat([part.flatten() for part in parts])
     together = gradients(replica)
     before = replica.inner[1].running_mean.tolist()
     replica.sync_buffers()
-    after = [b.tolist() for b in replica.inner.buffers()]
-    return (
-        weights,
-        apart,
-        together,
-        before,
-        after,
-        isinstance(replica.forward, DistributedDataParallel),
-    )
+    return {
+        "weights": weights.tolist(),
+        "apart": apart.tolist(),
+        "together": together.tolist(),
+        "whole": sorted(whole.tolist()) == sorted(together.tolist()),
+        "parts": len(parts),
+        "before": before,
+        "after": [b.tolist() for b in replica.inner.buffers()],
+        "kind": type(replica).__name__,
+        "wrapped": isinstance(replica.forward, DistributedDataParallel),
+    }
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"bucket_mb": 1e-5}, {"gradient_as_bucket_view": False}, {"find_unused_parameters": True}],
-)
-def test_ranks_share_weights_gradients_and_in_the_end_buffers(options):
+FLAT, DDP = "FlatReplica", "WrappedReplica"
+OPTIONS = [
+    ({}, FLAT),
+    ({"replica": "ddp"}, DDP),
+    ({"bucket_mb": 1e-5}, DDP),
+    ({"bucket_mb": 1e-5, "replica": "flat"}, FLAT),
+    ({"replica": "ddp", "gradient_as_bucket_view": False}, DDP),
+    ({"find_unused_parameters": True}, DDP),
+]
+
+
+@pytest.mark.parametrize(("options", "kind"), OPTIONS)
+def test_ranks_share_weights_gradients_and_in_the_end_buffers(options, kind):
     first, second = run_ranks(2, work, options)
-    assert first[0] == second[0]  # rank 0's weights
-    assert first[1] != second[1]  # not reduced yet
-    assert first[2] == second[2]  # reduced, equal to the last bit
-    assert first[3] != second[3]  # each its own running statistics
-    assert first[4] == second[4]
-    assert first[4][0] == first[3]  # rank 0's
-    assert first[5]
-    assert second[5]
+    assert first["kind"] == second["kind"] == kind
+    assert first["wrapped"] == (kind == DDP)
+    assert first["parts"] == (1 if kind == FLAT else 6)
+    assert first["whole"]
+    assert first["weights"] == second["weights"]  # rank 0's
+    assert first["apart"] != second["apart"]  # not reduced yet
+    assert first["together"] == second["together"]  # reduced, equal to the last bit
+    assert first["before"] != second["before"]  # each its own running statistics
+    assert first["after"] == second["after"]
+    assert first["after"][0] == first["before"]  # rank 0's
+
+
+def mixed(runtime):
+    """Parameters of two types, one of them not contiguous, one frozen."""
+    inner = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2).double(), nn.Linear(2, 2))
+    inner[0].weight.data = torch.arange(12.0).reshape(3, 4).t()
+    inner[2].requires_grad_(False)
+    replica = FlatReplica(inner, runtime)
+    loss = inner[1](inner[0](torch.full((1, 3), 1.0 + runtime.rank)).double()).sum()
+    loss.backward()
+    own = [p.grad.numpy().copy() for p in inner.parameters() if p.requires_grad]
+    parts = replica.reduce()
+    reduced = [p.grad.numpy().copy() for p in inner.parameters() if p.requires_grad]
+    return own, reduced, [str(p.dtype) for p in parts]
+
+
+def test_a_buffer_for_each_type():
+    (own_0, sum_0, types), (own_1, sum_1, _) = run_ranks(2, mixed)
+    assert types == ["torch.float32", "torch.float64"]
+    for a, b, one, other in zip(own_0, own_1, sum_0, sum_1, strict=True):
+        assert (one == other).all()
+        assert (one == a + b).all()
+
+
+def forget_one(runtime, kind):
+    inner = model()
+    replica = FlatReplica(inner, runtime) if kind == "flat" else WrappedReplica(inner, runtime)
+    replica.forward(torch.ones(2, 3)).sum().backward()
+    inner[2].bias.grad = None
+    replica.reduce()
+
+
+def test_a_parameter_without_a_gradient_is_a_fault_of_the_configuration():
+    for error in run_ranks(2, forget_one, "flat", raises=True):
+        assert error.error in ("ConfigError", "FaultElsewhereError")
+        assert "set parallel.find_unused_parameters=true" in error.text
 
 
 def forward_alone(runtime):
-    replica = Replica(model(), runtime)
+    replica = replicate(model(), runtime, ParallelConfig(replica="ddp"))
     if runtime.rank == 0:  # a forward pass must not wait for the other ranks
         for _ in range(3):
             replica.inner.eval()(torch.ones(2, 3))

@@ -8,7 +8,6 @@ import pytest
 import torch
 from ranks import run_ranks
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from wandb_reader import inspect_offline_run
 from wandb_stub import isolate_wandb
 
@@ -19,6 +18,7 @@ from ddp_sgd.engine.digest import weights_digest
 from ddp_sgd.engine.fit import fit
 from ddp_sgd.engine.stopping import StopRequest
 from ddp_sgd.models import MLP
+from ddp_sgd.optim.sgd import SGD
 from ddp_sgd.report.journal import read_journal
 
 
@@ -72,18 +72,19 @@ def describe(folder, **changes):
 @contextmanager
 def asking_after(steps):
     """A wish to stop that comes in the step with this number of this life."""
-    wish, taken = StopRequest(), [0]
+    wish, taken, step = StopRequest(), [0], SGD.step
 
-    def count(*_):
+    def counted(*arguments):
+        step(*arguments)
         taken[0] += 1
         if taken[0] == steps:
             wish.ask("the test")
 
-    handle = register_optimizer_step_post_hook(count)
+    SGD.step = counted
     try:
         yield wish
     finally:
-        handle.remove()
+        SGD.step = step
 
 
 def live(runtime, folder, steps, changes, victim=0):

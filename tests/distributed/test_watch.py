@@ -16,9 +16,10 @@ import torch
 from ranks import run_ranks
 
 from ddp_sgd.distributed.collectives import sum_over_ranks
+from ddp_sgd.distributed.pulse import Pulse
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.distributed.verdict import Verdict
-from ddp_sgd.distributed.watch import Pulse, keep_watch
+from ddp_sgd.distributed.watch import keep_watch
 from ddp_sgd.errors import PeerError
 
 HANG_S = 2.5

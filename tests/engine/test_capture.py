@@ -8,7 +8,6 @@ import pytest
 import torch
 from saving import header
 from torch import nn
-from torch.optim import SGD
 
 from ddp_sgd.checkpointing.folder import CheckpointFolder
 from ddp_sgd.checkpointing.reading import read_tensors
@@ -17,6 +16,7 @@ from ddp_sgd.config import RunConfig
 from ddp_sgd.engine.capture import capture, describe_loss, refuse_foreign, velocities
 from ddp_sgd.engine.state import State
 from ddp_sgd.errors import ConfigError, ExitCode
+from ddp_sgd.optim.sgd import build_sgd
 from ddp_sgd.plan import make_plan
 
 
@@ -33,7 +33,7 @@ def gather(step, *, data=None, model=None, optimizer=None, world_size=1, **state
     return capture(
         State(step=step, **state),
         model=model,
-        optimizer=optimizer or SGD(model.parameters(), lr=0.1, momentum=0.9),
+        optimizer=optimizer or build_sgd(model, momentum=0.9),
         plan=make_plan(config, samples=100, world_size=world_size),
         config=config,
         run_id="0a1b2c3d",
@@ -87,25 +87,23 @@ def test_later_scores_do_not_change_an_earlier_header():
 
 def test_tensors_are_gathered_where_they_are_by_name():
     model = tied()
-    optimizer = SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
-    _, before = gather(0, model=model, optimizer=optimizer)
-    assert before["optimizer"] == {"momentum_buffer": {}}
+    optimizer = build_sgd(model, momentum=0.9)
     model(torch.randn(4, 3)).sum().backward()
-    optimizer.step()
+    optimizer.step(0.1)
     _, tree = gather(1, model=model, optimizer=optimizer)
     assert list(tree["model"]) == list(model.state_dict())
     assert tree["model"]["0.weight"].data_ptr() == model[0].weight.data_ptr()
     momentum = tree["optimizer"]["momentum_buffer"]
     assert list(momentum) == ["0.weight", "0.bias", "1.weight", "1.bias", "2.bias"]
     assert list(momentum.items()) == velocities(model, optimizer)
-    assert momentum["0.weight"] is optimizer.state[model[0].weight]["momentum_buffer"]
+    assert momentum["0.weight"] is optimizer.velocities[model[0].weight]
 
 
 def test_without_momentum_there_are_no_velocities():
     model = nn.Linear(2, 2)
-    optimizer = SGD(model.parameters(), lr=0.1)
+    optimizer = build_sgd(model)
     model(torch.randn(4, 2)).sum().backward()
-    optimizer.step()
+    optimizer.step(0.1)
     assert velocities(model, optimizer) == []
 
 

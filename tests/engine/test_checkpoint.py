@@ -6,7 +6,6 @@ import torch
 from ranks import run_ranks
 from saving import fill, names, small_disk, write
 from torch import nn
-from torch.optim import SGD
 
 from ddp_sgd import __version__
 from ddp_sgd.checkpointing.folder import CheckpointFolder
@@ -19,6 +18,7 @@ from ddp_sgd.engine.checkpoint import NoCheckpoints, SavedCheckpoints, open_chec
 from ddp_sgd.engine.fit import fit
 from ddp_sgd.engine.state import State
 from ddp_sgd.errors import ConfigError, ExitCode, OutputError
+from ddp_sgd.optim.sgd import build_sgd
 from ddp_sgd.plan import make_plan
 from ddp_sgd.report.journal import read_journal
 
@@ -29,7 +29,7 @@ class Training:
     def __init__(self, folder, size=8):
         self.folder = folder
         self.model = nn.Linear(size, 1, bias=False)
-        self.optimizer = SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+        self.optimizer = build_sgd(self.model, momentum=0.9)
         self.state = State()
         self.told = []
         self.captured = []
@@ -47,7 +47,7 @@ class Training:
 
     def step(self):
         self.model(torch.ones(1, self.model.in_features)).sum().backward()
-        self.optimizer.step()
+        self.optimizer.step(0.1)
         self.state.step += 1
 
     def open(self, keep=3):
@@ -116,7 +116,7 @@ def test_what_is_saved_is_the_moment_of_the_save(training, gate):
     with training.open() as checkpoints:
         training.step()
         weight = training.model.weight.detach().clone()
-        velocity = training.optimizer.state[training.model.weight]["momentum_buffer"].clone()
+        velocity = training.optimizer.velocities[training.model.weight].clone()
         checkpoints.save(training.state)
         assert gate.reached.wait(60)
         for _ in range(5):

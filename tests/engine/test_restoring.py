@@ -28,7 +28,7 @@ def saved(step, *, world_size=2, samples=100, scored_at=0, model=None, **changes
     return capture(
         State(step=step, scored_at=scored_at, skipped=(3, 1, 2)),
         model=model,
-        optimizer=build_sgd(model, lr=0.1, momentum=0.9),
+        optimizer=build_sgd(model, momentum=0.9),
         plan=plan,
         config=config,
         run_id="cafe0123",
@@ -135,11 +135,11 @@ def test_what_differs_is_listed():
 def test_weights_and_velocities_come_back_bit_by_bit():
     torch.manual_seed(0)
     model = MLP(3, [5], 2)
-    optimizer = build_sgd(model, lr=0.1, momentum=0.9, weight_decay=0.1)
+    optimizer = build_sgd(model, momentum=0.9, weight_decay=0.1)
     for _ in range(3):
-        optimizer.zero_grad()
+        model.zero_grad()
         model(torch.randn(4, 3)).sum().backward()
-        optimizer.step()
+        optimizer.step(0.1)
     plan = make_plan(RunConfig(), samples=100, world_size=1)
     _, tensors = capture(
         State(3),
@@ -153,7 +153,7 @@ def test_weights_and_velocities_come_back_bit_by_bit():
     other = MLP(3, [5], 2)
     restore(other, tensors)
     # Other groups, as where decay is spread differently: names, not positions, lead back.
-    again = build_sgd(other, lr=0.1, momentum=0.9, decay_norm_and_bias=True)
+    again = build_sgd(other, momentum=0.9, decay_norm_and_bias=True)
     restore_velocities(other, again, tensors)
     assert all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
     for (name, was), (same, now) in zip(

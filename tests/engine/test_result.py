@@ -2,11 +2,13 @@ import pytest
 from ranks import run_ranks
 
 from ddp_sgd.config import RunConfig
-from ddp_sgd.distributed.replica import Replica
+from ddp_sgd.distributed.pulse import Pulse
+from ddp_sgd.distributed.replica import FlatReplica, Replica
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.digest import weights_digest
 from ddp_sgd.engine.result import conclude
 from ddp_sgd.engine.state import State
+from ddp_sgd.engine.time_shares import TimeShares
 from ddp_sgd.models import MLP
 from ddp_sgd.plan import make_plan
 
@@ -16,9 +18,8 @@ PLAN = make_plan(RunConfig(epochs=2), samples=100, world_size=1)
 @pytest.mark.parametrize(("step", "status", "code"), [(8, "finished", 0), (3, "stopped", 75)])
 def test_a_run_is_finished_with_its_last_step(step, status, code):
     model = MLP(2, [], 2)
-    result = conclude(
-        State(step, {"eval/accuracy": 0.5}), PLAN, Replica(model, Runtime()), Runtime()
-    )
+    state, shares = State(step, {"eval/accuracy": 0.5}), TimeShares(Pulse(), Runtime(), None)
+    result = conclude(state, PLAN, Replica(model, Runtime()), shares, Runtime())
     assert result.as_row() == {
         "status": status,
         "exit_code": code,
@@ -27,15 +28,19 @@ def test_a_run_is_finished_with_its_last_step(step, status, code):
         "samples": PLAN.samples_at(step),
         "world_size": 1,
         "eval/accuracy": 0.5,
+        "share/data": 0.0,
+        "share/compute": 0.0,
+        "share/waiting": 0.0,
+        "share/bookkeeping": 0.0,
         "weights_digest": weights_digest(model),
     }
 
 
 def drift(runtime):
-    replica = Replica(MLP(2, [], 2), runtime)
+    replica = FlatReplica(MLP(2, [], 2), runtime)
     if runtime.rank == 1:
         next(replica.inner.parameters()).data[0, 0] += 1e-7
-    conclude(State(8), PLAN, replica, runtime)
+    conclude(State(8), PLAN, replica, TimeShares(Pulse(), runtime, replica.meets_in), runtime)
 
 
 def test_replicas_that_drifted_apart_are_found():

@@ -11,8 +11,8 @@ PLAN = make_plan(RunConfig(epochs=4), samples=320, world_size=1)  # 10 steps an 
 
 
 def due(**section):
-    table = Timetable(CheckpointConfig(**section), PLAN)
-    return [step for step in range(1, 41) if table.is_due_at(step)]
+    table = Timetable(CheckpointConfig(**section), PLAN, row_steps=10)
+    return [step for step in range(1, 41) if table.save_is_due_at(step)]
 
 
 def test_saves_by_epochs_by_steps_and_always_at_the_end():
@@ -23,17 +23,23 @@ def test_saves_by_epochs_by_steps_and_always_at_the_end():
     assert due(every_epochs=2, every_steps=15) == [15, 20, 30, 40]
 
 
+def test_rows_by_steps_and_at_the_end_of_each_epoch():
+    table = Timetable(CheckpointConfig(), PLAN, row_steps=7)
+    rows = [step for step in range(1, 41) if table.row_is_due_at(step)]
+    assert rows == [7, 10, 14, 20, 21, 28, 30, 35, 40]
+
+
 def test_saves_by_the_clock(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
-    table = Timetable(CheckpointConfig(every_minutes=2.0), PLAN)
+    table = Timetable(CheckpointConfig(every_minutes=2.0), PLAN, row_steps=10)
     now[0] = 119.0
-    assert not table.is_due_now()
+    assert not table.save_is_due_now()
     now[0] = 120.0
-    assert table.is_due_now()
+    assert table.save_is_due_now()
     table.start_over()
-    assert not table.is_due_now()
-    assert not Timetable(CheckpointConfig(), PLAN).is_due_now()
+    assert not table.save_is_due_now()
+    assert not Timetable(CheckpointConfig(), PLAN, row_steps=10).save_is_due_now()
 
 
 @pytest.mark.parametrize(

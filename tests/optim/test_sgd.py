@@ -6,7 +6,7 @@ from torch import nn
 
 from ddp_sgd.errors import ConfigError
 from ddp_sgd.models import ConvNet
-from ddp_sgd.optim.sgd import build_sgd, set_lr
+from ddp_sgd.optim.sgd import build_sgd
 
 
 class One(nn.Module):
@@ -17,12 +17,11 @@ class One(nn.Module):
         self.weight = nn.Parameter(torch.tensor([[value]], dtype=torch.float64))
 
 
-def steps(model, optimizer, gradients, rates):
+def steps(model, optimizer, gradients, rates, skipped=None):
     path = []
     for gradient, rate in zip(gradients, rates, strict=True):
-        set_lr(optimizer, rate)
         model.weight.grad = torch.full_like(model.weight, gradient)
-        optimizer.step()
+        optimizer.step(rate, skipped)
         path.append(model.weight.item())
     return path
 
@@ -30,7 +29,7 @@ def steps(model, optimizer, gradients, rates):
 def test_two_steps_by_hand():
     """Gradient 1, momentum 0.9: v = 1, p = -0.1; then v = 1.9, p = -0.1 - 0.2 * 1.9 = -0.48."""
     model = One()
-    path = steps(model, build_sgd(model, lr=0.1, momentum=0.9), [1.0, 1.0], [0.1, 0.2])
+    path = steps(model, build_sgd(model, momentum=0.9), [1.0, 1.0], [0.1, 0.2])
     assert path == pytest.approx([-0.1, -0.48], abs=1e-15)
 
 
@@ -41,7 +40,7 @@ def test_twenty_steps_against_the_formula(momentum, nesterov, decay):
     if nesterov and not momentum:
         nesterov = False
     model = One(0.7)
-    optimizer = build_sgd(model, lr=1.0, momentum=momentum, nesterov=nesterov, weight_decay=decay)
+    optimizer = build_sgd(model, momentum=momentum, nesterov=nesterov, weight_decay=decay)
     gradients = [(-1) ** k * (0.3 + 0.1 * k) for k in range(20)]
     rates = [0.1 / (1 + k) for k in range(20)]
     p, v, expected = 0.7, 0.0, []
@@ -56,38 +55,53 @@ def test_twenty_steps_against_the_formula(momentum, nesterov, decay):
 
 def test_who_decays():
     model = ConvNet(widths=[4, 4], batch_norm=True)
-    optimizer = build_sgd(model, lr=0.1, weight_decay=0.5)
-    decayed, spared = optimizer.param_groups
-    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.5, 0.0)
-    assert all(p.ndim >= 2 for p in decayed["params"])
-    assert all(p.ndim < 2 for p in spared["params"])
-    assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
-    everybody = build_sgd(model, lr=0.1, weight_decay=0.5, decay_norm_and_bias=True)
-    assert [group["weight_decay"] for group in everybody.param_groups] == [0.5]
+    decayed, spared = build_sgd(model, weight_decay=0.5).groups
+    assert (decayed.weight_decay, spared.weight_decay) == (0.5, 0.0)
+    assert all(p.ndim >= 2 for p in decayed.parameters)
+    assert all(p.ndim < 2 for p in spared.parameters)
+    assert len(decayed.parameters) + len(spared.parameters) == len(list(model.parameters()))
+    everybody = build_sgd(model, weight_decay=0.5, decay_norm_and_bias=True)
+    assert [group.weight_decay for group in everybody.groups] == [0.5]
+    (all_alike,) = build_sgd(model).groups  # one call of the kernel where nobody decays
+    assert len(all_alike.parameters) == len(list(model.parameters()))
 
 
-def test_a_step_is_skipped_where_found_inf_says_so_even_the_first():
+def test_a_step_is_skipped_where_it_is_said_so_even_the_first():
     model = One(0.7)
-    optimizer = build_sgd(model, lr=0.1, momentum=0.9)
-    assert optimizer.state[model.weight]["momentum_buffer"].tolist() == [[0.0]]  # at rest
-    optimizer.found_inf = torch.ones(())
-    assert steps(model, optimizer, [float("nan")], [0.1]) == [0.7]
-    optimizer.found_inf = torch.zeros(())
-    assert steps(model, optimizer, [1.0, 1.0], [0.1, 0.2]) == pytest.approx([0.6, 0.22], abs=1e-15)
+    optimizer = build_sgd(model, momentum=0.9)
+    assert optimizer.velocities[model.weight].tolist() == [[0.0]]  # at rest
+    assert steps(model, optimizer, [float("nan")], [0.1], torch.ones(())) == [0.7]
+    path = steps(model, optimizer, [1.0, 1.0], [0.1, 0.2], torch.zeros(()))
+    assert path == pytest.approx([0.6, 0.22], abs=1e-15)
 
 
-def test_the_first_step_from_rest_is_torch_s_own():
+def test_a_parameter_without_a_gradient_stays_where_it_is():
+    """As in torch: neither decay nor the velocity moves it."""
+    model = One(0.7)
+    optimizer = build_sgd(model, momentum=0.9, weight_decay=0.1)
+    steps(model, optimizer, [1.0], [0.1])
+    where = model.weight.item()
+    model.weight.grad = None
+    optimizer.step(0.1)
+    assert model.weight.item() == where
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_steps_are_torch_s_own_to_the_bit(momentum, decay):
     torch.manual_seed(0)
     ours, theirs = nn.Linear(5, 5), nn.Linear(5, 5)
     theirs.load_state_dict(ours.state_dict())
-    mine = build_sgd(ours, lr=0.1, momentum=0.9)
-    other = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9, fused=True)
+    mine = build_sgd(ours, momentum=momentum, weight_decay=decay, decay_norm_and_bias=True)
+    other = torch.optim.SGD(
+        theirs.parameters(), lr=0.1, momentum=momentum, weight_decay=decay, fused=True
+    )
     for _ in range(3):
         inputs = torch.randn(4, 5)
-        for model, optimizer in ((ours, mine), (theirs, other)):
-            optimizer.zero_grad()
+        for model, step in ((ours, lambda: mine.step(0.1)), (theirs, other.step)):
+            model.zero_grad()
             (model(inputs) ** 2).sum().backward()
-            optimizer.step()
+            step()
     assert all(
         torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)
     )
@@ -96,10 +110,10 @@ def test_the_first_step_from_rest_is_torch_s_own():
 def test_frozen_parameters_stay_out():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[0].requires_grad_(False)
-    (decayed, spared) = build_sgd(model, lr=0.1).param_groups
-    assert len(decayed["params"]) == len(spared["params"]) == 1
+    (group,) = build_sgd(model).groups
+    assert group.parameters == [model[1].weight, model[1].bias]
     model.requires_grad_(False)
     with pytest.raises(
         ConfigError, match="model is Sequential without a parameter to train; name a module"
     ):
-        build_sgd(model, lr=0.1)
+        build_sgd(model)

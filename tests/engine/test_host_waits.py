@@ -1,0 +1,121 @@
+"""Between two heartbeats nothing waits for the device."""
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ddp_sgd.config import RunConfig
+from ddp_sgd.data import Digits
+from ddp_sgd.engine import fit as module
+from ddp_sgd.engine.fit import fit
+from ddp_sgd.engine.heartbeat import Heartbeat
+from ddp_sgd.losses import Objective
+
+WAITS = {
+    torch.ops.aten._local_scalar_dense.default,  # item(), tolist(), float(), bool(), if
+    torch.ops.aten.equal.default,
+    torch.ops.aten.is_nonzero.default,
+    torch.ops.aten.nonzero.default,  # the size of what it gives depends on the values
+    torch.ops.aten.masked_select.default,
+    torch.ops.aten._unique2.default,
+}
+
+
+class CountWaits(TorchDispatchMode):
+    """Lists the operations that need a value from the device on the host.
+
+    ``tolist`` and ``numpy`` on the CPU are not operations; they are listed all the same.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.waits = []
+        self.methods = {name: getattr(torch.Tensor, name) for name in ("tolist", "numpy")}
+
+    def __enter__(self):
+        for name, method in self.methods.items():
+            setattr(torch.Tensor, name, self.listed(name, method))
+        return super().__enter__()
+
+    def __exit__(self, *raised):
+        for name, method in self.methods.items():
+            setattr(torch.Tensor, name, method)
+        return super().__exit__(*raised)
+
+    def listed(self, name, method):
+        def call(tensor, *arguments, **options):
+            self.waits.append(name)
+            return method(tensor, *arguments, **options)
+
+        return call
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        to_host = function is torch.ops.aten._to_copy.default and "device" in (kwargs or {})
+        if function in WAITS or to_host:
+            self.waits.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def train(runtime, folder, changes):
+    """Train, and tell which steps had waits, and which had a heartbeat."""
+    seen = {}
+
+    class Watching(Heartbeat):
+        def after(self, step, result, *, lr):
+            before = list(count.waits)
+            beat = super().after(step, result, lr=lr)
+            seen[step] = (before, beat is not None)
+            count.waits.clear()
+            return beat
+
+    def units_on_the_host(objective, targets, samples, units=Objective.units):
+        before = list(count.waits)
+        value = units(objective, targets, samples)  # targets that have not left the host yet
+        count.waits[:] = before
+        return value
+
+    module.Heartbeat, Objective.units = Watching, units_on_the_host
+    config = RunConfig(
+        output_dir=str(folder),
+        epochs=2,
+        wandb={"mode": "disabled"},
+        log={"every_steps": 7},
+        **changes,
+    )
+    loss = nn.CrossEntropyLoss(weight=torch.ones(10)) if "clip_norm" in str(changes) else None
+    with CountWaits() as count:
+        fit(config, runtime, train_set=Digits(), loss=loss)
+    return seen
+
+
+CHANGES = {
+    "defaults": {"data": {"batch_size": 64, "eval": None}},
+    "ddp": {"data": {"batch_size": 64, "eval": None}, "parallel": {"replica": "ddp"}},
+    "clipping, weighed targets, micro-batches": {
+        "data": {"batch_size": 32, "accumulate": 2, "eval": None},
+        "optim": {"clip_norm": 0.5},
+    },
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_no_step_waits_for_the_device(name, world_size, tmp_path):
+    for seen in run_ranks(world_size, train, tmp_path, CHANGES[name]):
+        beats = [step for step, (_, beat) in seen.items() if beat]
+        assert 5 < len(beats) < len(seen) / 3
+        first = min(seen)  # the look at the data before the run is no step
+        waits = {step: ops for step, (ops, _) in seen.items() if ops and step != first}
+        assert waits == {}
+
+
+def test_a_wait_would_be_seen():
+    with CountWaits() as count:
+        value = torch.ones(3).sum()
+        assert not count.waits
+        value.item()
+        value.tolist()
+        bool(value > 1)
+    assert len(count.waits) == 3
