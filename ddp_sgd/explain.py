@@ -1,17 +1,44 @@
 """The command that prints the plan of a run for any number of ranks, without starting one."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ddp_sgd.building import build
 from ddp_sgd.command import run_command
-from ddp_sgd.config import CommandLine, Component, Option
+from ddp_sgd.config import CommandLine, Component, Option, RunConfig
 from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.optim.schedule import build_schedule
-from ddp_sgd.plan import make_plan
+from ddp_sgd.plan import Plan, make_plan
 from ddp_sgd.report.curve import curve
 from ddp_sgd.report.plan_table import plan_table
+from ddp_sgd.report.scaling_table import scaling_table
+from ddp_sgd.scaling import Network, Workload
 
+_SCALING = (
+    Option(
+        "step_ms",
+        float,
+        "Time of a step of one rank alone, in ms, all micro-batches, such as time/step_ms in the "
+        "journal of a run on one rank; predicts steps, epochs and efficiency for more ranks. Needs "
+        "--bandwidth_gbit and --latency_us.",
+    ),
+    Option(
+        "bandwidth_gbit", float, "Bandwidth of the link that leaves a host, one way, in Gbit/s."
+    ),
+    Option("latency_us", float, "Latency of one message between ranks, in microseconds."),
+    Option(
+        "gradient_mb",
+        float,
+        "Size of all gradients, in MiB; left out, that of the model, which is built for it.",
+    ),
+    Option("ranks_per_host", int, "Ranks on one host; needs --local_bandwidth_gbit."),
+    Option(
+        "local_bandwidth_gbit",
+        float,
+        "Bandwidth between ranks of one host, one way, in Gbit/s; needs --ranks_per_host.",
+    ),
+)
 OPTIONS = (
     Option("world_size", int, "Ranks to plan for, at least 1.", 1),
     Option(
@@ -20,7 +47,27 @@ OPTIONS = (
         "Training samples, at least 1; left out, the length of data.train, which is built for it.",
         None,
     ),
+    *_SCALING,
 )
+_RANGES = {
+    "step_ms": (1e-6, 1e9, 100.0),
+    "bandwidth_gbit": (1e-6, 1e6, 10.0),
+    "latency_us": (0.0, 1e9, 10.0),
+    "gradient_mb": (1e-5, 1e9, 100.0),
+    "ranks_per_host": (1, 1_000_000, 8),
+    "local_bandwidth_gbit": (1e-6, 1e6, 200.0),
+}
+"""The least, the most, and one to show."""
+_NEEDS = {
+    "step_ms": ("bandwidth_gbit", "latency_us"),
+    "bandwidth_gbit": ("step_ms",),
+    "latency_us": ("step_ms",),
+    "gradient_mb": ("step_ms",),
+    "ranks_per_host": ("step_ms", "local_bandwidth_gbit"),
+    "local_bandwidth_gbit": ("step_ms", "ranks_per_host"),
+}
+"""Options that an option means nothing without."""
+_MIB = 2**20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,29 +89,86 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def explain(command_line: CommandLine) -> int:
-    """Print the plan that a command line describes.
+    """Print the plan that a command line describes, and what it costs if a step is given.
 
     Args:
-        command_line: The configuration, and the options ``world_size`` and ``samples``.
+        command_line: The configuration, and the options of this command.
 
     Returns:
         The exit code.
 
     Raises:
-        ConfigError: An option is below 1, or the configuration does not fit the data.
+        ConfigError: An option is out of range or lacks another one, or the configuration does not
+            fit the data.
         DataError: The training data cannot be read, or has no length.
     """
-    config = command_line.config
-    world_size, samples = command_line.options["world_size"], command_line.options["samples"]
-    for name, value in (("world_size", world_size), ("samples", samples)):
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name} is {value}; choose a number that is at least 1.")
+    config, options = command_line.config, command_line.options
+    world_size, samples = options["world_size"], options["samples"]
+    _check(options)
     if samples is None:
         samples = _length(config.data.train)
-    plan = make_plan(config, samples=samples, world_size=world_size)
+
+    def plan_for(ranks: int) -> Plan:
+        return make_plan(config, samples=samples, world_size=ranks)
+
+    plan = plan_for(world_size)
     schedule = build_schedule(config.schedule, plan)
-    print(f"{plan_table(plan, schedule)}\n\n{curve(plan, schedule)}")  # noqa: T201
+    parts = [plan_table(plan, schedule), curve(plan, schedule)]
+    if options["step_ms"] is not None:
+        network = Network(
+            bandwidth_gbit=options["bandwidth_gbit"],
+            latency_us=options["latency_us"],
+            ranks_per_host=options["ranks_per_host"] or 1,
+            local_bandwidth_gbit=options["local_bandwidth_gbit"],
+        )
+        parts.append(scaling_table(plan_for, world_size, _workload(config, options), network))
+    print("\n\n".join(parts))  # noqa: T201
     return 0
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    for name in ("world_size", "samples"):
+        if options[name] is not None and options[name] < 1:
+            raise ConfigError(f"--{name} is {options[name]}; choose a number that is at least 1.")
+    given = {name: options[name] for name in _RANGES if options[name] is not None}
+    for name, value in given.items():
+        least, most, example = _RANGES[name]
+        if not least <= value <= most:
+            raise ConfigError(
+                f"--{name} is {value}; choose a number in [{least:g}, {most:g}], such as "
+                f"{example:g}."
+            )
+    for name, value in given.items():
+        for other in _NEEDS[name]:
+            if other not in given:
+                raise ConfigError(
+                    f"--{name} is {value:g} without --{other}; add one, such as "
+                    f"--{other}={_RANGES[other][2]:g}, or leave out --{name}."
+                )
+
+
+def _workload(config: RunConfig, options: Mapping[str, Any]) -> Workload:
+    gradient_mb, parallel = options["gradient_mb"], config.parallel
+    gradient_bytes = _gradient_bytes(config) if gradient_mb is None else round(gradient_mb * _MIB)
+    in_one = parallel.replica == "flat"
+    return Workload(
+        compute_s=options["step_ms"] / 1e3,
+        micro_batches=config.data.accumulate,
+        gradient_bytes=gradient_bytes,
+        bucket_bytes=gradient_bytes if in_one else max(1, int(parallel.bucket_mb * _MIB)),
+    )
+
+
+def _gradient_bytes(config: RunConfig) -> int:
+    from ddp_sgd.engine.assembly import ready_model
+
+    sizes = [p.nbytes for p in ready_model(config).parameters() if p.requires_grad]
+    if not sizes:
+        raise ConfigError(
+            f"model is {config.model.class_path}, which has nothing to train; name another one, or "
+            "give --gradient_mb."
+        )
+    return sum(sizes)
 
 
 def _length(train: Component) -> int:

@@ -39,6 +39,8 @@ class Plan:
         warmup_start: Factor of the peak rate at step 0, in (0, 1].
         samples_before: Samples beyond those of this plan's steps, which the run trained while it
             had another global batch.
+        local_start: Steps after which ranks take steps of their own; None: they never do.
+        local_period: Steps from one average of their weights to the next.
     """
 
     world_size: int
@@ -63,6 +65,8 @@ class Plan:
     warmup_steps: int
     warmup_start: float
     samples_before: int = 0
+    local_start: int | None = None
+    local_period: int = 1
 
     def epoch_at(self, step: int) -> float:
         """Passes over the data after ``step`` steps: samples seen / samples of an epoch."""
@@ -91,6 +95,19 @@ class Plan:
     def ends_epochs(self, step: int, every: int) -> bool:
         """Whether ``step`` steps complete a multiple of ``every`` epochs, or the run."""
         return step % (every * self.steps_per_epoch) == 0 or step == self.total_steps
+
+    def is_local(self, step: int) -> bool:
+        """Whether ranks take the step with this number on their own."""
+        return self.local_start is not None and step >= self.local_start
+
+    def ranks_meet_at(self, step: int) -> bool:
+        """Whether all ranks have the same weights after ``step`` steps."""
+        return (
+            step == 0
+            or not self.is_local(step - 1)
+            or step % self.local_period == 0
+            or step % self.steps_per_epoch == 0
+        )
 
     def step_samples(self, step: int) -> int:
         """Samples that the step with this number trains, over all ranks and micro-batches."""
@@ -127,7 +144,7 @@ def make_plan(
     last_batch = samples_per_epoch - (steps_per_epoch - 1) * global_batch
     scale = global_batch / reference_batch
     peak_lr = _peak_lr(optim, scale)
-    start = config.schedule.warmup_start
+    start, local = config.schedule.warmup_start, config.parallel.local_sgd
     return Plan(
         world_size=world_size,
         samples=samples,
@@ -153,6 +170,8 @@ def make_plan(
         schedule=config.schedule.name,
         warmup_steps=round(_warmup_epochs(config, scale) * steps_per_epoch),
         warmup_start=min(1.0, optim.lr / peak_lr) if start == "auto" else start,
+        local_start=local.start_step if world_size > 1 else None,
+        local_period=local.period,
     )
 
 

@@ -12,6 +12,11 @@ from ddp_sgd.optim.schedule import build_schedule
 from ddp_sgd.plan import make_plan
 from ddp_sgd.report.curve import curve
 from ddp_sgd.report.plan_table import plan_table
+from ddp_sgd.report.scaling_table import scaling_table
+from ddp_sgd.scaling import Network, Workload
+
+SCALING = ("--step_ms=12.5", "--bandwidth_gbit=10", "--latency_us=20")
+MIB = 2**20
 
 
 def _expected(*, samples=1437, world_size=1, **sections):
@@ -64,9 +69,95 @@ def test_samples_given_leave_the_data_alone(capsys):
     assert capsys.readouterr().out == _expected(samples=100)
 
 
+def _scaled(*, samples=1437, world_size=1, workload, network=None, **sections):
+    config = RunConfig.model_validate(sections)
+    given = {"compute_s": 0.0125, "micro_batches": 1, "bucket_bytes": 25 * MIB}
+    table = scaling_table(
+        lambda ranks: make_plan(config, samples=samples, world_size=ranks),
+        world_size,
+        Workload(**(given | workload)),
+        network or Network(bandwidth_gbit=10.0, latency_us=20.0),
+    )
+    return f"{_expected(samples=samples, world_size=world_size, **sections)}\n{table}\n"
+
+
+def test_a_measured_step_is_scaled(capsys):
+    argv = [*SCALING, "--world_size=100", "--gradient_mb=0.5", "--data.accumulate=2"]
+    assert main([*argv, "--parallel.bucket_mb=0.125"]) == ExitCode.DONE
+    workload = {"micro_batches": 2, "gradient_bytes": MIB // 2, "bucket_bytes": MIB // 8}
+    sections = {"data": {"accumulate": 2}, "parallel": {"bucket_mb": 0.125}}
+    assert capsys.readouterr().out == _scaled(world_size=100, workload=workload, **sections)
+
+
+def test_flat_buffers_are_one_bucket(capsys):
+    argv = [*SCALING, "--world_size=8", "--gradient_mb=0.5", "--parallel.bucket_mb=0.125"]
+    assert main([*argv, "--parallel.replica=flat"]) == ExitCode.DONE
+    workload = {"gradient_bytes": MIB // 2, "bucket_bytes": MIB // 2}
+    assert capsys.readouterr().out == _scaled(world_size=8, workload=workload)
+
+
+def test_hosts_have_links_of_their_own(capsys):
+    argv = [*SCALING, "--gradient_mb=0.5", "--ranks_per_host=4", "--local_bandwidth_gbit=200"]
+    assert main([*argv, "--world_size=8"]) == ExitCode.DONE
+    network = Network(
+        bandwidth_gbit=10.0, latency_us=20.0, ranks_per_host=4, local_bandwidth_gbit=200.0
+    )
+    expected = _scaled(world_size=8, workload={"gradient_bytes": MIB // 2}, network=network)
+    assert capsys.readouterr().out == expected
+
+
+def test_the_model_gives_the_size_of_its_gradients(capsys):
+    assert main([*SCALING, "--world_size=2"]) == ExitCode.DONE
+    weights = 64 * 64 + 64 + 64 * 64 + 64 + 64 * 10 + 10
+    assert capsys.readouterr().out == _scaled(
+        world_size=2, workload={"gradient_bytes": 4 * weights}
+    )
+
+
+def test_a_model_that_is_frozen_has_no_gradients(capsys):
+    model = "{class_path: torch.nn.Flatten}"
+    assert main([*SCALING, f"--model={model}"]) == ExitCode.CONFIG
+    words = "model is torch.nn.Flatten, which has nothing to train; name another one, or give --gra"
+    assert words in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "words"),
     [
+        (["--step_ms=0"], ExitCode.CONFIG, "--step_ms is 0.0; choose a number in [1e-06, 1e+09]"),
+        (["--bandwidth_gbit=0"], ExitCode.CONFIG, "--bandwidth_gbit is 0.0; choose a number in"),
+        (["--bandwidth_gbit=.nan"], ExitCode.CONFIG, "--bandwidth_gbit is nan; choose a number"),
+        (["--bandwidth_gbit=.inf"], ExitCode.CONFIG, "--bandwidth_gbit is inf; choose a number"),
+        (["--latency_us=-1"], ExitCode.CONFIG, "--latency_us is -1.0; choose a number in [0, "),
+        (["--gradient_mb=0"], ExitCode.CONFIG, "--gradient_mb is 0.0; choose a number in"),
+        (["--ranks_per_host=0"], ExitCode.CONFIG, "--ranks_per_host is 0; choose a number in [1"),
+        (["--local_bandwidth_gbit=-2"], ExitCode.CONFIG, "--local_bandwidth_gbit is -2.0; choose"),
+        (["--step_ms=x"], ExitCode.CONFIG, "--step_ms is 'x'; choose a number"),
+        (
+            ["--step_ms=5"],
+            ExitCode.CONFIG,
+            "--step_ms is 5 without --bandwidth_gbit; add one, such as --bandwidth_gbit=10, or "
+            "leave out --step_ms.",
+        ),
+        (
+            ["--step_ms=5", "--bandwidth_gbit=1"],
+            ExitCode.CONFIG,
+            "add one, such as --latency_us=10",
+        ),
+        (["--bandwidth_gbit=1"], ExitCode.CONFIG, "--bandwidth_gbit is 1 without --step_ms; add"),
+        (["--latency_us=0"], ExitCode.CONFIG, "--latency_us is 0 without --step_ms; add"),
+        (["--gradient_mb=9"], ExitCode.CONFIG, "--gradient_mb is 9 without --step_ms; add"),
+        (
+            [*SCALING, "--ranks_per_host=8"],
+            ExitCode.CONFIG,
+            "--ranks_per_host is 8 without --local_bandwidth_gbit; add",
+        ),
+        (
+            [*SCALING, "--local_bandwidth_gbit=8"],
+            ExitCode.CONFIG,
+            "--local_bandwidth_gbit is 8 without --ranks_per_host; add one, such as "
+            "--ranks_per_host=8,",
+        ),
         (["--world_size=0"], ExitCode.CONFIG, "--world_size is 0; choose"),
         (["--samples=-3"], ExitCode.CONFIG, "--samples is -3; choose"),
         (["--optim.lrr=1"], ExitCode.CONFIG, "optim.lr"),
@@ -97,20 +188,22 @@ def test_help_names_its_own_options(capsys):
     out = capsys.readouterr().out
     assert "--world_size" in out
     assert "--samples" in out
+    assert "--step_ms" in out
 
 
 def test_command_answers_fast_and_without_torch():
     program = "import sys; sys.argv[0] = 'explain'; from ddp_sgd.explain import main; code = main()"
     check = "; sys.exit(code or (9 if {'torch', 'wandb'} & set(sys.modules) else 0))"
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    scaling = ["--gradient_mb=0.5", *SCALING]
     done = subprocess.run(
-        [sys.executable, "-c", program + check, "--world_size", "64"],
+        [sys.executable, "-c", program + check, "--world_size", "64", *scaling],
         capture_output=True,
         text=True,
         check=True,
         timeout=60,
     )
-    assert done.stdout == _expected(world_size=64)
+    assert done.stdout == _scaled(world_size=64, workload={"gradient_bytes": MIB // 2})
     assert done.stderr == ""
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     # CPU time, which a busy machine does not stretch; it works on one core without waiting.

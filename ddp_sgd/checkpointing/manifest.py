@@ -31,7 +31,7 @@ class Header:
         loss: What the loss is: its class, and the shapes of what it holds.
         plan: The run's arithmetic, by name.
         config: Resolved configuration, as plain data.
-        versions: Releases of python, torch and ddp_sgd.
+        versions: Releases of python, torch and ddp_sgd, and the name of the order of samples.
     """
 
     step: int

@@ -5,7 +5,10 @@ from typing import Any
 
 from ddp_sgd.config.schema import RunConfig
 
-_MATTERS = ("seed", "model", "loss", "data.train", "data.tail", "optim", "schedule")
+_MATTERS = (
+    *("seed", "model", "loss", "data.train", "data.tail", "optim", "schedule"),
+    *("parallel.compression", "parallel.local_sgd"),
+)
 
 
 def changes_that_matter(before: Mapping[str, Any], now: RunConfig) -> list[str]:

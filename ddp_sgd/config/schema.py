@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StrictInt, StrictStr, model_validator
 
+from ddp_sgd.config.processes import ParallelConfig, RuntimeConfig
 from ddp_sgd.config.sections import (
     CheckpointConfig,
     Component,
@@ -12,8 +13,6 @@ from ddp_sgd.config.sections import (
     EvalConfig,
     LogConfig,
     OptimConfig,
-    ParallelConfig,
-    RuntimeConfig,
     ScheduleConfig,
     Section,
     Text,
@@ -74,6 +73,13 @@ class RunConfig(Section):
             raise ValueError(
                 f"parallel.static_graph is true while data.accumulate is {self.data.accumulate}, "
                 "which torch cannot do together; set parallel.static_graph=false"
+            )
+        local, saves = self.parallel.local_sgd, self.checkpoint.every_steps
+        if local.start_step is not None and saves and saves % local.period:
+            raise ValueError(
+                f"checkpoint.every_steps is {saves} while parallel.local_sgd.period is "
+                f"{local.period}, and ranks differ in between; set checkpoint.every_steps="
+                f"{max(1, saves // local.period) * local.period}"
             )
         warmup = self.schedule.warmup_epochs
         if warmup != "auto" and warmup > self.epochs:

@@ -4,7 +4,6 @@ Each field carries its docstring, unit and range; ``--help`` and ``docs/configur
 from them.
 """
 
-from datetime import datetime
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -23,12 +22,6 @@ NonNegative = Annotated[StrictFloat, Field(ge=0.0)]
 Positive = Annotated[StrictFloat, Field(gt=0.0)]
 Count = Annotated[StrictInt, Field(ge=1)]
 Text = Annotated[StrictStr, Field(min_length=1)]
-Instant = (
-    Annotated[StrictFloat, Field(gt=0.0)]
-    | Annotated[
-        StrictStr, Field(pattern=r"^\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d)?(Z|[+-]\d\d:\d\d)?$")
-    ]
-)
 
 
 class Section(BaseModel):
@@ -248,58 +241,3 @@ class WandbConfig(Section):
 
     tags: tuple[Text, ...] = ()
     """Labels of the run."""
-
-
-class ParallelConfig(Section):
-    """How the replicas are kept equal."""
-
-    replica: Literal["auto", "ddp", "flat"] = "auto"
-    """ddp: torch.nn.parallel.DistributedDataParallel, which reduces gradients during the backward
-    pass; flat: one all-reduce after it; auto: flat where all gradients fit into one bucket, else
-    ddp. A rank that is alone needs neither."""
-
-    bucket_mb: Positive = 25.0
-    """Size of the pieces in which gradients are reduced, in MiB, above 0."""
-
-    gradient_as_bucket_view: StrictBool = True
-    """Let gradients live in the buffers that are reduced: less memory, one copy less."""
-
-    static_graph: StrictBool = False
-    """Promise that every step uses the same parameters in the same order; not together with
-    data.accumulate above 1."""
-
-    find_unused_parameters: StrictBool = False
-    """Search every step for parameters without a gradient, where a forward pass leaves some out."""
-
-
-class RuntimeConfig(Section):
-    """The processes and the devices."""
-
-    backend: Literal["auto", "gloo", "nccl", "xccl"] = "auto"
-    """Library that carries gradients between ranks; auto: the one that fits the device."""
-
-    device: Literal["auto", "cpu", "cuda", "xpu", "mps"] = "auto"
-    """Kind of device, one for each rank; auto: an accelerator where there is one, else cpu."""
-
-    timeout_s: Annotated[StrictFloat, Field(gt=0.0, le=86_400.0)] = 300.0
-    """Longest wait for another rank, when joining and in every collective, in seconds, in (0,
-    86400]; the others wait so for rank 0 while it waits for its last save."""
-
-    hang_s: Annotated[StrictFloat, Field(ge=1.0)] | None = 300.0
-    """Time without progress of a rank after which the run is ended, in seconds, at least 1; it must
-    exceed the longest batch, compilation included, and the longest save. null: wait for ever."""
-
-    deadline: Instant | None = None
-    """When the run must be over: unix time in seconds, or a date and time such as
-    2026-12-24T18:00:00+01:00 (without a zone: local time). The run saves and stops in time. null:
-    the end of the SLURM job, if there is one."""
-
-    @model_validator(mode="after")
-    def _deadline_is_a_date(self) -> "RuntimeConfig":
-        if isinstance(self.deadline, str):
-            try:
-                datetime.fromisoformat(self.deadline)
-            except ValueError as error:
-                text = f"runtime.deadline is {self.deadline!r} ({error})"
-                raise ValueError(f"{text}; give a date such as 2026-12-24T18:00:00") from None
-        return self

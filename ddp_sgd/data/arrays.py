@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ddp_sgd.data.in_memory import InMemory
 from ddp_sgd.errors import DataError
@@ -39,7 +40,7 @@ class Arrays(InMemory):
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         return _to_float(self.inputs[index]), self.targets[index]
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Any, Any]:
+    def __getitems__(self, indices: Sequence[int] | NDArray[np.int64]) -> tuple[Any, Any]:
         """Return the inputs as float32 and the targets of a batch."""
         inputs, targets = super().__getitems__(indices)
         return _to_float(inputs), targets

@@ -1,12 +1,13 @@
 """One batch out of a map-style data set: whole where the set can, else sample by sample."""
 
 import random
-from collections.abc import Sequence, Sized
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import TensorDataset, default_collate
 
 from ddp_sgd.errors import DataError, UserError
@@ -19,10 +20,15 @@ alike.
 
 
 class Request(NamedTuple):
-    """What a loader asks for. The epoch travels along, since loader processes outlive epochs."""
+    """What a loader asks for. The epoch travels along, since loader processes outlive epochs.
+
+    Args:
+        epoch: Number of the epoch, or ``EVAL_EPOCH``.
+        indices: Samples of the batch, int64 of shape (m,), at least one.
+    """
 
     epoch: int
-    indices: Sequence[int]
+    indices: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +56,7 @@ class Fetcher:
         self._dataset = dataset
         self._where = where
         self._seed = seed
-        self._whole = _gives_whole_batches(dataset)
+        self._read = self._choose_reader()
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -58,19 +64,33 @@ class Fetcher:
     def __getitems__(self, request: Request) -> Any:
         """Return (inputs, targets) as tensors, or containers of such; ``Unreadable`` on a fault."""
         try:
-            if self._whole:
-                return self._read_whole(request)
-            return default_collate([self._read_sample(request.epoch, i) for i in request.indices])
+            return self._read(request)
         except Exception as error:  # whatever a user's data set raises
             return Unreadable(self._describe(error, request))
 
-    def _read_whole(self, request: Request) -> Any:
-        indices = list(request.indices)
+    def _choose_reader(self) -> Callable[[Request], Any]:
+        if not _gives_whole_batches(self._dataset):
+            return self._read_one_by_one
         if isinstance(self._dataset, TensorDataset):
-            return tuple(tensor[indices] for tensor in self._dataset.tensors)
-        if _draws_numbers(self._dataset):
-            _seed_everything(seed_for("sample", self._seed, request.epoch, indices[0]))
+            return self._read_tensors
+        return self._read_drawing if _draws_numbers(self._dataset) else self._read_own
+
+    def _read_tensors(self, request: Request) -> Any:
+        rows = torch.from_numpy(request.indices)
+        return tuple(tensor.index_select(0, rows) for tensor in self._dataset.tensors)
+
+    def _read_own(self, request: Request) -> Any:
+        inputs, targets = self._dataset.__getitems__(request.indices)
+        return _to_tensor(inputs), _to_tensor(targets)
+
+    def _read_drawing(self, request: Request) -> Any:
+        indices = request.indices.tolist()
+        _seed_everything(seed_for("sample", self._seed, request.epoch, indices[0]))
         return tuple(_to_tensor(part) for part in self._dataset.__getitems__(indices))
+
+    def _read_one_by_one(self, request: Request) -> Any:
+        indices = request.indices.tolist()
+        return default_collate([self._read_sample(request.epoch, index) for index in indices])
 
     def _read_sample(self, epoch: int, index: int) -> Any:
         _seed_everything(seed_for("sample", self._seed, epoch, index))

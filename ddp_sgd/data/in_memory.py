@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ddp_sgd.errors import DataError
 
 
@@ -40,7 +43,15 @@ class InMemory:
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         return self.inputs[index], self.targets[index]
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Any, Any]:
+    def __getitems__(self, indices: Sequence[int] | NDArray[np.int64]) -> tuple[Any, Any]:
         """Return the inputs and the targets of a batch, each stacked along the first dimension."""
-        indices = list(indices)
-        return self.inputs[indices], self.targets[indices]
+        return _take(self.inputs, indices), _take(self.targets, indices)
+
+
+def _take(part: Any, indices: Sequence[int] | NDArray[np.int64]) -> Any:
+    if not isinstance(part, np.ndarray):
+        import torch
+
+        return part.index_select(0, torch.as_tensor(indices))
+    # take() is three times as fast as indexing, but would copy all of a strided array.
+    return part.take(indices, axis=0) if part.flags.c_contiguous else part[indices]

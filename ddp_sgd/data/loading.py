@@ -4,12 +4,11 @@ import atexit
 import os
 import signal
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from multiprocessing.sharedctypes import RawValue
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
@@ -20,8 +19,7 @@ from ddp_sgd.errors import DataError
 from ddp_sgd.seeds import seed_for
 
 
-@dataclass(frozen=True, slots=True)
-class MicroBatch:
+class MicroBatch(NamedTuple):
     """What one rank sends through the model at once.
 
     Args:
@@ -40,11 +38,11 @@ class MicroBatch:
         """Return the same batch on a device; the copy from pinned memory does not wait."""
         if device.type == "cpu":
             return self
-        return replace(self, inputs=move(self.inputs, device), targets=move(self.targets, device))
+        inputs, targets = move(self.inputs, device), move(self.targets, device)
+        return self._replace(inputs=inputs, targets=targets)
 
 
-@dataclass(frozen=True, slots=True)
-class StepBatches:
+class StepBatches(NamedTuple):
     """What one rank computes in one step.
 
     Args:
@@ -77,7 +75,7 @@ class TrainLoader:
         self._order = order
         self._epochs = epochs
         fetcher = Fetcher(dataset, "data.train", order.seed)
-        self._loader = _data_loader(fetcher, _Requests(order), workers, device, order.seed)
+        self._reader = _build_reader(fetcher, order, workers, device, order.seed)
 
     def from_step(self, step: int, skip: int = 0) -> Iterator[StepBatches]:
         """Yield what this rank computes in each step, on the host, to the end of the run.
@@ -92,7 +90,7 @@ class TrainLoader:
         first_epoch, first_step = divmod(step, self._order.steps_per_epoch)
         for epoch in range(first_epoch, self._epochs):
             self._order.set_epoch(epoch, first_step, skip)
-            batches = iter(self._loader)
+            batches = iter(self._reader)
             for step_in_epoch in range(first_step, self._order.steps_per_epoch):
                 yield self._read_step(batches, step, step_in_epoch)
                 step += 1
@@ -125,17 +123,17 @@ class EvalLoader:
     ) -> None:
         self.chunks = chunks
         fetcher = Fetcher(dataset, "data.eval", seed)
-        self._loader = _data_loader(fetcher, _Requests(chunks), workers, device, seed)
+        self._reader = _build_reader(fetcher, chunks, workers, device, seed)
 
     def __iter__(self) -> Iterator[tuple[int, Any, Any]]:
         """Yield (number of the chunk, inputs, targets), on the host."""
-        batches = iter(self._loader)
+        batches = iter(self._reader)
         for chunk in self.chunks.mine:
             yield chunk, *_next(batches)
 
 
 class _Requests:
-    """An order as DataLoader's batch sampler."""
+    """An order as what a ``Fetcher`` is asked for; DataLoader's batch sampler."""
 
     def __init__(self, order: Order | Chunks) -> None:
         self._order = order
@@ -149,16 +147,33 @@ class _Requests:
         return len(self._order)
 
 
-def _data_loader(
-    fetcher: Fetcher, requests: _Requests, workers: int, device: torch.device, seed: int
-) -> "DataLoader[Any]":
+class _InProcess:
+    """Batches that are read where they are used, without the way through DataLoader."""
+
+    def __init__(self, fetcher: Fetcher, requests: _Requests, *, pinned: bool) -> None:
+        self._fetcher = fetcher
+        self._requests = requests
+        self._pinned = pinned
+
+    def __iter__(self) -> Iterator[Any]:
+        for request in self._requests:
+            batch = self._fetcher.__getitems__(request)
+            yield _for_tensors(batch, torch.Tensor.pin_memory) if self._pinned else batch
+
+
+def _build_reader(
+    fetcher: Fetcher, order: Order | Chunks, workers: int, device: torch.device, seed: int
+) -> Iterable[Any]:
+    requests, pinned = _Requests(order), device.type == "cuda"
+    if workers == 0:
+        return _InProcess(fetcher, requests, pinned=pinned)
     return DataLoader(
         fetcher,  # type: ignore[arg-type]  # torch types data sets by class, not by methods
         batch_sampler=requests,  # type: ignore[arg-type]  # torch types it as lists of indices
         num_workers=workers,
         collate_fn=_as_it_is,
-        pin_memory=device.type == "cuda",
-        persistent_workers=workers > 0,
+        pin_memory=pinned,
+        persistent_workers=True,
         worker_init_fn=partial(_leave_signals_to_the_rank, _flag_of_leaving()),
         # Its own: making an iterator draws a number, and the global generator is the model's.
         generator=torch.Generator().manual_seed(seed_for("loader", seed)),
@@ -212,12 +227,16 @@ def _next(batches: Iterator[Any]) -> tuple[Any, Any]:
 
 def move(value: Any, device: torch.device) -> Any:
     """Put tensors, also those in lists, tuples and mappings, on a device."""
+    return _for_tensors(value, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _for_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=True)
+        return change(value)
     if isinstance(value, dict):
-        return {key: move(item, device) for key, item in value.items()}
+        return {key: _for_tensors(item, change) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(move(item, device) for item in value))
+        return type(value)(*(_for_tensors(item, change) for item in value))
     if isinstance(value, (list, tuple)):
-        return type(value)(move(item, device) for item in value)
+        return type(value)(_for_tensors(item, change) for item in value)
     return value

@@ -1,24 +1,35 @@
 """Which sample is read when, and by whom: a pure function of seed, epoch and position."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import lru_cache
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import DistributedSampler
 
+from ddp_sgd.data.permutation import Permutation
 from ddp_sgd.plan import micro_batch_sizes
 from ddp_sgd.seeds import seed_for
 
+_AT_ONCE = 4096
+"""Positions of the permutation that are worked out together, unless one step has more."""
 
-class Order(DistributedSampler[list[int]]):
+_sizes = lru_cache(micro_batch_sizes)  # an epoch has steps of two or three sizes
+
+
+class Order(DistributedSampler[NDArray[np.int64]]):
     """One permutation an epoch, dealt out to the ranks step by step, without padding.
 
     Step k of an epoch owns the positions [k G, min((k + 1) G, n)) of the permutation. Of these,
     rank r reads every W-th from number r on, in micro-batches of at most b. So the union of what
     the ranks read in a step does not depend on W, and every sample is read once an epoch.
 
-    Iterating yields this rank's micro-batches from ``first_step`` to the end of the epoch, as lists
-    of indices. A rank that has no sample in a step yields one index of that step all the same, a
-    stand-in to be weighted with zero, so that every rank takes part in every step.
+    Iterating yields this rank's micro-batches from ``first_step`` to the end of the epoch, as
+    indices: int64 of shape (m,). A rank that has no sample in a step yields one index of that step
+    all the same, a stand-in to be weighted with zero, so that every rank takes part in every step.
+
+    The permutation is worked out some thousand positions at a time, so that time to the first batch
+    and memory do not depend on n, or on the place where an epoch is taken up.
 
     Args:
         samples: Length of the data set, n, at least 1.
@@ -80,26 +91,40 @@ class Order(DistributedSampler[list[int]]):
     def micro_batch_sizes(self, step_in_epoch: int) -> tuple[int, ...]:
         """Count the samples in this rank's micro-batches of a step; ``(0,)`` is a stand-in."""
         samples = self.step_samples(step_in_epoch)
-        return micro_batch_sizes(samples, self.rank, self.num_replicas, self.batch_size) or (0,)
+        return _sizes(samples, self.rank, self.num_replicas, self.batch_size) or (0,)
 
-    def permutation(self) -> torch.Tensor:
-        """Return the order of this epoch: int64 of shape (n,), equal on all ranks."""
-        generator = torch.Generator().manual_seed(seed_for("order", self.seed, self.epoch))
-        return torch.randperm(self.samples, generator=generator)
+    def permutation(self) -> NDArray[np.int64]:
+        """Return the whole order of this epoch: int64 of shape (n,), equal on all ranks."""
+        return self._permutation()(np.arange(self.samples))
 
-    def __iter__(self) -> Iterator[list[int]]:
-        permutation = self.permutation()
-        for step in range(self.first_step, self.steps_per_epoch):
-            start, stop = self._bounds(step)
-            share = permutation[start + self.rank : stop : self.num_replicas].tolist()
-            stand_in = [int(permutation[start])]
-            yield from _cut(share or stand_in, self.batch_size)
+    def __iter__(self) -> Iterator[NDArray[np.int64]]:
+        permutation = self._permutation()
+        share = -(-self.global_batch // self.num_replicas)
+        steps_at_once = max(1, _AT_ONCE // share)
+        for first in range(self.first_step, self.steps_per_epoch, steps_at_once):
+            steps = range(first, min(first + steps_at_once, self.steps_per_epoch))
+            indices = permutation(np.concatenate([self._positions(step) for step in steps]))
+            start = 0
+            for step in steps:
+                for size in self.micro_batch_sizes(step):
+                    stop = start + (size or 1)
+                    yield indices[start:stop]
+                    start = stop
 
     def __len__(self) -> int:
         return sum(
             len(self.micro_batch_sizes(step))
             for step in range(self.first_step, self.steps_per_epoch)
         )
+
+    def _permutation(self) -> Permutation:
+        return Permutation(self.samples, seed_for("order", self.seed, self.epoch))
+
+    def _positions(self, step_in_epoch: int) -> NDArray[np.int64]:
+        """Positions of the permutation that this rank reads in a step, or that of a stand-in."""
+        start, stop = self._bounds(step_in_epoch)
+        share = np.arange(start + self.rank, stop, self.num_replicas)
+        return share if share.size else np.array([start])
 
     def _bounds(self, step_in_epoch: int) -> tuple[int, int]:
         """Positions of the permutation that a step owns: from the first up to the second."""
@@ -127,15 +152,10 @@ class Chunks:
         self.count = -(-samples // batch_size)
         self.mine = range(rank, self.count, world_size)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[NDArray[np.int64]]:
         for chunk in self.mine:
             start = chunk * self.batch_size
-            yield list(range(start, min(start + self.batch_size, self.samples)))
+            yield np.arange(start, min(start + self.batch_size, self.samples))
 
     def __len__(self) -> int:
         return len(self.mine)
-
-
-def _cut(indices: Sequence[int], most: int) -> Iterator[list[int]]:
-    for start in range(0, len(indices), most):
-        yield list(indices[start : start + most])

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddp_sgd.config.sections import ParallelConfig
 from ddp_sgd.distributed.collectives import broadcast_over_ranks, sum_over_ranks
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.errors import ConfigError
@@ -36,10 +35,10 @@ class Replica:
             wrapper may talk to the other ranks.
         forward: What a training step calls.
         divisor: What the replica divides the sum over ranks by.
-        meets_in: Phase of a step in which ranks wait for each other; None if they never do.
+        meets_in: Phases of a step in which ranks wait for each other.
     """
 
-    meets_in: str | None = None
+    meets_in: tuple[str, ...] = ()
 
     def __init__(self, model: nn.Module, runtime: Runtime) -> None:
         self.inner = model
@@ -56,14 +55,24 @@ class Replica:
         """
         return nullcontext()
 
-    def reduce(self) -> list[torch.Tensor]:
+    def reduce(self, step: int) -> list[torch.Tensor]:  # noqa: ARG002
         """Finish the reduction after the last backward pass of a step.
+
+        Args:
+            step: Number of the step in the run, from 0.
 
         Returns:
             The whole gradient in as few tensors as there are; each parameter has its part in
             ``grad``.
         """
         return [p.grad for p in self._parameters if p.grad is not None]
+
+    def averages_after(self, step: int) -> bool:  # noqa: ARG002
+        """Whether ranks average their weights after this step, since these differ."""
+        return False
+
+    def average(self) -> None:
+        """Replace weights that differ between ranks by their mean; here they never do."""
 
     def sync_buffers(self) -> None:
         """Replace the buffers, such as running statistics, by those of rank 0."""
@@ -78,7 +87,7 @@ class FlatReplica(Replica):
     Weights and buffers become rank 0's.
     """
 
-    meets_in = "reducing gradients"
+    meets_in = ("reducing gradients",)
 
     def __init__(self, model: nn.Module, runtime: Runtime) -> None:
         super().__init__(model, runtime)
@@ -96,13 +105,16 @@ class FlatReplica(Replica):
             parts = zip(torch.split(buffer, sizes), shapes, strict=True)
             self._views += [part.view(shape) for part, shape in parts]
 
-    def reduce(self) -> list[torch.Tensor]:
-        """Gather the gradients of this rank in the buffers, and sum these over ranks.
+    def reduce(self, step: int) -> list[torch.Tensor]:  # noqa: ARG002
+        """Gather the gradients of this rank, and sum them over ranks.
 
         Raises:
             ConfigError: A parameter has no gradient, on one of several ranks.
         """
-        gradients = super().reduce()
+        return [sum_over_ranks(part, self._runtime) for part in self._gather()]
+
+    def _gather(self) -> list[torch.Tensor]:
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
         if len(gradients) < len(self._views):
             if self._runtime.alone:
                 return gradients
@@ -110,7 +122,7 @@ class FlatReplica(Replica):
         torch._foreach_copy_(self._views, gradients)
         for p, view in zip(self._parameters, self._views, strict=True):
             p.grad = view
-        return [sum_over_ranks(buffer, self._runtime) for buffer in self._buffers]
+        return self._buffers
 
 
 class WrappedReplica(Replica):
@@ -124,7 +136,7 @@ class WrappedReplica(Replica):
         options: Arguments of the wrapper.
     """
 
-    meets_in = "backward pass"
+    meets_in = ("backward pass",)
 
     def __init__(self, model: nn.Module, runtime: Runtime, **options: Any) -> None:
         super().__init__(model, runtime)
@@ -141,35 +153,6 @@ class WrappedReplica(Replica):
     def sync_gradients(self, *, when: bool) -> AbstractContextManager[None]:
         """Reduce gradients over ranks in the backward pass, or let them add up locally."""
         return nullcontext() if when else self._ddp.no_sync()
-
-
-def replicate(model: nn.Module, runtime: Runtime, config: ParallelConfig) -> Replica:
-    """Keep a model equal on all ranks, in the way that costs least.
-
-    With ``parallel.replica: auto`` gradients that fit into one bucket are reduced by one call after
-    the backward pass. Larger ones, and what only DistributedDataParallel can do, are reduced by
-    that, or, on one rank, left as they are.
-
-    Args:
-        model: The model, on the runtime's device; its weights become rank 0's.
-        runtime: This process.
-        config: Section ``parallel`` of the configuration.
-    """
-    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    only_ddp = config.static_graph or config.find_unused_parameters
-    fits = trained <= config.bucket_mb * 2**20 and not only_ddp
-    if config.replica == "flat" or (config.replica == "auto" and fits):
-        return FlatReplica(model, runtime)
-    if runtime.alone:
-        return Replica(model, runtime)
-    return WrappedReplica(
-        model,
-        runtime,
-        bucket_cap_mb=config.bucket_mb,
-        gradient_as_bucket_view=config.gradient_as_bucket_view,
-        static_graph=config.static_graph,
-        find_unused_parameters=config.find_unused_parameters,
-    )
 
 
 def unused_parameters() -> ConfigError:

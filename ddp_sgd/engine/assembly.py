@@ -15,7 +15,8 @@ from ddp_sgd.data.loading import EvalLoader, TrainLoader
 from ddp_sgd.data.order import Chunks, Order
 from ddp_sgd.distributed.collectives import broadcast_over_ranks
 from ddp_sgd.distributed.pulse import Pulse
-from ddp_sgd.distributed.replica import Replica, replicate
+from ddp_sgd.distributed.replica import Replica
+from ddp_sgd.distributed.replication import replicate
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.capture import describe_loss, velocities
 from ddp_sgd.engine.evaluation import Metrics, Score, evaluate
@@ -182,7 +183,8 @@ def assemble(config: RunConfig, parts: Parts, runtime: Runtime, past: Past) -> J
     check_normalization(model, plan)
     objective = try_out(model, parts.loss, parts.train_set, "data.train", runtime.device)
     optimizer = _optimizer(config, model)
-    replica = replicate(model, runtime, config.parallel)  # weights are rank 0's now
+    velocity_of = optimizer.velocities
+    replica = replicate(model, runtime, config.parallel, plan, velocity_of)  # as on rank 0 now
     if saved:
         restore_velocities(model, optimizer, saved)
     if past.header:

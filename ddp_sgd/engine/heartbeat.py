@@ -88,7 +88,10 @@ class Heartbeat:
             What all ranks know now; None in most steps.
         """
         self._tally.unread.append(result)
-        save, row_is_due = self._timetable.save_is_due_at(step), self._timetable.row_is_due_at(step)
+        if not self._plan.ranks_meet_at(step):
+            return None  # what could be saved now, or stopped, differs between ranks
+        save = self._timetable.save_is_due_at(step)
+        row_is_due = self._timetable.row_is_due_at(step, self._last_row)
         if not row_is_due and not save and step < self._next_beat:
             return None
         return self._beat(step, lr, row_is_due=row_is_due, save=save)

@@ -99,9 +99,12 @@ class Stepper:
             losses.append(loss.detach())
             weights.append(weight)
         self._pulse.at("reducing gradients")
-        gradient = self._replica.reduce()
+        gradient = self._replica.reduce(batches.step)
         self._pulse.at("moving weights")
         grad_norm = self._update(gradient, lr)
+        if self._replica.averages_after(batches.step):
+            self._pulse.at("averaging weights")
+            self._replica.average()
         return StepResult(losses, weights, units, local_units, grad_norm)
 
     def _count_units(self, batches: StepBatches) -> tuple[float, float | torch.Tensor]:

@@ -12,6 +12,7 @@ _KIND_OF = {
     "backward pass": "compute",
     "moving weights": "compute",
     "reducing gradients": "waiting",
+    "averaging weights": "waiting",
     "heartbeat": "bookkeeping",
     "saving": "bookkeeping",
 }
@@ -53,10 +54,10 @@ class TimeShares:
     Args:
         pulse: Measures phases.
         runtime: This process.
-        meets_in: Phase in which ranks wait for each other; None if they never do.
+        meets_in: Phases in which ranks wait for each other.
     """
 
-    def __init__(self, pulse: Pulse, runtime: Runtime, meets_in: str | None) -> None:
+    def __init__(self, pulse: Pulse, runtime: Runtime, meets_in: tuple[str, ...]) -> None:
         self._pulse = pulse
         self._runtime = runtime
         self._meets_in = meets_in
@@ -67,12 +68,12 @@ class TimeShares:
         """Tell where this rank's time went since the last row, to be summed over ranks."""
         now = self._pulse.spent_s()
         kinds = dict.fromkeys(_KINDS, 0.0)
-        for phase, kind in _KIND_OF.items():
-            kinds[kind] += now.get(phase, 0.0) - self._before.get(phase, 0.0)
         meeting = [0.0] * self._runtime.world_size
-        if meets_in := self._meets_in:
-            spent = now.get(meets_in, 0.0) - self._before.get(meets_in, 0.0)
-            meeting[self._runtime.rank] = spent
+        for phase, kind in _KIND_OF.items():
+            spent = now.get(phase, 0.0) - self._before.get(phase, 0.0)
+            kinds[kind] += spent
+            if phase in self._meets_in:
+                meeting[self._runtime.rank] += spent
         return [*kinds.values(), *meeting]
 
     @staticmethod
@@ -84,7 +85,7 @@ class TimeShares:
         """Understand the sum over ranks of what ``measure`` gave."""
         kinds = {k: s / self._runtime.world_size for k, s in zip(_KINDS, summed, strict=False)}
         meeting = summed[len(_KINDS) :]
-        if self._meets_in == "backward pass":
+        if "backward pass" in self._meets_in:
             late = sum(meeting) / len(meeting) - min(meeting)
             kinds["waiting"] += late
             kinds["compute"] -= late

@@ -27,9 +27,15 @@ class Timetable:
         self._row_steps = row_steps
         self._last_save = time.monotonic()
 
-    def row_is_due_at(self, step: int) -> bool:
-        """Whether a row is written after this many steps, as at the end of every epoch."""
-        return step % self._row_steps == 0 or step % self._plan.steps_per_epoch == 0
+    def row_is_due_at(self, step: int, last_row: int) -> bool:
+        """Whether a row is written after this many steps, as at the end of every epoch.
+
+        Args:
+            step: Steps that the run has taken.
+            last_row: Step of the row before.
+        """
+        passed = step // self._row_steps > last_row // self._row_steps
+        return passed or step % self._plan.steps_per_epoch == 0
 
     def save_is_due_at(self, step: int) -> bool:
         """Whether the plan asks for a save after this many steps; known to all ranks beforehand."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -61,7 +62,7 @@ def mark_samples(dataset: Any, where: str, seed: int) -> dict[str, Mark]:
     marks = {}
     fetcher = Fetcher(dataset, where, seed)
     for index in sorted({0, len(dataset) // 2, len(dataset) - 1}):
-        sample = fetcher.__getitems__(Request(EVAL_EPOCH, [index]))
+        sample = fetcher.__getitems__(Request(EVAL_EPOCH, np.array([index])))
         if isinstance(sample, Unreadable):
             continue
         marks[f"the shape of {where}[{index}]"] = Mark(_describe(sample))

@@ -1,9 +1,8 @@
 """The journal: ``metrics.jsonl``, one JSON object a line, the truth about a run."""
 
 import json
-import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
@@ -11,15 +10,15 @@ from typing import Any
 
 from ddp_sgd.errors import DataError
 from ddp_sgd.report.run_folder import unwritable
-from ddp_sgd.report.sink import Row, RunRecord, Value
+from ddp_sgd.report.sink import EventRow, RunRecord
 
 FILE_NAME = "metrics.jsonl"
 
-_FIRST = ("time", "step", "epoch", "samples")
+_ENCODE = json.JSONEncoder(allow_nan=False, check_circular=False).encode
 
 
 class Journal:
-    """Writes every row at once, so that a run that is killed loses at most the line being written.
+    """Writes rows past every buffer of ours, so that a kill loses at most the line being written.
 
     Unlike the other sinks it does raise: a run that cannot be written down must end.
     """
@@ -45,25 +44,23 @@ class Journal:
         except OSError as error:
             raise unwritable(self._path, error) from error
 
-    def write(self, event: str, row: Row) -> None:
-        """Append a line: ``event``, ``time``, ``step``, ``epoch``, ``samples``, then the rest.
+    def write(self, rows: Sequence[EventRow]) -> None:
+        """Append a line for each row: its event, then the row as it is.
 
         Raises:
-            OutputError: The line cannot be written, for instance to a full disk.
+            OutputError: A line cannot be written, for instance to a full disk.
         """
         if self._file is None:
-            raise RuntimeError(f"row {event!r} came before the journal was started")
-        first = {key: row[key] for key in _FIRST if key in row}
-        ordered = {"event": event, **first, **row}
-        line = json.dumps({key: _strict(value) for key, value in ordered.items()}, allow_nan=False)
-        rest = f"{line}\n".encode()
-        end = self._file.seek(0, os.SEEK_END)
+            raise RuntimeError(f"rows {rows!r} came before the journal was started")
+        text = "".join([f"{_ENCODE({'event': event, **row})}\n" for event, row in rows])
+        lines, written = text.encode(), 0
         try:
-            while rest:
-                rest = rest[self._file.write(rest) :]
+            while written < len(lines):
+                written += self._file.write(lines[written:])
         except OSError as error:
+            torn = written - (lines.rfind(b"\n", 0, written) + 1)
             with suppress(OSError):  # no torn line in the middle, should another one fit
-                self._file.truncate(end)
+                self._file.truncate(os.fstat(self._file.fileno()).st_size - torn)
             raise unwritable(self._path, error) from error
 
     def finish(self, result: Mapping[str, Any]) -> None:  # noqa: ARG002
@@ -154,8 +151,3 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return row if isinstance(row, dict) else None
-
-
-def _strict(value: Value) -> Value:
-    """Turn NaN and infinity into null, since JSON has no word for them."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

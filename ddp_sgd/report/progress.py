@@ -2,13 +2,13 @@
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
 from ddp_sgd.report.plan_table import plan_lines
-from ddp_sgd.report.sink import Row, RunRecord
+from ddp_sgd.report.sink import EventRow, Row, RunRecord
 
 _SILENCE_S = 30.0
 """Longest time without a plain line, as far as rows come in, in seconds."""
@@ -42,12 +42,16 @@ class Progress:
                 total=record.plan.total_steps, unit="step", dynamic_ncols=True, leave=False
             )
 
-    def write(self, event: str, row: Row) -> None:
+    def write(self, rows: Sequence[EventRow]) -> None:
         """Move the bar; print a line at the end of each epoch, for each score, and now and then."""
+        for event, row in rows:
+            self._show(event, row)
+
+    def _show(self, event: str, row: Mapping[str, Any]) -> None:
         if event == "train":
-            self._show_training(dict(row))
+            self._show_training(row)
         elif event == "eval":
-            self.say(f"{'':26}{_scores(dict(row))}")
+            self.say(f"{'':26}{_scores(row)}")
         elif event == "resume":
             for line in _origin_lines(row):
                 self.say(line)
@@ -66,7 +70,7 @@ class Progress:
         samples = result["samples"] - self._record.samples
         self.say(f"{last_line({**result, 'samples': samples})}, results in {self._record.folder}")
 
-    def _show_training(self, row: dict[str, Any]) -> None:
+    def _show_training(self, row: Mapping[str, Any]) -> None:
         self._loss.add(row["train/loss"], row["samples"])
         epoch_ends = row["epoch"] == int(row["epoch"])
         if self._bar is not None:
@@ -77,7 +81,7 @@ class Progress:
         if epoch_ends:
             self._loss.start(row["samples"])
 
-    def _line(self, row: dict[str, Any]) -> str:
+    def _line(self, row: Mapping[str, Any]) -> str:
         plan = self._record.plan if self._record else None
         epochs = plan.epochs if plan else 0
         line = (
@@ -95,15 +99,13 @@ def last_line(result: Mapping[str, Any]) -> str:
     Args:
         result: The content of ``result.json``, at least its status and step.
     """
-    parts = [f"{result['status']}: {result['step']} steps"]
-    if wall_s := result.get("wall_s"):
-        rate = result["samples"] / wall_s
-        parts[0] += f" in {wall_s:.1f} s"
-    else:
-        rate = None
-    parts.append(_scores(result))
-    parts.append(f"{rate:,.0f} samples/s in all" if rate else "")
-    return ", ".join(part for part in parts if part)
+    wall_s = result.get("wall_s")
+    parts = (
+        f"{result['status']}: {result['step']} steps{f' in {wall_s:.1f} s' if wall_s else ''}",
+        _scores(result),
+        f"{result['samples'] / wall_s:,.0f} samples/s in all" if wall_s else "",
+    )
+    return ", ".join(filter(None, parts))
 
 
 def _origin_lines(row: Row) -> Iterator[str]:

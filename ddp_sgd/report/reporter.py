@@ -2,12 +2,11 @@
 
 import math
 import os
-import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ddp_sgd.config import RunConfig
 from ddp_sgd.distributed.runtime import Runtime
@@ -16,6 +15,7 @@ from ddp_sgd.plan import Plan
 from ddp_sgd.report.journal import Journal
 from ddp_sgd.report.progress import Progress, last_line
 from ddp_sgd.report.run_folder import RunFolder
+from ddp_sgd.report.scribe import Scribe
 from ddp_sgd.report.sink import NoSink, Origin, Row, RunRecord, Sink, Sinks
 from ddp_sgd.report.tensorboard import TensorBoard
 from ddp_sgd.report.weights_and_biases import WeightsAndBiases
@@ -28,8 +28,21 @@ class Progressing(Protocol):
     step: int
 
 
+class _Note(NamedTuple):
+    """A row as it is handed over: its place in the run follows from the step."""
+
+    event: str
+    time: float
+    step: int
+    row: Row
+
+
 class Reporter:
     """Gives every row its time and place, and writes the result however the run ends.
+
+    The training thread only notes the time and the step of a row; a ``Scribe`` writes it, a tenth
+    of a second later. What a sink raises comes up in the next call. Processes that the user's code
+    or a loader forked have no part in this, and write nothing.
 
     Args:
         folder: The run folder; None writes nothing.
@@ -53,6 +66,8 @@ class Reporter:
         self._verdict = verdict
         self._sinks = sinks
         self._opened: list[Sink] = []
+        self._scribe: Scribe[_Note] | None = None
+        self._pid = os.getpid()
         self._config = config
         self._world_size = world_size
         self._origin = origin
@@ -77,12 +92,13 @@ class Reporter:
             config=self._config.model_dump(mode="json"),
             plan=plan,
             world_size=self._world_size,
-            git_commit=git_commit(),
             run_id=origin.run_id,
             resumed=origin.has_rows,
             samples=origin.samples,
             is_scored=origin.is_scored,
         )
+        if self._folder is not None:
+            self._scribe = Scribe(self._write_burst)
         for sink in (self._verdict, self._sinks):
             self._opened.append(sink)
             sink.start(record)
@@ -115,9 +131,19 @@ class Reporter:
         """Say that the run ends early, since somebody asked."""
         self._write("stop", {"reason": reason or "another rank was asked to stop"})
 
+    def flush(self) -> None:
+        """Return when all rows so far are written.
+
+        Raises:
+            OutputError: The journal cannot be written.
+        """
+        if self._scribe and self._pid == os.getpid():
+            self._scribe.flush()
+
     def end(self, result: Row) -> None:
         """Say how the run ended, and close the sinks."""
         self._write("end", {"status": result["status"]})
+        self.flush()
         self._close(result)
 
     def fail(self, error: BaseException) -> None:
@@ -131,26 +157,42 @@ class Reporter:
             "error": str(error) or type(error).__name__,
         }
         with suppress(OutputError):
+            self.flush()
+        with suppress(OutputError):
             if self._plan:
                 self._write("end", {"status": "failed", "error": result["error"]})
+                self.flush()
         with suppress(OutputError):
             self._close(result)
 
     def _close(self, result: Mapping[str, Any]) -> None:
+        if self._pid != os.getpid():
+            return
         wall = {"wall_s": time.perf_counter() - self._start}
         full = {key: _number(value) for key, value in {**result, **self._job, **wall}.items()}
         try:  # the result first: others may take their time, and a launcher may lose patience
             self._verdict.finish(full)
         finally:
+            if self._scribe:
+                self._scribe.close()
             for sink in [sink for sink in reversed(self._opened) if sink is not self._verdict]:
                 sink.finish(full)
 
     def _write(self, event: str, row: Row, step: int | None = None) -> None:
         if self._plan is None:
             raise RuntimeError(f"row {event!r} was written before the run had a plan")
-        full = {"time": time.time(), **self._place(step), **row}
+        if self._scribe and self._state and self._pid == os.getpid():
+            at = self._state.step if step is None else step
+            self._scribe.put(_Note(event, time.time(), at, row))
+
+    def _write_burst(self, notes: list[_Note]) -> None:
+        rows = [(note.event, self._full(note)) for note in notes]
         for sink in self._opened:
-            sink.write(event, {key: _number(value) for key, value in full.items()})
+            sink.write(rows)
+
+    def _full(self, note: _Note) -> Row:
+        full = {"time": note.time, **self._place(note.step), **note.row}
+        return {key: _number(value) for key, value in full.items()}
 
     def _place(self, step: int | None = None) -> dict[str, int | float]:
         """Where the run is, or was after a step; before it has a plan, where it began."""
@@ -187,15 +229,6 @@ def open_report(
     except BaseException as error:
         report.fail(error)
         raise
-
-
-def git_commit() -> str | None:
-    """Return the commit of the working directory, ``+changes`` appended if files differ."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
-    with suppress(OSError, subprocess.SubprocessError):
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
-        return answer.stdout.strip() or None
-    return None
 
 
 def tell_of_the_end(result: Row, folder: RunFolder | None) -> None:

@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ddp_sgd.config import RunConfig, dump_yaml
 from ddp_sgd.errors import OutputError, RefusedError
 from ddp_sgd.report.failures import note_failure
-from ddp_sgd.report.sink import Row, RunRecord
+from ddp_sgd.report.sink import EventRow, RunRecord
 
 if TYPE_CHECKING:  # commands that need no torch come here, too
     from ddp_sgd.distributed.runtime import Runtime
@@ -76,7 +76,7 @@ class RunFolder:
         with _saying_what_cannot_be_written(self.path / "result.json"):
             (self.path / "result.json").unlink(missing_ok=True)
 
-    def write(self, event: str, row: Row) -> None:
+    def write(self, rows: Sequence[EventRow]) -> None:
         """Do nothing: rows are the journal's."""
 
     def finish(self, result: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from ddp_sgd.plan import Plan
 
 Value = float | int | str | None
 Row = Mapping[str, Value]
+EventRow = tuple[str, Row]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +47,6 @@ class RunRecord:
         config: Resolved configuration, as plain data.
         plan: The run's arithmetic.
         world_size: Ranks.
-        git_commit: Commit of the working directory, with ``+changes`` if it is not clean; None
-            outside a repository.
         run_id: Identity of the run, 8 letters and digits; the same after every resume, also in W&B.
         resumed: Whether the run goes on, so that earlier rows exist.
         samples: Samples that were trained before.
@@ -59,7 +58,6 @@ class RunRecord:
     config: Mapping[str, Any]
     plan: Plan
     world_size: int
-    git_commit: str | None
     run_id: str
     resumed: bool = False
     samples: int = 0
@@ -72,13 +70,14 @@ class Sink(Protocol):
     def start(self, record: RunRecord) -> None:
         """Open the outlet; called once, before the first row."""
 
-    def write(self, event: str, row: Row) -> None:
-        """Take one row.
+    def write(self, rows: Sequence[EventRow]) -> None:
+        """Take a burst of rows, in the order in which they came.
 
         Args:
-            event: ``start``, ``resume``, ``train``, ``eval``, ``checkpoint``, ``stop`` or ``end``.
-            row: Values by name. Each row has ``time`` (unix s), ``step``, ``epoch`` (real) and
-                ``samples``; a measurement that is not finite comes as None.
+            rows: Pairs of an event (``start``, ``resume``, ``train``, ``eval``, ``checkpoint``,
+                ``stop`` or ``end``) and its row: values by name. Each row has ``time`` (unix s),
+                ``step``, ``epoch`` (real) and ``samples``; a measurement that is not finite comes
+                as None.
         """
 
     def finish(self, result: Mapping[str, Any]) -> None:
@@ -95,7 +94,7 @@ class NoSink:
     def start(self, record: RunRecord) -> None:
         """Do nothing."""
 
-    def write(self, event: str, row: Row) -> None:
+    def write(self, rows: Sequence[EventRow]) -> None:
         """Do nothing."""
 
     def finish(self, result: Mapping[str, Any]) -> None:
@@ -103,7 +102,7 @@ class NoSink:
 
 
 class Sinks:
-    """Several sinks as one; each gets every row, in the order given."""
+    """Several sinks as one; each gets every row, the first sink first."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         """Keep the sinks."""
@@ -116,10 +115,10 @@ class Sinks:
             sink.start(record)
             self._opened.append(sink)
 
-    def write(self, event: str, row: Row) -> None:
-        """Give the row to every outlet that is open."""
+    def write(self, rows: Sequence[EventRow]) -> None:
+        """Give the rows to every outlet that is open."""
         for sink in self._opened:
-            sink.write(event, row)
+            sink.write(rows)
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Close every outlet that is open, the last opened first."""

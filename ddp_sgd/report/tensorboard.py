@@ -1,11 +1,11 @@
 """TensorBoard as an optional view of the run."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ddp_sgd.errors import ConfigError
-from ddp_sgd.report.sink import Row, RunRecord
+from ddp_sgd.report.sink import EventRow, RunRecord
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -43,14 +43,15 @@ class TensorBoard:
         except Exception as error:  # a view never ends the run
             self._stop(error)
 
-    def write(self, event: str, row: Row) -> None:
-        """Write the numbers of a row of training or evaluation."""
-        if event not in _EVENTS or self._writer is None:
+    def write(self, rows: Sequence[EventRow]) -> None:
+        """Write the numbers of rows of training and evaluation."""
+        if self._writer is None:
             return
         try:
-            for key, value in row.items():
-                if key not in _AXES and isinstance(value, (int, float)):
-                    self._writer.add_scalar(key, value, row["step"], walltime=row["time"])
+            for row in (row for event, row in rows if event in _EVENTS):
+                for key, value in row.items():
+                    if key not in _AXES and isinstance(value, (int, float)):
+                        self._writer.add_scalar(key, value, row["step"], walltime=row["time"])
         except Exception as error:
             self._stop(error)
 

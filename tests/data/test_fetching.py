@@ -29,15 +29,17 @@ class Broken(Noisy):
 
 
 def fetch(dataset, indices, *, epoch=0, seed=0):
-    return Fetcher(dataset, "data.train", seed).__getitems__(Request(epoch, indices))
+    return Fetcher(dataset, "data.train", seed).__getitems__(Request(epoch, np.array(indices)))
 
 
 def test_a_whole_batch_equals_its_samples():
     digits = Digits("eval")
     whole = fetch(digits, [5, 3, 200])
-    inputs, targets = fetch(Subset(digits, range(360)), [5, 3, 200])  # reads one by one
-    assert torch.equal(whole[0], inputs)
-    assert torch.equal(whole[1], targets)
+    one_by_one = [digits[index] for index in range(360)]
+    for dataset in (one_by_one, Subset(digits, range(360))):
+        inputs, targets = fetch(dataset, [5, 3, 200])
+        assert torch.equal(whole[0], inputs)
+        assert torch.equal(whole[1], targets)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +63,23 @@ def test_a_data_set_of_ones_own_may_give_whole_batches():
     first, again = fetch(Whole(), [1, 2]), fetch(Whole(), [1, 2])
     assert torch.equal(first[0], again[0])
     assert not torch.equal(first[0], fetch(Whole(), [1, 2], epoch=1)[0])
+
+
+def test_data_sets_of_others_are_asked_for_python_integers():
+    class Strict(Noisy):
+        def __getitems__(self, indices):
+            assert type(indices) is list
+            assert {type(index) for index in indices} == {int}
+            return np.array(indices, dtype=np.float32), np.array(indices)
+
+    assert fetch(Strict(), [3, 1])[1].tolist() == [3, 1]
+
+    class Each(Noisy):
+        def __getitem__(self, index):
+            assert type(index) is int
+            return index, index
+
+    assert fetch(Each(), [3, 1])[1].tolist() == [3, 1]
 
 
 def test_random_numbers_follow_from_seed_epoch_and_index_only():

@@ -6,8 +6,7 @@ from ranks import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddp_sgd.config.sections import ParallelConfig
-from ddp_sgd.distributed.replica import FlatReplica, Replica, WrappedReplica, replicate
+from ddp_sgd.distributed.replica import FlatReplica, Replica, WrappedReplica
 from ddp_sgd.distributed.runtime import Runtime
 
 
@@ -20,17 +19,17 @@ def gradients(replica):
     return torch.cat([p.grad.flatten() for p in replica.inner.parameters()])
 
 
-@pytest.mark.parametrize("options", [{}, {"replica": "ddp"}, {"bucket_mb": 1e-5}])
-def test_alone_the_model_is_not_wrapped(options):
+@pytest.mark.parametrize("kind", [Replica, FlatReplica])
+def test_alone_the_model_is_not_wrapped(kind):
     inner = model()
-    replica = replicate(inner, Runtime(), ParallelConfig(**options))
-    assert type(replica) is (Replica if options else FlatReplica)
+    replica = kind(inner, Runtime())
     assert replica.forward is replica.inner is inner
     assert replica.divisor == 1
+    assert not replica.averages_after(0)
     with replica.sync_gradients(when=False):
         replica.forward(torch.ones(2, 3)).sum().backward()
     own = gradients(replica)
-    parts = replica.reduce()
+    parts = replica.reduce(0)
     assert torch.equal(torch.cat([part.flatten() for part in parts]), own)
     assert torch.equal(gradients(replica), own)
     replica.sync_buffers()
@@ -40,12 +39,12 @@ def test_alone_a_parameter_may_go_without_a_gradient():
     replica = FlatReplica(model(), Runtime())
     replica.forward(torch.ones(2, 3)).sum().backward()
     replica.inner[2].bias.grad = None
-    assert len(replica.reduce()) == 5
+    assert len(replica.reduce(0)) == 5
 
 
-def work(runtime, options):
+def work(runtime, kind, options):
     """The sum over ranks of gradients of two passes."""
-    replica = replicate(model(seed=runtime.rank), runtime, ParallelConfig(**options))
+    replica = kind(model(seed=runtime.rank), runtime, **options)
     weights = torch.cat([p.detach().flatten() for p in replica.inner.parameters()])
     inputs = torch.arange(12.0).reshape(4, 3) * (1 + runtime.rank)
     with replica.sync_gradients(when=False):
@@ -53,7 +52,7 @@ def work(runtime, options):
     apart = gradients(replica).clone()
     with replica.sync_gradients(when=True):
         (replica.forward(inputs) ** 2).sum().mul(replica.divisor).backward()
-    parts = replica.reduce()
+    parts = replica.reduce(0)
     whole = torch.cat([part.flatten() for part in parts])
     together = gradients(replica)
     before = replica.inner[1].running_mean.tolist()
@@ -66,28 +65,24 @@ def work(runtime, options):
         "parts": len(parts),
         "before": before,
         "after": [b.tolist() for b in replica.inner.buffers()],
-        "kind": type(replica).__name__,
         "wrapped": isinstance(replica.forward, DistributedDataParallel),
     }
 
 
-FLAT, DDP = "FlatReplica", "WrappedReplica"
-OPTIONS = [
-    ({}, FLAT),
-    ({"replica": "ddp"}, DDP),
-    ({"bucket_mb": 1e-5}, DDP),
-    ({"bucket_mb": 1e-5, "replica": "flat"}, FLAT),
-    ({"replica": "ddp", "gradient_as_bucket_view": False}, DDP),
-    ({"find_unused_parameters": True}, DDP),
-]
-
-
-@pytest.mark.parametrize(("options", "kind"), OPTIONS)
-def test_ranks_share_weights_gradients_and_in_the_end_buffers(options, kind):
-    first, second = run_ranks(2, work, options)
-    assert first["kind"] == second["kind"] == kind
-    assert first["wrapped"] == (kind == DDP)
-    assert first["parts"] == (1 if kind == FLAT else 6)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (FlatReplica, {}),
+        (WrappedReplica, {}),
+        (WrappedReplica, {"bucket_cap_mb": 1e-5}),
+        (WrappedReplica, {"gradient_as_bucket_view": False}),
+        (WrappedReplica, {"find_unused_parameters": True}),
+    ],
+)
+def test_ranks_share_weights_gradients_and_in_the_end_buffers(kind, options):
+    first, second = run_ranks(2, work, kind, options)
+    assert first["wrapped"] == (kind is WrappedReplica)
+    assert first["parts"] == (1 if kind is FlatReplica else 6)
     assert first["whole"]
     assert first["weights"] == second["weights"]  # rank 0's
     assert first["apart"] != second["apart"]  # not reduced yet
@@ -106,7 +101,7 @@ def mixed(runtime):
     loss = inner[1](inner[0](torch.full((1, 3), 1.0 + runtime.rank)).double()).sum()
     loss.backward()
     own = [p.grad.numpy().copy() for p in inner.parameters() if p.requires_grad]
-    parts = replica.reduce()
+    parts = replica.reduce(0)
     reduced = [p.grad.numpy().copy() for p in inner.parameters() if p.requires_grad]
     return own, reduced, [str(p.dtype) for p in parts]
 
@@ -119,22 +114,21 @@ def test_a_buffer_for_each_type():
         assert (one == a + b).all()
 
 
-def forget_one(runtime, kind):
-    inner = model()
-    replica = FlatReplica(inner, runtime) if kind == "flat" else WrappedReplica(inner, runtime)
+def forget_one(runtime):
+    replica = FlatReplica(model(), runtime)
     replica.forward(torch.ones(2, 3)).sum().backward()
-    inner[2].bias.grad = None
-    replica.reduce()
+    replica.inner[2].bias.grad = None
+    replica.reduce(0)
 
 
 def test_a_parameter_without_a_gradient_is_a_fault_of_the_configuration():
-    for error in run_ranks(2, forget_one, "flat", raises=True):
+    for error in run_ranks(2, forget_one, raises=True):
         assert error.error in ("ConfigError", "FaultElsewhereError")
         assert "set parallel.find_unused_parameters=true" in error.text
 
 
 def forward_alone(runtime):
-    replica = replicate(model(), runtime, ParallelConfig(replica="ddp"))
+    replica = WrappedReplica(model(), runtime)
     if runtime.rank == 0:  # a forward pass must not wait for the other ranks
         for _ in range(3):
             replica.inner.eval()(torch.ones(2, 3))

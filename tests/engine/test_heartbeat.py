@@ -38,7 +38,7 @@ class Day:
             stop or StopRequest(),
             Timetable(config.checkpoint, plan, row_steps=every_steps),
             Deadline(deadline),
-            TimeShares(self.pulse, runtime, None),
+            TimeShares(self.pulse, runtime, ()),
             state or State(),
         )
 

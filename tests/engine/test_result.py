@@ -18,7 +18,7 @@ PLAN = make_plan(RunConfig(epochs=2), samples=100, world_size=1)
 @pytest.mark.parametrize(("step", "status", "code"), [(8, "finished", 0), (3, "stopped", 75)])
 def test_a_run_is_finished_with_its_last_step(step, status, code):
     model = MLP(2, [], 2)
-    state, shares = State(step, {"eval/accuracy": 0.5}), TimeShares(Pulse(), Runtime(), None)
+    state, shares = State(step, {"eval/accuracy": 0.5}), TimeShares(Pulse(), Runtime(), ())
     result = conclude(state, PLAN, Replica(model, Runtime()), shares, Runtime())
     assert result.as_row() == {
         "status": status,

@@ -42,7 +42,7 @@ ALONE = {
 
 
 def test_a_rank_alone():
-    shares, spent = ranks(None, ALONE)
+    shares, spent = ranks((), ALONE)
     assert spent.by_kind == {"data": 1.0, "compute": 5.5, "waiting": 0.0, "bookkeeping": 0.5}
     assert spent.elapsed_s == 7.0
     shares.close_row(spent)
@@ -57,7 +57,7 @@ def test_a_rank_alone():
 def test_where_ranks_meet_after_the_backward_pass_that_phase_is_waiting():
     slow = {"forward pass": 4.0, "backward pass": 4.0, "reducing gradients": 1.0}
     quick = {"forward pass": 2.0, "backward pass": 2.0, "reducing gradients": 5.0}
-    shares, spent = ranks("reducing gradients", quick, slow, quick)
+    shares, spent = ranks(("reducing gradients",), quick, slow, quick)
     assert spent.by_kind["waiting"] == pytest.approx(11 / 3)
     assert spent.by_kind["compute"] == pytest.approx(16 / 3)
     shares.close_row(spent)
@@ -69,7 +69,7 @@ def test_where_ranks_meet_after_the_backward_pass_that_phase_is_waiting():
 def test_where_ranks_meet_in_the_backward_pass_the_quickest_shows_how_long_it_takes():
     slow = {"forward pass": 6.0, "backward pass": 3.0}
     quick = {"forward pass": 2.0, "backward pass": 7.0}
-    shares, spent = ranks("backward pass", slow, quick)
+    shares, spent = ranks(("backward pass",), slow, quick)
     assert spent.by_kind["waiting"] == pytest.approx(2.0)  # 0 and 4 s
     assert spent.by_kind["compute"] == pytest.approx(7.0)
     shares.close_row(spent)
@@ -80,7 +80,7 @@ def test_where_ranks_meet_in_the_backward_pass_the_quickest_shows_how_long_it_ta
 def test_rows_add_up_to_the_run():
     clock = Clock()
     pulse = Pulse(clock)
-    shares = TimeShares(pulse, Runtime(), None)
+    shares = TimeShares(pulse, Runtime(), ())
     for seconds in (1.0, 3.0):
         pulse.at("reading data")
         clock.now += seconds
@@ -93,10 +93,10 @@ def test_rows_add_up_to_the_run():
 
 
 def test_a_run_without_a_row_has_no_shares_to_divide():
-    assert set(TimeShares(Pulse(), Runtime(), None).summary().values()) == {0.0}
+    assert set(TimeShares(Pulse(), Runtime(), ()).summary().values()) == {0.0}
 
 
 def test_what_comes_from_here_is_known_by_its_key():
-    summary = ranks("backward pass", ALONE, ALONE)[0].summary()
+    summary = ranks(("backward pass",), ALONE, ALONE)[0].summary()
     assert all(map(is_share, summary))
     assert not is_share("eval/loss")

@@ -25,8 +25,12 @@ def test_saves_by_epochs_by_steps_and_always_at_the_end():
 
 def test_rows_by_steps_and_at_the_end_of_each_epoch():
     table = Timetable(CheckpointConfig(), PLAN, row_steps=7)
-    rows = [step for step in range(1, 41) if table.row_is_due_at(step)]
-    assert rows == [7, 10, 14, 20, 21, 28, 30, 35, 40]
+    rows = [0]
+    for step in range(1, 41):
+        if table.row_is_due_at(step, rows[-1]):
+            rows.append(step)
+    assert rows[1:] == [7, 10, 14, 20, 21, 28, 30, 35, 40]
+    assert table.row_is_due_at(23, 20)  # where step 21 had to pass without one
 
 
 def test_saves_by_the_clock(monkeypatch):

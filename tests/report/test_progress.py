@@ -23,7 +23,6 @@ def record(tmp_path):
         config={},
         plan=plan,
         world_size=1,
-        git_commit=None,
         run_id="0a1b2c3d",
         resumed=False,
     )
@@ -48,11 +47,11 @@ END = {"status": "finished", "step": 4, "samples": 128, "wall_s": 2.0, "eval/los
 def test_plain_lines_where_nobody_watches(record, capsys):
     progress = Progress()
     progress.start(record)
-    progress.write("start", {"step": 0})
+    progress.write([("start", {"step": 0})])
     for step, loss in enumerate([4.0, 2.0, 1.0, None], start=1):
-        progress.write("train", train_row(step, loss))
-    progress.write("eval", {"eval/loss": 0.25, "eval/count": 10})
-    progress.write("stop", {"step": 4, "reason": "SIGTERM"})
+        progress.write([("train", train_row(step, loss))])
+    progress.write([("eval", {"eval/loss": 0.25, "eval/count": 10})])
+    progress.write([("stop", {"step": 4, "reason": "SIGTERM"})])
     progress.finish(END)
     out, err = capsys.readouterr()
     assert err == ""
@@ -73,7 +72,7 @@ def test_plain_lines_where_nobody_watches(record, capsys):
 def test_skipped_steps_and_a_lost_loss_are_said(record, capsys):
     progress = Progress()
     progress.start(record)
-    progress.write("train", train_row(2, None, **{"train/skipped_steps": 2.0}))
+    progress.write([("train", train_row(2, None, **{"train/skipped_steps": 2.0}))])
     assert (
         "loss not finite  lr 0.1  1,234 samples/s  2 steps skipped, gradient not finite"
         in capsys.readouterr().out
@@ -85,9 +84,9 @@ def test_a_long_epoch_is_not_silent(record, capsys, monkeypatch):
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     progress = Progress()
     progress.start(record)
-    progress.write("train", train_row(1, 4.0))
+    progress.write([("train", train_row(1, 4.0))])
     now[0] += 31
-    progress.write("train", train_row(1, 4.0))
+    progress.write([("train", train_row(1, 4.0))])
     assert capsys.readouterr().out.count("epoch    0.5/2") == 1
 
 

@@ -71,7 +71,6 @@ def record(folder):
         config={},
         plan=plan,
         world_size=1,
-        git_commit=None,
         run_id="0a1b2c3d",
         resumed=False,
     )

@@ -20,7 +20,6 @@ def record(tmp_path):
         config=CONFIG.model_dump(mode="json"),
         plan=make_plan(CONFIG, samples=1437, world_size=2),
         world_size=2,
-        git_commit=None,
         run_id="cafe0123",
         resumed=False,
     )

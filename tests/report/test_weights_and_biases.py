@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import select
 import signal
 import subprocess
 import sys
@@ -23,9 +24,11 @@ from ddp_sgd.config.sections import WandbConfig
 from ddp_sgd.plan import make_plan
 from ddp_sgd.report import weights_and_biases
 from ddp_sgd.report.sink import RunRecord
+from ddp_sgd.report.wandb_arguments import git_commit
 from ddp_sgd.report.weights_and_biases import WeightsAndBiases
 
 CONFIG = RunConfig(name="trial", epochs=2)
+OFFLINE = WandbConfig(mode="offline")
 RESULT = {"status": "finished", "exit_code": 0, "weights_digest": "5ca1e", "wall_s": 1.5}
 AXES = {"time": 1.7e9, "step": 0, "epoch": 0.0, "samples": 0}
 ROWS = [
@@ -54,7 +57,6 @@ def record(tmp_path):
         config=CONFIG.model_dump(mode="json"),
         plan=make_plan(CONFIG, samples=1437, world_size=2),
         world_size=2,
-        git_commit="0a1b2c3",
         run_id="cafe0123",
         resumed=False,
     )
@@ -63,13 +65,6 @@ def record(tmp_path):
 @pytest.fixture
 def said():
     return []
-
-
-@pytest.fixture
-def pickled(record, tmp_path):
-    path = tmp_path / "record.pickle"
-    path.write_bytes(pickle.dumps(record))
-    return path
 
 
 @pytest.fixture
@@ -87,8 +82,7 @@ def _use(monkeypatch, url, key=KEY):
 def _report(record, said, config=None, result=RESULT, rows=ROWS):
     sink = WeightsAndBiases(config or WandbConfig(), say=said.append)
     sink.start(record)
-    for event, row in rows:
-        sink.write(event, row)
+    sink.write(rows)
     sink.finish(result)
     return sink
 
@@ -98,11 +92,13 @@ STOPPED = {**RESULT, "status": "stopped", "exit_code": 75}
 
 def _rows(first, last):
     """Rows of every tenth step, each third one an evaluation after the same samples."""
+    rows = []
     for step in range(first, last + 1, 10):
         axes = {"time": 1.7e9 + step, "step": step, "epoch": step / 40, "samples": 32 * step}
-        yield "train", {**axes, "train/loss": 1 / step}
+        rows.append(("train", {**axes, "train/loss": 1 / step}))
         if step % 30 == 0:
-            yield "eval", {**axes, "eval/accuracy": 1 - step / 100}
+            rows.append(("eval", {**axes, "eval/accuracy": 1 - step / 100}))
+    return rows
 
 
 def _places(rows):
@@ -134,11 +130,11 @@ def test_a_row_keeps_its_time_and_the_axes_are_named(record, said):
 
 
 def test_only_numbers_of_train_and_eval_are_logged(record, said):
-    sink = WeightsAndBiases(WandbConfig(mode="offline"), say=said.append)
+    sink = WeightsAndBiases(OFFLINE, say=said.append)
     sink.start(record)
-    sink.write("start", {**AXES, "world_size": 2})
-    sink.write("train", {**AXES, "train/loss": None, "train/lr": 0.5, "note": "first"})
-    sink.write("end", {**AXES, "wall_s": 3.0})
+    sink.write([("start", {**AXES, "world_size": 2})])
+    sink.write([("train", {**AXES, "train/loss": None, "train/lr": 0.5, "note": "first"})])
+    sink.write([("end", {**AXES, "wall_s": 3.0})])
     sink.finish(RESULT)
     rows = inspect_offline_run(record.folder)
     assert rows == [{"step": 0, "epoch": 0.0, "samples": 0, "train/lr": 0.5}]
@@ -162,7 +158,7 @@ def test_the_configuration_the_plan_the_commit_and_the_world_size_are_recorded(r
     assert config["optim"] == record.config["optim"]
     assert config["plan"] == asdict(record.plan)
     assert set(config["plan"]) == {field.name for field in fields(record.plan)}
-    assert config["git_commit"] == "0a1b2c3"
+    assert config["git_commit"] == git_commit()
     assert config["world_size"] == 2
     assert run["run"]["project"] == "ddp_sgd"
     assert run["run"]["display_name"] == "trial"
@@ -254,12 +250,8 @@ def test_the_users_mode_is_followed(stub, record, said, monkeypatch, mode):
 @pytest.mark.parametrize(("mode", "variable"), [("disabled", "online"), ("auto", "disabled")])
 def test_disabled_starts_nothing(record, said, monkeypatch, mode, variable):
     monkeypatch.setenv("WANDB_MODE", variable)
-    sink = WeightsAndBiases(WandbConfig(mode=mode), say=said.append)
-    before = threading.active_count()
-    sink.start(record)
-    assert threading.active_count() == before
-    sink.write(*ROWS[0])
-    sink.finish(RESULT)
+    monkeypatch.setattr(sys, "executable", "no such program")
+    _report(record, said, WandbConfig(mode=mode))
     assert not said
     assert not list(record.folder.iterdir())
 
@@ -292,10 +284,10 @@ def test_a_server_that_never_answers_holds_nobody(record, said, monkeypatch):
         _use(monkeypatch, server.url)
         sink.start(record)
         assert server.asked.wait(60)
-        for event, row in ROWS:  # the server holds the request until the `with` ends
-            sink.write(event, row)
+        sink.write(ROWS)  # the server holds the request until the `with` ends
         sink.finish(RESULT)
         assert not server.operations  # it has answered nothing
+    assert set(server.paths) == {"/graphql"}  # nothing more was sent at exit
     (line,) = said
     assert line.startswith("W&B: offline (")
     assert inspect_offline_run(record.folder) == LOGGED
@@ -308,8 +300,7 @@ def test_a_server_that_falls_silent_does_not_hold_the_end(stub, record, said, mo
     sink.start(record)
     assert opened.wait(60)
     stub.hold = True
-    for event, row in ROWS:
-        sink.write(event, row)
+    sink.write(ROWS)
     sink.finish(RESULT)
     (folder,) = (record.folder / "wandb").glob("run-*")
     assert said[1:] == [f"W&B: not all sent after 1 s; the rest: wandb sync {folder}"]
@@ -342,7 +333,7 @@ def test_online_without_a_key_asks_nobody_and_leads_offline(stub, record, said, 
 
 
 def test_the_command_that_is_said_sends_an_offline_run(stub, record, said):
-    _report(record, said, WandbConfig(mode="offline"))
+    _report(record, said, OFFLINE)
     *_, command = said[0].partition("; send it later: ")
     program, *arguments = command.split()
     assert program == "wandb"
@@ -359,28 +350,53 @@ def test_a_variable_that_wandb_refuses_ends_in_one_line(record, said, monkeypatc
     (line,) = said
     assert line.startswith("W&B: stopped (")
     assert "\n" not in line
-    sink.write(*ROWS[0])
+    sink.write(ROWS[:1])
+
+
+def _start(record, said, config=OFFLINE):
+    """Start a sink, and return it when the run is open, with the process and wandb's helper."""
+    opened = threading.Event()
+    sink = WeightsAndBiases(config, say=lambda line: (said.append(line), opened.set()))
+    sink.start(record)
+    process = sink._process.pid
+    assert opened.wait(60)
+    (helper,) = _children(process)
+    return sink, process, helper
+
+
+def _children(process):
+    tasks = Path(f"/proc/{process}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+
+
+def _await_end(*processes):
+    for process in processes:
+        try:
+            descriptor = os.pidfd_open(process)
+        except ProcessLookupError:
+            continue
+        assert select.select([descriptor], [], [], 60)[0], f"process {process} lives on"
+        os.close(descriptor)
 
 
 def test_rows_that_find_no_room_are_left_out_with_one_line(record, said, monkeypatch):
-    monkeypatch.setattr(weights_and_biases, "MOST_ROWS", 3)
-    opened, go_on = threading.Event(), threading.Event()
-
-    def say(line):
-        said.append(line)
-        if line.startswith("W&B: offline"):  # on the sink's thread, which takes no row until then
-            opened.set()
-            go_on.wait(60)
-
-    sink = WeightsAndBiases(WandbConfig(mode="offline"), say=say)
-    sink.start(record)
-    assert opened.wait(60)
-    for samples in range(5):
-        sink.write("train", {**AXES, "samples": samples})
-    go_on.set()
+    sink, process, _ = _start(record, said)
+    os.kill(process, signal.SIGSTOP)
+    monkeypatch.setattr(weights_and_biases, "MOST_BYTES", 1000)
+    for samples in range(3000):  # more than a pipe holds
+        sink.write([("train", {**AXES, "samples": samples})])
+    os.kill(process, signal.SIGCONT)
     sink.finish(RESULT)
-    assert said[1:] == ["W&B: more than 3 rows wait; rows are left out, metrics.jsonl has them"]
-    assert len(inspect_offline_run(record.folder)) == 3
+    assert said[1:] == ["W&B: too many rows wait; some are left out, metrics.jsonl has them"]
+    kept = [row["samples"] for row in inspect_offline_run(record.folder)]
+    assert 100 < len(kept) < 3000
+    assert kept == list(range(len(kept)))
+
+
+def test_many_rows_at_once_are_all_logged(record, said):
+    rows = [("train", {**AXES, "samples": samples}) for samples in range(3000)]
+    _report(record, said, OFFLINE, rows=rows)
+    assert [row["samples"] for row in inspect_offline_run(record.folder)] == list(range(3000))
 
 
 def test_a_system_without_a_free_thread_is_no_trouble(record, said, monkeypatch):
@@ -392,37 +408,114 @@ def test_a_system_without_a_free_thread_is_no_trouble(record, said, monkeypatch)
     assert said == ["W&B: not started (can't start new thread); metrics.jsonl has every row"]
 
 
+def test_a_system_that_starts_no_process_is_no_trouble(record, said, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "no such program")
+    _report(record, said)
+    (line,) = said
+    assert line.startswith("W&B: not started ([Errno 2] ")
+
+
+def test_a_missing_wandb_is_no_trouble(record, said, tmp_path, monkeypatch):
+    (tmp_path / "wandb.py").write_text("raise ImportError('no wandb here')")
+    monkeypatch.syspath_prepend(tmp_path)
+    _report(record, said)
+    assert said == ["W&B: stopped (no wandb here); training goes on, metrics.jsonl has every row"]
+
+
+def test_the_helper_of_a_run_of_the_users_own_is_not_used(record, said, monkeypatch):
+    monkeypatch.setenv("WANDB_SERVICE", "theirs")
+    _report(record, said)
+    assert inspect_offline_run(record.folder) == LOGGED
+
+
+def test_signals_to_the_whole_job_do_not_end_it(record, said):
+    sink = WeightsAndBiases(OFFLINE, say=said.append)
+    sink.start(record)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):  # long before it has loaded anything
+        os.kill(sink._process.pid, signal.Signals[name])
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGINT, signal.SIGTERM}
+    sink.write(ROWS)
+    sink.finish(RESULT)
+    assert inspect_offline_run(record.folder) == LOGGED
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
+def test_a_lost_helper_stops_only_the_view(record, said, name):
+    sink, process, helper = _start(record, said)
+    os.kill(helper, signal.Signals[name])
+    _await_end(helper)
+    sink.write(ROWS)
+    _await_end(process)
+    sink.write(ROWS)
+    sink.finish(RESULT)
+    assert len(said) == 2
+    assert said[1].startswith("W&B: stopped (")
+
+
+def test_a_lost_process_stops_only_the_view(record, said):
+    sink, process, helper = _start(record, said)
+    os.kill(process, signal.SIGKILL)
+    _await_end(helper)
+    sink.write(ROWS)
+    sink.finish(RESULT)
+    assert said[1:] == [
+        "W&B: stopped (its process ended with code -9); training goes on, metrics.jsonl has every "
+        "row"
+    ]
+
+
+@pytest.mark.parametrize("stuck", ["process", "helper"])
+def test_what_hangs_does_not_hold_the_end(record, said, monkeypatch, stuck):
+    monkeypatch.setattr(weights_and_biases, "FINISH_TIMEOUT_S", 0.5)
+    sink, process, helper = _start(record, said)
+    os.kill(process if stuck == "process" else helper, signal.SIGSTOP)
+    sink.write(ROWS)
+    sink.finish(RESULT)
+    (folder,) = offline_folders(record.folder)
+    sync = record.folder / "wandb" / "latest-run"
+    assert said[1:] == [f"W&B: not finished after 0.5 s; send the rest: wandb sync {sync}"]
+    assert sync.resolve() == folder
+    if stuck == "helper":
+        os.kill(helper, signal.SIGCONT)
+    _await_end(process, helper)
+
+
 def _ids(folder):
     return {item["run"]["run_id"] for item in offline_records(folder, "run")}
 
 
 LIFE = """
-import pickle, sys
+import os, pickle, signal, sys
 from pathlib import Path
 from ddp_sgd.config.sections import WandbConfig
 from ddp_sgd.report.weights_and_biases import WeightsAndBiases
 
-sink = WeightsAndBiases(WandbConfig(), say=print)
+def say(line):
+    print(sink._process.pid, fork, flush=True)
+
+sink = WeightsAndBiases(WandbConfig(mode="offline"), say=say)
 record, rows = pickle.loads(Path(sys.argv[1]).read_bytes())
 sink.start(record)
-for event, row in rows:
-    sink.write(event, row)
+if (fork := os.fork()) == 0:  # as the worker of a loader
+    signal.pause()
+sink.write(rows)
 sys.stdin.read()
 """
 
 
 def _live_until_killed(record, rows, path):
-    """Log the rows in a process that is killed as soon as the last one is in wandb's file."""
-    path.write_bytes(pickle.dumps((record, list(rows))))
-    lives = len(offline_folders(record.folder))
+    """Log rows in a rank that is killed when the last one is in wandb's file; a fork lives on."""
+    path.write_bytes(pickle.dumps((record, rows)))
     known = len(inspect_offline_run(record.folder))
     command = [sys.executable, "-c", LIFE, str(path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
-        while len(offline_folders(record.folder)) == lives or (
-            len(inspect_offline_run(record.folder)) < known + len(list(rows))
-        ):
-            assert process.poll() is None
-        process.kill()
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as rank:
+        process, fork = map(int, rank.stdout.readline().split())
+        (helper,) = _children(process)
+        while len(inspect_offline_run(record.folder)) < known + len(rows):
+            assert rank.poll() is None
+        rank.kill()
+        _await_end(process, helper)
+        os.kill(fork, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("end", ["stopped", "killed"])
@@ -430,7 +523,7 @@ def test_a_resumed_run_has_every_row_once(record, said, tmp_path, end):
     if end == "stopped":
         _report(record, said, rows=_rows(10, 40), result=STOPPED)
     else:
-        _live_until_killed(record, list(_rows(10, 40)), tmp_path / "life")
+        _live_until_killed(record, _rows(10, 40), tmp_path / "life")
     _report(replace(record, resumed=True), said, rows=_rows(30, 60))
     assert _places(inspect_offline_run(record.folder)) == EACH_ONCE
     history = [item["history"]["item"] for item in offline_records(record.folder, "history")]
@@ -442,7 +535,7 @@ def test_a_resumed_run_has_every_row_once(record, said, tmp_path, end):
 
 
 def test_a_life_that_does_not_come_as_far_as_the_one_before_adds_no_row(record, said, tmp_path):
-    _live_until_killed(record, list(_rows(10, 40)), tmp_path / "life")
+    _live_until_killed(record, _rows(10, 40), tmp_path / "life")
     resumed = replace(record, resumed=True)
     _report(resumed, said, rows=_rows(20, 30), result={**RESULT, "exit_code": 1})
     assert _places(inspect_offline_run(record.folder)) == EACH_ONCE[:5]
@@ -512,7 +605,7 @@ def test_rows_that_never_came_to_the_server_are_sent_again(stub, record, said):
 def test_lives_on_and_off_line_have_every_row_once(stub, record, said):
     resumed = replace(record, resumed=True)
     _report(record, said, rows=_rows(10, 20), result=STOPPED)
-    _report(resumed, said, WandbConfig(mode="offline"), rows=_rows(20, 40), result=STOPPED)
+    _report(resumed, said, OFFLINE, rows=_rows(20, 40), result=STOPPED)
     _report(resumed, said, rows=_rows(30, 60))
     on_server = _places(stub.rows["cafe0123"])
     in_file = _places(inspect_offline_run(record.folder))
@@ -521,9 +614,8 @@ def test_lives_on_and_off_line_have_every_row_once(stub, record, said):
 
 
 def test_offline_lives_are_sent_as_one_run(stub, record, said):
-    offline = WandbConfig(mode="offline")
-    _report(record, said, offline, rows=_rows(10, 40), result=STOPPED)
-    _report(replace(record, resumed=True), said, offline, rows=_rows(30, 60))
+    _report(record, said, OFFLINE, rows=_rows(10, 40), result=STOPPED)
+    _report(replace(record, resumed=True), said, OFFLINE, rows=_rows(30, 60))
     command = [sys.executable, "-m", "wandb", "sync", *map(str, offline_folders(record.folder))]
     subprocess.run(command, check=True, capture_output=True, timeout=60)
     assert "RunResumeStatus" in stub.operations  # else the second one would start the run anew
@@ -540,116 +632,3 @@ def test_a_resumed_run_keeps_the_id_that_the_user_gave_it(record, said, monkeypa
     monkeypatch.setenv("WANDB_RUN_ID", "another")
     _report(replace(record, resumed=True), said, rows=_rows(40, 60))
     assert _ids(record.folder) == {"their-id"}
-
-
-HELPER = """
-import os, pickle, signal, sys, threading
-from pathlib import Path
-from ddp_sgd.config.sections import WandbConfig
-from ddp_sgd.report import weights_and_biases
-
-weights_and_biases.FINISH_TIMEOUT_S = 0.5
-opened, stopped = threading.Event(), threading.Event()
-def say(line):
-    print(line, flush=True)
-    (stopped if opened.is_set() else opened).set()
-
-sink = weights_and_biases.WeightsAndBiases(WandbConfig(mode="offline"), say=say)
-sink.start(pickle.loads(Path(sys.argv[1]).read_bytes()))
-opened.wait(60)
-for task in Path("/proc/self/task").iterdir():
-    for pid in (task / "children").read_text().split():
-        print(pid, flush=True)
-        os.kill(int(pid), signal.Signals[sys.argv[2]])
-samples = 0
-while sys.argv[2] != "SIGSTOP" and not stopped.is_set():
-    sink.write("train", {"time": 1.0, "samples": (samples := samples + 1)})
-    stopped.wait(0.01)  # wandb notices within a row or two
-sink.write("train", {"time": 1.0, "samples": samples + 1})
-sink.finish({"exit_code": 0})
-sys.exit(7)
-"""
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("SIGKILL", "W&B: stopped ("),
-        ("SIGTERM", "W&B: stopped ("),
-        ("SIGSTOP", "W&B: not finished after 0.5 s; send the rest: wandb sync "),
-    ],
-)
-def test_what_happens_to_the_helper_stops_neither_training_nor_exit(pickled, tmp_path, name, said):
-    output = tmp_path / "output"  # no pipe: the helper would hold its other end
-    with output.open("w") as file:
-        command = [sys.executable, "-c", HELPER, str(pickled), name]
-        done = subprocess.run(command, check=False, stdout=file, stderr=file, timeout=60)
-    opened, helper, *end = output.read_text().splitlines()
-    if name == "SIGSTOP":
-        os.kill(int(helper), signal.SIGKILL)
-    assert opened.startswith("W&B: offline, in ")
-    (line,) = end
-    assert line.startswith(said)
-    assert done.returncode == 7
-
-
-SILENT_SERVER = """
-import pickle, sys
-from pathlib import Path
-from ddp_sgd.config.sections import WandbConfig
-from ddp_sgd.report import weights_and_biases
-
-weights_and_biases.INIT_TIMEOUT_S = 1.0
-sink = weights_and_biases.WeightsAndBiases(WandbConfig(), say=print)
-sink.start(pickle.loads(Path(sys.argv[1]).read_bytes()))
-sink.finish({"exit_code": 0})
-sys.exit(7)
-"""
-
-
-def test_at_exit_nothing_more_is_sent_to_a_silent_server(pickled, monkeypatch):
-    with WandbStub(hold=True) as server:
-        _use(monkeypatch, server.url)
-        command = [sys.executable, "-c", SILENT_SERVER, str(pickled)]
-        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
-    assert set(server.paths) == {"/graphql"}
-    assert done.stdout.startswith("W&B: offline (")
-    assert done.stderr == ""
-    assert done.returncode == 7
-
-
-FORK = """
-import os, pickle, sys, threading
-from pathlib import Path
-from ddp_sgd.config.sections import WandbConfig
-from ddp_sgd.report.weights_and_biases import WeightsAndBiases
-
-importing, forking, ended = threading.Event(), threading.Event(), threading.Event()
-
-class Finder:
-    def find_spec(self, name, path=None, target=None):
-        if name == "wandb":
-            importing.set()
-            forking.wait(60)
-            ended.set()
-            raise ImportError("no wandb here")
-
-sys.meta_path.insert(0, Finder())
-sink = WeightsAndBiases(WandbConfig(), say=print)
-sink.start(pickle.loads(Path(sys.argv[1]).read_bytes()))
-importing.wait(60)
-os.register_at_fork(before=forking.set)  # hooks run last registered first
-if (child := os.fork()) == 0:
-    os._exit(0 if ended.is_set() else 1)
-code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-sink.finish({})
-sys.exit(code)
-"""
-
-
-def test_a_fork_waits_for_the_import_and_a_missing_wandb_is_no_trouble(pickled):
-    command = [sys.executable, "-c", FORK, str(pickled)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0
-    assert done.stdout.startswith("W&B: stopped (no wandb here);")
-    assert done.stderr == ""

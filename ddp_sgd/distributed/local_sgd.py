@@ -1,0 +1,68 @@
+"""Post-local SGD: ranks take steps of their own, and average their weights now and then."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from ddp_sgd.distributed.collectives import sum_over_ranks
+from ddp_sgd.distributed.replica import FlatReplica
+from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.plan import Plan
+
+
+class LocalReplica(FlatReplica):
+    """A model that differs between ranks from one average to the next.
+
+    Up to ``plan.local_start`` gradients are summed at every step. Afterwards each rank follows the
+    gradient of its own samples, scaled by the number of ranks; weights and velocities become their
+    mean over ranks wherever ``plan.ranks_meet_at`` says so. So with a period of one step this is
+    plain SGD. Ranks are equal wherever they meet: there, and only there, the state is saved.
+
+    Args:
+        model: The model, on the runtime's device.
+        runtime: This process.
+        plan: The run's arithmetic.
+        velocities: Of each parameter; empty without momentum.
+
+    Source:
+        Lin et al. 2020, "Don't Use Large Mini-Batches, Use Local SGD", arXiv:1808.07217. There
+        velocities stay apart; here they are averaged, too, so that one checkpoint holds the run.
+    """
+
+    meets_in = ("reducing gradients", "averaging weights")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        runtime: Runtime,
+        plan: Plan,
+        velocities: Mapping[nn.Parameter, torch.Tensor],
+    ) -> None:
+        super().__init__(model, runtime)
+        self.divisor = runtime.world_size
+        self._plan = plan
+        self._averaged = [p.detach() for p in self._parameters]
+        self._averaged += [velocities[p] for p in self._parameters if velocities]
+
+    def reduce(self, step: int) -> list[torch.Tensor]:
+        """Gather the gradients; at the steps that are common to all ranks, average them."""
+        if self._plan.is_local(step):
+            return self._gather()
+        return [buffer.div_(self.divisor) for buffer in super().reduce(step)]
+
+    def averages_after(self, step: int) -> bool:
+        """Whether ranks average their weights after this step."""
+        return self._plan.is_local(step) and self._plan.ranks_meet_at(step + 1)
+
+    def average(self) -> None:
+        """Replace weights and velocities by their mean over ranks, one call for each type."""
+        by_type: dict[torch.dtype, list[torch.Tensor]] = {}
+        for tensor in self._averaged:
+            by_type.setdefault(tensor.dtype, []).append(tensor)
+        for tensors in by_type.values():
+            flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+            sum_over_ranks(flat, self._runtime).div_(self.divisor)
+            parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+            views = [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+            torch._foreach_copy_(tensors, views)

@@ -1,0 +1,51 @@
+"""Which replica a run gets."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from ddp_sgd.config.processes import ParallelConfig
+from ddp_sgd.distributed.local_sgd import LocalReplica
+from ddp_sgd.distributed.replica import FlatReplica, Replica, WrappedReplica
+from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.plan import Plan
+
+
+def replicate(
+    model: nn.Module,
+    runtime: Runtime,
+    config: ParallelConfig,
+    plan: Plan,
+    velocities: Mapping[nn.Parameter, torch.Tensor],
+) -> Replica:
+    """Keep a model equal on all ranks, in the way that costs least.
+
+    With ``parallel.replica: auto`` gradients that fit into one bucket are reduced by one call after
+    the backward pass. Larger ones, and what only DistributedDataParallel can do, are reduced by
+    that, or, on one rank, left as they are.
+
+    Args:
+        model: The model, on the runtime's device; its weights become rank 0's.
+        runtime: This process.
+        config: Section ``parallel`` of the configuration.
+        plan: The run's arithmetic.
+        velocities: Of each parameter; empty without momentum.
+    """
+    if plan.local_start is not None:
+        return LocalReplica(model, runtime, plan, velocities)
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    only_ddp = config.static_graph or config.find_unused_parameters or config.compression != "none"
+    fits = trained <= config.bucket_mb * 2**20 and not only_ddp
+    if config.replica == "flat" or (config.replica == "auto" and fits):
+        return FlatReplica(model, runtime)
+    if runtime.alone:
+        return Replica(model, runtime)
+    return WrappedReplica(
+        model,
+        runtime,
+        bucket_cap_mb=config.bucket_mb,
+        gradient_as_bucket_view=config.gradient_as_bucket_view,
+        static_graph=config.static_graph,
+        find_unused_parameters=config.find_unused_parameters,
+    )
