@@ -71,7 +71,8 @@ class TimeShares:
         meeting = [0.0] * self._runtime.world_size
         for phase, kind in _KIND_OF.items():
             spent = now.get(phase, 0.0) - self._before.get(phase, 0.0)
-            kinds[kind] += spent
+            # Alone there is nobody to wait for: what a reduction does then is gather gradients.
+            kinds["compute" if kind == "waiting" and self._runtime.alone else kind] += spent
             if phase in self._meets_in:
                 meeting[self._runtime.rank] += spent
         return [*kinds.values(), *meeting]

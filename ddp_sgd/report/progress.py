@@ -10,6 +10,8 @@ from tqdm import tqdm
 from ddp_sgd.report.plan_table import plan_lines
 from ddp_sgd.report.sink import EventRow, Row, RunRecord
 
+_KINDS = ("compute", "data", "waiting", "bookkeeping")
+
 _SILENCE_S = 30.0
 """Longest time without a plain line, as far as rows come in, in seconds."""
 
@@ -67,6 +69,8 @@ class Progress:
             self._bar = None
         if self._record is None or result["status"] == "failed":
             return
+        for line in _time_lines(result):
+            self.say(line)
         samples = result["samples"] - self._record.samples
         self.say(f"{last_line({**result, 'samples': samples})}, results in {self._record.folder}")
 
@@ -106,6 +110,20 @@ def last_line(result: Mapping[str, Any]) -> str:
         f"{result['samples'] / wall_s:,.0f} samples/s in all" if wall_s else "",
     )
     return ", ".join(filter(None, parts))
+
+
+def _time_lines(result: Mapping[str, Any]) -> Iterator[str]:
+    """Say where the time of training went, if any did, and who made the others wait."""
+    shares = {key: result.get(f"share/{key}", 0.0) for key in _KINDS}
+    if not any(shares.values()):
+        return
+    text = ", ".join(f"{key} {share:.0%}" for key, share in shares.items() if share)
+    if "slowest_rank" in result:
+        text += (
+            f"; slowest is rank {result['slowest_rank']}, "
+            f"for which the others wait {result['share/lag']:.0%}"
+        )
+    yield f"time      {text}".replace("%", " %")
 
 
 def _origin_lines(row: Row) -> Iterator[str]:

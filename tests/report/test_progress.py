@@ -90,6 +90,32 @@ def test_a_long_epoch_is_not_silent(record, capsys, monkeypatch):
     assert capsys.readouterr().out.count("epoch    0.5/2") == 1
 
 
+ALONE = {"share/compute": 0.5, "share/data": 0.25, "share/waiting": 0.0, "share/bookkeeping": 0.25}
+TWO = ALONE | {"share/waiting": 0.2, "slowest_rank": 1, "share/lag": 0.123}
+
+
+@pytest.mark.parametrize(
+    ("shares", "line"),
+    [
+        (ALONE, "time      compute 50 %, data 25 %, bookkeeping 25 %"),
+        (
+            TWO,
+            "time      compute 50 %, data 25 %, waiting 20 %, bookkeeping 25 %; slowest is rank 1, "
+            "for which the others wait 12 %",
+        ),
+        (dict.fromkeys(ALONE, 0.0), ""),
+        ({}, ""),
+    ],
+)
+def test_where_the_time_went(record, capsys, shares, line):
+    progress = Progress()
+    progress.start(record)
+    capsys.readouterr()
+    progress.finish({"status": "finished", "step": 4, "samples": 8, **shares})
+    *before, _ = capsys.readouterr().out.splitlines()
+    assert "".join(before) == line
+
+
 @pytest.mark.parametrize("result", [{"status": "failed"}])
 def test_a_failure_leaves_the_word_to_the_error(record, capsys, result):
     progress = Progress()
