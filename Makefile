@@ -9,7 +9,7 @@ RUNS := $(VENV)/.installed
 TESTS := $(VENV)/.installed-for-tests
 SHELL_FILES := $(wildcard .ci/run launch/*.sh slurm/*.sh slurm/*.sbatch)
 
-.PHONY: help train test lint check soak docs clean
+.PHONY: help train test lint check soak bench docs clean
 
 help: ## Print this list.
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 14
@@ -36,6 +36,9 @@ soak: $(TESTS) ## A hundred random faults, 20 restarts, machines that come and g
 	$(BIN)/python -m benchmarks.soak $(ARGS)
 	RESTARTS=20 $(BIN)/python -m pytest tests/test_restarts.py -s --timeout 900
 
+bench: $(TESTS) ## The same training by ddp_sgd, by hand and by other frameworks: half an hour. ARGS="--workloads mlp --rounds 3".
+	$(BIN)/python -m benchmarks.peers --write benchmarks/results $(ARGS)
+
 docs: $(RUNS) ## Write docs/configuration.md anew.
 	$(BIN)/python -c 'from ddp_sgd.config.reference import reference_markdown as m; print(m(), end="")' \
 		>docs/configuration.md
@@ -55,7 +58,7 @@ $(RUNS): pyproject.toml constraints.txt | $(BIN)/python
 
 $(TESTS): $(RUNS)
 	@echo "installing the tools for tests into $(VENV)"
-	@$(INSTALL) --editable '.[dev]'
+	@$(INSTALL) --editable '.[dev,bench]'
 	@touch $@
 
 $(BIN)/python:

@@ -1,0 +1,1 @@
+"""The same work on the same data, by this package, by hand, and by other frameworks."""
