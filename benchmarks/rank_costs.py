@@ -1,0 +1,138 @@
+"""One rank of ``benchmarks.ranks``: trains, and tells what a step cost it, by phase."""
+
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from ddp_sgd import RunConfig, fit, start_runtime
+from ddp_sgd.data import Digits
+from ddp_sgd.data.in_memory import InMemory
+from ddp_sgd.distributed.pulse import Pulse
+from ddp_sgd.engine import assembly
+
+BATCH = 32
+WARM_UP = 100
+"""Steps before the measurement."""
+KINDS = {
+    "forward pass": "compute",
+    "backward pass": "compute",
+    "moving weights": "compute",
+    "reducing gradients": "all-reduce",
+    "reading data": "data",
+    "heartbeat": "heartbeat",
+}
+
+Costs = dict[str, float]
+"""What a step costs a rank: by kind of phase, and ``others``, the other threads of the process."""
+
+
+class Tiled:
+    """Rows again and again, n in all, in the memory of one copy: caches see the same at any n."""
+
+    def __init__(self, rows: torch.Tensor, length: int, on_read: Callable[[], None]) -> None:
+        self.rows = rows
+        self.length = length
+        self.on_read = on_read
+
+    def __len__(self) -> int:
+        return self.length
+
+    def index_select(self, dim: int, indices: torch.Tensor) -> torch.Tensor:
+        """Return rows by number, as a tensor does."""
+        self.on_read()
+        return self.rows.index_select(dim, indices % len(self.rows))
+
+
+class Meter:
+    """Costs of the steps between two steps, on this rank.
+
+    Args:
+        clock: What a cost is, of the training thread.
+        first: Step at which the measurement begins.
+        last: Step at which it ends.
+    """
+
+    def __init__(self, clock: Callable[[], float], first: int, last: int) -> None:
+        self.pulse = Pulse(clock)
+        self.first = first
+        self.last = last
+        self.seen: dict[int, Costs] = {}
+
+    def look(self) -> None:
+        """Take note of what was spent so far, if it is time to."""
+        step = self.pulse.step
+        if step in (self.first, self.last) and step not in self.seen:
+            others = time.process_time() - time.thread_time()
+            spent = self.pulse.spent_s()
+            self.seen[step] = {"others": others, "wall": time.perf_counter(), **spent}
+
+    def costs(self) -> Costs:
+        """Return millionths a step."""
+        before, after = self.seen[self.first], self.seen[self.last]
+        costs: Costs = defaultdict(float)
+        for phase, total in after.items():
+            kind = KINDS.get(phase, phase)
+            costs[kind] += 1e6 * (total - before.get(phase, 0.0)) / (self.last - self.first)
+        return dict(costs)
+
+
+class Bytecodes:
+    """A clock that counts the instructions of the interpreter in this thread, in millionths."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        sys.settrace(self._trace)
+
+    def __call__(self) -> float:
+        """Return how many there were."""
+        return self.count / 1e6
+
+    def _trace(self, frame: FrameType, event: str, _: Any) -> Any:
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        self.count += event == "opcode"
+        return self._trace
+
+
+def work_as_rank(
+    place: tuple[int, int, int], steps: int, folder: str, sender: Connection, *, counting: bool
+) -> None:
+    """Train as one of the ranks and send what a step costs.
+
+    Args:
+        place: Rank, world size, and the port where ranks meet.
+        steps: Steps to measure.
+        folder: Where the run writes.
+        sender: Where the costs go.
+        counting: Whether bytecodes are what it costs, instead of CPU time.
+    """
+    rank, world_size, _ = place
+    names = ("RANK", "WORLD_SIZE", "MASTER_PORT")
+    os.environ.update({name: str(value) for name, value in zip(names, place, strict=True)})
+    os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(1)
+    digits, samples = Digits(), (WARM_UP + steps + 1) * BATCH * world_size
+    targets = torch.from_numpy(digits.targets).repeat(samples // len(digits) + 1)[:samples]
+    clock = Bytecodes() if counting else time.thread_time
+    meter = Meter(clock, WARM_UP, WARM_UP + steps)
+    inputs = Tiled(torch.from_numpy(digits.inputs), samples, meter.look)
+    assembly.Pulse = lambda: meter.pulse  # type: ignore[assignment,misc]
+    sections = {"output_dir": folder, "epochs": 1, "wandb": {"mode": "disabled"}}
+    config = RunConfig.model_validate({**sections, "data": {"batch_size": BATCH}})
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        redirect_stdout(nowhere),
+        start_runtime(device="cpu") as runtime,
+    ):
+        fit(config, runtime, train_set=InMemory(inputs, targets))
+    sys.settrace(None)
+    sender.send(meter.costs())

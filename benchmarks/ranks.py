@@ -1,0 +1,188 @@
+"""CPU time of a step and rank on 1 to 16 ranks of one machine, by what it is spent on.
+
+Usage: ``python -m benchmarks.ranks [--rounds 3] [--steps 300] [--write FOLDER]``; a round takes
+about 2 minutes. The digits MLP, 32 samples a rank and step, gloo, one thread a rank. All ranks
+share the cores, so wall time says nothing: each training thread is measured by its own CPU clock,
+phase by phase. Three measurements, rank counts in turn:
+
+* W ranks, and nothing else;
+* always as many processes as the most ranks, in jobs of W ranks side by side, so that they crowd
+  each other out of cores and caches equally at any W;
+* bytecodes instead of time: no cache and no neighbour changes them.
+"""
+
+import argparse
+import multiprocessing
+import os
+import platform
+import socket
+import tempfile
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean, median
+
+from benchmarks.rank_costs import BATCH, Costs, work_as_rank
+
+RANKS = (1, 2, 4, 8, 16)
+COUNTED = 200
+"""Steps in which bytecodes are counted."""
+REST = ("data", "heartbeat")
+
+Round = list[list[Costs]]
+"""Costs of the ranks of each job that ran at the same time."""
+
+
+def run(world_size: int, steps: int, *, jobs: int = 1, counting: bool = False) -> Round:
+    """Return what a step costs each rank of some jobs that run side by side."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "ddp_sgd.engine.fit"])
+    processes, receivers = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for job in range(jobs):
+            port = free_port()
+            for rank in range(world_size):
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(
+                    target=work_as_rank,
+                    args=((rank, world_size, port), steps, f"{folder}/{job}", sender),
+                    kwargs={"counting": counting},
+                )
+                process.start()
+                sender.close()
+                receivers.append(receiver)
+                processes.append(process)
+        costs = [receiver.recv() for receiver in receivers]
+        for process in processes:
+            process.join()
+    return [costs[job * world_size :][:world_size] for job in range(jobs)]
+
+
+def free_port() -> int:
+    """Find a port where ranks can meet."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def rest(costs: Costs) -> float:
+    """Return what is neither compute nor all-reduce."""
+    return sum(costs[kind] for kind in REST)
+
+
+def over_ranks(found: Round, kind: str) -> float:
+    """Return the mean cost of a kind over all ranks."""
+    return mean(costs[kind] for ranks in found for costs in ranks)
+
+
+def rests(rounds: Sequence[Round]) -> tuple[list[float], list[float]]:
+    """Return, by round, the rest over all ranks, and that of the ranks 0."""
+    everyone = [mean(rest(costs) for ranks in found for costs in ranks) for found in rounds]
+    return everyone, [mean(rest(ranks[0]) for ranks in found) for found in rounds]
+
+
+def table(runs: dict[int, list[Round]], title: str) -> Iterator[str]:
+    """Write what a step costs, by number of ranks; each figure is a median over the rounds."""
+    yield from (
+        f"| ranks, {title} | compute | all-reduce | reading data | heartbeat | rest | lowest to "
+        "highest | against 2 ranks | of compute | rest of rank 0 | against 2 ranks |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    )
+    baseline = [median(each) for each in rests(runs[2])]
+    for number, rounds in runs.items():
+        kinds = [
+            median(over_ranks(found, kind) for found in rounds)
+            for kind in ("compute", "all-reduce", *REST)
+        ]
+        everyone, first = rests(rounds)
+        whole, change = median(everyone), ["", ""]
+        if number > 2:
+            pairs = zip((whole, median(first)), baseline, strict=True)
+            change = [f"{100 * (now / before - 1):+.1f} %" for now, before in pairs]
+        cells = [
+            *(f"{value:,.1f}" for value in (*kinds, whole)),
+            f"{min(everyone):,.1f} to {max(everyone):,.1f}",
+            change[0],
+            f"{whole / kinds[0]:.2f}",
+            f"{median(first):,.1f}",
+            change[1],
+        ]
+        yield f"| {number} | {' | '.join(cells)} |"
+
+
+def report(runs: dict[str, dict[int, list[Round]]], command: str) -> str:
+    """Write the result in Markdown."""
+    others, wall_ms = (
+        ", ".join(
+            f"{scale * median(over_ranks(found, kind) for found in rounds):.{digits}f} on {number}"
+            for number, rounds in runs["alone"].items()
+        )
+        for kind, scale, digits in (("others", 1, 0), ("wall", 1e-3, 2))
+    )
+    return f"""# What a step costs a rank, on 1 to {max(runs["alone"])} ranks of one machine
+
+{command}, {os.cpu_count()} CPUs for all ranks, {platform.machine()}, Python \
+{platform.python_version()}, torch {version("torch")}, gloo, one thread a rank.
+
+The digits MLP, {BATCH} samples a rank and step, a row of metrics every 10 steps. CPU time of the \
+training thread, in microseconds a step and rank: mean over ranks, median over rounds. `rest` is \
+what is neither compute nor all-reduce of gradients: reading data and the heartbeat, with its own \
+small all-reduce. Rank 0 also writes the journal.
+
+{chr(10).join(table(runs["alone"], "and nothing else"))}
+
+Other threads of a rank, most of them gloo's, take, in microseconds of CPU a step: {others} ranks. \
+A step takes, in ms of wall time: {wall_ms} ranks.
+
+As many processes at any number of ranks, {max(runs["crowded"])} in all, in jobs side by side:
+
+{chr(10).join(table(runs["crowded"], "in a crowd"))}
+
+Bytecodes that the training thread interprets, instead of time, a step and rank:
+
+{chr(10).join(table(runs["counted"], "bytecodes"))}
+"""
+
+
+def measure(numbers: Sequence[int], rounds: int, steps: int) -> dict[str, dict[int, list[Round]]]:
+    """Measure everything, in turn, several times; bytecodes once, since they do not vary."""
+    several = [number for number in numbers if number > 1]
+    runs: dict[str, dict[int, list[Round]]] = {
+        "alone": {number: [] for number in numbers},
+        "crowded": {number: [] for number in several},
+        "counted": {number: [] for number in numbers},
+    }
+    for turn in range(rounds):
+        for number in numbers:
+            runs["alone"][number].append(run(number, steps))
+            if turn == 0:
+                runs["counted"][number].append(run(number, COUNTED, counting=True))
+        for number in several:
+            runs["crowded"][number].append(run(number, steps, jobs=max(numbers) // number))
+    return runs
+
+
+def main() -> None:
+    """Measure, print, and keep the result if asked to."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--ranks", type=int, nargs="+", default=RANKS, help="2 among them")
+    parser.add_argument("--write", type=Path)
+    options = parser.parse_args()
+    load = os.getloadavg()[0]
+    runs = measure(options.ranks, options.rounds, options.steps)
+    command = (
+        f"`python -m benchmarks.ranks --rounds {options.rounds} --steps {options.steps}`, "
+        f"{datetime.now(UTC):%Y-%m-%d}, load average {load:.1f} before"
+    )
+    text = report(runs, command)
+    print(text)
+    if options.write:
+        path = options.write / f"ranks_{os.cpu_count()}cpu_{datetime.now(UTC):%Y%m}.md"
+        path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
