@@ -19,8 +19,8 @@ def read_tensors(file: Path) -> dict[str, Any]:
         file: A file that a run has written.
 
     Returns:
-        ``model`` (name to tensor), ``optimizer`` (``momentum_buffer``: name to tensor), and the
-        header by name.
+        ``model`` (name to tensor), ``optimizer`` (``momentum_buffer``: name to tensor), the header
+        by name, and ``compression`` if the run's gradients left something to remember.
 
     Raises:
         DataError: It cannot be read, is no checkpoint, or holds more than tensors and plain data.

@@ -45,14 +45,17 @@ class ParallelConfig(Section):
 
     static_graph: StrictBool = False
     """Promise that every step uses the same parameters in the same order; not together with
-    data.accumulate above 1 (ddp only)."""
+    data.accumulate above 1 (ddp only). On more than two ranks, a run that was stopped then differs
+    in the last bits from one that was not."""
 
     find_unused_parameters: StrictBool = False
     """Search every step for parameters without a gradient, where a forward pass leaves some out
     (ddp only)."""
 
     compression: Literal["none", "bf16", "fp16", "powersgd"] = "none"
-    """What gradients are turned into on the way to other ranks (ddp only)."""
+    """What gradients are turned into on the way to other ranks (ddp only). bf16, fp16: 16 bits for
+    each number; powersgd: two narrow factors for each large matrix, and what they leave out goes
+    with the next step. One rank has nobody to send to."""
 
     local_sgd: LocalSgdConfig = LocalSgdConfig()
 
@@ -82,6 +85,20 @@ class ParallelConfig(Section):
                 f"parallel.replica is ddp while parallel.local_sgd.start_step is "
                 f"{self.local_sgd.start_step}; set parallel.replica=auto"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _buckets_stay_for_powersgd(self) -> "ParallelConfig":
+        moving = {
+            "static_graph": self.static_graph,
+            "find_unused_parameters": self.find_unused_parameters,
+        }
+        for key in (key for key, is_set in moving.items() if is_set):
+            if self.compression == "powersgd":
+                raise ValueError(
+                    f"parallel.compression is powersgd while parallel.{key} is true, and it "
+                    f"remembers every gradient from step to step; set parallel.{key}=false"
+                )
         return self
 
 

@@ -1,6 +1,7 @@
 """One model on every rank, kept equal; the only file that names DistributedDataParallel."""
 
 import inspect
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 from typing import Any
@@ -9,7 +10,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ddp_sgd.distributed.buckets import settle_buckets
 from ddp_sgd.distributed.collectives import broadcast_over_ranks, sum_over_ranks
+from ddp_sgd.distributed.compression import Hook
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.errors import ConfigError
 
@@ -78,6 +81,22 @@ class Replica:
         """Replace the buffers, such as running statistics, by those of rank 0."""
         broadcast_over_ranks(self.inner.buffers(), self._runtime)
 
+    def memory(self) -> Mapping[str, Any]:
+        """Gather what a resume needs besides weights; all ranks call this after the same step.
+
+        Returns:
+            Tensors and plain data, on rank 0; often empty, elsewhere always.
+        """
+        return {}
+
+    def remember(self, saved: Mapping[str, Any] | None) -> None:
+        """Put back what ``memory`` gave; all ranks call this before the first step.
+
+        Args:
+            saved: Content of the checkpoint, on rank 0, None if it has none; elsewhere it is not
+                looked at.
+        """
+
 
 class FlatReplica(Replica):
     """Gradients are gathered in one buffer for each type, which is summed over ranks in one call.
@@ -87,7 +106,7 @@ class FlatReplica(Replica):
     Weights and buffers become rank 0's.
     """
 
-    meets_in = ("reducing gradients",)
+    meets_in: tuple[str, ...] = ("reducing gradients",)
 
     def __init__(self, model: nn.Module, runtime: Runtime) -> None:
         super().__init__(model, runtime)
@@ -133,13 +152,17 @@ class WrappedReplica(Replica):
     Args:
         model: The model, on the runtime's device.
         runtime: This process.
+        hook: Takes the place of the all-reduce; None: gradients are reduced as they are.
         options: Arguments of the wrapper.
     """
 
     meets_in = ("backward pass",)
 
-    def __init__(self, model: nn.Module, runtime: Runtime, **options: Any) -> None:
+    def __init__(
+        self, model: nn.Module, runtime: Runtime, hook: Hook | None = None, **options: Any
+    ) -> None:
         super().__init__(model, runtime)
+        self._hook = hook
         self._ddp = DistributedDataParallel(
             model,
             device_ids=None if runtime.device.type == "cpu" else [runtime.device],
@@ -149,10 +172,23 @@ class WrappedReplica(Replica):
         self.forward = self._ddp
         self.divisor = runtime.world_size
         self.sync_buffers()
+        if hook:
+            self._ddp.register_comm_hook(None, hook.reduce)
+        if not options.get("static_graph") and not options.get("find_unused_parameters"):
+            settle_buckets(self._ddp)
 
     def sync_gradients(self, *, when: bool) -> AbstractContextManager[None]:
         """Reduce gradients over ranks in the backward pass, or let them add up locally."""
         return nullcontext() if when else self._ddp.no_sync()
+
+    def memory(self) -> Mapping[str, Any]:
+        """Gather what the hook has to remember."""
+        return self._hook.memory() if self._hook else {}
+
+    def remember(self, saved: Mapping[str, Any] | None) -> None:
+        """Put back what the hook has to remember."""
+        if self._hook:
+            self._hook.remember(saved)
 
 
 def unused_parameters() -> ConfigError:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ddp_sgd.config.processes import ParallelConfig
+from ddp_sgd.distributed.compression import build_hook
 from ddp_sgd.distributed.local_sgd import LocalReplica
 from ddp_sgd.distributed.replica import FlatReplica, Replica, WrappedReplica
 from ddp_sgd.distributed.runtime import Runtime
@@ -23,7 +24,7 @@ def replicate(
 
     With ``parallel.replica: auto`` gradients that fit into one bucket are reduced by one call after
     the backward pass. Larger ones, and what only DistributedDataParallel can do, are reduced by
-    that, or, on one rank, left as they are.
+    that, or, on one rank, left as they are. One rank has nobody to send compressed gradients to.
 
     Args:
         model: The model, on the runtime's device; its weights become rank 0's.
@@ -31,11 +32,15 @@ def replicate(
         config: Section ``parallel`` of the configuration.
         plan: The run's arithmetic.
         velocities: Of each parameter; empty without momentum.
+
+    Raises:
+        ConfigError: The model's gradients cannot be compressed.
     """
     if plan.local_start is not None:
         return LocalReplica(model, runtime, plan, velocities)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    only_ddp = config.static_graph or config.find_unused_parameters or config.compression != "none"
+    compresses = config.compression != "none" and not runtime.alone
+    only_ddp = config.static_graph or config.find_unused_parameters or compresses
     fits = trained <= config.bucket_mb * 2**20 and not only_ddp
     if config.replica == "flat" or (config.replica == "auto" and fits):
         return FlatReplica(model, runtime)
@@ -44,6 +49,7 @@ def replicate(
     return WrappedReplica(
         model,
         runtime,
+        build_hook(config.compression, model, runtime),
         bucket_cap_mb=config.bucket_mb,
         gradient_as_bucket_view=config.gradient_as_bucket_view,
         static_graph=config.static_graph,

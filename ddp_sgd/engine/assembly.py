@@ -190,6 +190,7 @@ def assemble(config: RunConfig, parts: Parts, runtime: Runtime, past: Past) -> J
     if past.header:
         share_other_state(model, runtime)
         broadcast_over_ranks((buffer for _, buffer in velocities(model, optimizer)), runtime)
+        replica.remember(saved.get("compression") if saved else None)
     pulse, clip_norm = Pulse(), config.optim.clip_norm
     return Job(
         plan=plan,

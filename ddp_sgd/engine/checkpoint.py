@@ -35,8 +35,13 @@ class Checkpoints(Protocol):
 
     save_s: float
 
-    def save(self, state: State) -> None:
-        """Save the state as it is now; training may go on when this returns."""
+    def save(self, state: State, memory: Tree) -> None:
+        """Save the state as it is now; training may go on when this returns.
+
+        Args:
+            state: Where the run stands.
+            memory: What the replica remembers besides weights.
+        """
 
     def poll(self) -> None:
         """Tell of a save that has ended since."""
@@ -50,7 +55,7 @@ class NoCheckpoints:
 
     save_s = 0.0
 
-    def save(self, state: State) -> None:
+    def save(self, state: State, memory: Tree) -> None:
         """Do nothing."""
 
     def poll(self) -> None:
@@ -115,8 +120,12 @@ class SavedCheckpoints:
         """Wait for a save that is going on: half of it is of no use to anyone."""
         self._thread.shutdown(wait=True)
 
-    def save(self, state: State) -> None:
+    def save(self, state: State, memory: Tree) -> None:
         """Copy the state, and write the copy in the background.
+
+        Args:
+            state: Where the run stands.
+            memory: What the replica remembers besides weights; saved as ``compression``.
 
         Raises:
             OutputError: This many saves in a row have failed.
@@ -126,7 +135,7 @@ class SavedCheckpoints:
         self._settle()  # measures the save before from its own start
         self._start = start
         self._header, tensors = self._capture(state)
-        copy = self._snapshot.take(tensors)
+        copy = self._snapshot.take({**tensors, "compression": memory} if memory else tensors)
         self._writing = self._thread.submit(self._write, self._header, copy)
         self._stall_s = time.perf_counter() - self._start
 

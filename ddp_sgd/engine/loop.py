@@ -53,13 +53,12 @@ class Loop:
         scored_before = state.scored_at
         go_on = self._score_if_due()  # the run may have been stopped just before
         if state.scored_at != scored_before:  # it may be the best, and must not be forgotten
-            self._checkpoints.save(state)
+            self._save()
         for batches in job.loader.from_step(state.step, job.skip) if go_on else ():
             beat = self._take_step(batches)
             go_on = not self._is_to_stop(beat) and self._score_if_due()
             if not go_on or (beat and beat.save):
-                job.pulse.at("saving")
-                self._checkpoints.save(state)
+                self._save()
             if not go_on:
                 break
             job.pulse.at("reading data", state.step)
@@ -67,6 +66,10 @@ class Loop:
             self._report.stop(self._heartbeat.reason)
         job.pulse.at("saving")
         self._checkpoints.finish()
+
+    def _save(self) -> None:
+        self._job.pulse.at("saving")
+        self._checkpoints.save(self._job.state, self._job.replica.memory())
 
     def _take_step(self, batches: StepBatches) -> Beat | None:
         """Take a step, and tell what the heartbeat tells, if there was one."""

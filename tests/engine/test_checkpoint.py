@@ -117,7 +117,7 @@ def test_what_is_saved_is_the_moment_of_the_save(training, gate):
         training.step()
         weight = training.model.weight.detach().clone()
         velocity = training.optimizer.velocities[training.model.weight].clone()
-        checkpoints.save(training.state)
+        checkpoints.save(training.state, {})
         assert gate.reached.wait(60)
         for _ in range(5):
             training.step()
@@ -136,9 +136,9 @@ def test_what_is_saved_is_the_moment_of_the_save(training, gate):
 def test_a_save_waits_for_the_one_before(training, gate):
     with training.open(keep=9) as checkpoints:
         training.step()
-        checkpoints.save(training.state)
+        checkpoints.save(training.state, {})
         training.step()
-        second = threading.Thread(target=checkpoints.save, args=(training.state,))
+        second = threading.Thread(target=checkpoints.save, args=(training.state, {}))
         second.start()
         assert gate.reached.wait(60)
         second.join(0.1)
@@ -158,7 +158,7 @@ def test_leaving_waits_for_the_save_that_is_going_on(failing, training, gate):
 
     def leave():
         with training.open() as checkpoints:
-            checkpoints.save(training.state)
+            checkpoints.save(training.state, {})
             if failing:
                 raise KeyError("of the user's")
 
@@ -196,11 +196,11 @@ def test_what_a_save_took_is_told(training, monkeypatch):
         estimate = 1.0 + 4 * 8 / 1e8
         assert checkpoints.save_s == pytest.approx(estimate)
         training.step()
-        checkpoints.save(training.state)
+        checkpoints.save(training.state, {})
         checkpoints._writing.result()
         now[0] += 1000  # until somebody asks
         training.step()
-        checkpoints.save(training.state)
+        checkpoints.save(training.state, {})
         assert checkpoints.save_s == 5
         checkpoints.finish()
     (one, first), (two, second) = training.told
@@ -214,7 +214,7 @@ def test_what_a_save_took_is_told(training, monkeypatch):
 def save_steps(training, checkpoints, count):
     for _ in range(count):
         training.step()
-        checkpoints.save(training.state)
+        checkpoints.save(training.state, {})
         checkpoints._writing.exception()  # it has ended
         checkpoints.poll()
 
@@ -250,9 +250,9 @@ def test_a_third_failure_shows_at_the_next_save_too(training, monkeypatch):
     break_writes(monkeypatch, *[RuntimeError("of the kernel\nand more")] * 3)
     with training.open() as checkpoints:
         save_steps(training, checkpoints, 2)
-        checkpoints.save(training.state)
+        checkpoints.save(training.state, {})
         with pytest.raises(OutputError, match="3 times in a row: of the kernel; make"):
-            checkpoints.save(training.state)
+            checkpoints.save(training.state, {})
 
 
 def test_a_run_whose_last_save_failed_does_not_end_well(training, monkeypatch):
@@ -261,7 +261,7 @@ def test_a_run_whose_last_save_failed_does_not_end_well(training, monkeypatch):
         save_steps(training, checkpoints, 1)
         checkpoints.finish()
         training.step()
-        checkpoints.save(training.state)
+        checkpoints.save(training.state, {})
         with pytest.raises(OutputError, match="does not take a checkpoint: MemoryError; make room"):
             checkpoints.finish()
     assert training.saved()["cursor"]["step"] == 1
@@ -313,7 +313,7 @@ def test_state_that_cannot_be_read_back_is_refused_at_the_start(training):
 def test_only_the_rank_that_has_the_folder_saves():
     with open_checkpoints(RunConfig(), None, "0a1b2c3d", None, None) as checkpoints:
         assert isinstance(checkpoints, NoCheckpoints)
-        checkpoints.save(State())
+        checkpoints.save(State(), {})
         checkpoints.poll()
         checkpoints.finish()
         assert checkpoints.save_s == 0
