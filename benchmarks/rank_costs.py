@@ -7,11 +7,13 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Lock
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ddp_sgd import RunConfig, fit, start_runtime
 from ddp_sgd.data import Digits
@@ -20,8 +22,8 @@ from ddp_sgd.distributed.pulse import Pulse
 from ddp_sgd.engine import assembly
 
 BATCH = 32
-WARM_UP = 100
-"""Steps before the measurement."""
+WARM_UP, GETTING_WARM = 100, 50
+"""Steps before the measurement; how many of them a rank takes after its turn has come."""
 KINDS = {
     "forward pass": "compute",
     "backward pass": "compute",
@@ -59,21 +61,26 @@ class Meter:
         clock: What a cost is, of the training thread.
         first: Step at which the measurement begins.
         last: Step at which it ends.
+        turn: Whoever holds it measures while all others stand still; instead of an all-reduce, in
+            which they would have to take part, it gets zeros, as all do. None measures all ranks at
+            the same time.
     """
 
-    def __init__(self, clock: Callable[[], float], first: int, last: int) -> None:
+    def __init__(
+        self, clock: Callable[[], float], first: int, last: int, turn: Lock | None
+    ) -> None:
         self.pulse = Pulse(clock)
         self.first = first
         self.last = last
+        self.turn = turn
         self.seen: dict[int, Costs] = {}
+        self.looks = {last: self._stop, first: self._note, first - GETTING_WARM: self._start}
 
     def look(self) -> None:
-        """Take note of what was spent so far, if it is time to."""
-        step = self.pulse.step
-        if step in (self.first, self.last) and step not in self.seen:
-            others = time.process_time() - time.thread_time()
-            spent = self.pulse.spent_s()
-            self.seen[step] = {"others": others, "wall": time.perf_counter(), **spent}
+        """Do what is due at this step, once."""
+        due = self.looks.pop(self.pulse.step, None)
+        if due is not None:
+            due()
 
     def costs(self) -> Costs:
         """Return millionths a step."""
@@ -83,6 +90,22 @@ class Meter:
             kind = KINDS.get(phase, phase)
             costs[kind] += 1e6 * (total - before.get(phase, 0.0)) / (self.last - self.first)
         return dict(costs)
+
+    def _start(self) -> None:
+        if self.turn is not None:
+            self.turn.acquire()
+            self._all_reduce, dist.all_reduce = dist.all_reduce, torch.Tensor.zero_
+
+    def _note(self) -> None:
+        others = time.process_time() - time.thread_time()
+        spent = self.pulse.spent_s()
+        self.seen[self.pulse.step] = {"others": others, "wall": time.perf_counter(), **spent}
+
+    def _stop(self) -> None:
+        self._note()
+        if self.turn is not None:
+            dist.all_reduce = self._all_reduce
+            self.turn.release()
 
 
 class Bytecodes:
@@ -103,7 +126,13 @@ class Bytecodes:
 
 
 def work_as_rank(
-    place: tuple[int, int, int], steps: int, folder: str, sender: Connection, *, counting: bool
+    place: tuple[int, int, int],
+    steps: int,
+    folder: str,
+    sender: Connection,
+    *,
+    turn: Lock | None,
+    counting: bool,
 ) -> None:
     """Train as one of the ranks and send what a step costs.
 
@@ -112,6 +141,7 @@ def work_as_rank(
         steps: Steps to measure.
         folder: Where the run writes.
         sender: Where the costs go.
+        turn: Held by the one rank that measures; None measures all at the same time.
         counting: Whether bytecodes are what it costs, instead of CPU time.
     """
     rank, world_size, _ = place
@@ -123,7 +153,7 @@ def work_as_rank(
     digits, samples = Digits(), (WARM_UP + steps + 1) * BATCH * world_size
     targets = torch.from_numpy(digits.targets).repeat(samples // len(digits) + 1)[:samples]
     clock = Bytecodes() if counting else time.thread_time
-    meter = Meter(clock, WARM_UP, WARM_UP + steps)
+    meter = Meter(clock, WARM_UP, WARM_UP + steps, turn)
     inputs = Tiled(torch.from_numpy(digits.inputs), samples, meter.look)
     assembly.Pulse = lambda: meter.pulse  # type: ignore[assignment,misc]
     sections = {"output_dir": folder, "epochs": 1, "wandb": {"mode": "disabled"}}

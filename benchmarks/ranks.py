@@ -5,9 +5,9 @@ about 2 minutes. The digits MLP, 32 samples a rank and step, gloo, one thread a 
 share the cores, so wall time says nothing: each training thread is measured by its own CPU clock,
 phase by phase. Three measurements, rank counts in turn:
 
-* W ranks, and nothing else;
-* always as many processes as the most ranks, in jobs of W ranks side by side, so that they crowd
-  each other out of cores and caches equally at any W;
+* together: all ranks train. Who waits for another rank finds the caches full of its things;
+* one at a time: each rank in turn takes the same steps while the others stand still, and its
+  all-reduces give zeros at once. So caches are as warm on 16 ranks as on 2;
 * bytecodes instead of time: no cache and no neighbour changes them.
 """
 
@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 
 from benchmarks.rank_costs import BATCH, Costs, work_as_rank
 
@@ -30,33 +30,31 @@ COUNTED = 200
 """Steps in which bytecodes are counted."""
 REST = ("data", "heartbeat")
 
-Round = list[list[Costs]]
-"""Costs of the ranks of each job that ran at the same time."""
+Round = list[Costs]
+"""Costs of the ranks of one run."""
 
 
-def run(world_size: int, steps: int, *, jobs: int = 1, counting: bool = False) -> Round:
-    """Return what a step costs each rank of some jobs that run side by side."""
+def run(world_size: int, steps: int, *, in_turns: bool = False, counting: bool = False) -> Round:
+    """Return what a step costs each rank."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "ddp_sgd.engine.fit"])
-    processes, receivers = [], []
+    ways = {"turn": context.Lock() if in_turns else None, "counting": counting}
+    processes, receivers, port = [], [], free_port()
     with tempfile.TemporaryDirectory() as folder:
-        for job in range(jobs):
-            port = free_port()
-            for rank in range(world_size):
-                receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(
-                    target=work_as_rank,
-                    args=((rank, world_size, port), steps, f"{folder}/{job}", sender),
-                    kwargs={"counting": counting},
-                )
-                process.start()
-                sender.close()
-                receivers.append(receiver)
-                processes.append(process)
+        for rank in range(world_size):
+            receiver, sender = context.Pipe(duplex=False)
+            place = (rank, world_size, port)
+            process = context.Process(
+                target=work_as_rank, args=(place, steps, folder, sender), kwargs=ways
+            )
+            process.start()
+            sender.close()
+            receivers.append(receiver)
+            processes.append(process)
         costs = [receiver.recv() for receiver in receivers]
         for process in processes:
             process.join()
-    return [costs[job * world_size :][:world_size] for job in range(jobs)]
+    return costs
 
 
 def free_port() -> int:
@@ -72,14 +70,13 @@ def rest(costs: Costs) -> float:
 
 
 def over_ranks(found: Round, kind: str) -> float:
-    """Return the mean cost of a kind over all ranks."""
-    return mean(costs[kind] for ranks in found for costs in ranks)
+    """Return the median cost of a kind over all ranks."""
+    return median(costs[kind] for costs in found)
 
 
 def rests(rounds: Sequence[Round]) -> tuple[list[float], list[float]]:
-    """Return, by round, the rest over all ranks, and that of the ranks 0."""
-    everyone = [mean(rest(costs) for ranks in found for costs in ranks) for found in rounds]
-    return everyone, [mean(rest(ranks[0]) for ranks in found) for found in rounds]
+    """Return, by round, the median rest of all ranks, and that of rank 0."""
+    return [median(map(rest, found)) for found in rounds], [rest(found[0]) for found in rounds]
 
 
 def table(runs: dict[int, list[Round]], title: str) -> Iterator[str]:
@@ -116,28 +113,28 @@ def report(runs: dict[str, dict[int, list[Round]]], command: str) -> str:
     others, wall_ms = (
         ", ".join(
             f"{scale * median(over_ranks(found, kind) for found in rounds):.{digits}f} on {number}"
-            for number, rounds in runs["alone"].items()
+            for number, rounds in runs["together"].items()
         )
         for kind, scale, digits in (("others", 1, 0), ("wall", 1e-3, 2))
     )
-    return f"""# What a step costs a rank, on 1 to {max(runs["alone"])} ranks of one machine
+    return f"""# What a step costs a rank, on 1 to {max(runs["together"])} ranks of one machine
 
 {command}, {os.cpu_count()} CPUs for all ranks, {platform.machine()}, Python \
 {platform.python_version()}, torch {version("torch")}, gloo, one thread a rank.
 
 The digits MLP, {BATCH} samples a rank and step, a row of metrics every 10 steps. CPU time of the \
-training thread, in microseconds a step and rank: mean over ranks, median over rounds. `rest` is \
+training thread, in microseconds a step and rank: median over ranks, then over rounds. `rest` is \
 what is neither compute nor all-reduce of gradients: reading data and the heartbeat, with its own \
 small all-reduce. Rank 0 also writes the journal.
 
-{chr(10).join(table(runs["alone"], "and nothing else"))}
+{chr(10).join(table(runs["together"], "together"))}
 
 Other threads of a rank, most of them gloo's, take, in microseconds of CPU a step: {others} ranks. \
 A step takes, in ms of wall time: {wall_ms} ranks.
 
-As many processes at any number of ranks, {max(runs["crowded"])} in all, in jobs side by side:
+One rank at a time, while the others stand still, and without all-reduces:
 
-{chr(10).join(table(runs["crowded"], "in a crowd"))}
+{chr(10).join(table(runs["in turns"], "one at a time"))}
 
 Bytecodes that the training thread interprets, instead of time, a step and rank:
 
@@ -149,17 +146,17 @@ def measure(numbers: Sequence[int], rounds: int, steps: int) -> dict[str, dict[i
     """Measure everything, in turn, several times; bytecodes once, since they do not vary."""
     several = [number for number in numbers if number > 1]
     runs: dict[str, dict[int, list[Round]]] = {
-        "alone": {number: [] for number in numbers},
-        "crowded": {number: [] for number in several},
+        "together": {number: [] for number in numbers},
+        "in turns": {number: [] for number in several},
         "counted": {number: [] for number in numbers},
     }
     for turn in range(rounds):
         for number in numbers:
-            runs["alone"][number].append(run(number, steps))
+            runs["together"][number].append(run(number, steps))
             if turn == 0:
                 runs["counted"][number].append(run(number, COUNTED, counting=True))
         for number in several:
-            runs["crowded"][number].append(run(number, steps, jobs=max(numbers) // number))
+            runs["in turns"][number].append(run(number, steps, in_turns=True))
     return runs
 
 
