@@ -19,6 +19,8 @@ FOLDER_NAME = "checkpoints"
 UNFINISHED = ".new"
 """Ending of files that are being written."""
 
+_Version = tuple[Path, int, int, int]
+
 _SAVED = re.compile(r"step-(\d{8,})(?:\.(\d+))?\.pt")
 
 
@@ -44,10 +46,16 @@ class CheckpointFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._read: dict[_Version, Manifest | None] = {}
 
     def manifests(self) -> list[Manifest]:
         """Read the manifests whose file is there, the oldest checkpoint first."""
-        found = [entry for entry in map(_manifest_of, self._files()) if entry]
+        before, self._read = self._read, {}
+        for file in self._files():
+            if (version := _version_of(file.with_suffix(".json"))) is not None:
+                known = before[version] if version in before else _manifest_of(file)
+                self._read[version] = known
+        found = [entry for entry in self._read.values() if entry]
         return sorted(found, key=lambda entry: (entry.header.samples, entry.time))
 
     def name_for(self, header: Header) -> str:
@@ -135,6 +143,18 @@ class CheckpointFolder:
             new.unlink(missing_ok=True)
             new.symlink_to(entry.file)
             new.replace(self.path / name)
+
+
+def _version_of(manifest: Path) -> _Version | None:
+    """Tell one content of a file from another without reading it; None if there is no file.
+
+    Every save looks at all manifests; reading one takes as long as ten steps of a small model.
+    """
+    try:
+        status = manifest.stat()
+    except OSError:
+        return None
+    return manifest, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _manifest_of(file: Path) -> Manifest | None:

@@ -6,7 +6,7 @@ checkpoint.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,20 @@ class Manifest:
 
     def to_text(self) -> str:
         """Return the manifest as JSON that carries its own checksum."""
-        content = asdict(self)
-        return json.dumps({"format": FORMAT, "check": _check(content), **content}, indent=1) + "\n"
+        header = {name: getattr(self.header, name) for name in Header.__slots__}
+        content = {name: getattr(self, name) for name in self.__slots__} | {"header": header}
+        outer = {"format": FORMAT, "check": _check(content), **content}
+        return _in_lines(_texts(outer) | {"header": _in_lines(_texts(header))}) + "\n"
+
+
+def _texts(content: dict[str, Any]) -> dict[str, str]:
+    return {key: json.dumps(value) for key, value in content.items()}
+
+
+def _in_lines(texts: dict[str, str]) -> str:
+    """Give every key a line of its own; with an indent ``json.dumps`` takes ten times as long."""
+    lines = [f'"{key}": {text}' for key, text in texts.items()]
+    return "{\n" + ",\n".join(lines) + "\n}"
 
 
 def read_manifest(path: Path) -> Manifest | None:

@@ -15,6 +15,7 @@ import torch
 from ddp_sgd.checkpointing.folder import UNFINISHED, CheckpointFolder, fault_of
 from ddp_sgd.checkpointing.manifest import FORMAT, Header, Manifest
 
+_GATHER_BYTES = 1 << 18
 _ENVELOPE_BYTES = 1 << 16
 _ENVELOPE_BYTES_PER_TENSOR = 1 << 10
 
@@ -25,7 +26,9 @@ def write_checkpoint(
     """Write, read back, and only then let older checkpoints go.
 
     The order is what makes it safe: room is reserved; the file is written beside its place, synced
-    and read back from the disk; then comes the manifest, and last the file takes its place.
+    and read back from the disk; then comes the manifest, and last the file takes its place. Both
+    names reach the disk together: should only one be there after a power cut, a file without a
+    manifest is passed over, and a manifest without a file is no checkpoint.
 
     Args:
         folder: Where to.
@@ -67,8 +70,10 @@ def _write_tensors(new: Path, header: Header, tensors: Mapping[str, Any]) -> tup
     with new.open("wb", buffering=0) as raw:
         _reserve(raw.fileno(), _room_for(tensors))
         stream = _Hashed(raw)
+        gathered = io.BufferedWriter(stream, _GATHER_BYTES)  # torch writes a hundred small pieces
         try:
-            torch.save(content, stream)  # type: ignore[arg-type]  # it writes, which is enough
+            torch.save(content, gathered)  # type: ignore[arg-type]  # it writes, which is enough
+            gathered.flush()
         except RuntimeError as error:  # torch hides what the system said
             raise stream.failure or error from error
         raw.truncate(stream.size)
@@ -137,7 +142,6 @@ def _replace(path: Path, data: bytes) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     new.replace(path)
-    _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -61,7 +60,7 @@ def capture(
         world_size=plan.world_size,
         run_id=run_id,
         loss=loss,
-        plan=asdict(plan),
+        plan={name: getattr(plan, name) for name in plan.__slots__},
         config=config.model_dump(mode="json"),
         versions={
             "ddp_sgd": __version__,

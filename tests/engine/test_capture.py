@@ -13,6 +13,7 @@ from ddp_sgd.checkpointing.folder import CheckpointFolder
 from ddp_sgd.checkpointing.reading import read_tensors
 from ddp_sgd.checkpointing.writing import write_checkpoint
 from ddp_sgd.config import RunConfig
+from ddp_sgd.data.permutation import ORDER
 from ddp_sgd.engine.capture import capture, describe_loss, refuse_foreign, velocities
 from ddp_sgd.engine.state import State
 from ddp_sgd.errors import ConfigError, ExitCode
@@ -72,6 +73,7 @@ def test_a_header_says_what_the_run_is():
         "ddp_sgd": head.versions["ddp_sgd"],
         "python": platform.python_version(),
         "torch": str(torch.__version__),
+        "order": ORDER,
     }
     assert RunConfig.model_validate(head.config).data.batch_size == 8
     assert head.plan["global_batch"] == 8
