@@ -11,21 +11,17 @@ import argparse
 import json
 import os
 import platform
-import subprocess
-import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+from benchmarks.namespaces import limit, machines, start_on_all
 from ddp_sgd.scaling import Network, Workload, predict_step
 
-ROOT = Path(__file__).resolve().parents[1]
 RATES = {"100 Mbit/s": "100mbit", "1 Gbit/s": "1gbit"}
 RANKS = (2, 4)
 TURNS, STEPS, ROW = 2, 8, 2
@@ -105,64 +101,17 @@ def measure(rounds: int) -> Measurements:
     for _ in range(rounds):
         for ranks in RANKS:
             with machines(ranks) as nodes:
-                for rate, limit in RATES.items():
-                    for node in nodes:
-                        shape = ("rate", limit, "burst", "128kb", "latency", "50ms")
-                        node.run("tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", *shape)
+                for rate, tc_rate in RATES.items():
+                    limit(nodes, tc_rate)
                     measurements.add(run(nodes), rate, ranks)
     return measurements
 
 
-@contextmanager
-def machines(number: int) -> Iterator[list[Any]]:
-    """Start machines on one switch; they and what they run end with the block."""
-    sys.path.append(str(ROOT / "tests"))
-    from machines import Machine
-
-    started: list[Any] = []
-    with tempfile.TemporaryDirectory() as folder:
-        names = [f"10.213.79.{rank + 1} node{rank}\n" for rank in range(number)]
-        Path(folder, "hosts").write_text("".join(["127.0.0.1 localhost\n", *names]))
-        Path(folder, "nsswitch.conf").write_text("hosts: files\n")
-        try:
-            for name in ("switch", *(f"node{rank}" for rank in range(number))):
-                started += [Machine(name, Path(folder))]
-            switch, *nodes = started
-            switch.run("ip", "link", "add", "br0", "type", "bridge")
-            switch.run("ip", "link", "set", "br0", "up")
-            for rank, node in enumerate(nodes):
-                ends = [("name", "eth0", "netns", str(node.pid))]
-                ends.append(("name", f"port{rank}", "netns", str(switch.pid)))
-                add = ["ip", "link", "add", *ends[0], "type", "veth", "peer", *ends[1]]
-                subprocess.run(add, check=True, timeout=20)
-                switch.run("ip", "link", "set", f"port{rank}", "master", "br0", "up")
-                node.run("ip", "address", "add", f"10.213.79.{rank + 1}/24", "dev", "eth0")
-                node.run("ip", "link", "set", "eth0", "up")
-            yield nodes
-        finally:
-            for machine in started:
-                machine.power_off()
-
-
 def run(nodes: list[Any]) -> dict[str, Any]:
     """Run a rank on each machine; return what rank 0 prints."""
-    processes = []
     with tempfile.TemporaryDirectory() as folder:
-        for rank, node in enumerate(nodes):
-            variables = {
-                "RANK": rank,
-                "WORLD_SIZE": len(nodes),
-                "LOCAL_RANK": 0,
-                "LOCAL_WORLD_SIZE": 1,
-                "MASTER_ADDR": "node0",
-                "MASTER_PORT": 29400,
-                "GLOO_SOCKET_IFNAME": "eth0",
-                "OMP_NUM_THREADS": 1,
-            }
-            words = ["env", *(f"{key}={value}" for key, value in variables.items())]
-            words += [sys.executable, "-m", "benchmarks.scaling", f"--as_rank={folder}"]
-            command = node.command(*words)
-            processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        words = ("-m", "benchmarks.scaling", f"--as_rank={folder}")
+        processes = start_on_all(nodes, *words, said=None)
         texts = [process.communicate(timeout=400)[0] for process in processes]
     return json.loads(texts[0].splitlines()[-1])
 

@@ -7,7 +7,10 @@ from ddp_sgd.config import ParallelConfig, RunConfig, RuntimeConfig
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"replica": "flat", "static_graph": True}, "parallel.static_graph is true while parallel.replica is flat"),
+        (
+            {"replica": "flat", "static_graph": True},
+            "parallel.static_graph is true while parallel.replica is flat",
+        ),
         (
             {"replica": "flat", "find_unused_parameters": True},
             "parallel.find_unused_parameters is true while parallel.replica is flat",
@@ -19,6 +22,14 @@ from ddp_sgd.config import ParallelConfig, RunConfig, RuntimeConfig
         (
             {"compression": "fp16", "local_sgd": {"start_step": 10}},
             "parallel.compression is fp16 while parallel.local_sgd.start_step is 10",
+        ),
+        (
+            {"compression": "powersgd", "static_graph": True},
+            "parallel.compression is powersgd while parallel.static_graph is true",
+        ),
+        (
+            {"compression": "powersgd", "find_unused_parameters": True},
+            "set parallel.find_unused_parameters=false",
         ),
         (
             {"replica": "ddp", "local_sgd": {"start_step": 0}},

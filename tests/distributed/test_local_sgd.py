@@ -75,7 +75,9 @@ def test_ranks_differ_in_between_and_meet_again(tmp_path):
     assert not set(first[apart]) & set(second[apart])
     # Steps 5 to 45 on the grid of 5, and the ends of epochs, 23 and 46.
     assert len(first[together]) == len(range(5, 46, 5)) + 2
-    rows = [r["step"] for r in read_journal(tmp_path / "x" / "metrics.jsonl") if r["event"] == "train"]
+    rows = [
+        r["step"] for r in read_journal(tmp_path / "x" / "metrics.jsonl") if r["event"] == "train"
+    ]
     # Every 3 steps as long as ranks are equal, then at the first step where they meet.
     assert rows == [3, 10, 15, 20, 23, 25, 30, 35, 40, 45, 46]
 
@@ -83,11 +85,7 @@ def test_ranks_differ_in_between_and_meet_again(tmp_path):
 @pytest.mark.parametrize("stop_after", [2, 7, 23, 31])
 def test_a_stop_waits_until_ranks_meet_and_changes_nothing(stop_after, tmp_path):
     local = {"start_step": 4, "period": 5}
-    log = {"log": {"every_steps": 1}}
-    whole, _ = run_ranks(2, life, tmp_path / "whole", local, -1, **{}) if False else run_ranks(
-        2, life, tmp_path / "whole", local
-    )
-    del log
+    whole, _ = run_ranks(2, life, tmp_path / "whole", local)
     stopped, _ = run_ranks(2, life, tmp_path / "parts", local, stop_after)
     assert stopped[0] == "stopped"
     assert stopped[1] in {2: (3,), 7: (10,), 23: (23,), 31: (35,)}[stop_after]

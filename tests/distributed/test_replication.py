@@ -29,6 +29,7 @@ CHOICES = [
     ({"replica": "ddp"}, "Replica", "WrappedReplica"),
     ({"static_graph": True}, "Replica", "WrappedReplica"),
     ({"find_unused_parameters": True}, "Replica", "WrappedReplica"),
+    ({"compression": "powersgd"}, "FlatReplica", "WrappedReplica"),
     ({"local_sgd": {"start_step": 3}}, "FlatReplica", "LocalReplica"),
 ]
 
@@ -75,6 +76,6 @@ def test_all_give_the_same_weights(world_size, tmp_path):
     momentum of 0.9: sqrt(60) x 6e-8 x 4 = 2e-6.
     """
     (flat, *others), *_ = run_ranks(world_size, every_replica, tmp_path)
-    assert others[2] [0] == flat[0]  # auto is flat
+    assert others[2][0] == flat[0]  # auto is flat
     for _, weights in others:
         assert abs(weights - flat[1]).max() <= 2e-6 * abs(flat[1]).max()
