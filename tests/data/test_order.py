@@ -1,13 +1,16 @@
 """Promise 2: every sample counts once an epoch, on any number of ranks, from any position."""
 
-from itertools import chain
+import tracemalloc
+from itertools import chain, islice
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DistributedSampler
 
 from ddp_sgd.data.order import Chunks, Order
+from ddp_sgd.data.permutation import Permutation
 from ddp_sgd.plan import micro_batch_sizes
 
 
@@ -24,6 +27,16 @@ def orders(n, world_size, *, batch=8, accumulate=1, seed=0, tail="exact"):
         )
         for rank in range(world_size)
     ]
+
+
+def last_rank(n, world_size, *, batch):
+    return Order(
+        n,
+        global_batch=world_size * batch,
+        batch_size=batch,
+        rank=world_size - 1,
+        world_size=world_size,
+    )
 
 
 def real_indices(order):
@@ -134,6 +147,61 @@ def test_an_epoch_is_taken_up_in_the_middle_of_a_step(n, world_size, global_batc
         whole = order.permutation().tolist()
     assert sorted(read) == sorted(whole[position:])
     assert order.step_samples(first_step) == min(global_batch - skip, n - position)
+
+
+def test_of_a_billion_samples_1024_ranks_read_each_once_in_a_step():
+    ranks = orders(10**9, 1024)
+    for step in (0, 61_000, ranks[0].steps_per_epoch - 1):
+        read = []
+        for order in ranks:
+            order.set_epoch(2, step)
+            read += next(iter(order))[: order.micro_batch_sizes(step)[0]].tolist()
+        assert len(read) == len(set(read)) == ranks[0].step_samples(step)
+        assert 0 <= min(read) <= max(read) < 10**9
+
+
+@pytest.mark.parametrize("place", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("world_size", [1, 1024])
+def test_work_and_memory_up_to_the_first_batch_depend_on_neither_samples_nor_place(
+    world_size, place, monkeypatch
+):
+    """Counted, not timed: positions that are worked out, and bytes."""
+    asked_for = []
+
+    class Counted(Permutation):
+        def __call__(self, positions):
+            asked_for.append(len(positions))
+            return super().__call__(positions)
+
+    monkeypatch.setattr("ddp_sgd.data.order.Permutation", Counted)
+    peaks = []
+    for n in (10**6, 10**9, 10**12):
+        tracemalloc.start()
+        order = last_rank(n, world_size, batch=32)
+        order.set_epoch(1, round(place * (order.steps_per_epoch - 1)))
+        next(iter(order))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert max(asked_for) <= 4096
+    assert len(asked_for) == 3
+    assert max(peaks) < 10 * 4096 * 8  # an epoch of a million samples alone has 8 MB
+
+
+@given(
+    n=st.integers(10**6, 10**12),
+    world_size=st.sampled_from([1, 3, 1024]),
+    place=st.floats(0.0, 1.0),
+    steps=st.integers(1, 200),
+)
+def test_a_resume_reads_on_where_the_epoch_would_have_been(n, world_size, place, steps):
+    """Chunks that are worked out together begin elsewhere than without a break."""
+    order = last_rank(n, world_size, batch=8)
+    first = round(place * (order.steps_per_epoch - 1))
+    begin = max(0, first - steps)
+    order.set_epoch(3, begin)
+    unbroken = list(islice(order, first - begin, first - begin + 10))
+    order.set_epoch(3, first)
+    assert all(map(np.array_equal, islice(order, 10), unbroken))
 
 
 def test_it_is_a_distributed_sampler():
