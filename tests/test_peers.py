@@ -108,9 +108,9 @@ def test_the_tables_name_all_and_what_was_measured():
     ("other", "found"),
     [
         ({"contestant": "flat", "loss": 1.005}, ""),
-        ({"contestant": "flat", "loss": 1.02}, "loss 1.02000, not 1.00000 (1%)"),
+        ({"contestant": "flat", "loss": 1.02}, "loss 1.02000, not 1.00000 +- 0.01"),
         ({"contestant": "fabric", "loss": 1.02}, ""),
-        ({"contestant": "fabric", "loss": 2.0}, "loss 2.00000, not 1.00000"),
+        ({"contestant": "fabric", "loss": 1.1}, "loss 1.10000, not 1.00000 +- 0.08"),
         ({"contestant": "fabric", "steps": 2}, "2 steps, not 1"),
         ({"contestant": "bare", "loss": 9.0}, ""),
     ],

@@ -29,7 +29,7 @@ _HEADINGS = (
     "whole, s",
     "MB a rank",
     "steps",
-    "loss (allowed)",
+    "loss (may differ by)",
 )
 
 
@@ -105,8 +105,8 @@ def _table(summary: Summary) -> str:
     ]
     framework = summary.best_framework(steps_per_s)
     for name in summary.contestants:
-        allowed = tolerance(summary.workload, name)
-        loss = median(summary.values(name, lambda each: each.loss))
+        last = summary.rounds(name)[-1]
+        allowed = tolerance(last)
         cells = [
             CONTESTANTS[name].title,
             _spread(summary.values(name, steps_per_s), _whole),
@@ -119,8 +119,8 @@ def _table(summary: Summary) -> str:
             _spread(summary.values(name, first_step_s), _ratio),
             _spread(summary.values(name, lambda each: each.whole_s), _ratio),
             _spread(summary.values(name, peak_mb), _whole),
-            f"{median(summary.values(name, lambda each: each.steps)):g}",
-            f"{loss:.5f} ({'any' if allowed is None else f'{allowed:.0%}'})",
+            str(last.steps),
+            f"{last.loss:.5f} ({'any' if allowed is None else f'{allowed:.2g}'})",
             str(len(summary.rounds(name))),
         ]
         lines.append(f"| {' | '.join(cells)} |")

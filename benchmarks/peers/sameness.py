@@ -10,12 +10,12 @@ differently, and training lets such differences grow.
 """
 
 
-def tolerance(workload: str, contestant: str) -> float | None:
-    """How far the final loss of a contestant may lie from ours, as a factor; None: anywhere."""
-    who = CONTESTANTS[contestant]
+def tolerance(record: Record) -> float | None:
+    """How far a final loss may lie from ours; None: anywhere."""
+    who = CONTESTANTS[record.contestant]
     if who.is_bare:
         return None
-    return SAME_STEPS if who.takes_our_steps else WORKLOADS[workload].tolerance
+    return SAME_STEPS * record.loss if who.takes_our_steps else WORKLOADS[record.workload].tolerance
 
 
 def differences(records: list[Record]) -> list[str]:
@@ -31,7 +31,7 @@ def differences(records: list[Record]) -> list[str]:
         where = f"{each.contestant}, {each.workload}, {each.ranks} ranks, round {each.round}"
         if each.steps != own.steps:
             found.append(f"{where}: {each.steps} steps, not {own.steps}")
-        allowed = tolerance(each.workload, each.contestant)
-        if allowed is not None and abs(each.loss - own.loss) > allowed * own.loss:
-            found.append(f"{where}: loss {each.loss:.5f}, not {own.loss:.5f} ({allowed:.0%})")
+        allowed = tolerance(each)
+        if allowed is not None and abs(each.loss - own.loss) > allowed:
+            found.append(f"{where}: loss {each.loss:.5f}, not {own.loss:.5f} +- {allowed:.2g}")
     return found

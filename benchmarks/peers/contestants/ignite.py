@@ -1,8 +1,7 @@
 """PyTorch-Ignite with its helpers for distributed training.
 
 Source:
-    https://pytorch-ignite.ai/tutorials/beginner/01-getting-started/ and
-    https://pytorch-ignite.ai/tutorials/advanced/01-collective-communication/
+    https://docs.pytorch.org/ignite/distributed.html
 """
 
 import ignite.distributed as idist
