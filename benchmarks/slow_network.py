@@ -1,8 +1,8 @@
 """Time to a fixed accuracy between 2 machines behind a slow link, by how gradients are exchanged.
 
 Usage: ``python -m benchmarks.slow_network [--rounds 3] [--write FOLDER]``, as root on Linux; a
-round takes about 2 minutes. The machines are namespaces, and ``tc tbf`` limits what each sends. Every
-run is ``python -m ddp_sgd.train`` on both; contestants take turns within a round.
+round takes about 2 minutes. The machines are namespaces, and ``tc tbf`` limits what each sends.
+Every run is ``python -m ddp_sgd.train`` on both; contestants take turns within a round.
 """
 
 import argparse

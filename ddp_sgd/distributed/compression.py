@@ -93,10 +93,11 @@ class PowerSGD(Hook):
         state = self._state
         errors: dict[str, torch.Tensor] = {}
         for number, own in sorted(state.error_dict.items()):
-            rows = [torch.empty_like(own) for _ in range(self._runtime.world_size)]
-            at_rank_0 = self._runtime.rank == 0
-            dist.gather(own, rows if at_rank_0 else None)
-            if at_rank_0:
+            rows = None
+            if self._runtime.rank == 0:
+                rows = [torch.empty_like(own) for _ in range(self._runtime.world_size)]
+            dist.gather(own, rows)
+            if rows:
                 parameters = self._buckets[number]
                 sizes = [p.numel() for p in parameters]
                 parts = torch.split(torch.stack(rows).cpu(), sizes, dim=1)
