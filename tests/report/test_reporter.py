@@ -1,5 +1,5 @@
 import json
-import subprocess
+import os
 from contextlib import contextmanager
 
 import pytest
@@ -10,7 +10,7 @@ from ddp_sgd.engine.state import State
 from ddp_sgd.errors import DataError, OutputError
 from ddp_sgd.plan import make_plan
 from ddp_sgd.report.journal import read_journal
-from ddp_sgd.report.reporter import git_commit, open_report
+from ddp_sgd.report.reporter import open_report
 from ddp_sgd.report.run_folder import claim_run_folder
 from ddp_sgd.report.sink import Origin
 
@@ -165,18 +165,30 @@ def test_a_run_that_goes_on_says_from_where(tmp_path, capsys):
     assert "going on from step 2, epoch 0.64 (step-00000002.pt)" in lines
 
 
-def test_git_commit(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert git_commit() is None
-    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
-    subprocess.run(["git", "init", "-q"], check=True)
-    (tmp_path / "f").write_text("1")
-    subprocess.run(["git", "add", "f"], check=True)
-    subprocess.run(["git", *identity, "commit", "-qm", "x"], check=True)
-    clean = git_commit()
-    assert len(clean) == 40
-    (tmp_path / "f").write_text("2")
-    assert git_commit() == clean + "+changes"
-    monkeypatch.setenv("PATH", "")
-    assert git_commit() is None
+def test_training_does_not_wait_for_a_row_and_a_flush_does(tmp_path):
+    with reporting(tmp_path) as report:
+        report.start(PLAN, State(step=1))
+        report.flush()
+        written = (tmp_path / "x" / "metrics.jsonl").stat().st_size
+        report.train({"train/loss": 1.0})
+        report.flush()
+        assert (tmp_path / "x" / "metrics.jsonl").stat().st_size > written
+        report.end({"status": "finished", "step": 1, "samples": 1})
+
+
+def test_a_fork_writes_nothing(tmp_path):
+    with reporting(tmp_path) as report:
+        report.start(PLAN, State(step=1))
+        report.flush()
+        child = os.fork()
+        if not child:
+            report.train({"train/loss": 2.0})
+            report.flush()
+            report.fail(ValueError("in a fork"))
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        report.train({"train/loss": 1.0})
+        report.end({"status": "finished", "step": 1, "samples": 1})
+    rows = read_journal(tmp_path / "x" / "metrics.jsonl")
+    assert [row.get("train/loss") for row in rows] == [None, 1.0, None]
+    assert result(tmp_path)["status"] == "finished"

@@ -80,7 +80,7 @@ def test_plan_and_result_are_strict_json(tmp_path):
     verdict = RunFolder(describe(tmp_path))
     folder = verdict.path
     verdict.start(record(folder))
-    verdict.write("train", {})
+    verdict.write([("train", {})])
     verdict.finish({"status": "finished", "eval/loss": None})
     assert (folder / "config.yaml").read_text() == dump_yaml(describe(tmp_path))
     assert json.loads((folder / "plan.json").read_text()) == asdict(record(folder).plan)

@@ -11,8 +11,8 @@ class Recorder:
     def start(self, record):
         self._calls.append((self._name, "start", record))
 
-    def write(self, event, row):
-        self._calls.append((self._name, event, row))
+    def write(self, rows):
+        self._calls.extend((self._name, event, row) for event, row in rows)
 
     def finish(self, result):
         self._calls.append((self._name, "finish", result))
@@ -22,13 +22,15 @@ def test_several_sinks_get_everything_in_order_and_close_backwards():
     calls = []
     sinks = Sinks([Recorder("first", calls), Recorder("second", calls)])
     sinks.start("record")
-    sinks.write("train", {"step": 1})
+    sinks.write([("train", {"step": 1}), ("eval", {"step": 1})])
     sinks.finish({"exit_code": 0})
     assert calls == [
         ("first", "start", "record"),
         ("second", "start", "record"),
         ("first", "train", {"step": 1}),
+        ("first", "eval", {"step": 1}),
         ("second", "train", {"step": 1}),
+        ("second", "eval", {"step": 1}),
         ("second", "finish", {"exit_code": 0}),
         ("first", "finish", {"exit_code": 0}),
     ]
@@ -37,7 +39,7 @@ def test_several_sinks_get_everything_in_order_and_close_backwards():
 def test_no_sink_takes_everything_and_says_nothing(capsys):
     sink = NoSink()
     sink.start("record")
-    sink.write("train", {"step": 1})
+    sink.write([("train", {"step": 1})])
     sink.finish({"exit_code": 0})
     assert tuple(capsys.readouterr()) == ("", "")
 
@@ -51,7 +53,7 @@ def test_what_was_never_opened_gets_nothing():
     sinks = Sinks([Recorder("first", calls), Shut("second", calls), Recorder("third", calls)])
     with pytest.raises(OSError, match="shut"):
         sinks.start("record")
-    sinks.write("end", {"step": 1})
+    sinks.write([("end", {"step": 1})])
     sinks.finish({"exit_code": 73})
     assert [(name, event) for name, event, _ in calls] == [
         ("first", "start"),

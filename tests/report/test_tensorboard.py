@@ -20,10 +20,10 @@ def test_scalars_are_read_back_at_their_steps_and_times(tmp_path):
     said = []
     sink = TensorBoard(say=said.append)
     sink.start(SimpleNamespace(folder=tmp_path))
-    sink.write("start", AXES)
-    sink.write("train", {**AXES, "train/loss": 2.25, "train/grad_norm": None, "note": "text"})
-    sink.write("eval", {**AXES, "step": 20, "eval/accuracy": 0.75})
-    sink.write("end", {**AXES, "wall_s": 1.0})
+    sink.write([("start", AXES)])
+    sink.write([("train", {**AXES, "train/loss": 2.25, "train/grad_norm": None, "note": "text"})])
+    sink.write([("eval", {**AXES, "step": 20, "eval/accuracy": 0.75})])
+    sink.write([("end", {**AXES, "wall_s": 1.0})])
     sink.finish({})
     scalars = _scalars(tmp_path)
     assert set(scalars) == {"epoch", "samples", "train/loss", "eval/accuracy"}
@@ -50,7 +50,7 @@ def test_a_folder_that_cannot_be_made_stops_only_the_view(tmp_path):
     said = []
     sink = TensorBoard(say=said.append)
     sink.start(SimpleNamespace(folder=tmp_path))
-    sink.write("train", {**AXES, "train/loss": 1.0})
+    sink.write([("train", {**AXES, "train/loss": 1.0})])
     sink.finish({})
     (line,) = said
     assert line.startswith("TensorBoard: stopped (")
@@ -67,8 +67,8 @@ def test_a_writer_that_fails_stops_only_the_view(tmp_path, monkeypatch, method):
     sink.start(SimpleNamespace(folder=tmp_path))
     writer = sink._writer
     monkeypatch.setattr(writer, method, fail)
-    sink.write("train", {**AXES, "train/loss": 1.0})
-    sink.write("train", {**AXES, "train/loss": 1.0})
+    sink.write([("train", {**AXES, "train/loss": 1.0})])
+    sink.write([("train", {**AXES, "train/loss": 1.0})])
     sink.finish({})
     monkeypatch.undo()
     writer.close()

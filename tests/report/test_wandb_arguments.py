@@ -1,3 +1,4 @@
+import subprocess
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,7 +8,7 @@ from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.config.sections import WandbConfig
 from ddp_sgd.plan import make_plan
 from ddp_sgd.report.sink import RunRecord
-from ddp_sgd.report.wandb_arguments import init_arguments
+from ddp_sgd.report.wandb_arguments import git_commit, init_arguments
 
 CONFIG = RunConfig(name="trial", epochs=2)
 
@@ -60,3 +61,20 @@ def test_an_id_that_was_not_kept_leaves_the_runs_own(record, content):
 
 def test_a_run_that_kept_no_id_uses_its_own(record):
     assert _arguments(replace(record, resumed=True))["id"] == "cafe0123"
+
+
+def test_git_commit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert git_commit() is None
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", "init", "-q"], check=True)
+    (tmp_path / "f").write_text("1")
+    subprocess.run(["git", "add", "f"], check=True)
+    subprocess.run(["git", *identity, "commit", "-qm", "x"], check=True)
+    clean = git_commit()
+    assert len(clean) == 40
+    (tmp_path / "f").write_text("2")
+    assert git_commit() == clean + "+changes"
+    monkeypatch.setenv("PATH", "")
+    assert git_commit() is None
