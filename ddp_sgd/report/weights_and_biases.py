@@ -155,6 +155,8 @@ class WeightsAndBiases:
             process.kill()
             process.wait()
             _stdin(process).close()
+            if process.stdout and self._listener.ident is None:  # else that one closes it
+                process.stdout.close()
 
 
 def _start_process() -> subprocess.Popen[bytes]:

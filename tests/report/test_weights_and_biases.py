@@ -382,6 +382,7 @@ def _await_end(*processes):
 def test_rows_that_find_no_room_are_left_out_with_one_line(record, said, monkeypatch):
     sink, process, _ = _start(record, said)
     os.kill(process, signal.SIGSTOP)
+    os.waitpid(process, os.WUNTRACED)  # it reads no more
     monkeypatch.setattr(weights_and_biases, "MOST_BYTES", 1000)
     for samples in range(3000):  # more than a pipe holds
         sink.write([("train", {**AXES, "samples": samples})])
