@@ -3,8 +3,8 @@
 Usage: ``python -m benchmarks.scaling [--rounds 2] [--write FOLDER]``, as root on Linux; a round
 takes about 2 minutes. The machines are namespaces, each with a cable of its own to a switch, and
 ``tc tbf`` limits what each sends. Latency and bandwidth are measured between 2 machines and used
-for 4 as well. All machines share the cores here: the compute of W ranks is that of W processes
-which train alone at the same time.
+for 4 as well. All machines share the cores here: the compute of W ranks is that of the slowest of
+W processes which train alone at the same time.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import os
 import platform
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -47,10 +48,11 @@ class Measurements:
     """All that was measured.
 
     Attributes:
-        alone_ms: Step times of rank 0 while all train alone, by workload, rate and ranks.
+        alone_ms: Step times of the slowest rank while all train alone, by workload, rate and ranks.
         joined_ms: Step times of all ranks together, by the same.
         gradient_bytes: By workload.
         networks: By rate, one a round.
+        reduced_ms: Times of an all-reduce without compute, by rate, ranks and bytes.
     """
 
     def __init__(self) -> None:
@@ -58,6 +60,7 @@ class Measurements:
         self.joined_ms: dict[tuple[str, str, int], list[float]] = defaultdict(list)
         self.gradient_bytes: dict[str, int] = {}
         self.networks: dict[str, list[Network]] = defaultdict(list)
+        self.reduced_ms: dict[tuple[str, int, int], list[float]] = defaultdict(list)
 
     def add(self, found: dict[str, Any], rate: str, ranks: int) -> None:
         """Add what rank 0 printed."""
@@ -65,6 +68,8 @@ class Measurements:
             self.gradient_bytes[name] = found[name]["gradient_bytes"]
             self.alone_ms[name, rate, ranks] += found[name]["alone"]
             self.joined_ms[name, rate, ranks] += found[name]["joined"]
+        for num_bytes, seconds, _ in found["links"]:
+            self.reduced_ms[rate, ranks, num_bytes].append(1e3 * seconds)
         if ranks == RANKS[0]:
             self.networks[rate].append(network_of(found["links"]))
 
@@ -122,6 +127,7 @@ def work_as_rank(folder: Path) -> None:
     import torch.distributed as dist
 
     from ddp_sgd import Runtime, start_runtime
+    from ddp_sgd.distributed.collectives import gather_over_ranks
     from ddp_sgd.examination.links import time_all_ranks
 
     torch.set_num_threads(1)
@@ -136,7 +142,8 @@ def work_as_rank(folder: Path) -> None:
                     place = folder / f"{number}-{turn}-{how}-{runtime.rank if alone else 'all'}"
                     who = Runtime(device=runtime.device) if alone else runtime
                     found[name]["gradient_bytes"], steps_ms = train(work, who, place)
-                    found[name][how] += steps_ms
+                    of_all = gather_over_ranks(steps_ms, runtime)
+                    found[name][how] += map(max, zip(*of_all, strict=True)) if alone else steps_ms
     print(json.dumps(found))
 
 
@@ -175,11 +182,14 @@ def report(measurements: Measurements, rounds: int, loads: list[float]) -> str:
         predicted_ms = measurements.predict_ms(name, rate, ranks)
         low, middle, high = quantiles(times, n=4)
         errors.append(100 * (predicted_ms / middle - 1))
-        rows.append(
-            f"| {name} | {rate} | {ranks} | {alone_ms:.1f} | {predicted_ms:.1f} | {middle:.1f} "
-            f"({low:.1f} to {high:.1f}) | {errors[-1]:+.0f} % | {100 * alone_ms / predicted_ms:.0f} "
-            f"% | {100 * alone_ms / middle:.0f} % | {len(times)} |"
+        shares = (f"{100 * alone_ms / each:.0f} %" for each in (predicted_ms, middle))
+        cells = (
+            f"{name} | {rate} | {ranks} | {alone_ms:.1f} | {predicted_ms:.1f}",
+            f"{middle:.1f} ({low:.1f} to {high:.1f}) | {errors[-1]:+.0f} %",
+            *shares,
+            str(len(times)),
         )
+        rows.append(f"| {' | '.join(cells)} |")
     links = [
         f"| {rate} | {', '.join(f'{each.bandwidth_gbit:.3f}' for each in found)} | "
         f"{', '.join(f'{each.latency_us:.0f}' for each in found)} |"
@@ -193,8 +203,8 @@ CPUs for all ranks, {platform.machine()}, Python {platform.python_version()}, to
 {loads[1]:.1f} after.
 
 Each rank has a network namespace of its own, and `tc tbf` limits what it sends. `alone` is the \
-median step of rank 0 while all ranks train at the same time without each other, in turn with \
-`measured`; with one rank there is nothing to predict. Latency and bandwidth are those between 2 \
+median step of the slowest rank while all ranks train at the same time without each other, in turn \
+with `measured`; with one rank there is nothing to predict. Latency and bandwidth are those of 2 \
 ranks, once a round:
 
 | link | bandwidth, Gbit/s | latency of a message, us |
@@ -206,9 +216,26 @@ efficiency predicted | measured | n |
 |---|---|---|---|---|---|---|---|---|---|
 {chr(10).join(sorted(rows))}
 
-Errors from {min(errors):+.0f} % to {max(errors):+.0f} %; their size is {median(map(abs, errors)):.0f} \
-% in the median.
+Errors of steps from {min(errors):+.0f} % to {max(errors):+.0f} %; their size is \
+{median(map(abs, errors)):.0f} % in the median.
+
+All-reduces without compute, by the formula and measured. Latency and bandwidth come from the \
+first and the last row of 2 ranks. `tbf` lets the first 128 kB of a burst pass, so that the \
+formula does not hold for smaller messages:
+
+| link | ranks | bytes | predicted, ms | measured, ms | error |
+|---|---|---|---|---|---|
+{chr(10).join(reductions(measurements))}
 """
+
+
+def reductions(measurements: Measurements) -> Iterator[str]:
+    """Write how long an all-reduce takes, by the formula of the ring and by the clock."""
+    for (rate, ranks, num_bytes), times in measurements.reduced_ms.items():
+        predicted_ms = 1e3 * measurements.network(rate).all_reduce_s(num_bytes, ranks)
+        error = 100 * (predicted_ms / median(times) - 1)
+        cells = (f"{predicted_ms:.2f}", f"{median(times):.2f}", f"{error:+.0f} %")
+        yield f"| {rate} | {ranks} | {num_bytes:,} | {' | '.join(cells)} |"
 
 
 def main() -> None:
