@@ -72,7 +72,7 @@ def _write_tensors(new: Path, header: Header, tensors: Mapping[str, Any]) -> tup
         stream = _Hashed(raw)
         gathered = io.BufferedWriter(stream, _GATHER_BYTES)  # torch writes a hundred small pieces
         try:
-            torch.save(content, gathered)  # type: ignore[arg-type]  # it writes, which is enough
+            torch.save(content, gathered)
             gathered.flush()
         except RuntimeError as error:  # torch hides what the system said
             raise stream.failure or error from error
