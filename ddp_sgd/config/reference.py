@@ -68,10 +68,14 @@ def reference_markdown() -> str:
 
 def _sections() -> Iterator[tuple[Key | None, tuple[Key, ...]]]:
     """The keys at the top, then each section with its keys."""
-    yield None, tuple(key for key in keys_below("") if key.kind != "section")
+
+    def plain(parent: str) -> tuple[Key, ...]:
+        return tuple(key for key in keys_below(parent) if key.kind != "section")
+
+    yield None, plain("")
     for section in all_keys().values():
         if section.kind == "section":
-            yield section, keys_below(section.name)
+            yield section, plain(section.name)
 
 
 def _entry(head: str, meaning: str, width: int) -> list[str]:

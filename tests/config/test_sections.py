@@ -6,8 +6,8 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from ddp_sgd.config.processes import RuntimeConfig
 from ddp_sgd.config.schema import RunConfig
-from ddp_sgd.config.sections import RuntimeConfig
 
 
 def _bounds(annotation, metadata):
@@ -47,6 +47,8 @@ def _nested(path, value, is_list):
         if path[1] == "gamma":
             extra["milestones"] = [1]
     values = {path[-1]: [value] if is_list else value}
+    for name in reversed(path[1:-1]):
+        values = {name: values}
     return values if len(path) == 1 else {path[0]: extra | values}
 
 
