@@ -104,5 +104,20 @@ class Task:
 
 
 def read_task() -> Task:
-    """Read the task that the command line names."""
-    return Task(**json.loads(Path(sys.argv[1]).read_text()))
+    """Read the task that the command line names, before there is a process group."""
+    task = Task(**json.loads(Path(sys.argv[1]).read_text()))
+    if task.ranks > 1:
+        # Its functions keep the group that they find as a default argument, and DDP imports it
+        # late: the group's threads then live on after it was destroyed, and a rank may abort at
+        # its exit. This takes 10 ms, of all alike.
+        import torch.distributed.nn  # noqa: F401
+    return task
+
+
+def leave_group() -> None:
+    """Leave the other ranks, if there are any, once rank 0 has finished."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

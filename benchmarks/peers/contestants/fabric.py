@@ -9,7 +9,7 @@ from lightning.fabric import Fabric
 from torch import nn
 from torch.utils.data import DataLoader
 
-from benchmarks.peers.task import Clock, read_task
+from benchmarks.peers.task import Clock, leave_group, read_task
 
 
 def main() -> None:
@@ -36,6 +36,7 @@ def main() -> None:
             clock.tick()
     if fabric.is_global_zero:
         task.finish(network, clock)
+    leave_group()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.peers.task import Clock, Task, read_task
+from benchmarks.peers.task import Clock, Task, leave_group, read_task
 
 
 def main() -> None:
@@ -24,8 +24,7 @@ def main() -> None:
     train(task, clock, model, rank)
     if rank == 0:
         task.finish(model, clock)
-    if task.ranks > 1:
-        dist.destroy_process_group()
+    leave_group()
 
 
 def train(task: Task, clock: Clock, model: nn.Module, rank: int) -> None:

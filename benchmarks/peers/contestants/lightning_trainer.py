@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from benchmarks.peers.task import Clock, Task, read_task
+from benchmarks.peers.task import Clock, Task, leave_group, read_task
 
 
 class Classifier(lightning.LightningModule):
@@ -65,6 +65,7 @@ def run(*, barebones: bool) -> None:
     trainer.fit(module, loader)
     if trainer.is_global_zero:
         task.finish(module.network, clock)
+    leave_group()
 
 
 if __name__ == "__main__":

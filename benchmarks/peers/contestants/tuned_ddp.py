@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.peers.task import Clock, Task, read_task
+from benchmarks.peers.task import Clock, Task, leave_group, read_task
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     train(task, clock, model)
     if dist.get_rank() == 0:
         task.finish(model, clock)
-    dist.destroy_process_group()
+    leave_group()
 
 
 def train(task: Task, clock: Clock, model: nn.Module) -> None:

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from benchmarks.peers.task import Clock, Task, read_task
+from benchmarks.peers.task import Clock, Task, leave_group, read_task
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
     train(task, clock, model)
     if dist.get_rank() == 0:
         task.finish(model, clock)
-    dist.destroy_process_group()
+    leave_group()
 
 
 def train(task: Task, clock: Clock, model: nn.Module) -> None:
