@@ -137,7 +137,7 @@ def test_a_program_that_fails_is_told(tmp_path):
 
     command = [sys.executable, "-c", "raise SystemExit('no luck')"]
     with pytest.raises(RuntimeError, match="(?s)ended with 1:.*no luck"):
-        Watch(command, dict(os.environ), tmp_path / "log", is_launcher=False)
+        Watch(command, dict(os.environ), tmp_path / "log", ranks=1)
 
 
 def test_cpu_time_of_ranks_and_of_what_they_start_is_told_apart(tmp_path):
@@ -145,9 +145,7 @@ def test_cpu_time_of_ranks_and_of_what_they_start_is_told_apart(tmp_path):
 
     burn = "import time\nwhile time.process_time() < 0.5: pass"
     program = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {burn!r}])"
-    watch = Watch(
-        [sys.executable, "-c", program], dict(os.environ), tmp_path / "log", is_launcher=False
-    )
+    watch = Watch([sys.executable, "-c", program], dict(os.environ), tmp_path / "log", ranks=1)
     assert watch.other_cpu_s(watch.start, watch.end) == pytest.approx(0.5, abs=0.2)
     assert watch.rank_cpu_s(watch.start, watch.end) < 0.3
     assert watch.peak_mb() > 1

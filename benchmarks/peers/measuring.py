@@ -79,7 +79,7 @@ def measure(task: Task, workload: str, name: str, number: int) -> Record:
             contestant.command(own),
             contestant.environment(own),
             Path(folder) / "output.txt",
-            is_launcher=task.ranks > 1,
+            ranks=task.ranks,
         )
         times = _journal(Path(folder)) if name == OURS else _times(Path(folder))
         loss = final_loss(own, WORKLOADS[workload].scored, is_ours=name == OURS)

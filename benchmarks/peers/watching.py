@@ -24,7 +24,7 @@ class Watch:
         command: The command.
         environ: Its environment.
         log: File for what it prints.
-        is_launcher: Whether the command starts the ranks.
+        ranks: Ranks; several are started by the command.
 
     Attributes:
         start: Unix time at which it was started.
@@ -35,9 +35,10 @@ class Watch:
     """
 
     def __init__(
-        self, command: list[str], environ: dict[str, str], log: Path, *, is_launcher: bool
+        self, command: list[str], environ: dict[str, str], log: Path, *, ranks: int
     ) -> None:
-        self._depth_of_ranks = 1 if is_launcher else 0
+        self._ranks = ranks
+        self._depth_of_ranks = 1 if ranks > 1 else 0
         self._depth: dict[int, int] = {}
         self._spent: dict[int, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
         self._peak: dict[int, int] = {}
@@ -58,8 +59,10 @@ class Watch:
 
     def rank_cpu_s(self, start: float, end: float) -> float:
         """CPU time of a rank between two instants, in seconds, as a mean over ranks."""
-        ranks = [pid for pid, depth in self._depth.items() if depth == self._depth_of_ranks]
-        return sum(self._cpu_s(pid, start, end) for pid in ranks) / len(ranks)
+        started = [pid for pid, depth in self._depth.items() if depth == self._depth_of_ranks]
+        # A launcher may have other children, for moments.
+        spent = sorted((self._cpu_s(pid, start, end) for pid in started), reverse=True)
+        return sum(spent[: self._ranks]) / self._ranks
 
     def other_cpu_s(self, start: float, end: float) -> float:
         """CPU time of all processes that ranks started, between two instants, in seconds."""
