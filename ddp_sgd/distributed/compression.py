@@ -57,6 +57,17 @@ class Hook:
         """
 
 
+class _BorrowedGroup:
+    """The process group, for callbacks that must not keep it.
+
+    torch's hook leaves its group in callbacks, which gloo's threads drop a moment after the answer
+    is there. If that were the last hold on the group, a thread would have to wait for itself.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(dist.group.WORLD, name)
+
+
 class PowerSGD(Hook):
     """Sends two narrow factors of each large matrix, and what that leaves out with the next step.
 
@@ -80,7 +91,7 @@ class PowerSGD(Hook):
         self._runtime = runtime
         self._torchs_hook = torchs.powerSGD_hook
         self._state = torchs.PowerSGDState(
-            None,
+            _BorrowedGroup(),
             matrix_approximation_rank=_RANK,
             start_powerSGD_iter=_SETTLING_PASSES + _WHOLE_STEPS,
         )
