@@ -1,7 +1,7 @@
 """One batch out of a map-style data set: whole where the set can, else sample by sample."""
 
 import random
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +17,12 @@ EVAL_EPOCH = -1
 """Stands for the epoch where samples are read for evaluation, so that they always come out
 alike.
 """
+
+
+AHEAD_BYTES = 1 << 18
+"""Batches that are read together: what fits into the cache of a core, with room for others."""
+
+_LINE_BYTES = 64
 
 
 class Request(NamedTuple):
@@ -67,6 +73,29 @@ class Fetcher:
             return self._read(request)
         except Exception as error:  # whatever a user's data set raises
             return Unreadable(self._describe(error, request))
+
+    def read_ahead(self, requests: Sequence[Request]) -> list[Any]:
+        """Read several batches of one epoch, by one call where that gives the same.
+
+        Args:
+            requests: What is asked for, in order.
+
+        Returns:
+            For each request what ``__getitems__`` gives; a fault is that of its own batch.
+        """
+        if len(requests) > 1 and self.reads_plainly:
+            indices = np.concatenate([request.indices for request in requests])
+            whole = self.__getitems__(Request(requests[0].epoch, indices))
+            if not isinstance(whole, Unreadable):
+                sizes = [len(request.indices) for request in requests]
+                parts = [[aligned(batch) for batch in part.split(sizes)] for part in whole]
+                return list(zip(*parts, strict=True))
+        return [self.__getitems__(request) for request in requests]
+
+    @property
+    def reads_plainly(self) -> bool:
+        """Whether a batch is rows of tensors, whatever else is read with it."""
+        return self._read in (self._read_own, self._read_tensors)
 
     def _choose_reader(self) -> Callable[[Request], Any]:
         if not _gives_whole_batches(self._dataset):
@@ -152,7 +181,18 @@ def _draws_numbers(dataset: Any) -> bool:
 
 
 def _to_tensor(part: Any) -> Any:
-    return torch.from_numpy(part) if isinstance(part, np.ndarray) else part
+    return aligned(torch.from_numpy(part)) if isinstance(part, np.ndarray) else part
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a small tensor that begins elsewhere than torch's own do.
+
+    Products of matrices may round differently then, and where a batch begins must not depend on
+    what was read before it. Large ones are read one by one, and stay where they are.
+    """
+    if tensor.nbytes > AHEAD_BYTES or tensor.data_ptr() % _LINE_BYTES == 0:
+        return tensor
+    return tensor.clone()
 
 
 def _seed_everything(seed: int) -> None:

@@ -83,15 +83,14 @@ class Order(DistributedSampler[NDArray[np.int64]]):
         self.first_step = first_step
         self.skip = skip
 
-    def step_samples(self, step_in_epoch: int) -> int:
-        """Samples in a step of the epoch, over all ranks."""
-        start, stop = self._bounds(step_in_epoch)
-        return stop - start
+    def share(self, step_in_epoch: int) -> tuple[int, tuple[int, ...]]:
+        """Count the samples of a step, over all ranks, and in each of this rank's micro-batches.
 
-    def micro_batch_sizes(self, step_in_epoch: int) -> tuple[int, ...]:
-        """Count the samples in this rank's micro-batches of a step; ``(0,)`` is a stand-in."""
-        samples = self.step_samples(step_in_epoch)
-        return _sizes(samples, self.rank, self.num_replicas, self.batch_size) or (0,)
+        A stand-in has ``(0,)``.
+        """
+        start, stop = self._bounds(step_in_epoch)
+        samples = stop - start
+        return samples, _sizes(samples, self.rank, self.num_replicas, self.batch_size) or (0,)
 
     def permutation(self) -> NDArray[np.int64]:
         """Return the whole order of this epoch: int64 of shape (n,), equal on all ranks."""
@@ -106,15 +105,14 @@ class Order(DistributedSampler[NDArray[np.int64]]):
             indices = permutation(np.concatenate([self._positions(step) for step in steps]))
             start = 0
             for step in steps:
-                for size in self.micro_batch_sizes(step):
+                for size in self.share(step)[1]:
                     stop = start + (size or 1)
                     yield indices[start:stop]
                     start = stop
 
     def __len__(self) -> int:
         return sum(
-            len(self.micro_batch_sizes(step))
-            for step in range(self.first_step, self.steps_per_epoch)
+            len(self.share(step)[1]) for step in range(self.first_step, self.steps_per_epoch)
         )
 
     def _permutation(self) -> Permutation:

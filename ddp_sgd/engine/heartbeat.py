@@ -73,7 +73,7 @@ class Heartbeat:
         self._deadline = deadline
         self._shares = shares
         self._tally = _Tally(state.skipped)
-        self._next_beat = 0
+        self._next_beat = self._next_look = 0
         self._last_row = state.step
 
     def after(self, step: int, result: StepResult, *, lr: float) -> Beat | None:
@@ -88,13 +88,14 @@ class Heartbeat:
             What all ranks know now; None in most steps.
         """
         self._tally.unread.append(result)
-        if not self._plan.ranks_meet_at(step):
-            return None  # what could be saved now, or stopped, differs between ranks
+        if step < self._next_look or not self._plan.ranks_meet_at(step):
+            return None  # between meetings, what could be saved or stopped differs between ranks
         save = self._timetable.save_is_due_at(step)
         row_is_due = self._timetable.row_is_due_at(step, self._last_row)
-        if not row_is_due and not save and step < self._next_beat:
-            return None
-        return self._beat(step, lr, row_is_due=row_is_due, save=save)
+        is_due = row_is_due or save or step >= self._next_beat
+        beat = self._beat(step, lr, row_is_due=row_is_due, save=save) if is_due else None
+        self._next_look = min(self._next_beat, self._timetable.next_date(step))
+        return beat
 
     @property
     def reason(self) -> str | None:

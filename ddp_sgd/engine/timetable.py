@@ -46,6 +46,12 @@ class Timetable:
             or (epochs is not None and self._plan.ends_epochs(step, epochs))
         )
 
+    def next_date(self, step: int) -> int:
+        """First step after this one at which a row or a save may be due by the plan."""
+        periods = (self._row_steps, self._plan.steps_per_epoch, self._config.every_steps)
+        dates = [step - step % period + period for period in periods if period is not None]
+        return min(dates)
+
     def save_is_due_now(self) -> bool:
         """Whether the clock of this rank asks for a save; the ranks must agree on the answer."""
         minutes = self._config.every_minutes

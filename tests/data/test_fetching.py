@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import Subset, TensorDataset
 
 from ddp_sgd.data import Digits, InMemory
-from ddp_sgd.data.fetching import Fetcher, Request, Unreadable
+from ddp_sgd.data.fetching import Fetcher, Request, Unreadable, aligned
 
 
 class Noisy:
@@ -149,3 +149,51 @@ def test_a_subclass_that_draws_numbers_is_seeded():
     first, again = fetch(Jittered(), [5, 3]), fetch(Jittered(), [5, 3])
     assert torch.equal(first[0], again[0])
     assert not torch.equal(first[0], fetch(Jittered(), [5, 3], epoch=1)[0])
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        TensorDataset(torch.arange(60.0).reshape(20, 3), torch.arange(20)),
+        InMemory(np.arange(60.0, dtype=np.float32).reshape(20, 3), np.arange(20)),
+        Noisy(),
+    ],
+)
+def test_batches_that_are_read_together_are_those_read_one_by_one(dataset):
+    fetcher = Fetcher(dataset, "data.train", seed=1)
+    requests = [Request(2, np.array(indices)) for indices in ([3, 1, 2], [7], [0, 5, 4, 6, 1])]
+    together = fetcher.read_ahead(requests)
+    for (inputs, targets), request in zip(together, requests, strict=True):
+        own_inputs, own_targets = fetcher.__getitems__(request)
+        assert torch.equal(inputs, own_inputs)
+        assert torch.equal(targets, own_targets)
+        for tensor in (inputs, targets, own_inputs, own_targets):
+            assert tensor.data_ptr() % 64 == 0  # products may round differently elsewhere
+
+
+def test_one_batch_that_cannot_be_read_leaves_the_others():
+    fetcher = Fetcher(InMemory(np.arange(8.0), np.arange(8)), "data.train", seed=0)
+    first, bad, last = fetcher.read_ahead([Request(0, np.array([i])) for i in (3, 99, 5)])
+    assert (first[1].tolist(), last[1].tolist()) == ([3], [5])
+    assert isinstance(bad, Unreadable)
+    assert "index 99" in bad.message
+
+
+def test_who_may_draw_numbers_is_read_batch_by_batch():
+    class Whole(InMemory):
+        def __getitems__(self, indices):
+            sizes.append(len(indices))
+            return super().__getitems__(indices)
+
+    sizes = []
+    fetcher = Fetcher(Whole(torch.arange(8.0), torch.arange(8)), "data.train", seed=0)
+    sizes.clear()
+    fetcher.read_ahead([Request(0, np.array([1, 2])), Request(0, np.array([3]))])
+    assert sizes == [2, 1]
+    assert not fetcher.reads_plainly
+
+
+def test_a_large_batch_stays_where_it_is():
+    rows = np.zeros((2, 1 << 16), np.float32)
+    assert aligned(torch.from_numpy(rows)[:, 1:]).data_ptr() == rows.ctypes.data + 4
+    assert aligned(torch.arange(9.0)[1:]).data_ptr() % 64 == 0

@@ -178,3 +178,16 @@ def test_named_tuples_keep_their_names():
     moved = move(Pair(torch.zeros(1), torch.zeros(2)), torch.device("meta"))
     assert isinstance(moved, Pair)
     assert moved.right.device.type == "meta"
+
+
+def test_small_batches_are_read_together_and_yet_one_by_one(monkeypatch):
+    calls = []
+    take = InMemory.__getitems__
+    monkeypatch.setattr(
+        InMemory, "__getitems__", lambda self, rows: (calls.append(len(rows)), take(self, rows))[1]
+    )
+    monkeypatch.setattr(InMemory.__getitems__, "__module__", "ddp_sgd.data.in_memory")
+    data = InMemory(torch.arange(23.0), torch.arange(23))
+    together = read(loader(data, epochs=1).from_step(0))
+    assert calls == [4, 19]  # the first batch tells how large they are
+    assert together == read(loader([data[i] for i in range(23)], epochs=1).from_step(0))

@@ -44,7 +44,7 @@ def real_indices(order):
     batches = iter(order)
     steps = []
     for step in range(order.first_step, order.steps_per_epoch):
-        read = [(next(batches), size) for size in order.micro_batch_sizes(step)]
+        read = [(next(batches), size) for size in order.share(step)[1]]
         steps.append([index for indices, size in read for index in indices[:size].tolist()])
     assert next(batches, None) is None
     return steps
@@ -91,15 +91,15 @@ def test_every_rank_takes_part_in_every_step(run):
         assert len(batches) == len(order)
         assert all(1 <= len(indices) <= batch for indices in batches)
         for step in range(order.steps_per_epoch):
-            sizes = micro_batch_sizes(order.step_samples(step), order.rank, world_size, batch)
-            assert order.micro_batch_sizes(step) == (sizes or (0,))
+            samples, sizes = order.share(step)
+            assert sizes == (micro_batch_sizes(samples, order.rank, world_size, batch) or (0,))
 
 
 def test_a_rank_without_a_sample_borrows_one_of_the_same_step():
     first, second = orders(1, 2)
     assert [i.tolist() for i in first] == [i.tolist() for i in second] == [[0]]
-    assert first.micro_batch_sizes(0) == (1,)
-    assert second.micro_batch_sizes(0) == (0,)
+    assert first.share(0) == (1, (1,))
+    assert second.share(0) == (1, (0,))
 
 
 def test_dropping_the_tail_leaves_out_less_than_a_batch():
@@ -146,7 +146,7 @@ def test_an_epoch_is_taken_up_in_the_middle_of_a_step(n, world_size, global_batc
         read += chain(*real_indices(order))
         whole = order.permutation().tolist()
     assert sorted(read) == sorted(whole[position:])
-    assert order.step_samples(first_step) == min(global_batch - skip, n - position)
+    assert order.share(first_step)[0] == min(global_batch - skip, n - position)
 
 
 def test_of_a_billion_samples_1024_ranks_read_each_once_in_a_step():
@@ -155,8 +155,8 @@ def test_of_a_billion_samples_1024_ranks_read_each_once_in_a_step():
         read = []
         for order in ranks:
             order.set_epoch(2, step)
-            read += next(iter(order))[: order.micro_batch_sizes(step)[0]].tolist()
-        assert len(read) == len(set(read)) == ranks[0].step_samples(step)
+            read += next(iter(order))[: order.share(step)[1][0]].tolist()
+        assert len(read) == len(set(read)) == ranks[0].share(step)[0]
         assert 0 <= min(read) <= max(read) < 10**9
 
 

@@ -33,6 +33,20 @@ def test_rows_by_steps_and_at_the_end_of_each_epoch():
     assert table.row_is_due_at(23, 20)  # where step 21 had to pass without one
 
 
+@pytest.mark.parametrize(
+    "section", [{}, {"every_epochs": 3, "every_steps": 15}, {"every_epochs": None}]
+)
+@pytest.mark.parametrize("row_steps", [1, 7, 1000])
+def test_nothing_is_due_before_the_next_date(section, row_steps):
+    table = Timetable(CheckpointConfig(**section), PLAN, row_steps=row_steps)
+    for step in range(40):
+        date = table.next_date(step)
+        assert step < date <= 40
+        for between in range(step + 1, date):
+            assert not table.save_is_due_at(between)
+            assert not table.row_is_due_at(between, step)
+
+
 def test_saves_by_the_clock(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
