@@ -61,7 +61,7 @@ def train(line: CommandLine) -> int:
         read_ranks(os.environ)
     # A signal that comes while torch is being imported would end the process: listen first.
     with stop_on_signal() as stop:
-        gc.disable()  # an eighth of the time: torch makes half a million objects, none for the bin
+        gc.disable()  # torch makes a quarter of a million objects, none for the bin
         from ddp_sgd.distributed.runtime import start_runtime
         from ddp_sgd.engine.fit import fit
 
