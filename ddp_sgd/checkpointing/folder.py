@@ -19,8 +19,6 @@ FOLDER_NAME = "checkpoints"
 UNFINISHED = ".new"
 """Ending of files that are being written."""
 
-_Version = tuple[Path, int, int, int]
-
 _SAVED = re.compile(r"step-(\d{8,})(?:\.(\d+))?\.pt")
 
 
@@ -46,17 +44,12 @@ class CheckpointFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._read: dict[_Version, Manifest | None] = {}
+        self._settled: list[Manifest] | None = None
+        self._best: Manifest | None = None
 
     def manifests(self) -> list[Manifest]:
         """Read the manifests whose file is there, the oldest checkpoint first."""
-        before, self._read = self._read, {}
-        for file in self._files():
-            if (version := _version_of(file.with_suffix(".json"))) is not None:
-                known = before[version] if version in before else _manifest_of(file)
-                self._read[version] = known
-        found = [entry for entry in self._read.values() if entry]
-        return sorted(found, key=lambda entry: (entry.header.samples, entry.time))
+        return _in_order([entry for entry in map(_manifest_of, self._files()) if entry])
 
     def name_for(self, header: Header) -> str:
         """Choose the name of a file, in the way that never replaces another checkpoint.
@@ -106,24 +99,33 @@ class CheckpointFolder:
                 if file.suffix == UNFINISHED or not file.with_suffix(".pt").exists():
                     file.unlink()
 
-    def settle(self, *, keep: int) -> None:
+    def settle(self, *, keep: int, written: Manifest | None = None) -> None:
         """Point ``last`` and ``best`` at their files, then remove what is neither new nor best.
+
+        The folder is read the first time; a run has it for itself, and knows what it wrote since.
 
         Args:
             keep: Newest checkpoints that stay, at least 1; the best stays beside them.
+            written: What was written since the last time; None reads the folder.
         """
-        entries = self.manifests()
+        if written is None or self._settled is None:
+            entries = self.manifests()
+        else:
+            entries = _in_order([*self._settled, written])
         scored = [entry for entry in entries if entry.header.is_scored]
         best = max(scored, key=lambda entry: goodness(entry.header.scores), default=None)
         self._point("last", entries[-1])
-        if best is not None:
+        if best is not None and best is not self._best:
             self._point("best", best)
+        self._best, self._settled = best, entries[-keep:]
         for entry in entries[:-keep]:
-            if entry is not best:
-                file = self.path / entry.file
-                # The manifest last: of one without a file, clean_up knows that it may go.
-                file.unlink(missing_ok=True)
-                file.with_suffix(".json").unlink(missing_ok=True)
+            if entry is best:
+                self._settled.insert(0, entry)
+                continue
+            file = self.path / entry.file
+            # The manifest last: of one without a file, clean_up knows that it may go.
+            file.unlink(missing_ok=True)
+            file.with_suffix(".json").unlink(missing_ok=True)
 
     def _files(self) -> list[Path]:
         try:
@@ -145,16 +147,8 @@ class CheckpointFolder:
             new.replace(self.path / name)
 
 
-def _version_of(manifest: Path) -> _Version | None:
-    """Tell one content of a file from another without reading it; None if there is no file.
-
-    Every save looks at all manifests; reading one takes as long as ten steps of a small model.
-    """
-    try:
-        status = manifest.stat()
-    except OSError:
-        return None
-    return manifest, status.st_ino, status.st_size, status.st_mtime_ns
+def _in_order(entries: list[Manifest]) -> list[Manifest]:
+    return sorted(entries, key=lambda entry: (entry.header.samples, entry.time))
 
 
 def _manifest_of(file: Path) -> Manifest | None:

@@ -55,7 +55,7 @@ def write_checkpoint(
     except BaseException:
         folder.clean_up()
         raise
-    folder.settle(keep=keep)
+    folder.settle(keep=keep, written=manifest)
     return manifest
 
 
