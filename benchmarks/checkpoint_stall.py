@@ -75,6 +75,7 @@ def measure(folder: Path, megabytes: float, rounds: int) -> str:
         torch.device("cpu"),
         keep=2,
         tell=lambda header, row: told.append({"step": header.step, **row}),
+        before=lambda: None,
     ) as checkpoints:
         for _ in range(rounds):
             state.step += 1

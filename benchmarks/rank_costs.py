@@ -40,17 +40,15 @@ Costs = dict[str, float]
 class Tiled:
     """Rows again and again, n in all, in the memory of one copy: caches see the same at any n."""
 
-    def __init__(self, rows: torch.Tensor, length: int, on_read: Callable[[], None]) -> None:
+    def __init__(self, rows: torch.Tensor, length: int) -> None:
         self.rows = rows
         self.length = length
-        self.on_read = on_read
 
     def __len__(self) -> int:
         return self.length
 
     def index_select(self, dim: int, indices: torch.Tensor) -> torch.Tensor:
         """Return rows by number, as a tensor does."""
-        self.on_read()
         return self.rows.index_select(dim, indices % len(self.rows))
 
 
@@ -81,6 +79,20 @@ class Meter:
         due = self.looks.pop(self.pulse.step, None)
         if due is not None:
             due()
+
+    def before_seeding(self, build: Callable[..., Callable[[int], None]]) -> Any:
+        """Look at every step, when its data have been read and the model is seeded."""
+
+        def build_watched(*arguments: Any) -> Callable[[int], None]:
+            seed_model = build(*arguments)
+
+            def look_and_seed(step: int) -> None:
+                self.look()
+                seed_model(step)
+
+            return look_and_seed
+
+        return build_watched
 
     def costs(self) -> Costs:
         """Return millionths a step."""
@@ -154,8 +166,9 @@ def work_as_rank(
     targets = torch.from_numpy(digits.targets).repeat(samples // len(digits) + 1)[:samples]
     clock = Bytecodes() if counting else time.thread_time
     meter = Meter(clock, WARM_UP, WARM_UP + steps, turn)
-    inputs = Tiled(torch.from_numpy(digits.inputs), samples, meter.look)
+    inputs = Tiled(torch.from_numpy(digits.inputs), samples)
     assembly.Pulse = lambda: meter.pulse  # type: ignore[assignment,misc]
+    assembly._model_seeder = meter.before_seeding(assembly._model_seeder)
     sections = {"output_dir": folder, "epochs": 1, "wandb": {"mode": "disabled"}}
     config = RunConfig.model_validate({**sections, "data": {"batch_size": BATCH}})
     with (

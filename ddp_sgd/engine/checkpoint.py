@@ -77,6 +77,8 @@ class SavedCheckpoints:
         device: Where the tensors are.
         keep: Newest checkpoints that are kept.
         tell: Takes a row about a save: the header of it, and what is to be said.
+        before: Is called in the background before each save; where there is a checkpoint, this was
+            done.
 
     Attributes:
         save_s: How long the last save took from its beginning to its end, in seconds; before the
@@ -91,11 +93,13 @@ class SavedCheckpoints:
         *,
         keep: int,
         tell: Callable[[Header, Row], None],
+        before: Callable[[], None],
     ) -> None:
         self._folder = folder
         self._capture = capture
         self._keep = keep
         self._tell = tell
+        self._before = before
         self._snapshot = Snapshot(device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[tuple[Manifest, float]] | None = None
@@ -159,6 +163,7 @@ class SavedCheckpoints:
             raise self._unsaved()
 
     def _write(self, header: Header, tensors: Tree) -> tuple[Manifest, float]:
+        self._before()
         self._snapshot.wait()
         manifest = write_checkpoint(self._folder, header, tensors, keep=self._keep)
         return manifest, time.perf_counter()
@@ -235,6 +240,7 @@ def open_checkpoints(
         job.device,
         keep=config.checkpoint.keep,
         tell=lambda header, row: report.checkpoint(header.step, row),
+        before=report.catch_up,  # a run that is killed has every row up to where it goes on
     ) as checkpoints:
         yield checkpoints
 

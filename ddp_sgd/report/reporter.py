@@ -41,7 +41,8 @@ class Reporter:
     """Gives every row its time and place, and writes the result however the run ends.
 
     The training thread only notes the time and the step of a row; a ``Scribe`` writes it, a tenth
-    of a second later. What a sink raises comes up in the next call. Processes that the user's code
+    of a second later, and before a checkpoint that they belong to. What a sink raises comes up in
+    the next call. Processes that the user's code
     or a loader forked have no part in this, and write nothing.
 
     Args:
@@ -107,6 +108,7 @@ class Reporter:
             self._write("start", {**world, "run_id": origin.run_id})
         if origin.is_resumed:
             self._write("resume", {**world, **origin.note})
+        self.flush()  # who finds the run dead must see that it began
 
     def train(self, row: Row | None) -> None:
         """Say what the steps since the last row measured, if there is a row."""
@@ -139,6 +141,11 @@ class Reporter:
         """
         if self._scribe and self._pid == os.getpid():
             self._scribe.flush()
+
+    def catch_up(self) -> None:
+        """Write the rows so far, from any thread; a fault comes up in that which trains."""
+        if self._scribe:
+            self._scribe.catch_up()
 
     def end(self, result: Row) -> None:
         """Say how the run ended, and close the sinks."""

@@ -49,6 +49,11 @@ class Scribe(Generic[Note]):
         if failure:
             raise failure
 
+    def catch_up(self) -> None:
+        """Return when all notes so far were given; what failed comes up in the others' calls."""
+        with self._turn:
+            self._write_burst()
+
     def close(self) -> None:
         """Write what is left, and end the thread."""
         self._over.set()

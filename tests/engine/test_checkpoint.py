@@ -33,6 +33,7 @@ class Training:
         self.state = State()
         self.told = []
         self.captured = []
+        self.files_before = []
         config = RunConfig(data={"batch_size": 10}, epochs=10)
         self._plan = make_plan(config, samples=100, world_size=1)
         self._capture = partial(
@@ -61,6 +62,7 @@ class Training:
             torch.device("cpu"),
             keep=keep,
             tell=lambda header, row: self.told.append((header.step, row)),
+            before=lambda: self.files_before.append(sorted(self.folder.glob("step-*"))),
         )
 
     def saved(self):
@@ -97,6 +99,16 @@ class Gate:
 @pytest.fixture
 def gate(monkeypatch):
     return Gate(monkeypatch)
+
+
+def test_rows_come_before_the_checkpoint_that_they_belong_to(training):
+    with training.open() as checkpoints:
+        for _ in range(2):
+            training.step()
+            checkpoints.save(training.state, {})
+        checkpoints.finish()
+    names = [[file.name for file in files] for files in training.files_before]
+    assert names == [[], ["step-00000001.json", "step-00000001.pt"]]
 
 
 def break_writes(monkeypatch, *failures):

@@ -1,5 +1,6 @@
 import json
 import os
+import threading
 from contextlib import contextmanager
 
 import pytest
@@ -192,3 +193,23 @@ def test_a_fork_writes_nothing(tmp_path):
     rows = read_journal(tmp_path / "x" / "metrics.jsonl")
     assert [row.get("train/loss") for row in rows] == [None, 1.0, None]
     assert result(tmp_path)["status"] == "finished"
+
+
+def test_rows_can_be_written_from_another_thread_and_a_fault_is_the_training_threads(tmp_path):
+    with pytest.raises(OutputError), reporting(tmp_path) as report:
+        report.start(PLAN, State(step=1))
+        path = tmp_path / "x" / "metrics.jsonl"
+        assert [row["event"] for row in read_journal(path)] == ["start"]  # before any step
+        report.train({"train/loss": 1.0})
+        writer = threading.Thread(target=report.catch_up)
+        writer.start()
+        writer.join()
+        assert [row["event"] for row in read_journal(path)] == ["start", "train"]
+        report._opened[-1].write = fail
+        report.train({"train/loss": 2.0})
+        report.catch_up()
+        report.train({"train/loss": 3.0})
+
+
+def fail(rows):
+    raise OutputError("full")
