@@ -106,7 +106,7 @@ WORKLOADS = {
             "init_args": {"inputs": 64, "hidden": [64, 64], "classes": 10},
         },
         batch_size=32,
-        epochs=60,
+        epochs=120,
         lr=0.02,
         rounds=5,
         scored=1437,
