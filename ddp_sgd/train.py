@@ -14,6 +14,7 @@ from ddp_sgd.command import run_command
 from ddp_sgd.config import CommandLine, Option
 from ddp_sgd.distributed.ranks import may_be_rank_0, read_ranks, told_by
 from ddp_sgd.engine.stopping import leave_undisturbed, stop_on_signal
+from ddp_sgd.report.weights_and_biases import start_ahead
 
 _OPTIONS = (
     Option(
@@ -61,6 +62,8 @@ def train(line: CommandLine) -> int:
         read_ranks(os.environ)
     # A signal that comes while torch is being imported would end the process: listen first.
     with stop_on_signal() as stop:
+        if may_be_rank_0(os.environ):
+            start_ahead(config.wandb)
         gc.disable()  # torch makes a quarter of a million objects, none for the bin
         from ddp_sgd.distributed.runtime import start_runtime
         from ddp_sgd.engine.fit import fit

@@ -108,7 +108,7 @@ WORKLOADS = {
         batch_size=32,
         epochs=120,
         lr=0.02,
-        rounds=4,
+        rounds=3,
         scored=1437,
         tolerance=0.08,
     ),

@@ -64,14 +64,16 @@ def main() -> None:
         os.dup2(nothing.fileno(), 0)
     os.dup2(2, 1)  # whatever others print is not for the rank
     Thread(target=_leave_with_the_rank, args=(messages.fileno(),), daemon=True).start()
-    opening = pickle.load(messages)
-    sys.argv = opening.argv
-    os.environ.setdefault("WANDB_PROGRAM", opening.argv[0])
     # The helper of a run of the user's own is not for this one, and may end before.
     os.environ.pop("WANDB_SERVICE", None)
     # wandb's reports about itself leave from an exit hook of their own, which a silent server
     # holds for 20 s and whose failures are printed; only the environment turns them off.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    with suppress(Exception):  # found again, and told, where the run is opened
+        import wandb  # noqa: F401  # most of the work, while the rank is still busy with torch
+    opening = pickle.load(messages)
+    sys.argv = opening.argv
+    os.environ.setdefault("WANDB_PROGRAM", opening.argv[0])
     _Life(opening, say=lambda line: print(line, file=lines)).run(_read(messages))
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import IO, Any
@@ -42,6 +43,23 @@ _HELD_BACK = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """What a terminal or SLURM sends to all processes of a job; the rank says when it is over."""
 
 
+_ahead: list[subprocess.Popen[bytes]] = []
+"""The process that ``start_ahead`` has started, until a sink takes it."""
+
+
+def start_ahead(config: WandbConfig) -> None:
+    """Start the process of the next run, so that it imports wandb while torch is being imported.
+
+    Unless it is taken by a sink it ends with this process.
+
+    Args:
+        config: Section ``wandb`` of the configuration.
+    """
+    with suppress(OSError):  # whatever is wrong, the sink finds out again
+        if not _ahead and not _is_disabled(config):
+            _ahead.append(_start_process())
+
+
 class WeightsAndBiases:
     """Sends rows to W&B, or keeps them for ``wandb sync`` where there is no server or no key.
 
@@ -62,8 +80,7 @@ class WeightsAndBiases:
 
     def start(self, record: RunRecord) -> None:
         """Start the process that opens the run, unless W&B is disabled."""
-        asked = os.environ.get("WANDB_MODE") if self._config.mode == "auto" else self._config.mode
-        if asked == "disabled":
+        if _is_disabled(self._config):
             return
         self._folder = record.folder / "wandb"
         opening = Opening(
@@ -75,7 +92,7 @@ class WeightsAndBiases:
             upload_timeout_s=UPLOAD_TIMEOUT_S,
         )
         try:
-            self._process = _start_process()
+            self._process = _ahead.pop() if _ahead else _start_process()
             self._listener.start()
         except (OSError, RuntimeError) as error:  # the system has no process or thread left for us
             self._say(f"not started ({error}); metrics.jsonl has every row")
@@ -157,6 +174,11 @@ class WeightsAndBiases:
             _stdin(process).close()
             if process.stdout and self._listener.ident is None:  # else that one closes it
                 process.stdout.close()
+
+
+def _is_disabled(config: WandbConfig) -> bool:
+    mode = os.environ.get("WANDB_MODE") if config.mode == "auto" else config.mode
+    return mode == "disabled"
 
 
 def _start_process() -> subprocess.Popen[bytes]:

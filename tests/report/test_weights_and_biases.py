@@ -25,7 +25,7 @@ from ddp_sgd.plan import make_plan
 from ddp_sgd.report import weights_and_biases
 from ddp_sgd.report.sink import RunRecord
 from ddp_sgd.report.wandb_arguments import git_commit
-from ddp_sgd.report.weights_and_biases import WeightsAndBiases
+from ddp_sgd.report.weights_and_biases import WeightsAndBiases, start_ahead
 
 CONFIG = RunConfig(name="trial", epochs=2)
 OFFLINE = WandbConfig(mode="offline")
@@ -379,6 +379,35 @@ def _await_end(*processes):
         os.close(descriptor)
 
 
+def test_a_process_that_was_started_ahead_is_taken(record, said):
+    start_ahead(OFFLINE)
+    start_ahead(OFFLINE)  # for one run only
+    (ahead,) = weights_and_biases._ahead
+    sink, process, _ = _start(record, said)
+    assert process == ahead.pid
+    assert not weights_and_biases._ahead
+    sink.write(ROWS)
+    sink.finish(RESULT)
+    assert inspect_offline_run(record.folder) == LOGGED
+
+
+def test_nothing_is_started_ahead_where_wandb_is_disabled(monkeypatch):
+    start_ahead(WandbConfig(mode="disabled"))
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    start_ahead(WandbConfig())
+    assert not weights_and_biases._ahead
+
+
+def test_a_process_that_nobody_takes_ends_with_the_rank():
+    code = (
+        "from ddp_sgd.config.sections import WandbConfig; "
+        "from ddp_sgd.report import weights_and_biases as module; "
+        "module.start_ahead(WandbConfig(mode='offline')); print(module._ahead[0].pid)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    _await_end(int(done.stdout))
+
+
 def test_rows_that_find_no_room_are_left_out_with_one_line(record, said, monkeypatch):
     sink, process, _ = _start(record, said)
     os.kill(process, signal.SIGSTOP)
@@ -489,7 +518,7 @@ LIFE = """
 import os, pickle, signal, sys
 from pathlib import Path
 from ddp_sgd.config.sections import WandbConfig
-from ddp_sgd.report.weights_and_biases import WeightsAndBiases
+from ddp_sgd.report.weights_and_biases import WeightsAndBiases, start_ahead
 
 def say(line):
     print(sink._process.pid, fork, flush=True)
