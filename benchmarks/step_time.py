@@ -1,6 +1,6 @@
 """Where the time of a step goes: the tutorials' loop beside ``ddp_sgd``, part by part.
 
-Usage: ``python -m benchmarks.step_time [--turns 5] [--write FOLDER] [--plot FILE]``. The digits
+Usage: ``python -m benchmarks.step_time [--turns 3] [--write FOLDER] [--plot FILE]``. The digits
 MLP on 1 and 2 ranks, 32 samples a rank and step, gloo, one thread a rank. Both train in turn in the
 same processes, ``ddp_sgd`` with journal, W&B offline and checkpoints at their defaults.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ddp_sgd import Runtime
 
 RANKS = (1, 2)
-EPOCHS = 40
+EPOCHS = 200
 PARTS = {
     "data": ("reading data",),
     "forward": ("forward pass",),
@@ -41,7 +41,7 @@ Spent = dict[str, float]
 def main() -> None:
     """Measure, print a table, and keep it and a plot if asked to."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--write", type=Path)
     parser.add_argument("--plot", type=Path)
