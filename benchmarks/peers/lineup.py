@@ -20,6 +20,7 @@ class Contestant:
         takes_our_steps: Whether it reads the samples in the order of ``ddp_sgd`` and counts the
             last batch of an epoch by its samples, so that its weights must be nearly equal.
         is_bare: Whether it does the arithmetic only, on one rank, for the MLP.
+        options: More options of the command of ``ddp_sgd``, for the MLP.
     """
 
     title: str
@@ -27,17 +28,25 @@ class Contestant:
     is_framework: bool = False
     takes_our_steps: bool = False
     is_bare: bool = False
+    options: tuple[str, ...] = ()
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is ``ddp_sgd``, by its command."""
+        return self.module == "ddp_sgd.train"
 
     def takes_part(self, workload: str, ranks: int) -> bool:
         """Whether it does a workload on this many ranks."""
-        return not self.is_bare or (workload == "mlp" and ranks == 1)
+        if self.is_bare:
+            return workload == "mlp" and ranks == 1
+        return workload == "mlp" or not self.options
 
     def command(self, task: Task) -> list[str]:
         """Give the command: Python for one rank, torchrun for several."""
         launcher = ["torch.distributed.run", f"--nproc_per_node={task.ranks}", "--standalone", "-m"]
         start = [sys.executable, "-m", *(launcher if task.ranks > 1 else [])]
-        if self.module == "ddp_sgd.train":
-            return [*start, self.module, *ddp_sgd_options(task)]
+        if self.is_ours:
+            return [*start, self.module, *ddp_sgd_options(task), *self.options]
         return [*start, f"benchmarks.peers.contestants.{self.module}", str(task.write())]
 
     def environment(self, task: Task) -> dict[str, str]:
@@ -53,6 +62,12 @@ OURS, FLAT, TUTORIAL, BARE = "ddp_sgd", "flat", "tutorial", "bare"
 
 CONTESTANTS = {
     OURS: Contestant(title="**ddp_sgd**", module="ddp_sgd.train", takes_our_steps=True),
+    "rarely": Contestant(
+        title="ddp_sgd, `--checkpoint.every_epochs=20`",
+        module="ddp_sgd.train",
+        takes_our_steps=True,
+        options=("--checkpoint.every_epochs=20",),
+    ),
     FLAT: Contestant(title="flat buffers, no DDP", module="flat", takes_our_steps=True),
     "tuned_ddp": Contestant(title="hand-tuned DDP loop", module="tuned_ddp", takes_our_steps=True),
     TUTORIAL: Contestant(title="DDP loop of the tutorials", module="tutorial"),

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.lineup import CONTESTANTS, OURS
+from benchmarks.peers.lineup import CONTESTANTS
 from benchmarks.peers.scoring import final_loss
 from benchmarks.peers.task import Task
 from benchmarks.peers.watching import Watch
@@ -81,8 +81,8 @@ def measure(task: Task, workload: str, name: str, number: int) -> Record:
             Path(folder) / "output.txt",
             ranks=task.ranks,
         )
-        times = _journal(Path(folder)) if name == OURS else _times(Path(folder))
-        loss = final_loss(own, WORKLOADS[workload].scored, is_ours=name == OURS)
+        times = _journal(Path(folder)) if contestant.is_ours else _times(Path(folder))
+        loss = final_loss(own, WORKLOADS[workload].scored, is_ours=contestant.is_ours)
     steps, end = times[-1]
     first, start = next(each for each in times if each[0] >= WARM_UP * steps)
     us_per_step = 1e6 / (steps - first)
