@@ -58,12 +58,12 @@ class Opening:
 
 def main() -> None:
     """Serve rank 0 until it says that the run is over, or is gone."""
-    messages = os.fdopen(os.dup(0), "rb")
+    messages, held = os.fdopen(os.dup(0), "rb"), os.dup(0)
     lines = os.fdopen(os.dup(1), "w", buffering=1)
     with Path(os.devnull).open() as nothing:
         os.dup2(nothing.fileno(), 0)
     os.dup2(2, 1)  # whatever others print is not for the rank
-    Thread(target=_leave_with_the_rank, args=(messages.fileno(),), daemon=True).start()
+    Thread(target=_leave_with_the_rank, args=(held,), daemon=True).start()
     # The helper of a run of the user's own is not for this one, and may end before.
     os.environ.pop("WANDB_SERVICE", None)
     # wandb's reports about itself leave from an exit hook of their own, which a silent server
@@ -78,7 +78,11 @@ def main() -> None:
 
 
 def _leave_with_the_rank(descriptor: int) -> None:
-    """End this process as soon as nobody holds the other end of its stdin any more."""
+    """End this process as soon as nobody holds the other end of its stdin any more.
+
+    Args:
+        descriptor: Of its own, never closed: one that is closed at the end looks like a hang-up.
+    """
     poll = select.poll()
     poll.register(descriptor, 0)  # a hang-up is told unasked, also while rows wait to be read
     poll.poll()
