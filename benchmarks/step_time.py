@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ddp_sgd import Runtime
 
 RANKS = (1, 2)
-EPOCHS = 200
+EPOCHS = 120
 PARTS = {
     "data": ("reading data",),
     "forward": ("forward pass",),
