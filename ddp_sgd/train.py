@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ddp_sgd.command import run_command
 from ddp_sgd.config import CommandLine, Option
+from ddp_sgd.distributed.cpus import batch_scheduling
 from ddp_sgd.distributed.ranks import may_be_rank_0, read_ranks, told_by
 from ddp_sgd.engine.stopping import leave_undisturbed, stop_on_signal
 from ddp_sgd.report.weights_and_biases import start_ahead
@@ -61,7 +62,7 @@ def train(line: CommandLine) -> int:
     with told_by(this_one=may_be_rank_0(os.environ)):
         read_ranks(os.environ)
     # A signal that comes while torch is being imported would end the process: listen first.
-    with stop_on_signal() as stop:
+    with stop_on_signal() as stop, batch_scheduling():
         if may_be_rank_0(os.environ):
             start_ahead(config.wandb)
         gc.disable()  # torch makes a quarter of a million objects, none for the bin

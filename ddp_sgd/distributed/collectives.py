@@ -6,6 +6,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from ddp_sgd.distributed.recursive_doubling import is_short, sum_by_doubling
 from ddp_sgd.distributed.runtime import Runtime
 
 T = TypeVar("T")
@@ -21,7 +22,11 @@ def sum_over_ranks(tensor: torch.Tensor, runtime: Runtime) -> torch.Tensor:
     Returns:
         The same tensor.
     """
-    if not runtime.alone:
+    if runtime.alone:
+        return tensor
+    if is_short(tensor, runtime):
+        sum_by_doubling(tensor, runtime)
+    else:
         dist.all_reduce(tensor)
     return tensor
 

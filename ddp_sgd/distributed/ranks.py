@@ -117,11 +117,6 @@ def first_host(node_list: str) -> str:
     return prefix + (first or "") + (suffix or "")
 
 
-def usable_cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _from_torchrun(environ: Mapping[str, str]) -> Ranks:
     _refuse_half_set(environ, _TORCHRUN, "torchrun", alone_without=_TORCHRUN[:3])
     world_size = _number(environ, "WORLD_SIZE", least=1)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from ddp_sgd.distributed.bounded import call_within
+from ddp_sgd.distributed.cpus import batch_scheduling, usable_cpus
 from ddp_sgd.distributed.fate import Fate, OwnFate, SharedFate, shared_fate
 from ddp_sgd.distributed.meeting import (
     could_not_join,
@@ -20,7 +21,7 @@ from ddp_sgd.distributed.meeting import (
     open_store,
     read_attendance,
 )
-from ddp_sgd.distributed.ranks import Ranks, may_be_rank_0, read_ranks, told_by, usable_cpus
+from ddp_sgd.distributed.ranks import Ranks, may_be_rank_0, read_ranks, told_by
 from ddp_sgd.errors import ConfigError
 
 _FAREWELL_S = 5.0
@@ -86,10 +87,20 @@ def start_runtime(
     place = _choose_device(device, ranks)
     with told_by(this_one=ranks.rank == 0):
         _check_backend(backend, place)
-    if ranks.alone:
-        yield Runtime(device=place)
-        return
-    name = dist.get_default_backend_for_device(place) if backend == "auto" else backend
+    with batch_scheduling():
+        if ranks.alone:
+            yield Runtime(device=place)
+            return
+        name = dist.get_default_backend_for_device(place) if backend == "auto" else backend
+        with _joined(ranks, place, name, timeout_s) as runtime:
+            yield runtime
+
+
+@contextmanager
+def _joined(
+    ranks: Ranks, device: torch.device, backend: str, timeout_s: float
+) -> Iterator[Runtime]:
+    """Join the other ranks, and leave them whatever happens."""
     _share_cpus(ranks)
     store = open_store(ranks, timeout_s)
     attendance = read_attendance(store)
@@ -99,8 +110,8 @@ def start_runtime(
         rank=ranks.rank,
         world_size=ranks.world_size,
         local_rank=ranks.local_rank,
-        device=place,
-        backend=name,
+        device=device,
+        backend=backend,
         fate=fate,
         store=notes,
     )

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from ddp_sgd.config import RunConfig
-from ddp_sgd.distributed.ranks import Ranks, usable_cpus
+from ddp_sgd.distributed.cpus import usable_cpus
+from ddp_sgd.distributed.ranks import Ranks
 from ddp_sgd.examination.routes import address_toward, interface_of, resolve
 from ddp_sgd.examination.sameness import read_versions, settings_that_agree
 

@@ -10,7 +10,8 @@ from ranks import rank_environment, run_ranks
 
 from ddp_sgd.config import RunConfig
 from ddp_sgd.distributed.addresses import free_port
-from ddp_sgd.distributed.ranks import Ranks, read_ranks, usable_cpus
+from ddp_sgd.distributed.cpus import usable_cpus
+from ddp_sgd.distributed.ranks import Ranks, read_ranks
 from ddp_sgd.distributed.runtime import (
     Runtime,
     _choose_device,

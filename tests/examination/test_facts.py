@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from ddp_sgd.config import RunConfig
-from ddp_sgd.distributed.ranks import Ranks, usable_cpus
+from ddp_sgd.distributed.cpus import usable_cpus
+from ddp_sgd.distributed.ranks import Ranks
 from ddp_sgd.examination.facts import Facts, gather_facts
 
 RANKS = Ranks(rank=3, world_size=8, local_rank=1, local_world_size=2, launcher="torchrun")

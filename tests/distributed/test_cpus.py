@@ -1,0 +1,58 @@
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+from ranks import run_ranks
+
+from ddp_sgd.distributed.cpus import batch_scheduling, usable_cpus
+
+ASK = "import os; print(os.sched_getscheduler(0))"
+
+
+def test_there_is_one_at_least():
+    assert usable_cpus() >= 1
+
+
+def test_threads_and_processes_that_are_started_meanwhile_wait_for_a_cpu():
+    policies = []
+    with batch_scheduling():
+        thread = threading.Thread(target=lambda: policies.append(os.sched_getscheduler(0)))
+        thread.start()
+        thread.join()
+        with batch_scheduling():
+            policies.append(os.sched_getscheduler(0))
+        policies.append(os.sched_getscheduler(0))
+        asked = subprocess.run([sys.executable, "-c", ASK], capture_output=True, check=True)
+        policies.append(int(asked.stdout))
+    assert policies == [os.SCHED_BATCH] * 4
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
+def test_a_policy_that_somebody_chose_stays():
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    try:
+        with batch_scheduling():
+            assert os.sched_getscheduler(0) == os.SCHED_IDLE
+    finally:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
+def refuse(*_):
+    raise PermissionError
+
+
+@pytest.mark.parametrize("change", [("setattr", refuse), ("delattr",)])
+def test_where_it_is_not_to_be_had_all_goes_on(change, monkeypatch):
+    getattr(monkeypatch, change[0])(os, "sched_setscheduler", *change[1:])
+    with batch_scheduling():
+        assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
+def policies_of_all_threads(_):
+    return {os.sched_getscheduler(int(thread)) for thread in os.listdir("/proc/self/task")}  # noqa: PTH208
+
+
+def test_gloo_too_waits_for_a_cpu():
+    assert run_ranks(2, policies_of_all_threads) == [{os.SCHED_BATCH}] * 2
