@@ -20,6 +20,10 @@ Score = Callable[[Callable[[], bool]], Metrics]
 """Scores the model, unless its argument says that there is something better to do."""
 
 
+_MOST_WAITING_BYTES = 2**20
+"""Scores that wait to be compared with their targets."""
+
+
 class Interrupted(Exception):  # noqa: N818  # it is no error
     """An evaluation was cut short, on all ranks."""
 
@@ -56,25 +60,30 @@ def evaluate(
     """
     on_host = runtime.device.type == "mps"  # Metal has no float64
     place = torch.device("cpu") if on_host else runtime.device
-    sums = torch.zeros((2, loader.chunks.count), dtype=torch.float64, device=place)
-    counts = torch.zeros(6, dtype=torch.int64, device=place)
+    chunks, losses, units, judge = [], [], [], _Judge(objective)
+    cut_short = 0
     with evaluating(model):
         for chunk, inputs, targets in loader:
             if pulse is not None:
                 pulse.tick()
             if interrupted():
-                counts[5] = 1
+                cut_short = 1
                 break
-            outputs = model(move(inputs, runtime.device))
+            outputs, answers = model(move(inputs, runtime.device)), move(targets, runtime.device)
             samples = _length(targets)
-            units = samples if objective.counts_samples else objective.units(targets, samples)
-            sums[1, chunk] = units
-            answers = move(targets, runtime.device)
-            sums[0, chunk] = objective.total(outputs, answers, samples)
-            _judge(outputs, answers, objective, samples, counts)
+            chunks.append(chunk)
+            losses.append(objective.total(outputs, answers, samples))
+            units.append(samples if objective.counts_samples else objective.units(targets, samples))
+            judge.see(outputs, answers, samples)
+    sums = torch.zeros((2, loader.chunks.count), dtype=torch.float64, device=place)
+    if chunks:
+        sums[0, chunks] = torch.stack(losses).to(sums)
+        sums[1, chunks] = torch.tensor(units).to(sums)
+    known = torch.tensor([cut_short, judge.samples], device=place)
+    counts = torch.cat([known, judge.counts(place)])
     sum_over_ranks(sums, runtime)
     sum_over_ranks(counts, runtime)
-    *judged, cut_short = counts.tolist()
+    cut_short, *judged = counts.tolist()
     if cut_short:
         raise Interrupted
     return _metrics(*sums.sum(dim=1).tolist(), *judged)
@@ -93,18 +102,53 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _judge(
-    outputs: Any, targets: Any, objective: Objective, samples: int, counts: torch.Tensor
-) -> None:
-    """Count right answers; targets that the loss ignores are not asked for."""
-    counts[0] += samples
-    if is_classification(outputs, targets):
-        asked = (targets != objective.ignore_index).sum()
-        counts[1] += asked
-        counts[2] += (outputs.argmax(dim=1) == targets).sum()
+class _Judge:
+    """Counts right answers, those of many small chunks by one call.
+
+    Args:
+        objective: Knows which targets are not asked for.
+
+    Attributes:
+        samples: Those seen.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        self._objective = objective
+        self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._waiting_bytes = 0
+        self._counts: torch.Tensor | None = None
+        self.samples = 0
+
+    def see(self, outputs: Any, targets: Any, samples: int) -> None:
+        """Take the answers of a chunk."""
+        self.samples += samples
+        if is_classification(outputs, targets):
+            self._waiting.append((outputs, targets))
+            self._waiting_bytes += outputs.nbytes
+            if self._waiting_bytes > _MOST_WAITING_BYTES:
+                self._judge()
+
+    def counts(self, place: torch.device) -> torch.Tensor:
+        """Tell how many were asked and right, by the highest score, and by the highest five."""
+        self._judge()
+        none = torch.zeros(4, dtype=torch.int64, device=place)
+        return none if self._counts is None else self._counts.to(place)
+
+    def _judge(self) -> None:
+        """Count right answers; targets that the loss ignores are not asked for."""
+        if not self._waiting:
+            return
+        outputs, targets = map(torch.cat, zip(*self._waiting, strict=True))
+        self._waiting, self._waiting_bytes = [], 0
+        asked = (targets != self._objective.ignore_index).sum()
+        counts = [asked, (outputs.argmax(dim=1) == targets).sum()]
         if outputs.shape[1] > 5:
-            counts[3] += asked
-            counts[4] += (outputs.topk(5, dim=1).indices == targets[:, None]).any(dim=1).sum()
+            top5 = outputs.topk(5, dim=1).indices
+            counts += [asked, (top5 == targets[:, None]).any(dim=1).sum()]
+        else:
+            counts += [torch.zeros_like(asked)] * 2
+        new = torch.stack(counts)
+        self._counts = new if self._counts is None else self._counts + new
 
 
 def is_classification(outputs: Any, targets: Any) -> bool:
