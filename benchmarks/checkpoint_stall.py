@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from ddp_sgd.config import RunConfig
 from ddp_sgd.engine.capture import capture
 from ddp_sgd.engine.checkpoint import SavedCheckpoints
 from ddp_sgd.engine.state import State
+from ddp_sgd.engine.writers import build_writer
 from ddp_sgd.optim.sgd import SGD, build_sgd
 from ddp_sgd.plan import make_plan
 
@@ -62,20 +64,20 @@ def measure(folder: Path, megabytes: float, rounds: int) -> str:
 
     def captured(at: State) -> tuple[Header, dict]:
         return capture(
-            at, model=model, optimizer=optimizer, plan=plan, config=RunConfig(), run_id="0", loss=""
+            at, model=model, optimizer=optimizer, plan=plan, config={}, run_id="0", loss=""
         )
 
     told: list[dict] = []
     times: dict[str, list[float]] = {name: [] for name in ("save", "copy", "ours", "longest gap")}
-    kept = Snapshot(torch.device("cpu"))
+    host = torch.device("cpu")
+    kept = Snapshot(host)
     kept.reserve(captured(state)[1])
+    saved = CheckpointFolder(folder / "checkpoints")
     with SavedCheckpoints(
-        CheckpointFolder(folder / "checkpoints"),
+        saved,
         captured,
-        torch.device("cpu"),
-        keep=2,
+        partial(build_writer, folder=saved, device=host, keep=2, before=lambda: None),
         tell=lambda header, row: told.append({"step": header.step, **row}),
-        before=lambda: None,
     ) as checkpoints:
         for _ in range(rounds):
             state.step += 1
@@ -83,7 +85,7 @@ def measure(folder: Path, megabytes: float, rounds: int) -> str:
                 _timed(lambda: torch.save(captured(state)[1], folder / "plain.pt"))
             )
             times["copy"].append(_timed(lambda: kept.take(captured(state)[1])))
-            times["ours"].append(_timed(lambda: checkpoints.save(state)))
+            times["ours"].append(_timed(lambda: checkpoints.save(state, {})))
             times["longest gap"].append(_longest_gap(model, checkpoints))
     quiet = [_longest_gap(model, None) for _ in range(rounds)]
     return _report(times, quiet, megabytes, rounds, told)

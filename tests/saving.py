@@ -13,7 +13,7 @@ import torch
 
 from ddp_sgd.checkpointing.folder import CheckpointFolder
 from ddp_sgd.checkpointing.manifest import Header
-from ddp_sgd.checkpointing.writing import write_checkpoint
+from ddp_sgd.checkpointing.packing import write_checkpoint
 
 
 def header(step=1, **changes):

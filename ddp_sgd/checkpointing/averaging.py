@@ -13,8 +13,8 @@ from ddp_sgd.checkpointing.comparing import misfits
 from ddp_sgd.checkpointing.folder import CheckpointFolder
 from ddp_sgd.checkpointing.listing import checkpoint_folder
 from ddp_sgd.checkpointing.manifest import Manifest
+from ddp_sgd.checkpointing.packing import write_checkpoint
 from ddp_sgd.checkpointing.reading import find_checkpoint, read_tensors
-from ddp_sgd.checkpointing.writing import write_checkpoint
 from ddp_sgd.errors import ConfigError, DataError, OutputError
 
 Found = tuple[Path, Manifest]

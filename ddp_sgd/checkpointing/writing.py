@@ -1,27 +1,33 @@
-"""Writing a checkpoint so that a reader finds all of it or nothing, whatever dies meanwhile."""
+"""Writing a file so that a reader finds all of it or nothing, whatever dies meanwhile. No torch."""
 
 import errno
 import hashlib
 import io
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, NamedTuple
 
 from ddp_sgd.checkpointing.folder import UNFINISHED, CheckpointFolder, fault_of
-from ddp_sgd.checkpointing.manifest import FORMAT, Header, Manifest
-
-_GATHER_BYTES = 1 << 18
-_ENVELOPE_BYTES = 1 << 16
-_ENVELOPE_BYTES_PER_TENSOR = 1 << 10
+from ddp_sgd.checkpointing.manifest import Header, Manifest
 
 
-def write_checkpoint(
-    folder: CheckpointFolder, header: Header, tensors: Mapping[str, Any], *, keep: int
+class Content(NamedTuple):
+    """What is to be written.
+
+    Args:
+        most_bytes: Its length at most.
+        fill: Writes it.
+    """
+
+    most_bytes: int
+    fill: Callable[[io.RawIOBase], Any]
+
+
+def write_content(
+    folder: CheckpointFolder, header: Header, content: Content, *, keep: int
 ) -> Manifest:
     """Write, read back, and only then let older checkpoints go.
 
@@ -33,7 +39,7 @@ def write_checkpoint(
     Args:
         folder: Where to.
         header: Where the run stands.
-        tensors: What else the file holds: mappings of tensors on the host, and plain data.
+        content: What the file holds.
         keep: Newest checkpoints that stay.
 
     Raises:
@@ -43,7 +49,7 @@ def write_checkpoint(
     file = folder.path / folder.name_for(header)
     new = file.with_name(f".{file.name}{UNFINISHED}")
     try:
-        size, digest = _write_tensors(new, header, tensors)
+        size, digest = _write_new(new, content)
         manifest = Manifest(
             file=file.name, size_bytes=size, sha256=digest, time=time.time(), header=header
         )
@@ -64,16 +70,13 @@ def _refuse_change(new: Path, manifest: Manifest) -> None:
         raise OSError(errno.EIO, f"what was written {fault}")
 
 
-def _write_tensors(new: Path, header: Header, tensors: Mapping[str, Any]) -> tuple[int, str]:
-    """Write a file that ``torch.load(weights_only=True)`` reads; gives its size and SHA-256."""
-    content = {"format": FORMAT, **_plain(header), **tensors}
+def _write_new(new: Path, content: Content) -> tuple[int, str]:
+    """Write a file and sync it; gives its size and SHA-256."""
     with new.open("wb", buffering=0) as raw:
-        _reserve(raw.fileno(), _room_for(tensors))
+        _reserve(raw.fileno(), content.most_bytes)
         stream = _Hashed(raw)
-        gathered = io.BufferedWriter(stream, _GATHER_BYTES)  # torch writes a hundred small pieces
         try:
-            torch.save(content, gathered)
-            gathered.flush()
+            content.fill(stream)
         except RuntimeError as error:  # torch hides what the system said
             raise stream.failure or error from error
         raw.truncate(stream.size)
@@ -105,25 +108,6 @@ class _Hashed(io.RawIOBase):
             raise
         self.size += length
         return length
-
-
-def _plain(header: Header) -> dict[str, Any]:
-    """Group a header the way a reader looks for it."""
-    cursor = ("epoch", "position", "step", "samples")
-    names = [name for name in header.__slots__ if name not in cursor]
-    return {
-        "cursor": {name: getattr(header, name) for name in cursor},
-        **{name: getattr(header, name) for name in names},
-    }
-
-
-def _room_for(tree: Any) -> int:
-    """Bytes that a file needs at most, so that a full disk shows before the first is written."""
-    if isinstance(tree, torch.Tensor):
-        return tree.nbytes + _ENVELOPE_BYTES_PER_TENSOR
-    if isinstance(tree, Mapping):
-        return sum(_room_for(value) for value in tree.values()) + _ENVELOPE_BYTES
-    return 0
 
 
 def _reserve(descriptor: int, size: int) -> None:

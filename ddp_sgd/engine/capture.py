@@ -10,7 +10,6 @@ from torch import nn
 
 from ddp_sgd import __version__
 from ddp_sgd.checkpointing.manifest import Header
-from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.data.permutation import ORDER
 from ddp_sgd.engine.state import State
 from ddp_sgd.errors import ConfigError
@@ -30,7 +29,7 @@ def capture(
     model: nn.Module,
     optimizer: SGD,
     plan: Plan,
-    config: RunConfig,
+    config: Mapping[str, Any],
     run_id: str,
     loss: str,
 ) -> tuple[Header, Tree]:
@@ -41,7 +40,7 @@ def capture(
         model: The model itself, not its wrapper.
         optimizer: SGD over its parameters.
         plan: The run's arithmetic.
-        config: Description of the run.
+        config: Description of the run, as plain data.
         run_id: Identity of the run.
         loss: What the loss is, from ``describe_loss``.
 
@@ -61,7 +60,7 @@ def capture(
         run_id=run_id,
         loss=loss,
         plan={name: getattr(plan, name) for name in plan.__slots__},
-        config=config.model_dump(mode="json"),
+        config=dict(config),
         versions={
             "ddp_sgd": __version__,
             "python": platform.python_version(),

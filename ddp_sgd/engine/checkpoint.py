@@ -1,23 +1,20 @@
-"""The state of a run on its way to the disk: copied between steps, written in the background."""
+"""The state of a run on its way to the disk: taken between steps, written in the background."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
-from typing import Any, Protocol, Self
-
-import torch
+from typing import NamedTuple, Protocol, Self
 
 from ddp_sgd.checkpointing.folder import FOLDER_NAME, CheckpointFolder
-from ddp_sgd.checkpointing.manifest import Header, Manifest
-from ddp_sgd.checkpointing.snapshot import Snapshot
-from ddp_sgd.checkpointing.writing import write_checkpoint
+from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.engine.assembly import Job
 from ddp_sgd.engine.capture import Tree, capture, refuse_foreign
 from ddp_sgd.engine.state import State
+from ddp_sgd.engine.writers import Writer, build_writer, bytes_of
 from ddp_sgd.errors import OutputError
 from ddp_sgd.report.reporter import Reporter
 from ddp_sgd.report.run_folder import RunFolder, unwritable
@@ -44,7 +41,7 @@ class Checkpoints(Protocol):
         """
 
     def poll(self) -> None:
-        """Tell of a save that has ended since."""
+        """Tell of saves that have ended since."""
 
     def finish(self) -> None:
         """Wait for the last save."""
@@ -65,8 +62,22 @@ class NoCheckpoints:
         """Do nothing."""
 
 
+class _Save(NamedTuple):
+    """A save that is going on.
+
+    Args:
+        header: Where the run stood.
+        start: When it began, on the clock of ``time.perf_counter``.
+        stall_s: How long training stood still for it.
+    """
+
+    header: Header
+    start: float
+    stall_s: float
+
+
 class SavedCheckpoints:
-    """Writes in the background, from a copy, one save at a time.
+    """Writes in the background.
 
     A save that fails is told at once, and the run goes on with the checkpoints that it has; three
     in a row end it.
@@ -74,11 +85,8 @@ class SavedCheckpoints:
     Args:
         folder: Where to.
         capture: Gives the header and the tensors of a state.
-        device: Where the tensors are.
-        keep: Newest checkpoints that are kept.
+        build: Makes what writes, given tensors like those to come.
         tell: Takes a row about a save: the header of it, and what is to be said.
-        before: Is called in the background before each save; where there is a checkpoint, this was
-            done.
 
     Attributes:
         save_s: How long the last save took from its beginning to its end, in seconds; before the
@@ -89,28 +97,20 @@ class SavedCheckpoints:
         self,
         folder: CheckpointFolder,
         capture: Callable[[State], tuple[Header, Tree]],
-        device: torch.device,
+        build: Callable[[Tree], Writer],
         *,
-        keep: int,
         tell: Callable[[Header, Row], None],
-        before: Callable[[], None],
     ) -> None:
         self._folder = folder
         self._capture = capture
-        self._keep = keep
         self._tell = tell
-        self._before = before
-        self._snapshot = Snapshot(device)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing: Future[tuple[Manifest, float]] | None = None
-        self._header: Header | None = None
-        self._start = self._stall_s = 0.0
+        self._going: deque[_Save] = deque()
         self._failures = 0
         self._failure: Exception | None = None
         _, tensors = capture(State())
         refuse_foreign(tensors["model"])
-        self.save_s = 1.0 + _bytes_of(tensors) / _SLOWEST_DISK
-        self._reserved = self._thread.submit(self._snapshot.reserve, tensors)
+        self.save_s = 1.0 + bytes_of(tensors) / _SLOWEST_DISK
+        self._writer = build(tensors)
 
     def __enter__(self) -> Self:
         return self
@@ -122,10 +122,10 @@ class SavedCheckpoints:
         trace: TracebackType | None,
     ) -> None:
         """Wait for a save that is going on: half of it is of no use to anyone."""
-        self._thread.shutdown(wait=True)
+        self._writer.close()
 
     def save(self, state: State, memory: Tree) -> None:
-        """Copy the state, and write the copy in the background.
+        """Take the state as it is now, and write it in the background.
 
         Args:
             state: Where the run stands.
@@ -135,21 +135,20 @@ class SavedCheckpoints:
             OutputError: This many saves in a row have failed.
         """
         start = time.perf_counter()
-        self._reserved.result()
-        self._settle()  # measures the save before from its own start
-        self._start = start
-        self._header, tensors = self._capture(state)
-        copy = self._snapshot.take({**tensors, "compression": memory} if memory else tensors)
-        self._writing = self._thread.submit(self._write, self._header, copy)
-        self._stall_s = time.perf_counter() - self._start
+        self.poll()
+        while len(self._going) >= self._writer.at_once:
+            self._settle()
+        header, tensors = self._capture(state)
+        self._writer.begin(header, {**tensors, "compression": memory} if memory else tensors)
+        self._going.append(_Save(header, start, time.perf_counter() - start))
 
     def poll(self) -> None:
-        """Tell of a save that has ended since.
+        """Tell of saves that have ended since.
 
         Raises:
             OutputError: This many saves in a row have failed.
         """
-        if self._writing is not None and self._writing.done():
+        while self._going and self._writer.is_over():
             self._settle()
 
     def finish(self) -> None:
@@ -158,39 +157,33 @@ class SavedCheckpoints:
         Raises:
             OutputError: It failed.
         """
-        self._settle()
+        while self._going:
+            self._settle()
         if self._failure is not None:
             raise self._unsaved()
 
-    def _write(self, header: Header, tensors: Tree) -> tuple[Manifest, float]:
-        self._before()
-        self._snapshot.wait()
-        manifest = write_checkpoint(self._folder, header, tensors, keep=self._keep)
-        return manifest, time.perf_counter()
-
     def _settle(self) -> None:
-        """Wait for the save that is going on, if there is one, and tell of it."""
-        if self._writing is None or self._header is None:
-            return
-        writing, self._writing = self._writing, None
+        """Wait for the earliest save that is going on, and tell of it."""
+        save = self._going.popleft()
         try:
-            manifest, end = writing.result()
+            manifest, end = self._writer.wait()
         except Exception as error:  # whatever it is, the run has its earlier checkpoints
-            self._failures += 1
+            if error is not self._failure:  # one cause may end several saves
+                self._failures += 1
             self._failure = error
-            self._tell(self._header, {"error": f"not written: {_reason(error)}"})
+            self._tell(save.header, {"error": f"not written: {_reason(error)}"})
             if self._failures >= _PATIENCE:
                 raise self._unsaved() from error
             return
         self._failures, self._failure = 0, None
-        self.save_s = end - self._start
+        self.save_s = end - save.start
         self._tell(
-            self._header,
+            save.header,
             {
                 "file": manifest.file,
                 "bytes": manifest.size_bytes,
                 "save_s": self.save_s,
-                "stall_s": self._stall_s,
+                "stall_s": save.stall_s,
             },
         )
 
@@ -233,22 +226,20 @@ def open_checkpoints(
             model=job.replica.inner,
             optimizer=job.optimizer,
             plan=job.plan,
-            config=config,
+            config=config.model_dump(mode="json"),
             run_id=run_id,
             loss=job.loss,
         ),
-        job.device,
-        keep=config.checkpoint.keep,
+        partial(
+            build_writer,
+            folder=saved,
+            device=job.device,
+            keep=config.checkpoint.keep,
+            before=report.catch_up,  # a run that is killed has every row up to where it goes on
+        ),
         tell=lambda header, row: report.checkpoint(header.step, row),
-        before=report.catch_up,  # a run that is killed has every row up to where it goes on
     ) as checkpoints:
         yield checkpoints
-
-
-def _bytes_of(tree: Any) -> int:
-    if isinstance(tree, torch.Tensor):
-        return tree.nbytes
-    return sum(map(_bytes_of, tree.values())) if isinstance(tree, Mapping) else 0
 
 
 def _reason(error: Exception | None) -> str:

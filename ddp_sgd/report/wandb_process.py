@@ -12,17 +12,17 @@ yet written to its file (FLUSH_INTERVAL_S) or sent, are lost. A resumed run send
 server lacks, not what the file lacks. A kill between a row and its mark makes the row come twice.
 """
 
+import io
 import os
 import pickle
-import select
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from ddp_sgd.companion import serve_the_rank
 from ddp_sgd.config.sections import WandbConfig
 from ddp_sgd.report.row_mark import NO_BEST, NOWHERE, RowMark, place_of
 from ddp_sgd.report.sink import EventRow, Row, RunRecord
@@ -58,12 +58,8 @@ class Opening:
 
 def main() -> None:
     """Serve rank 0 until it says that the run is over, or is gone."""
-    messages, held = os.fdopen(os.dup(0), "rb"), os.dup(0)
-    lines = os.fdopen(os.dup(1), "w", buffering=1)
-    with Path(os.devnull).open() as nothing:
-        os.dup2(nothing.fileno(), 0)
-    os.dup2(2, 1)  # whatever others print is not for the rank
-    Thread(target=_leave_with_the_rank, args=(held,), daemon=True).start()
+    messages, told = serve_the_rank()
+    lines = io.TextIOWrapper(told, line_buffering=True)
     # The helper of a run of the user's own is not for this one, and may end before.
     os.environ.pop("WANDB_SERVICE", None)
     # wandb's reports about itself leave from an exit hook of their own, which a silent server
@@ -75,18 +71,6 @@ def main() -> None:
     sys.argv = opening.argv
     os.environ.setdefault("WANDB_PROGRAM", opening.argv[0])
     _Life(opening, say=lambda line: print(line, file=lines)).run(_read(messages))
-
-
-def _leave_with_the_rank(descriptor: int) -> None:
-    """End this process as soon as nobody holds the other end of its stdin any more.
-
-    Args:
-        descriptor: Of its own, never closed: one that is closed at the end looks like a hang-up.
-    """
-    poll = select.poll()
-    poll.register(descriptor, 0)  # a hang-up is told unasked, also while rows wait to be read
-    poll.poll()
-    os._exit(1)
 
 
 def _read(messages: BinaryIO) -> Iterator[EventRow]:

@@ -8,7 +8,6 @@ and training goes on. The journal is the truth.
 import os
 import pickle
 import select
-import signal
 import subprocess
 import sys
 import time
@@ -16,8 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
-from typing import IO, Any
+from typing import Any
 
+from ddp_sgd.companion import start_companion, to_companion
 from ddp_sgd.config.sections import WandbConfig
 from ddp_sgd.report.sink import EventRow, RunRecord
 from ddp_sgd.report.wandb_process import Opening
@@ -38,10 +38,6 @@ MOST_BYTES = 16_000_000
 """Rows that may wait: some 40,000, which take half of FINISH_TIMEOUT_S."""
 
 _EVENTS = ("train", "eval")
-
-_HELD_BACK = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""What a terminal or SLURM sends to all processes of a job; the rank says when it is over."""
-
 
 _ahead: list[subprocess.Popen[bytes]] = []
 """The process that ``start_ahead`` has started, until a sink takes it."""
@@ -121,7 +117,7 @@ class WeightsAndBiases:
             return
         until = time.monotonic() + FINISH_TIMEOUT_S
         poll = select.poll()
-        poll.register(_stdin(self._process), select.POLLOUT)
+        poll.register(to_companion(self._process), select.POLLOUT)
         self._waiting += pickle.dumps(("end", dict(result)))
         while self._waiting and (left_s := until - time.monotonic()) > 0:
             poll.poll(1e3 * left_s)
@@ -132,7 +128,7 @@ class WeightsAndBiases:
             self._say(f"not finished after {FINISH_TIMEOUT_S:g} s; send the rest: {sync}")
             self._kill()
         else:
-            _stdin(self._process).close()
+            to_companion(self._process).close()
 
     def _say(self, text: str) -> None:
         self._tell_user(f"W&B: {text}")
@@ -143,7 +139,7 @@ class WeightsAndBiases:
             return
         try:
             while self._waiting:
-                del self._waiting[: os.write(_stdin(self._process).fileno(), self._waiting)]
+                del self._waiting[: os.write(to_companion(self._process).fileno(), self._waiting)]
         except BlockingIOError:
             pass
         except OSError:  # the process is gone, and the listener tells of it
@@ -171,7 +167,7 @@ class WeightsAndBiases:
         if process:
             process.kill()
             process.wait()
-            _stdin(process).close()
+            to_companion(process).close()
             if process.stdout and self._listener.ident is None:  # else that one closes it
                 process.stdout.close()
 
@@ -182,27 +178,6 @@ def _is_disabled(config: WandbConfig) -> bool:
 
 
 def _start_process() -> subprocess.Popen[bytes]:
-    """Start a Python that finds modules where this one does, deaf to what is for the rank.
-
-    Signals that are blocked stay blocked in a process that is started meanwhile.
-    """
-    work = "from ddp_sgd.report.wandb_process import main; main()"
-    command = f"import sys; sys.path[:] = {list(map(str, sys.path))}; {work}"
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-c", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    pipe = _stdin(process)
-    os.set_blocking(pipe.fileno(), False)
-    # A forked loader process would hold the pipe open for as long as it outlives a killed rank.
-    os.register_at_fork(after_in_child=pipe.close)
+    process = start_companion("ddp_sgd.report.wandb_process")
+    os.set_blocking(to_companion(process).fileno(), False)
     return process
-
-
-def _stdin(process: subprocess.Popen[bytes]) -> IO[bytes]:
-    if process.stdin is None:
-        raise RuntimeError("the process was started without a pipe")
-    return process.stdin

@@ -9,8 +9,8 @@ import pytest
 from saving import flip, header, names, scored, tensors, write
 
 from ddp_sgd.checkpointing.folder import CheckpointFolder, goodness
+from ddp_sgd.checkpointing.packing import write_checkpoint
 from ddp_sgd.checkpointing.reading import find_checkpoint
-from ddp_sgd.checkpointing.writing import write_checkpoint
 from ddp_sgd.errors import DataError, ExitCode
 
 NOBODY = 65534

@@ -4,8 +4,8 @@ from saving import header
 from torch import nn
 
 from ddp_sgd.checkpointing.folder import CheckpointFolder
+from ddp_sgd.checkpointing.packing import write_checkpoint
 from ddp_sgd.checkpointing.snapshot import Snapshot
-from ddp_sgd.checkpointing.writing import write_checkpoint
 
 CPU = torch.device("cpu")
 

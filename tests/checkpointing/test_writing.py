@@ -15,11 +15,11 @@ import pytest
 import torch
 from saving import fill, flip, header, names, small_disk, tensors, write
 
-from ddp_sgd.checkpointing import writing
+from ddp_sgd.checkpointing import packing, writing
 from ddp_sgd.checkpointing.folder import CheckpointFolder
 from ddp_sgd.checkpointing.manifest import FORMAT
+from ddp_sgd.checkpointing.packing import write_checkpoint
 from ddp_sgd.checkpointing.reading import read_tensors
-from ddp_sgd.checkpointing.writing import write_checkpoint
 
 PROGRAM = Path(__file__).parents[1] / "saving.py"
 
@@ -172,7 +172,7 @@ def test_a_full_disk_shows_before_anything_is_written(disk, monkeypatch):
 
 def test_a_disk_that_fills_up_while_it_is_written_to(disk, monkeypatch):
     """As on file systems that cannot reserve room."""
-    monkeypatch.setattr(writing, "_room_for", lambda _: 1)
+    monkeypatch.setattr(packing, "_room_for", lambda _: 1)
     assert save_too_much(disk) == errno.ENOSPC
     write(disk, 2, size=100_000, keep=1)
     assert chosen_step(disk) == 2
@@ -181,7 +181,7 @@ def test_a_disk_that_fills_up_while_it_is_written_to(disk, monkeypatch):
 def test_a_disk_with_room_for_all_but_the_manifest(disk, monkeypatch, tmp_path):
     needed = write(tmp_path / "elsewhere", 2, size=50_000).size_bytes
     ballast = fill(disk, leaving=needed)
-    monkeypatch.setattr(writing, "_room_for", lambda _: 1)
+    monkeypatch.setattr(packing, "_room_for", lambda _: 1)
     before = names(disk)
     with pytest.raises(OSError, match="No space left on device"):
         write(disk, 2, size=50_000)
@@ -196,7 +196,7 @@ def test_a_disk_with_room_for_all_but_the_manifest(disk, monkeypatch, tmp_path):
 def test_a_limit_on_the_length_of_files(reserving, tmp_path, monkeypatch):
     write(tmp_path, 1)
     if not reserving:
-        monkeypatch.setattr(writing, "_room_for", lambda _: 1)
+        monkeypatch.setattr(packing, "_room_for", lambda _: 1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
     try:
@@ -231,7 +231,7 @@ def test_a_file_system_that_cannot_reserve_room_does_without(tmp_path, monkeypat
 def test_room_is_reserved_for_all_that_is_written(tmp_path):
     tree = {"model": {f"layer{n}.weight": torch.zeros(n) for n in range(300)}}
     manifest = write_checkpoint(CheckpointFolder(tmp_path), header(), tree, keep=1)
-    assert manifest.size_bytes <= writing._room_for(tree)
+    assert manifest.size_bytes <= packing._room_for(tree)
     assert manifest.size_bytes == (tmp_path / manifest.file).stat().st_size
 
 

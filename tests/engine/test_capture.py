@@ -10,8 +10,8 @@ from saving import header
 from torch import nn
 
 from ddp_sgd.checkpointing.folder import CheckpointFolder
+from ddp_sgd.checkpointing.packing import write_checkpoint
 from ddp_sgd.checkpointing.reading import read_tensors
-from ddp_sgd.checkpointing.writing import write_checkpoint
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data.permutation import ORDER
 from ddp_sgd.engine.capture import capture, describe_loss, refuse_foreign, velocities
@@ -36,7 +36,7 @@ def gather(step, *, data=None, model=None, optimizer=None, world_size=1, **state
         model=model,
         optimizer=optimizer or build_sgd(model, momentum=0.9),
         plan=make_plan(config, samples=100, world_size=world_size),
-        config=config,
+        config=config.model_dump(mode="json"),
         run_id="0a1b2c3d",
         loss="x()",
     )

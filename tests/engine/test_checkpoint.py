@@ -1,74 +1,22 @@
 import threading
-from functools import partial
 
 import pytest
 import torch
 from ranks import run_ranks
+from saved_training import Training, save_steps, until_over
 from saving import fill, names, small_disk, write
 from torch import nn
 
 from ddp_sgd import __version__
-from ddp_sgd.checkpointing.folder import CheckpointFolder
-from ddp_sgd.checkpointing.reading import read_tensors
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data import InMemory
-from ddp_sgd.engine import checkpoint as module
-from ddp_sgd.engine.capture import capture
-from ddp_sgd.engine.checkpoint import NoCheckpoints, SavedCheckpoints, open_checkpoints
+from ddp_sgd.engine import checkpoint as clocked
+from ddp_sgd.engine import writers as module
+from ddp_sgd.engine.checkpoint import NoCheckpoints, open_checkpoints
 from ddp_sgd.engine.fit import fit
 from ddp_sgd.engine.state import State
 from ddp_sgd.errors import ConfigError, ExitCode, OutputError
-from ddp_sgd.optim.sgd import build_sgd
-from ddp_sgd.plan import make_plan
 from ddp_sgd.report.journal import read_journal
-
-
-class Training:
-    """A model of which every step changes all weights, and what was told of its saves."""
-
-    def __init__(self, folder, size=8):
-        self.folder = folder
-        self.model = nn.Linear(size, 1, bias=False)
-        self.optimizer = build_sgd(self.model, momentum=0.9)
-        self.state = State()
-        self.told = []
-        self.captured = []
-        self.files_before = []
-        config = RunConfig(data={"batch_size": 10}, epochs=10)
-        self._plan = make_plan(config, samples=100, world_size=1)
-        self._capture = partial(
-            capture,
-            model=self.model,
-            optimizer=self.optimizer,
-            plan=self._plan,
-            config=config,
-            run_id="0a1b2c3d",
-            loss="x()",
-        )
-
-    def step(self):
-        self.model(torch.ones(1, self.model.in_features)).sum().backward()
-        self.optimizer.step(0.1)
-        self.state.step += 1
-
-    def open(self, keep=3):
-        def gather(state):
-            self.captured.append(state.step)
-            return self._capture(state)
-
-        return SavedCheckpoints(
-            CheckpointFolder(self.folder),
-            gather,
-            torch.device("cpu"),
-            keep=keep,
-            tell=lambda header, row: self.told.append((header.step, row)),
-            before=lambda: self.files_before.append(sorted(self.folder.glob("step-*"))),
-        )
-
-    def saved(self):
-        """What a resume would read."""
-        entry = CheckpointFolder(self.folder).choose().manifest
-        return read_tensors(self.folder / entry.file)
 
 
 @pytest.fixture
@@ -196,7 +144,7 @@ def test_leaving_waits_for_the_save_that_is_going_on(failing, training, gate):
 
 def test_what_a_save_took_is_told(training, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(clocked.time, "perf_counter", lambda: now[0])
     write = module.write_checkpoint
 
     def slow(*args, **kwargs):
@@ -209,7 +157,7 @@ def test_what_a_save_took_is_told(training, monkeypatch):
         assert checkpoints.save_s == pytest.approx(estimate)
         training.step()
         checkpoints.save(training.state, {})
-        checkpoints._writing.result()
+        until_over(checkpoints)
         now[0] += 1000  # until somebody asks
         training.step()
         checkpoints.save(training.state, {})
@@ -221,14 +169,6 @@ def test_what_a_save_took_is_told(training, monkeypatch):
     assert first["stall_s"] == 0
     assert first["file"] == "step-00000001.pt"
     assert first["bytes"] == (training.folder / first["file"]).stat().st_size
-
-
-def save_steps(training, checkpoints, count):
-    for _ in range(count):
-        training.step()
-        checkpoints.save(training.state, {})
-        checkpoints._writing.exception()  # it has ended
-        checkpoints.poll()
 
 
 def test_a_failed_save_is_told_and_the_run_goes_on(training, monkeypatch):
@@ -243,8 +183,8 @@ def test_a_failed_save_is_told_and_the_run_goes_on(training, monkeypatch):
 
 
 def test_three_failures_in_a_row_end_the_run(training, monkeypatch):
-    full = OSError(28, "No space left on device")
-    break_writes(monkeypatch, full, full, None, full, full, full)
+    full = [OSError(28, "No space left on device") for _ in range(5)]
+    break_writes(monkeypatch, *full[:2], None, *full[2:])
     with training.open() as checkpoints:
         save_steps(training, checkpoints, 5)  # the third was written, and counting began anew
         with pytest.raises(
@@ -259,7 +199,7 @@ def test_three_failures_in_a_row_end_the_run(training, monkeypatch):
 
 
 def test_a_third_failure_shows_at_the_next_save_too(training, monkeypatch):
-    break_writes(monkeypatch, *[RuntimeError("of the kernel\nand more")] * 3)
+    break_writes(monkeypatch, *[RuntimeError("of the kernel\nand more") for _ in range(3)])
     with training.open() as checkpoints:
         save_steps(training, checkpoints, 2)
         checkpoints.save(training.state, {})

@@ -30,7 +30,7 @@ def saved(step, *, world_size=2, samples=100, scored_at=0, model=None, **changes
         model=model,
         optimizer=build_sgd(model, momentum=0.9),
         plan=plan,
-        config=config,
+        config=config.model_dump(mode="json"),
         run_id="cafe0123",
         loss=LOSS,
     )
@@ -146,7 +146,7 @@ def test_weights_and_velocities_come_back_bit_by_bit():
         model=model,
         optimizer=optimizer,
         plan=plan,
-        config=RunConfig(),
+        config=RunConfig().model_dump(mode="json"),
         run_id="",
         loss="",
     )

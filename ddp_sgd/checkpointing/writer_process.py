@@ -1,0 +1,85 @@
+"""The process that writes small checkpoints, off the interpreter of the rank. No torch.
+
+Rank 0 sends pickled messages through stdin: a ``Destination``, then one ``Packed`` after the other,
+at the end None. Each checkpoint is answered through stdout by a ``Written``, or by what went wrong.
+If the rank is killed, this process ends at once, as a thread of the rank would.
+"""
+
+import io
+import pickle
+import time
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from ddp_sgd.checkpointing.folder import CheckpointFolder
+from ddp_sgd.checkpointing.manifest import Header, Manifest
+from ddp_sgd.checkpointing.writing import Content, write_content
+from ddp_sgd.companion import serve_the_rank
+
+
+class Destination(NamedTuple):
+    """What the process is told first.
+
+    Args:
+        path: Folder of the checkpoints.
+        keep: Newest that stay.
+    """
+
+    path: Path
+    keep: int
+
+
+class Packed(NamedTuple):
+    """A checkpoint to be written.
+
+    Args:
+        header: Where the run stood.
+        data: Bytes of the file.
+    """
+
+    header: Header
+    data: bytes
+
+
+class Written(NamedTuple):
+    """A checkpoint that was written.
+
+    Args:
+        manifest: Its manifest.
+        end: When that was, on the clock of ``time.perf_counter``, which all processes share.
+    """
+
+    manifest: Manifest
+    end: float
+
+
+def main() -> None:
+    """Serve rank 0 until it says that the run is over, or is gone."""
+    messages, answers = serve_the_rank()
+    destination: Destination = pickle.load(messages)
+    folder = CheckpointFolder(destination.path)
+    while packed := _next(messages):
+        pickle.dump(_write(folder, packed, destination.keep), answers)
+        answers.flush()
+
+
+def _next(messages: BinaryIO) -> Packed | None:
+    try:
+        packed: Packed | None = pickle.load(messages)
+    except EOFError:  # the rank is gone
+        return None
+    return packed
+
+
+def _write(folder: CheckpointFolder, packed: Packed, keep: int) -> Written | Exception:
+    def fill(stream: io.RawIOBase) -> None:
+        stream.write(packed.data)
+
+    try:
+        content = Content(len(packed.data), fill)
+        manifest = write_content(folder, packed.header, content, keep=keep)
+    except OSError as error:
+        return error
+    except Exception as error:  # whatever it is, it has to travel
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return Written(manifest, time.perf_counter())
