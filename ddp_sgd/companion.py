@@ -13,13 +13,14 @@ _HELD_BACK = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """What a terminal or SLURM sends to all processes of a job; the rank says when it is over."""
 
 
-def start_companion(module: str) -> subprocess.Popen[bytes]:
+def start_companion(module: str, *, niceness: int = 0) -> subprocess.Popen[bytes]:
     """Start a Python that finds modules where this one does, deaf to what is for the rank.
 
     Signals that are blocked stay blocked in a process that is started meanwhile.
 
     Args:
         module: Its ``main`` is called; it begins by ``serve_the_rank``.
+        niceness: How far it steps back where CPUs are short, in [0, 19].
 
     Returns:
         The process, with a pipe to it and one from it.
@@ -28,7 +29,8 @@ def start_companion(module: str) -> subprocess.Popen[bytes]:
         OSError: The system has no process left for us.
     """
     work = f"from {module} import main; main()"
-    command = f"import sys; sys.path[:] = {list(map(str, sys.path))}; {work}"
+    path = list(map(str, sys.path))
+    command = f"import os, sys; os.nice({niceness}); sys.path[:] = {path}; {work}"
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
     try:
         process = subprocess.Popen(

@@ -37,6 +37,9 @@ for the rows still on their way."""
 MOST_BYTES = 16_000_000
 """Rows that may wait: some 40,000, which take half of FINISH_TIMEOUT_S."""
 
+_NICENESS = 10
+"""Beside a rank that could use all of a CPU the process gets a tenth of it."""
+
 _EVENTS = ("train", "eval")
 
 _ahead: list[subprocess.Popen[bytes]] = []
@@ -178,6 +181,6 @@ def _is_disabled(config: WandbConfig) -> bool:
 
 
 def _start_process() -> subprocess.Popen[bytes]:
-    process = start_companion("ddp_sgd.report.wandb_process")
+    process = start_companion("ddp_sgd.report.wandb_process", niceness=_NICENESS)
     os.set_blocking(to_companion(process).fileno(), False)
     return process
