@@ -1,9 +1,11 @@
 """From ``class_path`` and ``init_args`` to the object: the one place that imports user code."""
 
 import difflib
+import gc
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from pydantic import ValidationError
@@ -59,6 +61,21 @@ def _find(path: str, where: str) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Import without garbage collection: large modules make objects by the hundred thousand.
+
+    None of them is for the bin, and looking through them again and again takes a third of the time.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def _import_longest(parts: list[str], where: str, path: str) -> tuple[Any, list[str]]:
     module = None
     for length in range(1, len(parts) + 1):
@@ -66,7 +83,8 @@ def _import_longest(parts: list[str], where: str, path: str) -> tuple[Any, list[
         if module is not None and hasattr(module, parts[length - 1]) and length == len(parts):
             return module, parts[length - 1 :]
         try:
-            module = importlib.import_module(name)
+            with uncollected():
+                module = importlib.import_module(name)
         except ModuleNotFoundError as error:
             if error.name != name:  # the module exists, something that it needs does not
                 raise ConfigError(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
 
+from ddp_sgd.building import uncollected
 from ddp_sgd.command import run_command
 from ddp_sgd.config import CommandLine, Option
 from ddp_sgd.distributed.cpus import batch_scheduling
@@ -65,11 +66,11 @@ def train(line: CommandLine) -> int:
     with stop_on_signal() as stop, batch_scheduling():
         if may_be_rank_0(os.environ):
             start_ahead(config.wandb)
-        gc.disable()  # torch makes a quarter of a million objects, none for the bin
-        from ddp_sgd.distributed.runtime import start_runtime
-        from ddp_sgd.engine.fit import fit
+        with uncollected():
+            from ddp_sgd.distributed.runtime import start_runtime
+            from ddp_sgd.engine.fit import fit
 
-        gc.enable()
+        gc.freeze()  # what torch is made of stays; no collection need look at it
         place = config.runtime
         with start_runtime(
             backend=place.backend, device=place.device, timeout_s=place.timeout_s

@@ -1,11 +1,13 @@
 import collections
+import gc
+import sys
 import textwrap
 
 import pytest
 import torch
 from torch import nn
 
-from ddp_sgd.building import build
+from ddp_sgd.building import build, uncollected
 from ddp_sgd.config import Component
 from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.models import MLP
@@ -224,3 +226,23 @@ def test_fault_of_a_nested_object_names_its_place(nested, message):
     with pytest.raises(ConfigError) as caught:
         _held(value={"steps": [1, nested]})
     assert message in str(caught.value)
+
+
+def test_what_is_imported_is_not_collected_meanwhile(tmp_path, monkeypatch):
+    (tmp_path / "looks_at_collection.py").write_text(
+        "import gc\nON = gc.isenabled()\nmake = dict\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    build(Component(class_path="looks_at_collection.make", init_args={}), "model")
+    assert sys.modules["looks_at_collection"].ON is False
+    assert gc.isenabled()
+
+
+def test_collection_that_was_off_stays_off():
+    gc.disable()
+    try:
+        with uncollected():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
