@@ -13,12 +13,13 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ddp_sgd import RunConfig, fit, start_runtime
 from ddp_sgd.data import Digits
 from ddp_sgd.data.in_memory import InMemory
+from ddp_sgd.distributed import collectives
 from ddp_sgd.distributed.pulse import Pulse
+from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine import assembly
 
 BATCH = 32
@@ -59,8 +60,8 @@ class Meter:
         clock: What a cost is, of the training thread.
         first: Step at which the measurement begins.
         last: Step at which it ends.
-        turn: Whoever holds it measures while all others stand still; instead of an all-reduce, in
-            which they would have to take part, it gets zeros, as all do. None measures all ranks at
+        turn: Whoever holds it measures while all others stand still; instead of a sum, in which
+            they would have to take part, it gets zeros, as all do. None measures all ranks at
             the same time.
     """
 
@@ -106,7 +107,7 @@ class Meter:
     def _start(self) -> None:
         if self.turn is not None:
             self.turn.acquire()
-            self._all_reduce, dist.all_reduce = dist.all_reduce, torch.Tensor.zero_
+            self._sum, collectives.sum_by_doubling = collectives.sum_by_doubling, _zero
 
     def _note(self) -> None:
         others = time.process_time() - time.thread_time()
@@ -116,8 +117,12 @@ class Meter:
     def _stop(self) -> None:
         self._note()
         if self.turn is not None:
-            dist.all_reduce = self._all_reduce
+            collectives.sum_by_doubling = self._sum
             self.turn.release()
+
+
+def _zero(tensor: torch.Tensor, _: Runtime) -> None:
+    tensor.zero_()
 
 
 class Bytecodes:
