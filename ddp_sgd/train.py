@@ -66,11 +66,13 @@ def train(line: CommandLine) -> int:
     with stop_on_signal() as stop, batch_scheduling():
         if may_be_rank_0(os.environ):
             start_ahead(config.wandb)
+        is_first = "torch" not in sys.modules
         with uncollected():
             from ddp_sgd.distributed.runtime import start_runtime
             from ddp_sgd.engine.fit import fit
 
-        gc.freeze()  # what torch is made of stays; no collection need look at it
+        if is_first:
+            gc.freeze()  # what torch is made of stays; no collection need look at it
         place = config.runtime
         with start_runtime(
             backend=place.backend, device=place.device, timeout_s=place.timeout_s

@@ -1,5 +1,7 @@
 import os
 import signal
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -88,3 +90,15 @@ def test_a_process_without_a_pipe_is_none_of_ours():
 
     with pytest.raises(RuntimeError, match="without a pipe"):
         to_companion(Bare())
+
+
+def test_what_tells_of_a_hang_up_stays_open_to_the_end():
+    """Else a process that is done at once would take its own end for that of the rank."""
+    code = (
+        "import os; from types import SimpleNamespace as Some\n"
+        "from ddp_sgd import companion as module\n"
+        "kept = []\n"
+        "module.Thread = lambda target, args, daemon: kept.extend(args) or Some(start=list)\n"
+        "said, told = module.serve_the_rank(); said.close(); told.close(); os.fstat(kept[0])"
+    )
+    subprocess.run([sys.executable, "-c", code], input=b"", check=True)

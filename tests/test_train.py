@@ -131,3 +131,16 @@ def test_main_in_this_process(monkeypatch, tmp_path, capsys):
     assert main(["--epochs=1", "--wandb.mode=disabled"]) == 0
     assert result(tmp_path / "runs")["step"] == 45
     assert "finished: 45 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("first", ["", "import torch; "])
+def test_what_torch_is_made_of_is_set_aside_unless_others_use_it(first, tmp_path):
+    options = [f"--output_dir={tmp_path}", "--epochs=1", "--wandb.mode=disabled"]
+    code = f"""{first}import gc
+from ddp_sgd.train import main
+code = main({options})
+print(code, gc.isenabled(), gc.get_freeze_count() > 100_000)"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert done.stdout.splitlines()[-1] == f"0 True {not first}"

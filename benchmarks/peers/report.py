@@ -61,10 +61,11 @@ Python {platform.python_version()}, {versions}; gloo on the CPU, one thread a ra
 
 Every round runs each contestant once, in an order that moves on by one each time. Figures are \
 medians (lowest to highest) over n rounds; ratios are taken within a round. `ddp_sgd` runs by its \
-command, with its journal, its checkpoints and W&B offline; its helper is the process in which it \
-has W&B. On one rank the loops with DDP have a group of one, the frameworks choose for themselves, \
-which is without DDP. Two ranks are started by torchrun. All begin with the same weights, read the \
-same file, and keep the rate constant. Speed and CPU time leave the first {WARM_UP:.0%} of the \
+command, with its journal, its checkpoints and W&B offline; its helpers are the processes in which \
+it has W&B and writes checkpoints. On one rank the loops with DDP have a group of one, the \
+frameworks choose for themselves, which is without DDP. Two ranks are started by torchrun. All \
+begin with the same weights, read the same file, and keep the rate constant. Speed \
+and CPU time leave the first {WARM_UP:.0%} of the \
 steps out. The first step counts from the command on; of `ddp_sgd` it is the first row of its \
 journal, which is that of step 10 of the MLP and the ConvNet, and of step 1 of ResNet-18, whose \
 rows are written at every step. The loss is that of the final weights on training data, measured \

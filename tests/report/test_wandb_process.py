@@ -4,7 +4,6 @@ import os
 import pickle
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 
@@ -61,17 +60,3 @@ def test_numbers_of_a_row_with_its_own_time():
 )
 def test_the_reason_is_one_line(error, line):
     assert _reason(error) == line
-
-
-def test_what_tells_of_a_hang_up_stays_open_to_the_end():
-    """Else a process that is done at once would take its own end for that of the rank."""
-    code = (
-        "import os; from types import SimpleNamespace as Some\n"
-        "from ddp_sgd.report import wandb_process as module\n"
-        "kept = []\n"
-        "module.Thread = lambda target, args, daemon: kept.extend(args) or Some(start=list)\n"
-        "module._Life = lambda opening, say: Some(run=id)\n"
-        "module.main(); os.fstat(kept[0])"
-    )
-    opening = pickle.dumps(SimpleNamespace(argv=["x"]))
-    subprocess.run([sys.executable, "-c", code], input=opening, check=True)
