@@ -7,23 +7,26 @@ import subprocess
 import sys
 from pathlib import Path
 from threading import Thread
-from typing import IO, BinaryIO
 
 _HELD_BACK = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """What a terminal or SLURM sends to all processes of a job; the rank says when it is over."""
 
 
-def start_companion(module: str, *, niceness: int = 0) -> subprocess.Popen[bytes]:
+def start_companion(
+    module: str, *, hears: int = subprocess.PIPE, says: int = subprocess.PIPE, niceness: int = 0
+) -> subprocess.Popen[bytes]:
     """Start a Python that finds modules where this one does, deaf to what is for the rank.
 
     Signals that are blocked stay blocked in a process that is started meanwhile.
 
     Args:
         module: Its ``main`` is called; it begins by ``serve_the_rank``.
+        hears: What it reads from, as ``subprocess`` takes it.
+        says: What it writes to.
         niceness: How far it steps back where CPUs are short, in [0, 19].
 
     Returns:
-        The process, with a pipe to it and one from it.
+        The process.
 
     Raises:
         OSError: The system has no process left for us.
@@ -33,31 +36,19 @@ def start_companion(module: str, *, niceness: int = 0) -> subprocess.Popen[bytes
     command = f"import os, sys; os.nice({niceness}); sys.path[:] = {path}; {work}"
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
     try:
-        process = subprocess.Popen(
-            [sys.executable, "-c", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+        return subprocess.Popen([sys.executable, "-c", command], stdin=hears, stdout=says)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    # A forked loader process would hold the pipe open for as long as it outlives a killed rank.
-    os.register_at_fork(after_in_child=to_companion(process).close)
-    return process
 
 
-def to_companion(process: subprocess.Popen[bytes]) -> IO[bytes]:
-    """Return the rank's end of the pipe to a companion."""
-    if process.stdin is None:
-        raise RuntimeError("the process was started without a pipe")
-    return process.stdin
-
-
-def serve_the_rank() -> tuple[BinaryIO, BinaryIO]:
+def serve_the_rank() -> tuple[int, int]:
     """Begin the companion's life: take the pipes for itself, and end as soon as the rank is gone.
 
     Returns:
-        What the rank says, and what it is told. Whatever else is printed goes to stderr.
+        Descriptors of what the rank says, and of what it is told. Whatever else is printed goes to
+        stderr.
     """
-    said, held = os.fdopen(os.dup(0), "rb"), os.dup(0)
-    told = os.fdopen(os.dup(1), "wb")
+    said, told, held = os.dup(0), os.dup(1), os.dup(0)
     with Path(os.devnull).open() as nothing:
         os.dup2(nothing.fileno(), 0)
     os.dup2(2, 1)

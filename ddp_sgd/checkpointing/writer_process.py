@@ -1,18 +1,19 @@
 """The process that writes small checkpoints, off the interpreter of the rank. No torch.
 
-Rank 0 sends pickled messages through stdin: a ``Destination``, then one ``Packed`` after the other,
+Rank 0 sends messages through stdin: a ``Destination``, then one ``Packed`` after the other,
 at the end None. Each checkpoint is answered through stdout by a ``Written``, or by what went wrong.
 If the rank is killed, this process ends at once, as a thread of the rank would.
 """
 
 import io
-import pickle
 import time
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from ddp_sgd.checkpointing.folder import CheckpointFolder
-from ddp_sgd.checkpointing.manifest import Header, Manifest
+from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.checkpointing.writing import Content, write_content
 from ddp_sgd.companion import serve_the_rank
 
@@ -45,30 +46,25 @@ class Written(NamedTuple):
     """A checkpoint that was written.
 
     Args:
-        manifest: Its manifest.
+        file: Name of the file.
+        num_bytes: Its length.
         end: When that was, on the clock of ``time.perf_counter``, which all processes share.
     """
 
-    manifest: Manifest
+    file: str
+    num_bytes: int
     end: float
 
 
 def main() -> None:
     """Serve rank 0 until it says that the run is over, or is gone."""
-    messages, answers = serve_the_rank()
-    destination: Destination = pickle.load(messages)
-    folder = CheckpointFolder(destination.path)
-    while packed := _next(messages):
-        pickle.dump(_write(folder, packed, destination.keep), answers)
-        answers.flush()
-
-
-def _next(messages: BinaryIO) -> Packed | None:
-    try:
-        packed: Packed | None = pickle.load(messages)
-    except EOFError:  # the rank is gone
-        return None
-    return packed
+    said, told = serve_the_rank()
+    messages, answers = Connection(said, writable=False), Connection(told, readable=False)
+    with suppress(EOFError, OSError):  # the rank is gone, between two messages or within one
+        destination: Destination = messages.recv()
+        folder = CheckpointFolder(destination.path)
+        while packed := messages.recv():
+            answers.send(_write(folder, packed, destination.keep))
 
 
 def _write(folder: CheckpointFolder, packed: Packed, keep: int) -> Written | Exception:
@@ -82,4 +78,4 @@ def _write(folder: CheckpointFolder, packed: Packed, keep: int) -> Written | Exc
         return error
     except Exception as error:  # whatever it is, it has to travel
         return RuntimeError(f"{type(error).__name__}: {error}")
-    return Written(manifest, time.perf_counter())
+    return Written(manifest.file, manifest.size_bytes, time.perf_counter())

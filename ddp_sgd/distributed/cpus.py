@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 
 def usable_cpus() -> int:
@@ -22,13 +22,20 @@ def batch_scheduling() -> Iterator[None]:
     Source:
         sched(7), SCHED_BATCH.
     """
-    if not hasattr(os, "sched_setscheduler") or os.sched_getscheduler(0) != os.SCHED_OTHER:
-        yield
-        return
-    with suppress(OSError):  # a container may forbid it
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    is_changed = _change_policy("SCHED_OTHER", "SCHED_BATCH")
     try:
         yield
     finally:
-        with suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        if is_changed:
+            _change_policy("SCHED_BATCH", "SCHED_OTHER")
+
+
+def _change_policy(before: str, after: str) -> bool:
+    """Change the policy of this thread, if it is as expected; False where that cannot be done."""
+    try:
+        if os.sched_getscheduler(0) == getattr(os, before):
+            os.sched_setscheduler(0, getattr(os, after), os.sched_param(0))
+            return True
+    except (OSError, AttributeError):  # forbidden in a container; elsewhere than on Linux
+        pass
+    return False

@@ -40,10 +40,6 @@ from ddp_sgd.optim.sgd import SGD, build_sgd
 from ddp_sgd.plan import Plan
 from ddp_sgd.seeds import seed_for
 
-_BATCHES_A_CHUNK = 2
-"""Micro-batches that are scored at once. Without gradients that takes no more memory than a step:
-the backward pass of a layer holds what it took and gave, and the gradients of both."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
@@ -278,7 +274,7 @@ def build_scorer(
     objective = try_out(model, loss, eval_set, "data.eval", runtime.device)
     chunks = Chunks(
         len(eval_set),
-        batch_size=_BATCHES_A_CHUNK * config.data.batch_size,
+        batch_size=config.data.batch_size,
         rank=runtime.rank,
         world_size=runtime.world_size,
     )

@@ -166,22 +166,21 @@ class SavedCheckpoints:
         """Wait for the earliest save that is going on, and tell of it."""
         save = self._going.popleft()
         try:
-            manifest, end = self._writer.wait()
+            written = self._writer.wait()
         except Exception as error:  # whatever it is, the run has its earlier checkpoints
-            if error is not self._failure:  # one cause may end several saves
-                self._failures += 1
+            self._failures += 1
             self._failure = error
             self._tell(save.header, {"error": f"not written: {_reason(error)}"})
             if self._failures >= _PATIENCE:
                 raise self._unsaved() from error
             return
         self._failures, self._failure = 0, None
-        self.save_s = end - save.start
+        self.save_s = written.end - save.start
         self._tell(
             save.header,
             {
-                "file": manifest.file,
-                "bytes": manifest.size_bytes,
+                "file": written.file,
+                "bytes": written.num_bytes,
                 "save_s": self.save_s,
                 "stall_s": save.stall_s,
             },

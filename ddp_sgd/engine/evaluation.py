@@ -20,8 +20,11 @@ Score = Callable[[Callable[[], bool]], Metrics]
 """Scores the model, unless its argument says that there is something better to do."""
 
 
-_MOST_WAITING_BYTES = 2**20
-"""Scores that wait to be compared with their targets."""
+_SMALL_BYTES = 2**14
+"""Scores of a chunk that are copied sooner than compared with their targets."""
+
+_MOST_WAITING = 64
+"""Chunks whose scores wait for that."""
 
 
 class Interrupted(Exception):  # noqa: N818  # it is no error
@@ -60,27 +63,16 @@ def evaluate(
     """
     on_host = runtime.device.type == "mps"  # Metal has no float64
     place = torch.device("cpu") if on_host else runtime.device
-    chunks, losses, units, judge = [], [], [], _Judge(objective)
-    cut_short = 0
+    scored = _Scored(objective, runtime.device)
     with evaluating(model):
         for chunk, inputs, targets in loader:
             if pulse is not None:
                 pulse.tick()
             if interrupted():
-                cut_short = 1
+                scored.cut_short = 1
                 break
-            outputs, answers = model(move(inputs, runtime.device)), move(targets, runtime.device)
-            samples = _length(targets)
-            chunks.append(chunk)
-            losses.append(objective.total(outputs, answers, samples))
-            units.append(samples if objective.counts_samples else objective.units(targets, samples))
-            judge.see(outputs, answers, samples)
-    sums = torch.zeros((2, loader.chunks.count), dtype=torch.float64, device=place)
-    if chunks:
-        sums[0, chunks] = torch.stack(losses).to(sums)
-        sums[1, chunks] = torch.tensor(units).to(sums)
-    known = torch.tensor([cut_short, judge.samples], device=place)
-    counts = torch.cat([known, judge.counts(place)])
+            scored.add(chunk, model(move(inputs, runtime.device)), targets)
+    sums, counts = scored.by_chunk(loader.chunks.count, place), scored.counts(place)
     sum_over_ranks(sums, runtime)
     sum_over_ranks(counts, runtime)
     cut_short, *judged = counts.tolist()
@@ -102,44 +94,72 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-class _Judge:
-    """Counts right answers, those of many small chunks by one call.
+class _Scored:
+    """What is known of the chunks that this rank has scored.
+
+    Right answers of many small chunks are counted by one call.
 
     Args:
-        objective: Knows which targets are not asked for.
+        objective: The loss.
+        device: Where the model is.
 
     Attributes:
-        samples: Those seen.
+        cut_short: 1 if there was something better to do, else 0.
     """
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(self, objective: Objective, device: torch.device) -> None:
+        self.cut_short = 0
         self._objective = objective
+        self._device = device
+        self._chunks: list[int] = []
+        self._losses: list[torch.Tensor] = []
+        self._units: list[float] = []
+        self._samples = 0
         self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._waiting_bytes = 0
-        self._counts: torch.Tensor | None = None
-        self.samples = 0
+        self._answers: torch.Tensor | None = None
 
-    def see(self, outputs: Any, targets: Any, samples: int) -> None:
-        """Take the answers of a chunk."""
-        self.samples += samples
-        if is_classification(outputs, targets):
-            self._waiting.append((outputs, targets))
-            self._waiting_bytes += outputs.nbytes
-            if self._waiting_bytes > _MOST_WAITING_BYTES:
-                self._judge()
+    def add(self, chunk: int, outputs: Any, targets: Any) -> None:
+        """Take what the model gives for a chunk, and its targets on the host."""
+        samples, answers = _length(targets), move(targets, self._device)
+        counts_samples = self._objective.counts_samples
+        self._chunks.append(chunk)
+        self._losses.append(self._objective.total(outputs, answers, samples))
+        self._units.append(samples if counts_samples else self._objective.units(targets, samples))
+        self._samples += samples
+        if not is_classification(outputs, answers):
+            return
+        if outputs.nbytes > _SMALL_BYTES:
+            self._judge([(outputs, answers)])
+            return
+        # Copies: a model may reuse its memory, or have shown a part of something large.
+        self._waiting.append((outputs.clone(), answers.clone()))
+        if len(self._waiting) == _MOST_WAITING:
+            self._judge_waiting()
+
+    def by_chunk(self, count: int, place: torch.device) -> torch.Tensor:
+        """Give losses and units, float64 of shape (2, count), zero where others scored."""
+        sums = torch.zeros((2, count), dtype=torch.float64, device=place)
+        if self._chunks:
+            sums[0, self._chunks] = torch.stack(self._losses).to(place).double()
+            sums[1, self._chunks] = torch.tensor(self._units, dtype=sums.dtype, device=place)
+        return sums
 
     def counts(self, place: torch.device) -> torch.Tensor:
-        """Tell how many were asked and right, by the highest score, and by the highest five."""
-        self._judge()
+        """Give ``cut_short``, samples, and how many were asked and right, by one and by five."""
+        self._judge_waiting()
+        known = torch.tensor([self.cut_short, self._samples], device=place)
         none = torch.zeros(4, dtype=torch.int64, device=place)
-        return none if self._counts is None else self._counts.to(place)
+        answers = none if self._answers is None else self._answers.to(place)
+        return torch.cat([known, answers])
 
-    def _judge(self) -> None:
+    def _judge_waiting(self) -> None:
+        if self._waiting:
+            self._judge(self._waiting)
+            self._waiting = []
+
+    def _judge(self, answers: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Count right answers; targets that the loss ignores are not asked for."""
-        if not self._waiting:
-            return
-        outputs, targets = map(torch.cat, zip(*self._waiting, strict=True))
-        self._waiting, self._waiting_bytes = [], 0
+        outputs, targets = map(torch.cat, zip(*answers, strict=True))
         asked = (targets != self._objective.ignore_index).sum()
         counts = [asked, (outputs.argmax(dim=1) == targets).sum()]
         if outputs.shape[1] > 5:
@@ -148,7 +168,7 @@ class _Judge:
         else:
             counts += [torch.zeros_like(asked)] * 2
         new = torch.stack(counts)
-        self._counts = new if self._counts is None else self._counts + new
+        self._answers = new if self._answers is None else self._answers + new
 
 
 def is_classification(outputs: Any, targets: Any) -> bool:

@@ -1,14 +1,13 @@
 """The two ways of a checkpoint to the disk while training goes on: by a thread, or by a process."""
 
 import fcntl
-import pickle
-import select
-import subprocess
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from multiprocessing import Pipe
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +17,7 @@ from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.checkpointing.packing import pack, write_checkpoint
 from ddp_sgd.checkpointing.snapshot import Snapshot
 from ddp_sgd.checkpointing.writer_process import Destination, Packed, Written
-from ddp_sgd.companion import start_companion, to_companion
+from ddp_sgd.companion import start_companion
 from ddp_sgd.engine.capture import Tree
 
 SMALL_BYTES = 2**19
@@ -112,7 +111,7 @@ class ThreadWriter:
         self._before()
         self._snapshot.wait()
         manifest = write_checkpoint(self._folder, header, tensors, keep=self._keep)
-        return Written(manifest, time.perf_counter())
+        return Written(manifest.file, manifest.size_bytes, time.perf_counter())
 
 
 class ProcessWriter:
@@ -120,7 +119,8 @@ class ProcessWriter:
 
     A thread that writes 0.1 MB holds the interpreter for 3 ms, as long as 25 such steps take.
     The process is started by the first checkpoint, and by the next one after it was killed.
-    Several may be on their way, since for some time one may take longer than an epoch.
+    A second one may be begun meanwhile, since for some time one may take longer than an epoch; no
+    third, so that a process that is killed does not end the run, and a stop need not wait long.
 
     Args:
         folder: Where to.
@@ -129,7 +129,7 @@ class ProcessWriter:
         before: Is called before each write; where there is a checkpoint, this was done.
     """
 
-    at_once = 8
+    at_once = 2
 
     def __init__(
         self,
@@ -142,83 +142,105 @@ class ProcessWriter:
         self._destination = Destination(folder.path.absolute(), keep)
         self._before = before
         self._snapshot = Snapshot(device)
-        self._process: subprocess.Popen[bytes] | None = None
-        self._begun: deque[Exception | None] = deque()
+        self._pid = os.getpid()
+        self._process: _Process | None = None
+        self._begun: deque[_Process | Exception] = deque()
 
     def begin(self, header: Header, tensors: Tree) -> None:
         """Pack the state, and send it."""
-        failure = None
         try:
             self._before()
             copy = self._snapshot.take(tensors)  # what is part of a larger tensor is no more
             self._snapshot.wait()
             packed = Packed(header, pack(header, copy))
-            self._send(self._process or self._start(), packed)
+            if self._process is None or self._process.is_gone:
+                self._process = _Process(self._destination)
+            self._process.send(packed)
+            self._begun.append(self._process)
         except Exception as error:  # whatever it is, ``wait`` tells
-            failure = error
-        self._begun.append(failure)
+            self._begun.append(error)
 
     def is_over(self) -> bool:
-        """Whether there is an answer."""
-        if self._begun[0] or self._process is None or self._process.stdout is None:
-            return True
-        return bool(select.select([self._process.stdout], [], [], 0)[0])
+        """Whether there is an answer, or will be none."""
+        earliest = self._begun[0]
+        return isinstance(earliest, Exception) or earliest.has_answered()
 
     def wait(self) -> Written:
         """Wait for the answer."""
-        answer = self._begun.popleft() or self._read_answer()
-        if isinstance(answer, Written):
-            return answer
-        if self._process and None not in self._begun:
-            self._process.kill()  # the next one begins with a process that can be relied on
-            self._end()
-        raise answer
-
-    def close(self) -> None:
-        """End the process when it has answered."""
-        while self._begun:
-            with suppress(Exception):  # nobody asks any more
-                self.wait()
-        if self._process:
-            with suppress(OSError):
-                self._send(self._process, None)
-        self._end()
-
-    def _read_answer(self) -> Written | Exception:
-        if self._process is None or self._process.stdout is None:
-            return RuntimeError("nothing was begun")
-        try:
-            answer: Written | Exception = pickle.load(self._process.stdout)
-        except EOFError:
-            gone = OSError(f"the process that writes it ended with code {self._end()}")
-            self._begun = deque(failure or gone for failure in self._begun)
-            return gone
+        earliest = self._begun.popleft()
+        answer = earliest if isinstance(earliest, Exception) else earliest.answer()
+        if isinstance(answer, Exception):
+            raise answer
         return answer
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        self._process = start_companion("ddp_sgd.checkpointing.writer_process")
-        to = to_companion(self._process)
-        with suppress(OSError, AttributeError):  # else a write may wait until it is read
-            fcntl.fcntl(to.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-        self._send(self._process, self._destination)
-        return self._process
+    def close(self) -> None:
+        """End the process when it has answered; a process that was forked has no part in it."""
+        if self._process and os.getpid() == self._pid:
+            while self._begun:
+                with suppress(Exception):  # nobody asks any more
+                    self.wait()
+            self._process.end()
 
-    @staticmethod
-    def _send(process: subprocess.Popen[bytes], message: Destination | Packed | None) -> None:
-        to_companion(process).write(pickle.dumps(message))
-        to_companion(process).flush()
 
-    def _end(self) -> int | None:
-        """Wait for the end of the process, if there is one, and return its code."""
-        process, self._process = self._process, None
-        if process is None:
-            return None
-        code = process.wait()
-        with suppress(OSError):  # what was not sent yet has no reader
-            to_companion(process).close()
-        if process.stdout:
-            process.stdout.close()
-        return code
+class _Process:
+    """The process that writes, and the pipes to and from it.
+
+    Args:
+        destination: What it is told first.
+
+    Raises:
+        OSError: The system has no process left for us.
+    """
+
+    def __init__(self, destination: Destination) -> None:
+        hears, self._messages = Pipe(duplex=False)
+        self._answers, says = Pipe(duplex=False)
+        with suppress(OSError, AttributeError):  # else a message may wait until it is read
+            fcntl.fcntl(self._messages.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        with hears, says:
+            self.process = start_companion(
+                "ddp_sgd.checkpointing.writer_process", hears=hears.fileno(), says=says.fileno()
+            )
+        # A forked loader process would hold the pipe open for as long as it outlives a killed rank.
+        os.register_at_fork(after_in_child=self._messages.close)
+        self.is_gone = False
+        self.send(destination)
+
+    def send(self, message: Destination | Packed | None) -> None:
+        """Send a message; if that fails, the process is of no use any more."""
+        try:
+            self._messages.send(message)
+        except BaseException:  # half of a message may have been sent
+            self._kill()
+            raise
+
+    def has_answered(self) -> bool:
+        """Whether there is an answer, or will be none."""
+        return self.is_gone or self._answers.poll()
+
+    def answer(self) -> Written | Exception:
+        """Wait for an answer."""
+        try:
+            answer: Written | Exception = self._answers.recv()
+        except (EOFError, OSError):
+            self._kill()
+            return OSError(f"the process that writes it ended with code {self.process.returncode}")
+        return answer
+
+    def end(self) -> None:
+        """End the process once it has done all that it was told."""
+        if not self.is_gone:
+            with suppress(OSError):
+                self.send(None)
+            self.process.wait()
+        self._messages.close()
+        self._answers.close()
+
+    def _kill(self) -> None:
+        self.is_gone = True
+        self.process.kill()
+        self.process.wait()
+        self._messages.close()
 
 
 def build_writer(

@@ -12,7 +12,6 @@ yet written to its file (FLUSH_INTERVAL_S) or sent, are lost. A resumed run send
 server lacks, not what the file lacks. A kill between a row and its mark makes the row come twice.
 """
 
-import io
 import os
 import pickle
 import sys
@@ -58,8 +57,8 @@ class Opening:
 
 def main() -> None:
     """Serve rank 0 until it says that the run is over, or is gone."""
-    messages, told = serve_the_rank()
-    lines = io.TextIOWrapper(told, line_buffering=True)
+    said, told = serve_the_rank()
+    messages, lines = os.fdopen(said, "rb"), os.fdopen(told, "w", buffering=1)
     # The helper of a run of the user's own is not for this one, and may end before.
     os.environ.pop("WANDB_SERVICE", None)
     # wandb's reports about itself leave from an exit hook of their own, which a silent server

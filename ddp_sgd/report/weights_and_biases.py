@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import IO, Any
 
-from ddp_sgd.companion import start_companion, to_companion
+from ddp_sgd.companion import start_companion
 from ddp_sgd.config.sections import WandbConfig
 from ddp_sgd.report.sink import EventRow, RunRecord
 from ddp_sgd.report.wandb_process import Opening
@@ -120,7 +120,7 @@ class WeightsAndBiases:
             return
         until = time.monotonic() + FINISH_TIMEOUT_S
         poll = select.poll()
-        poll.register(to_companion(self._process), select.POLLOUT)
+        poll.register(_stdin(self._process), select.POLLOUT)
         self._waiting += pickle.dumps(("end", dict(result)))
         while self._waiting and (left_s := until - time.monotonic()) > 0:
             poll.poll(1e3 * left_s)
@@ -131,7 +131,7 @@ class WeightsAndBiases:
             self._say(f"not finished after {FINISH_TIMEOUT_S:g} s; send the rest: {sync}")
             self._kill()
         else:
-            to_companion(self._process).close()
+            _stdin(self._process).close()
 
     def _say(self, text: str) -> None:
         self._tell_user(f"W&B: {text}")
@@ -142,7 +142,7 @@ class WeightsAndBiases:
             return
         try:
             while self._waiting:
-                del self._waiting[: os.write(to_companion(self._process).fileno(), self._waiting)]
+                del self._waiting[: os.write(_stdin(self._process).fileno(), self._waiting)]
         except BlockingIOError:
             pass
         except OSError:  # the process is gone, and the listener tells of it
@@ -170,7 +170,7 @@ class WeightsAndBiases:
         if process:
             process.kill()
             process.wait()
-            to_companion(process).close()
+            _stdin(process).close()
             if process.stdout and self._listener.ident is None:  # else that one closes it
                 process.stdout.close()
 
@@ -182,5 +182,14 @@ def _is_disabled(config: WandbConfig) -> bool:
 
 def _start_process() -> subprocess.Popen[bytes]:
     process = start_companion("ddp_sgd.report.wandb_process", niceness=_NICENESS)
-    os.set_blocking(to_companion(process).fileno(), False)
+    pipe = _stdin(process)
+    os.set_blocking(pipe.fileno(), False)
+    # A forked loader process would hold the pipe open for as long as it outlives a killed rank.
+    os.register_at_fork(after_in_child=pipe.close)
     return process
+
+
+def _stdin(process: subprocess.Popen[bytes]) -> IO[bytes]:
+    if process.stdin is None:
+        raise RuntimeError("the process was started without a pipe")
+    return process.stdin

@@ -1,11 +1,12 @@
 """The process by itself; how a run uses it is tested in tests/engine/test_writers.py."""
 
 import errno
-import io
-import pickle
+import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from multiprocessing import Pipe
 
 import pytest
 from saving import header, names, tensors
@@ -19,13 +20,19 @@ from ddp_sgd.checkpointing.writer_process import Destination, Packed, main
 
 def serve(messages, monkeypatch):
     """What the process answers to messages; whoever stops in between is gone."""
-    said, told = io.BytesIO(b"".join(map(pickle.dumps, messages))), io.BytesIO()
-    monkeypatch.setattr(writer_process, "serve_the_rank", lambda: (said, told))
-    main()
-    told.seek(0)
+    said, say = Pipe(duplex=False)
+    hear, told = Pipe(duplex=False)
+    descriptors = os.dup(said.fileno()), os.dup(told.fileno())
+    monkeypatch.setattr(writer_process, "serve_the_rank", lambda: descriptors)
+    with said, told:
+        for message in messages:
+            say.send(message)
+        say.close()
+        main()
     answers = []
-    while told.tell() < len(told.getvalue()):
-        answers.append(pickle.load(told))
+    with hear, suppress(EOFError):
+        while True:
+            answers.append(hear.recv())
     return answers
 
 
@@ -34,12 +41,13 @@ def test_each_checkpoint_is_written_and_answered_in_order(ending, tmp_path, monk
     packed = [Packed(header(step), pack(header(step), tensors(step))) for step in (1, 2, 3)]
     start = time.perf_counter()
     answers = serve([Destination(tmp_path, 2), *packed, *ending], monkeypatch)
-    assert [answer.manifest.header.step for answer in answers] == [1, 2, 3]
+    assert [answer.file for answer in answers] == [f"step-{step:08d}.pt" for step in (1, 2, 3)]
     moments = [start, *(answer.end for answer in answers), time.perf_counter()]
     assert moments == sorted(moments)
     folder = CheckpointFolder(tmp_path)
     assert [entry.header.step for entry in folder.manifests()] == [2, 3]
-    assert read_tensors(tmp_path / answers[2].manifest.file)["model"]["weight"][0] == 3
+    assert read_tensors(tmp_path / answers[2].file)["model"]["weight"][0] == 3
+    assert answers[2].num_bytes == (tmp_path / answers[2].file).stat().st_size
 
 
 def test_what_fails_is_answered_and_the_next_one_is_written(tmp_path, monkeypatch):
@@ -54,7 +62,7 @@ def test_what_fails_is_answered_and_the_next_one_is_written(tmp_path, monkeypatc
     packed = [Packed(header(step), pack(header(step), tensors(step))) for step in (1, 2)]
     failed, written = serve([Destination(tmp_path, 2), *packed, None], monkeypatch)
     assert (type(failed), failed.errno) == (OSError, errno.ENOSPC)
-    assert written.manifest.header.step == 2
+    assert written.file == "step-00000002.pt"
     assert names(tmp_path) == {"step-00000002.pt", "step-00000002.json", "last"}
 
 

@@ -103,7 +103,7 @@ def with_buffers(runtime, folder, held_out):
     result = fit(config, runtime, model=model, train_set=train_set, eval_set=eval_set)
     again = {}
     if eval_set:  # the same model once more, in one process
-        chunks = Chunks(360, batch_size=2 * 9, rank=0, world_size=1)
+        chunks = Chunks(360, batch_size=9, rank=0, world_size=1)
         loader = EvalLoader(eval_set, chunks, seed=0, workers=0, device=runtime.device)
         objective = Objective(nn.CrossEntropyLoss(), torch.from_numpy(eval_set.targets))
         again = evaluate(model, objective, loader, Runtime())

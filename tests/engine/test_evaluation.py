@@ -129,3 +129,42 @@ def test_ignored_targets_are_not_judged():
     )
     assert (metrics["eval/correct"], metrics["eval/count"]) == (2, 4)
     assert metrics["eval/accuracy"] == 2 / 3
+
+
+class Reusing(nn.Module):
+    """Gives a part of something large, in memory that the next call uses again."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.kept = torch.zeros(64, 4, classes)
+
+    def forward(self, inputs):
+        part = self.kept[: len(inputs)]
+        part[:, -1] = inputs
+        return part[:, -1]
+
+
+@pytest.mark.parametrize(("samples", "batch_size"), [(1, 1), (200, 1), (130, 2), (640, 64)])
+@pytest.mark.parametrize("classes", [4, 7, 300])
+def test_right_answers_of_many_chunks_are_counted_together(samples, batch_size, classes):
+    torch.manual_seed(0)
+    scores, targets = torch.randn(samples, classes), torch.randint(classes, (samples,))
+    dataset = InMemory(scores, targets)
+    metrics = score(Runtime(), dataset, Reusing(classes), nn.CrossEntropyLoss(), batch_size)
+    assert metrics["eval/correct"] == (scores.argmax(1) == targets).sum()
+    assert metrics["eval/count"] == samples
+    if classes > 5:
+        top5 = (scores.topk(5, dim=1).indices == targets[:, None]).any(1)
+        assert metrics["eval/correct_top5"] == top5.sum()
+
+
+def test_units_are_exact_whatever_numbers_a_user_prefers():
+    weights = torch.linspace(0.1, 2, 7, dtype=torch.float64)
+    scores, targets = torch.randn(50, 7, dtype=torch.float64), torch.randint(7, (50,))
+    loss = nn.CrossEntropyLoss(weight=weights)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        metrics = score(Runtime(), InMemory(scores, targets), nn.Identity(), loss, 9)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert metrics["eval/loss"] == pytest.approx(loss(scores, targets).item(), rel=1e-14)
