@@ -230,7 +230,7 @@ def test_a_fork_has_no_part_in_it(folder):
 
 
 def test_a_process_that_cannot_be_started_is_told(training, monkeypatch):
-    def refuse(*_):
+    def refuse(*_, **options):
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
     with training.open(writer="ProcessWriter") as checkpoints:
