@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
 
+from ddp_sgd.allocation import keep_freed_memory
 from ddp_sgd.building import uncollected
 from ddp_sgd.command import run_command
 from ddp_sgd.config import CommandLine, Option
@@ -62,6 +63,7 @@ def train(line: CommandLine) -> int:
         return 0
     with told_by(this_one=may_be_rank_0(os.environ)):
         read_ranks(os.environ)
+    keep_freed_memory()
     # A signal that comes while torch is being imported would end the process: listen first.
     with stop_on_signal() as stop, batch_scheduling():
         if may_be_rank_0(os.environ):
