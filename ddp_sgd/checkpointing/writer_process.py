@@ -16,6 +16,7 @@ from ddp_sgd.checkpointing.folder import CheckpointFolder
 from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.checkpointing.writing import Content, write_content
 from ddp_sgd.companion import serve_the_rank
+from ddp_sgd.distributed.cpus import leave_batch_scheduling
 
 
 class Destination(NamedTuple):
@@ -58,6 +59,7 @@ class Written(NamedTuple):
 
 def main() -> None:
     """Serve rank 0 until it says that the run is over, or is gone."""
+    leave_batch_scheduling()  # or each wait for the disk would cost a turn of W&B on the same CPU
     said, told = serve_the_rank()
     messages, answers = Connection(said, writable=False), Connection(told, readable=False)
     with suppress(EOFError, OSError):  # the rank is gone, between two messages or within one

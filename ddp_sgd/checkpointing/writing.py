@@ -6,7 +6,7 @@ import io
 import os
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,10 +31,11 @@ def write_content(
 ) -> Manifest:
     """Write, read back, and only then let older checkpoints go.
 
-    The order is what makes it safe: room is reserved; the file is written beside its place, synced
-    and read back from the disk; then comes the manifest, and last the file takes its place. Both
-    names reach the disk together: should only one be there after a power cut, a file without a
-    manifest is passed over, and a manifest without a file is no checkpoint.
+    The order is what makes it safe: room is reserved; the file and its manifest are written beside
+    their places and synced; the file is read back from the disk; then comes the manifest, and last
+    the file takes its place. Both names reach the disk together: should only one be there after a
+    power cut, a file without a manifest is passed over, and a manifest without a file is no
+    checkpoint.
 
     Args:
         folder: Where to.
@@ -53,9 +54,13 @@ def write_content(
         manifest = Manifest(
             file=file.name, size_bytes=size, sha256=digest, time=time.time(), header=header
         )
+        told = file.with_suffix(".json")
+        new_told = told.with_name(f".{told.name}{UNFINISHED}")
+        new_told.write_bytes(manifest.to_text().encode())
+        _sync(new, new_told)
         _forget_cached(new)
         _refuse_change(new, manifest)
-        _replace(file.with_suffix(".json"), manifest.to_text().encode())
+        new_told.replace(told)
         new.replace(file)
         _sync_folder(folder.path)
     except BaseException:
@@ -71,7 +76,7 @@ def _refuse_change(new: Path, manifest: Manifest) -> None:
 
 
 def _write_new(new: Path, content: Content) -> tuple[int, str]:
-    """Write a file and sync it; gives its size and SHA-256."""
+    """Write a file; gives its size and SHA-256."""
     with new.open("wb", buffering=0) as raw:
         _reserve(raw.fileno(), content.most_bytes)
         stream = _Hashed(raw)
@@ -80,7 +85,6 @@ def _write_new(new: Path, content: Content) -> tuple[int, str]:
         except RuntimeError as error:  # torch hides what the system said
             raise stream.failure or error from error
         raw.truncate(stream.size)
-        os.fsync(raw.fileno())
     return stream.size, stream.digest.hexdigest()
 
 
@@ -119,13 +123,14 @@ def _reserve(descriptor: int, size: int) -> None:
             raise
 
 
-def _replace(path: Path, data: bytes) -> None:
-    new = path.with_name(f".{path.name}{UNFINISHED}")
-    with new.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    new.replace(path)
+def _sync(*files: Path) -> None:
+    """Bring files to the disk. All set out before the first is waited for: that is one wait."""
+    with ExitStack() as stack:
+        streams = [stack.enter_context(file.open("rb")) for file in files]
+        for stream in streams:
+            _let_go(stream.fileno())
+        for stream in streams:
+            os.fsync(stream.fileno())
 
 
 def _sync_folder(folder: Path) -> None:
@@ -138,6 +143,12 @@ def _sync_folder(folder: Path) -> None:
 
 def _forget_cached(file: Path) -> None:
     """Have the next reader ask the disk, not the memory of the system."""
+    with file.open("rb") as stream:
+        _let_go(stream.fileno())
+
+
+def _let_go(descriptor: int) -> None:
+    """Have the system write out what is not on the disk, without a wait, and forget what is."""
     if hasattr(os, "posix_fadvise"):
-        with file.open("rb") as stream, suppress(OSError):
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        with suppress(OSError):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -30,6 +30,11 @@ def batch_scheduling() -> Iterator[None]:
             _change_policy("SCHED_BATCH", "SCHED_OTHER")
 
 
+def leave_batch_scheduling() -> None:
+    """Give this thread the usual policy again: for short turns between waits."""
+    _change_policy("SCHED_BATCH", "SCHED_OTHER")
+
+
 def _change_policy(before: str, after: str) -> bool:
     """Change the policy of this thread, if it is as expected; False where that cannot be done."""
     try:

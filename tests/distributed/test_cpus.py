@@ -6,7 +6,7 @@ import threading
 import pytest
 from ranks import run_ranks
 
-from ddp_sgd.distributed.cpus import batch_scheduling, usable_cpus
+from ddp_sgd.distributed.cpus import batch_scheduling, leave_batch_scheduling, usable_cpus
 
 ASK = "import os; print(os.sched_getscheduler(0))"
 
@@ -27,6 +27,13 @@ def test_threads_and_processes_that_are_started_meanwhile_wait_for_a_cpu():
         asked = subprocess.run([sys.executable, "-c", ASK], capture_output=True, check=True)
         policies.append(int(asked.stdout))
     assert policies == [os.SCHED_BATCH] * 4
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
+def test_who_works_in_short_turns_leaves_it():
+    with batch_scheduling():
+        leave_batch_scheduling()
+        assert os.sched_getscheduler(0) == os.SCHED_OTHER
     assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
 
