@@ -216,3 +216,29 @@ def test_a_save_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
     with suppress(KeyboardInterrupt):
         write(tmp_path, 2)
     assert names(tmp_path) == before
+
+
+def test_both_files_are_on_the_disk_before_they_take_their_names(tmp_path, monkeypatch):
+    """What a power cut would show; done in this order and no other."""
+    done = []
+    sync, replace = os.fsync, Path.replace
+
+    def note_sync(descriptor):
+        done.append(("synced", Path(f"/proc/self/fd/{descriptor}").readlink().name))
+        sync(descriptor)
+
+    def note_replace(self, target):
+        done.append(("named", Path(target).name))
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(Path, "replace", note_replace)
+    write(tmp_path, 1)
+    assert done == [
+        ("synced", ".step-00000001.pt.new"),
+        ("synced", ".step-00000001.json.new"),
+        ("named", "step-00000001.json"),
+        ("named", "step-00000001.pt"),
+        ("synced", tmp_path.name),
+        ("named", "last"),
+    ]

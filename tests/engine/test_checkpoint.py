@@ -226,9 +226,10 @@ def disk(tmp_path):
         yield disk
 
 
-def test_a_full_disk_costs_no_checkpoint_and_room_mends_it(disk):
+@pytest.mark.parametrize("writer", ["ThreadWriter", "ProcessWriter"])
+def test_a_full_disk_costs_no_checkpoint_and_room_mends_it(writer, disk):
     training = Training(disk / "checkpoints", size=10_000)
-    with training.open() as checkpoints:
+    with training.open(writer=writer) as checkpoints:
         save_steps(training, checkpoints, 1)
         whole = names(training.folder)
         ballast = fill(disk)

@@ -11,14 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from saved_training import Training, save_steps
-from saving import fill, header, names, small_disk, tensors
+from saving import header, names, tensors
 
 from ddp_sgd.checkpointing.folder import CheckpointFolder
 from ddp_sgd.checkpointing.reading import read_tensors
 from ddp_sgd.checkpointing.writer_process import Packed, _write
 from ddp_sgd.engine import writers as module
 from ddp_sgd.engine.writers import SMALL_BYTES, ProcessWriter, ThreadWriter, build_writer
-from ddp_sgd.errors import OutputError
 
 CPU = torch.device("cpu")
 FLOATS = torch.float32.itemsize
@@ -143,27 +142,6 @@ def test_only_what_is_kept_stays(folder):
         files = [writer.wait().file for _ in range(5)]
     assert files == [f"step-{step:08d}.pt" for step in range(1, 6)]
     assert [entry.header.step for entry in folder.manifests()] == [4, 5]
-
-
-def test_a_full_disk_costs_no_checkpoint_and_room_mends_it(tmp_path):
-    with small_disk(tmp_path / "disk", "1m") as disk:
-        training = Training(disk / "checkpoints", size=10_000)
-        with training.open(writer="ProcessWriter") as checkpoints:
-            save_steps(training, checkpoints, 1)
-            whole = names(training.folder)
-            ballast = fill(disk)
-            save_steps(training, checkpoints, 2)
-            assert training.told[-1] == (3, {"error": "not written: No space left on device"})
-            assert names(training.folder) == whole
-            ballast.unlink()
-            save_steps(training, checkpoints, 1)
-            checkpoints.finish()
-            assert training.saved()["cursor"]["step"] == 4
-            fill(disk)
-            save_steps(training, checkpoints, 2)
-            with pytest.raises(OutputError, match="3 times in a row: No space left on device"):
-                save_steps(training, checkpoints, 1)
-        assert training.saved()["cursor"]["step"] == 4
 
 
 def test_a_process_that_is_killed_costs_what_was_on_its_way_and_another_follows(training):
