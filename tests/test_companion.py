@@ -1,3 +1,4 @@
+import os
 import signal
 import subprocess
 import sys
@@ -25,11 +26,11 @@ def main():
 
 
 @contextmanager
-def companion(tmp_path, monkeypatch):
+def companion(tmp_path, monkeypatch, **options):
     """A process that answers lines by what it has heard, in capitals."""
     (tmp_path / "echo_of_a_test.py").write_text(ECHO)
     monkeypatch.syspath_prepend(tmp_path)
-    process = start_companion("echo_of_a_test")
+    process = start_companion("echo_of_a_test", **options)
     try:
         yield process
     finally:
@@ -80,3 +81,10 @@ def test_what_tells_of_a_hang_up_stays_open_to_the_end():
         "said, told = module.serve_the_rank(); os.close(said); os.close(told); os.fstat(kept[0])"
     )
     subprocess.run([sys.executable, "-c", code], input=b"", check=True)
+
+
+def test_it_steps_back_as_far_as_it_is_told(tmp_path, monkeypatch):
+    mine = os.getpriority(os.PRIO_PROCESS, 0)
+    with companion(tmp_path, monkeypatch, niceness=3) as process:
+        assert ask(process, b"one\n") == b"ONE\n"
+        assert os.getpriority(os.PRIO_PROCESS, process.pid) == min(19, mine + 3)

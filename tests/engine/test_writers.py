@@ -16,6 +16,7 @@ from saving import header, names, tensors
 from ddp_sgd.checkpointing.folder import CheckpointFolder
 from ddp_sgd.checkpointing.reading import read_tensors
 from ddp_sgd.checkpointing.writer_process import Packed, _write
+from ddp_sgd.distributed.cpus import batch_scheduling
 from ddp_sgd.engine import writers as module
 from ddp_sgd.engine.writers import SMALL_BYTES, ProcessWriter, ThreadWriter, build_writer
 
@@ -331,3 +332,10 @@ def _is_running(pid):
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_the_process_works_in_short_turns_whatever_the_rank_does(folder):
+    with batch_scheduling(), open_process(folder) as writer:
+        writer.begin(header(1), tensors(1))
+        writer.wait()
+        assert os.sched_getscheduler(pid_of(writer)) == os.SCHED_OTHER

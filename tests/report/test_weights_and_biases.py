@@ -662,3 +662,15 @@ def test_a_resumed_run_keeps_the_id_that_the_user_gave_it(record, said, monkeypa
     monkeypatch.setenv("WANDB_RUN_ID", "another")
     _report(replace(record, resumed=True), said, rows=_rows(40, 60))
     assert _ids(record.folder) == {"their-id"}
+
+
+def test_its_process_steps_back_where_cpus_are_short(monkeypatch):
+    asked = []
+
+    def refuse(module, *, niceness):
+        asked.append(niceness)
+        raise OSError
+
+    monkeypatch.setattr(weights_and_biases, "start_companion", refuse)
+    start_ahead(OFFLINE)
+    assert asked == [10]
