@@ -24,10 +24,11 @@ def sum_over_ranks(tensor: torch.Tensor, runtime: Runtime) -> torch.Tensor:
     """
     if runtime.alone:
         return tensor
-    if is_short(tensor, runtime):
-        sum_by_doubling(tensor, runtime)
+    numbers = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    if is_short(numbers, runtime):
+        sum_by_doubling(numbers, runtime)
     else:
-        dist.all_reduce(tensor)
+        dist.all_reduce(numbers)
     return tensor
 
 
@@ -59,7 +60,33 @@ def from_rank_0(value: T | None, runtime: Runtime) -> T:
 
 
 def broadcast_over_ranks(tensors: Iterable[torch.Tensor], runtime: Runtime) -> None:
-    """Replace tensors by those of rank 0, in place."""
-    if not runtime.alone:
-        for tensor in tensors:
-            dist.broadcast(tensor, src=0)
+    """Replace tensors by those of rank 0, in place.
+
+    Args:
+        tensors: Of any dtype and memory layout, expanded and sparse ones included; equal in shape
+            on all ranks, and without gradients.
+        runtime: This process.
+    """
+    if runtime.alone:
+        return
+    for tensor in tensors:
+        if tensor.layout is not torch.strided or tensor.is_quantized:
+            tensor.copy_(from_rank_0(tensor, runtime))
+        elif tensor.numel():
+            _broadcast_bytes(_without_repeats(tensor))
+
+
+def _broadcast_bytes(tensor: torch.Tensor) -> None:
+    """Broadcast as bytes: backends lack number types, and send memory without regard to strides."""
+    packed = tensor.resolve_conj().resolve_neg().contiguous()
+    dist.broadcast(packed.reshape(-1).view(torch.uint8), src=0)
+    if packed is not tensor:
+        tensor.copy_(packed)
+
+
+def _without_repeats(tensor: torch.Tensor) -> torch.Tensor:
+    """Keep one element of each that an expanded tensor repeats: only that one can be written."""
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor

@@ -42,8 +42,7 @@ class LocalReplica(FlatReplica):
         super().__init__(model, runtime)
         self.divisor = runtime.world_size
         self._plan = plan
-        self._averaged = [p.detach() for p in self._parameters]
-        self._averaged += [velocities[p] for p in self._parameters if velocities]
+        self._velocities = velocities
 
     def reduce(self, step: int) -> list[torch.Tensor]:
         """Gather the gradients; at the steps that are common to all ranks, average them."""
@@ -57,8 +56,11 @@ class LocalReplica(FlatReplica):
 
     def average(self) -> None:
         """Replace weights and velocities by their mean over ranks, one call for each type."""
+        # Looked up at every average, since a model may replace the storage of its parameters.
+        averaged = [p.detach() for p in self._parameters]
+        averaged += [self._velocities[p] for p in self._parameters if self._velocities]
         by_type: dict[torch.dtype, list[torch.Tensor]] = {}
-        for tensor in self._averaged:
+        for tensor in averaged:
             by_type.setdefault(tensor.dtype, []).append(tensor)
         for tensors in by_type.values():
             flat = torch.cat([tensor.reshape(-1) for tensor in tensors])

@@ -79,7 +79,11 @@ class Replica:
 
     def sync_buffers(self) -> None:
         """Replace the buffers, such as running statistics, by those of rank 0."""
-        broadcast_over_ranks(self.inner.buffers(), self._runtime)
+        broadcast_over_ranks((buffer.detach() for buffer in self.inner.buffers()), self._runtime)
+
+    def _sync_parameters(self) -> None:
+        """Replace the parameters by those of rank 0."""
+        broadcast_over_ranks((p.detach() for p in self.inner.parameters()), self._runtime)
 
     def memory(self) -> Mapping[str, Any]:
         """Gather what a resume needs besides weights; all ranks call this after the same step.
@@ -110,19 +114,21 @@ class FlatReplica(Replica):
 
     def __init__(self, model: nn.Module, runtime: Runtime) -> None:
         super().__init__(model, runtime)
-        broadcast_over_ranks((p.detach() for p in model.parameters()), runtime)
+        self._sync_parameters()
         self.sync_buffers()
         self._buffers: list[torch.Tensor] = []
         self._views: list[torch.Tensor] = []
         self._parameters.sort(key=lambda p: str(p.dtype))  # stable: in the order of the model
         for _, group in groupby(self._parameters, key=lambda p: p.dtype):
-            shapes = [p.shape for p in group]
-            sizes = [shape.numel() for shape in shapes]
-            dtype = self._parameters[len(self._views)].dtype
-            buffer = torch.zeros(sum(sizes), dtype=dtype, device=runtime.device)
-            self._buffers.append(buffer)
-            parts = zip(torch.split(buffer, sizes), shapes, strict=True)
-            self._views += [part.view(shape) for part, shape in parts]
+            members = list(group)
+            sizes = [p.numel() for p in members]
+            buffer = torch.zeros(sum(sizes), dtype=members[0].dtype, device=runtime.device)
+            self._buffers.append(torch.view_as_real(buffer) if buffer.is_complex() else buffer)
+            # A view has the strides of its parameter: the fused kernel walks memory in order.
+            self._views += [
+                part.as_strided(p.shape, p.stride())
+                for part, p in zip(torch.split(buffer, sizes), members, strict=True)
+            ]
 
     def reduce(self, step: int) -> list[torch.Tensor]:  # noqa: ARG002
         """Gather the gradients of this rank, and sum them over ranks.
@@ -163,9 +169,11 @@ class WrappedReplica(Replica):
     ) -> None:
         super().__init__(model, runtime)
         self._hook = hook
+        self._sync_parameters()
         self._ddp = DistributedDataParallel(
             model,
             device_ids=None if runtime.device.type == "cpu" else [runtime.device],
+            init_sync=False,  # its own broadcast fails on expanded buffers and rare dtypes
             **_NO_BUFFERS_IN_FORWARD,
             **options,
         )

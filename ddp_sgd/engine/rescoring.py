@@ -1,11 +1,11 @@
 """The score of a saved model: rank 0 reads the file, all ranks score."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ddp_sgd.building import build
@@ -121,16 +121,6 @@ def _load(model: nn.Module, weights: Mapping[str, Any], config: RunConfig) -> No
 
 
 def _share(model: nn.Module, runtime: Runtime) -> None:
-    """Give every rank the weights and buffers of rank 0."""
-    if runtime.alone:
-        return
-    for tensor in _tensors(model):
-        packed = tensor.contiguous()
-        broadcast_over_ranks([packed], runtime)
-        if packed is not tensor:
-            tensor.copy_(packed)
-
-
-def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    yield from (parameter.detach() for parameter in model.parameters())
-    yield from model.buffers()
+    """Replace the parameters and buffers of every rank by those of rank 0."""
+    tensors = chain(model.parameters(), model.buffers())
+    broadcast_over_ranks((tensor.detach() for tensor in tensors), runtime)

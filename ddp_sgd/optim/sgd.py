@@ -1,10 +1,12 @@
 """Stochastic gradient descent: who decays, and at which rate."""
 
+import re
 from dataclasses import dataclass
 from itertools import compress
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from ddp_sgd.errors import ConfigError
 
@@ -22,14 +24,67 @@ class Group:
     weight_decay: float
 
 
-@dataclass(frozen=True, slots=True)
 class _Call:
-    """What one call of the kernel moves: parameters of one group and one type."""
+    """What one call of the kernel moves: parameters of one group and one type.
 
-    parameters: list[nn.Parameter]
-    weights: list[torch.Tensor]
-    velocities: list[torch.Tensor]
-    weight_decay: float
+    Args:
+        parameters: The parameters.
+        velocities: Momentum buffer of each parameter, by parameter; empty without momentum. Entries
+            are replaced where a parameter got another memory layout.
+        weight_decay: Factor of the weight that is added to its gradient.
+    """
+
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        velocities: dict[nn.Parameter, torch.Tensor],
+        weight_decay: float,
+    ) -> None:
+        self.parameters = parameters
+        self.weight_decay = weight_decay
+        self._of_parameter = velocities
+        self._is_complex = parameters[0].is_complex()
+        self._pointers: list[int] = []
+        self.follow_storage()
+
+    def follow_storage(self) -> None:
+        """Look the memory of the parameters up again, since a model may replace it.
+
+        ``p.data = ...`` does so, and ``flatten_parameters()`` of a recurrent layer on CUDA.
+        """
+        pointers = [p.data_ptr() for p in self.parameters]
+        if pointers == self._pointers:
+            return
+        self._pointers = pointers
+        self.weights = [self._as_real(p.detach()) for p in self.parameters]
+        self.strides = [weight.stride() for weight in self.weights]
+        self.velocities: list[torch.Tensor] = []
+        for parameter in self.parameters if self._of_parameter else ():
+            velocity = self._of_parameter[parameter]
+            if velocity.stride() != parameter.stride():
+                velocity = self._of_parameter[parameter] = _in_layout_of(parameter, velocity)
+            self.velocities.append(self._as_real(velocity))
+
+    def gradients(self) -> list[torch.Tensor | None]:
+        """Return the gradient of each parameter, in the parameter's memory layout."""
+        found = [p.grad for p in self.parameters]
+        if self._is_complex:
+            found = [None if g is None else self._as_real(g.resolve_conj()) for g in found]
+        if [None if g is None else g.stride() for g in found] == self.strides:
+            return found
+        return [
+            g if g is None or g.stride() == w.stride() else _in_layout_of(w, g)
+            for g, w in zip(found, self.weights, strict=True)
+        ]
+
+    def _as_real(self, tensor: torch.Tensor) -> torch.Tensor:
+        """View complex numbers as pairs: SGD acts on both parts alike."""
+        return torch.view_as_real(tensor) if self._is_complex else tensor
+
+
+def _in_layout_of(tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Copy values into memory that is laid out like a tensor: the kernel walks memory in order."""
+    return torch.empty_like(tensor.detach()).copy_(values)
 
 
 class SGD:
@@ -46,7 +101,8 @@ class SGD:
     since it imports the compiler of torch, and its bookkeeping 60 us a step.
 
     Args:
-        groups: Who decays by how much.
+        groups: Who decays by how much. Parameters may have any memory layout without gaps, and
+            their storage may be replaced between steps.
         momentum: m, in [0, 1).
         nesterov: Look one momentum step ahead.
 
@@ -79,7 +135,8 @@ class SGD:
                 everything stays as it is, and nothing waits to find out.
         """
         for call in self._calls:
-            gradients = [p.grad for p in call.parameters]
+            call.follow_storage()
+            gradients = call.gradients()
             weights, velocities = call.weights, call.velocities
             if any(gradient is None for gradient in gradients):
                 has = [gradient is not None for gradient in gradients]
@@ -106,9 +163,8 @@ class SGD:
         types = dict.fromkeys(p.dtype for p in group.parameters)
         return [
             _Call(
-                parameters := [p for p in group.parameters if p.dtype == dtype],
-                [p.detach() for p in parameters],
-                [self.velocities[p] for p in parameters] if self.velocities else [],
+                [p for p in group.parameters if p.dtype == dtype],
+                self.velocities,
                 group.weight_decay,
             )
             for dtype in types
@@ -130,8 +186,8 @@ def build_sgd(
         momentum: m, in [0, 1).
         nesterov: Look one momentum step ahead.
         weight_decay: d, at least 0.
-        decay_norm_and_bias: Decay parameters with fewer than two dimensions as well, that is biases
-            and the scales of normalization layers.
+        decay_norm_and_bias: Decay biases and the parameters of normalization layers as well; see
+            ``is_norm_or_bias``.
 
     Raises:
         ConfigError: No parameter requires a gradient.
@@ -139,19 +195,45 @@ def build_sgd(
     Source:
         Who decays: He et al. 2019, arXiv:1812.01187, section 3.1.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not named:
         raise ConfigError(
             f"model is {type(model).__name__} without a parameter to train; name a module with "
             "weights that require gradients."
         )
-    if weight_decay == 0 or decay_norm_and_bias:
-        groups = [Group(parameters, weight_decay)]
-    else:
-        groups = [
-            Group([p for p in parameters if p.ndim >= 2], weight_decay),
-            Group([p for p in parameters if p.ndim < 2], 0.0),
-        ]
+    spared: set[nn.Parameter] = set()
+    if weight_decay > 0 and not decay_norm_and_bias:
+        spared = {p for module in model.modules() for p in _norm_and_bias(module)}
+    groups = [
+        Group([p for _, p in named if p not in spared], weight_decay),
+        Group([p for _, p in named if p in spared], 0.0),
+    ]
     return SGD(
         [group for group in groups if group.parameters], momentum=momentum, nesterov=nesterov
     )
+
+
+def is_norm_or_bias(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a bias, or belongs to a normalization layer.
+
+    Any of these is enough: the module is one of torch's normalization layers or its class is named
+    like one (``RMSNorm``, ``LayerNorm2d``); the name of the parameter begins or ends with ``bias``
+    (``bias_k``, ``in_proj_bias``); or it has fewer than two dimensions, as scales and biases do.
+
+    Args:
+        module: Module that holds the parameter.
+        name: Name of the parameter in it.
+        parameter: The parameter.
+    """
+    is_norm = isinstance(module, _NORMS) or bool(_NORM_NAME.search(type(module).__name__))
+    is_bias = name.startswith("bias") or name.endswith("bias")
+    return is_norm or is_bias or parameter.ndim < 2
+
+
+_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_NORM_NAME = re.compile(r"Norm(\dd|Act|Act\dd)?$")
+
+
+def _norm_and_bias(module: nn.Module) -> list[nn.Parameter]:
+    parameters = module.named_parameters(recurse=False)
+    return [p for name, p in parameters if is_norm_or_bias(module, name, p)]
