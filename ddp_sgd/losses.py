@@ -1,32 +1,53 @@
 """The loss as a sum over units, so that it can be split over ranks and micro-batches exactly."""
 
 import copy
-from collections.abc import Callable
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from types import FunctionType
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn import functional
 
-from ddp_sgd.errors import ConfigError
+from ddp_sgd.errors import ConfigError, DataError
 
 LossFunction = Callable[[Any, Any], torch.Tensor]
 
+Spread = Literal["whole", "positions", "keywords"]
+"""How inputs reach a model: as one argument, as positional ones, or as keyword arguments."""
+
 _PER_TARGET = (nn.CrossEntropyLoss, nn.NLLLoss)
+_OF_CLASSES = (*_PER_TARGET, nn.MultiMarginLoss)
+
+_MODULES: dict[Any, type[nn.Module]] = {
+    functional.cross_entropy: nn.CrossEntropyLoss,
+    functional.nll_loss: nn.NLLLoss,
+}
+"""Functions that are the forward pass of a module, whose units are known."""
+
+_MEANS = ("mean", "batchmean")
 
 
 class Objective:
     """What the run minimizes: the loss summed over the units of a step, by their number.
 
-    A unit is a sample, for a loss that gives the mean over samples. Cross entropy with class
-    weights, with ignored targets or with one target a pixel or token divides by the weight of the
-    targets instead; then that weight is the unit, since only so a split over ranks equals the
-    whole.
+    A unit is a sample, for a loss that gives the mean over samples. torch's own cross entropy with
+    class weights, with ignored targets or with one target per pixel or token divides by the weight
+    of the targets instead; then that weight is the unit, since only so a split over ranks equals
+    the whole. A subclass with a ``forward`` of its own is taken for what its author says: a mean
+    over samples.
 
     Args:
         loss: Module or function of (outputs, targets) that returns the mean, a tensor without
             dimensions.
-        targets: Targets of the data set, to tell which kind of unit applies.
-        complete: Whether these are all targets, so that none that is ignored can turn up later.
+        targets: Targets of the data set, to choose which kind of unit applies.
+        complete: Whether these are all targets, so that no ignored one can occur later.
+        takes_classes: Whether targets are indices of the model's outputs; None: as the type of the
+            loss says.
+        spread: How inputs reach the model.
 
     Raises:
         ConfigError: The loss is set to return something else than a mean.
@@ -34,23 +55,43 @@ class Objective:
     Attributes:
         ignore_index: Target that the loss leaves out.
         counts_samples: Whether the unit is a sample, whose number every rank knows without asking.
+        takes_classes: Whether targets are class indices, so that there is an accuracy.
     """
 
-    def __init__(self, loss: LossFunction, targets: Any, *, complete: bool = True) -> None:
-        reduction = getattr(loss, "reduction", "mean")
-        if reduction != "mean":
-            raise ConfigError(
-                f"loss.init_args.reduction is {reduction}; leave it at mean: the run weights "
-                "every micro-batch itself."
-            )
+    def __init__(
+        self,
+        loss: LossFunction,
+        targets: Any,
+        *,
+        complete: bool = True,
+        takes_classes: bool | None = None,
+        spread: Spread = "whole",
+    ) -> None:
+        refuse_reduction(loss)
+        loss = as_module(loss)
         self.counts_samples = not _weighs_targets(loss, targets, complete=complete)
         self.ignore_index: int = getattr(loss, "ignore_index", -100)
+        known = is_of_classes(loss)
+        self.takes_classes = bool(known if takes_classes is None else takes_classes)
+        self._spread = spread
         self._loss: Any = loss
         if not self.counts_samples:
             self._loss = copy.copy(loss)
             self._loss.reduction = "sum"
             weight = self._loss.weight
             self._weight = None if weight is None else weight.detach().double().cpu()
+
+    def outputs(self, model: nn.Module, inputs: Any) -> Any:
+        """Call the model.
+
+        Args:
+            model: The model or its wrapper.
+            inputs: What the data set gave: a tensor, or a container, which is spread over the
+                arguments of ``forward`` where that takes several.
+        """
+        if self._spread == "positions":
+            return model(*inputs)
+        return model(**inputs) if self._spread == "keywords" else model(inputs)
 
     def __call__(self, outputs: Any, targets: Any) -> torch.Tensor:
         """Compute the loss of a micro-batch, which times ``weight`` is the sum over its units.
@@ -66,7 +107,7 @@ class Objective:
         return loss
 
     def weight(self, samples: int) -> int:
-        """Tell by what the loss of a micro-batch is multiplied: a mean by its samples, a sum by 1.
+        """Return the factor of a micro-batch's loss: its samples for a mean, 1 for a sum.
 
         Args:
             samples: True number of samples; with 0 the result is 0.
@@ -83,10 +124,20 @@ class Objective:
         Args:
             targets: Integer tensor of shape (m, ...), on the host, so that no device is waited for.
             samples: True number of samples; with 0 the result is 0.
+
+        Raises:
+            DataError: There is no class weight for a target.
         """
         counted = targets[targets != self.ignore_index]
-        units = counted.numel() if self._weight is None else float(self._weight[counted].sum())
-        return float(units) * min(samples, 1)
+        if self._weight is None:
+            return float(counted.numel() * min(samples, 1))
+        if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < len(self._weight):
+            raise DataError(
+                f"a batch has labels from {int(counted.min())} to {int(counted.max())} while the "
+                f"loss has {len(self._weight)} class weights; number the labels from 0, or give "
+                "the loss a weight for each class."
+            )
+        return float(self._weight[counted].sum()) * min(samples, 1)
 
 
 def wide_float(device: torch.device) -> torch.dtype:
@@ -94,10 +145,111 @@ def wide_float(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def refuse_reduction(loss: LossFunction) -> None:
+    """Refuse a loss of torch that is set to something else than a mean.
+
+    A subclass with a ``forward`` of its own may use the setting for a part of its work.
+
+    Raises:
+        ConfigError: ``reduction`` is ``sum`` or ``none``.
+    """
+    module = as_module(loss)
+    reduction = getattr(module, "reduction", "mean")
+    if has_forward_of_torch(module) and reduction not in _MEANS:
+        raise ConfigError(
+            f"loss.init_args.reduction is {reduction}; leave it at mean: the run weights "
+            "every micro-batch itself."
+        )
+
+
+def as_module(loss: LossFunction) -> LossFunction:
+    """Return torch's module for one of its functions, also for a partial; others as they are."""
+    options: dict[str, Any] = {}
+    function: Any = loss
+    if isinstance(loss, partial) and not loss.args:
+        function, options = loss.func, loss.keywords
+    kind = _MODULES.get(function) if inspect.isfunction(function) else None
+    if kind is None or not set(options) <= set(inspect.signature(kind).parameters):
+        return loss
+    return kind(**options)
+
+
+def has_forward_of_torch(loss: LossFunction) -> bool:
+    """Whether a loss is a module of torch, or a subclass that computes the same."""
+    return (
+        isinstance(loss, nn.Module)
+        and "forward" not in vars(loss)
+        and getattr(type(loss).forward, "__module__", "") == nn.CrossEntropyLoss.__module__
+    )
+
+
+def is_of_classes(loss: LossFunction) -> bool | None:
+    """Whether integer targets of a loss are class indices; None if its type does not say so."""
+    module = as_module(loss)
+    if not has_forward_of_torch(module):
+        return None
+    return isinstance(module, _OF_CLASSES)
+
+
+def is_mean_of_units(loss: LossFunction) -> bool:
+    """Whether it is known that a loss can be split into its units."""
+    module = as_module(loss)
+    return isinstance(module, _PER_TARGET) and has_forward_of_torch(module)
+
+
+def loss_modules(loss: LossFunction, model: nn.Module) -> dict[str, nn.Module]:
+    """Find the modules of a loss that are not parts of the model.
+
+    Args:
+        loss: A module, or a function that holds modules: bound, in a partial, in an attribute, in
+            a closure, or by the name of a global variable.
+        model: The model that is trained.
+
+    Returns:
+        The modules by where they were found; the loss itself as ``loss``.
+    """
+    known = set(model.modules())
+    found: dict[str, nn.Module] = {}
+    for name, value in _held_by(loss):
+        if isinstance(value, nn.Module) and value not in known:
+            found[name] = value
+            known.update(value.modules())
+    return found
+
+
+def _held_by(loss: Any) -> Iterator[tuple[str, Any]]:
+    """Yield what a callable holds, with its name there."""
+    if isinstance(loss, nn.Module):
+        yield "loss", loss
+        return
+    if isinstance(loss, partial):
+        yield from _held_by(loss.func)
+        yield from ((f"argument {number}", value) for number, value in enumerate(loss.args))
+        yield from loss.keywords.items()
+        return
+    if inspect.ismethod(loss):
+        yield "loss", loss.__self__
+        loss = loss.__self__
+    if inspect.isfunction(loss):
+        yield from _variables_of(loss)
+    yield from getattr(loss, "__dict__", {}).items()
+
+
+def _variables_of(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """Yield the variables from outside that a function uses."""
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # a variable that has no value yet
+            yield name, cell.cell_contents
+    for name in function.__code__.co_names:
+        if name in function.__globals__:
+            yield name, function.__globals__[name]
+
+
 def _weighs_targets(loss: LossFunction, targets: Any, *, complete: bool) -> bool:
-    if not isinstance(loss, _PER_TARGET) or not isinstance(targets, torch.Tensor):
+    if not is_mean_of_units(loss) or not isinstance(targets, torch.Tensor):
         return False
     if targets.is_floating_point():  # probabilities: torch takes the mean over samples
         return False
-    ignores = not complete or bool((targets == loss.ignore_index).any())
-    return loss.weight is not None or ignores or targets.ndim > 1
+    module: Any = loss
+    ignores = not complete or bool((targets == module.ignore_index).any())
+    return module.weight is not None or ignores or targets.ndim > 1

@@ -50,6 +50,10 @@ class LocalReplica(FlatReplica):
             return self._gather()
         return [buffer.div_(self.divisor) for buffer in super().reduce(step)]
 
+    def is_equal_before(self, step: int) -> bool:
+        """Whether all ranks have the same weights before this step."""
+        return self._plan.ranks_meet_at(step)
+
     def averages_after(self, step: int) -> bool:
         """Whether ranks average their weights after this step."""
         return self._plan.is_local(step) and self._plan.ranks_meet_at(step + 1)

@@ -70,6 +70,10 @@ class Replica:
         """
         return [p.grad for p in self._parameters if p.grad is not None]
 
+    def is_equal_before(self, step: int) -> bool:  # noqa: ARG002
+        """Whether all ranks have the same weights before this step."""
+        return True
+
     def averages_after(self, step: int) -> bool:  # noqa: ARG002
         """Whether ranks average their weights after this step, since these differ."""
         return False

@@ -13,8 +13,14 @@ from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.assembly import Parts
 from ddp_sgd.errors import ConfigError, DataError, UserError
 from ddp_sgd.examination.comparing import tell_apart
-from ddp_sgd.examination.fingerprint import Mark, describe_model, mark_samples
+from ddp_sgd.examination.fingerprint import (
+    Mark,
+    describe_loss_tensors,
+    describe_model,
+    mark_samples,
+)
 from ddp_sgd.examination.sameness import read_versions, settings_that_agree, vital_versions
+from ddp_sgd.losses import loss_modules
 
 _SHOWN = 3
 """Differences that one message tells of."""
@@ -109,6 +115,11 @@ def list_traits(config: RunConfig, parts: Parts) -> list[Trait]:
             values=describe_model(parts.model),
             says="the model's {name} is",
             remedy="build the same model on every rank",
+        ),
+        Trait(
+            values=describe_loss_tensors(loss_modules(parts.loss, parts.model)),
+            says="the loss's {name} is",
+            remedy="build the same loss on every rank, with the same class weights",
         ),
     ]
 

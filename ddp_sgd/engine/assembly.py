@@ -1,6 +1,6 @@
 """The parts of a run, built from its description and checked against each other."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ from torch import nn
 from ddp_sgd.building import build
 from ddp_sgd.checkpointing.reading import read_tensors
 from ddp_sgd.config.schema import RunConfig
+from ddp_sgd.data.fetching import Collate
 from ddp_sgd.data.loading import EvalLoader, TrainLoader
 from ddp_sgd.data.order import Chunks, Order
 from ddp_sgd.distributed.collectives import broadcast_over_ranks
@@ -18,23 +19,35 @@ from ddp_sgd.distributed.pulse import Pulse
 from ddp_sgd.distributed.replica import Replica
 from ddp_sgd.distributed.replication import replicate
 from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.engine.buffers import TrainingBuffers, buffers_by_name
 from ddp_sgd.engine.capture import describe_loss, velocities
 from ddp_sgd.engine.evaluation import Metrics, Score, evaluate
 from ddp_sgd.engine.restoring import (
     plan_from,
     refuse_misfit,
     restore,
+    restore_buffers,
     restore_velocities,
     share_other_state,
     state_from,
 )
+from ddp_sgd.engine.lazy_modules import is_materialized, materialize
+from ddp_sgd.engine.model_check import check_model
+from ddp_sgd.engine.model_inputs import choose_spread
+from ddp_sgd.engine.normalization import check_normalization
 from ddp_sgd.engine.resume import Past
+from ddp_sgd.engine.sanity_check import (
+    Batch,
+    check_dataset,
+    check_evaluation,
+    check_training,
+    read_batch,
+)
 from ddp_sgd.engine.state import State
-from ddp_sgd.engine.step import Stepper, model_generators
+from ddp_sgd.engine.step import Stepper
 from ddp_sgd.engine.time_shares import TimeShares
-from ddp_sgd.engine.trial import check_dataset, check_normalization, try_out
 from ddp_sgd.errors import ConfigError, DataError
-from ddp_sgd.losses import LossFunction
+from ddp_sgd.losses import LossFunction, Objective, loss_modules
 from ddp_sgd.optim.schedule import Schedule, build_schedule
 from ddp_sgd.optim.sgd import SGD, build_sgd
 from ddp_sgd.plan import Plan
@@ -50,12 +63,16 @@ class Parts:
         loss: Module or function of (outputs, targets).
         train_set: Map-style data set of (input, target).
         eval_set: The same, held out; None trains without evaluation.
+        batch: Some samples of the training set.
+        collate: Function from a list of samples to a batch; None: torch's default_collate.
     """
 
     model: nn.Module
     loss: LossFunction
     train_set: Any
     eval_set: Any | None
+    batch: Batch
+    collate: Collate | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +94,9 @@ class Job:
         skip: Samples at the head of the next step that were trained already.
         pulse: What is being done, for those who watch.
         shares: Where the time goes.
+        buffers: The buffers that steps change.
+        loss_modules: Modules of the loss, by where they were found.
+        notes: What the user should know, one line each.
     """
 
     plan: Plan
@@ -93,6 +113,9 @@ class Job:
     skip: int
     pulse: Pulse
     shares: TimeShares
+    buffers: TrainingBuffers
+    loss_modules: Mapping[str, nn.Module]
+    notes: tuple[str, ...]
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step."""
@@ -121,12 +144,38 @@ def gather_parts(
     check_dataset(train_set, "data.train")
     if eval_set is not None:
         check_dataset(eval_set, "data.eval")
+    model, loss = ready_model(config, model), ready_loss(config, loss)
+    collate = ready_collate(config)
+    size = config.data.batch_size
+    batch = read_batch(train_set, "data.train", batch_size=size, collate=collate)
+    materialize_lazy(model, loss, batch, config.seed)
     return Parts(
-        model=ready_model(config, model),
-        loss=ready_loss(config, loss),
+        model=model,
+        loss=loss,
         train_set=train_set,
         eval_set=eval_set,
+        batch=batch,
+        collate=collate,
     )
+
+
+def materialize_lazy(model: nn.Module, loss: LossFunction, batch: Batch, seed: int) -> None:
+    """Give lazy modules their shapes, so that models can be compared and restored.
+
+    Args:
+        model: The model on the host.
+        loss: The loss.
+        batch: Some samples.
+        seed: Seed of the run, from which the weights follow.
+
+    Raises:
+        ConfigError: A lazy module is left out by a forward pass.
+    """
+    if is_materialized(model):
+        return
+    spread = choose_spread(model, batch.inputs, len(batch.indices))
+    objective = Objective(loss, batch.targets, spread=spread)
+    materialize(model, batch.inputs, objective.outputs, seed_for("weights", seed))
 
 
 def ready_model(config: RunConfig, model: nn.Module | None = None) -> nn.Module:
@@ -143,8 +192,12 @@ def ready_model(config: RunConfig, model: nn.Module | None = None) -> nn.Module:
             f"model is a {type(model).__name__}; name a torch.nn.Module, or a function that "
             "returns one."
         )
+    check_model(model)
     if not model.training:  # as pretrained models come; parts may stay frozen, the whole may not
         model.train()
+    for module in model.modules():  # such as one that keeps its batch normalization frozen
+        if type(module).train is not nn.Module.train:
+            module.train(module.training)
     return model
 
 
@@ -162,6 +215,23 @@ def ready_loss(config: RunConfig, loss: LossFunction | None = None) -> LossFunct
     return loss
 
 
+def ready_collate(config: RunConfig) -> Collate | None:
+    """Build the collate function of the configuration; None if it names none.
+
+    Raises:
+        ConfigError: It cannot be called.
+    """
+    if config.data.collate is None:
+        return None
+    collate = build(config.data.collate, "data.collate")
+    if not callable(collate):
+        raise ConfigError(
+            f"data.collate is a {type(collate).__name__}; name a function from a list of samples "
+            "to a batch (inputs, targets)."
+        )
+    return collate  # type: ignore[no-any-return]
+
+
 def assemble(config: RunConfig, parts: Parts, runtime: Runtime, past: Past) -> Job:
     """Work out the plan and put the parts together, in the state that was saved.
 
@@ -172,21 +242,23 @@ def assemble(config: RunConfig, parts: Parts, runtime: Runtime, past: Past) -> J
     """
     samples, loss_name = len(parts.train_set), describe_loss(parts.loss)
     saved = read_tensors(past.file) if past.file else None
+    step = past.header.step if past.header else 0
     if saved and past.header:
         refuse_misfit(past.header, saved, parts.model, samples=samples, loss=loss_name)
-        restore(parts.model, saved)
+        restore(parts.model, saved, step=step)
     plan = plan_from(config, past.header, samples=samples, world_size=runtime.world_size)
     state, skip = state_from(past.header, plan)
-    model = parts.model.to(runtime.device)
-    if isinstance(parts.loss, nn.Module):
-        parts.loss.to(runtime.device)
+    model, modules = _on_device(parts, runtime)
     check_normalization(model, plan)
-    objective = try_out(model, parts.loss, parts.train_set, "data.train", runtime.device)
+    facts = check_training(model, parts.loss, parts.train_set, parts.batch, plan, runtime)
     optimizer = _optimizer(config, model)
     velocity_of = optimizer.velocities
-    replica = replicate(model, runtime, config.parallel, plan, velocity_of)  # as on rank 0 now
     if saved:
+        restore_buffers(model, modules, facts.buffers, saved, step=step)
         restore_velocities(model, optimizer, saved)
+    replica = replicate(model, runtime, config.parallel, plan, velocity_of)  # as on rank 0 now
+    others = (module.get_buffer(own) for module, own in buffers_by_name(modules).values())
+    broadcast_over_ranks(others, runtime)
     if past.header:
         share_other_state(model, runtime)
         broadcast_over_ranks((buffer for _, buffer in velocities(model, optimizer)), runtime)
@@ -195,19 +267,39 @@ def assemble(config: RunConfig, parts: Parts, runtime: Runtime, past: Past) -> J
     return Job(
         plan=plan,
         replica=replica,
-        stepper=Stepper(replica, objective, optimizer, runtime, pulse, clip_norm=clip_norm),
-        loader=_train_loader(config, plan, parts.train_set, runtime),
+        stepper=Stepper(
+            replica,
+            facts.objective,
+            optimizer,
+            runtime,
+            pulse,
+            clip_norm=clip_norm,
+            buffers=facts.buffers,
+        ),
+        loader=_train_loader(config, plan, parts, runtime),
         schedule=build_schedule(config.schedule, plan),
         score=_scorer(config, parts, replica, runtime, pulse),
-        seed_model=_model_seeder(config.seed, runtime),
+        seed_model=partial(facts.randomness.seed_step, config.seed, rank=runtime.rank),
         optimizer=optimizer,
         loss=loss_name,
         device=runtime.device,
         state=state,
         skip=skip,
         pulse=pulse,
-        shares=TimeShares(pulse, runtime, replica.meets_in),
+        shares=TimeShares(pulse, runtime, (*replica.meets_in, "synchronizing buffers")),
+        buffers=facts.buffers,
+        loss_modules=modules,
+        notes=facts.notes,
     )
+
+
+def _on_device(parts: Parts, runtime: Runtime) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """Move the model, and the modules of the loss, to the device of this rank."""
+    model = parts.model.to(runtime.device)
+    modules = loss_modules(parts.loss, model)
+    for module in modules.values():
+        module.to(runtime.device)
+    return model, modules
 
 
 def _optimizer(config: RunConfig, model: nn.Module) -> SGD:
@@ -220,7 +312,7 @@ def _optimizer(config: RunConfig, model: nn.Module) -> SGD:
     )
 
 
-def _train_loader(config: RunConfig, plan: Plan, dataset: Any, runtime: Runtime) -> TrainLoader:
+def _train_loader(config: RunConfig, plan: Plan, parts: Parts, runtime: Runtime) -> TrainLoader:
     order = Order(
         plan.samples,
         global_batch=plan.global_batch,
@@ -231,7 +323,12 @@ def _train_loader(config: RunConfig, plan: Plan, dataset: Any, runtime: Runtime)
         tail=plan.tail,
     )
     return TrainLoader(
-        dataset, order, epochs=plan.epochs, workers=config.data.workers, device=runtime.device
+        parts.train_set,
+        order,
+        epochs=plan.epochs,
+        workers=config.data.workers,
+        device=runtime.device,
+        collate=parts.collate,
     )
 
 
@@ -240,7 +337,9 @@ def _scorer(
 ) -> Score:
     if parts.eval_set is None:
         return lambda _: {}
-    inner_score = build_scorer(config, replica.inner, parts.loss, parts.eval_set, runtime, pulse)
+    inner_score = build_scorer(
+        config, replica.inner, parts.loss, parts.eval_set, runtime, pulse, parts.collate
+    )
 
     def score(interrupted: Callable[[], bool]) -> Metrics:
         replica.sync_buffers()
@@ -256,6 +355,7 @@ def build_scorer(
     eval_set: Any,
     runtime: Runtime,
     pulse: Pulse,
+    collate: Collate | None = None,
 ) -> Callable[..., Metrics]:
     """Make what scores a model on held-out data.
 
@@ -266,30 +366,28 @@ def build_scorer(
         eval_set: Map-style data set of (input, target).
         runtime: This process.
         pulse: Is told of every chunk.
+        collate: Function from a list of samples to a batch; None: torch's default_collate.
 
     Raises:
         ConfigError: Model, loss and samples do not fit together.
         DataError: The samples cannot be read, or labels lie out of range.
     """
-    objective = try_out(model, loss, eval_set, "data.eval", runtime.device)
+    batch_size = config.data.batch_size
+    batch = read_batch(eval_set, "data.eval", batch_size=batch_size, collate=collate)
+    objective, randomness = check_evaluation(model, loss, eval_set, batch, runtime.device)
     chunks = Chunks(
         len(eval_set),
-        batch_size=config.data.batch_size,
+        batch_size=batch_size,
         rank=runtime.rank,
         world_size=runtime.world_size,
     )
     loader = EvalLoader(
-        eval_set, chunks, seed=config.seed, workers=config.data.workers, device=runtime.device
+        eval_set,
+        chunks,
+        seed=config.seed,
+        workers=config.data.workers,
+        device=runtime.device,
+        collate=collate,
     )
-    return partial(evaluate, model, objective, loader, runtime, pulse)
-
-
-def _model_seeder(seed: int, runtime: Runtime) -> Callable[[int], None]:
-    generators = model_generators(runtime.device)
-
-    def seed_model(step: int) -> None:
-        number = seed_for("model", seed, step, runtime.rank)
-        for generator in generators:
-            generator.manual_seed(number)
-
-    return seed_model
+    seed_chunk = partial(randomness.seed_chunk, config.seed)
+    return partial(evaluate, model, objective, loader, runtime, pulse, seed_chunk=seed_chunk)

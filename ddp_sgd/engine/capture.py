@@ -11,6 +11,7 @@ from torch import nn
 from ddp_sgd import __version__
 from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.data.permutation import ORDER
+from ddp_sgd.engine.buffers import TrainingBuffers, buffers_by_name, is_saved
 from ddp_sgd.engine.state import State
 from ddp_sgd.errors import ConfigError
 from ddp_sgd.losses import LossFunction
@@ -32,6 +33,7 @@ def capture(
     config: Mapping[str, Any],
     run_id: str,
     loss: str,
+    others: Tree | None = None,
 ) -> tuple[Header, Tree]:
     """Gather the state, where it is.
 
@@ -43,9 +45,11 @@ def capture(
         config: Description of the run, as plain data.
         run_id: Identity of the run.
         loss: What the loss is, from ``describe_loss``.
+        others: What else a resume needs, from ``capture_others``.
 
     Returns:
-        The header, and the tensors where they are: ``model`` and ``optimizer``, by name.
+        The header, and the tensors where they are: ``model`` and ``optimizer``, by name, and the
+        others.
     """
     epoch, position = plan.place_at(state.step)
     header = Header(
@@ -69,7 +73,35 @@ def capture(
         },
     )
     momentum = dict(velocities(model, optimizer))
-    return header, {"model": model.state_dict(), "optimizer": {"momentum_buffer": momentum}}
+    model_and_optimizer = {"model": model.state_dict(), "optimizer": {"momentum_buffer": momentum}}
+    return header, model_and_optimizer | dict(others or {})
+
+
+def capture_others(
+    model: nn.Module, loss_modules: Mapping[str, nn.Module], buffers: TrainingBuffers
+) -> Tree:
+    """Gather the buffers that the ``state_dict`` of the model lacks.
+
+    Args:
+        model: The model itself, not its wrapper.
+        loss_modules: Modules of the loss, by where they were found.
+        buffers: The buffers that steps change.
+
+    Returns:
+        ``buffers``: non-persistent buffers of the model that steps change; ``loss``: all buffers of
+        the loss; each by name, and left out if there are none.
+    """
+    unsaved = {
+        name: place
+        for name, place in buffers_by_name({"": model}).items()
+        if place in buffers and not is_saved(place)
+    }
+    both = {"buffers": unsaved, "loss": buffers_by_name(loss_modules)}
+    return {
+        key: {name: module.get_buffer(own) for name, (module, own) in places.items()}
+        for key, places in both.items()
+        if places
+    }
 
 
 def refuse_foreign(tree: Any, path: str = "model") -> None:

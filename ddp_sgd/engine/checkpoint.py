@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
-from typing import NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 from ddp_sgd.checkpointing.folder import FOLDER_NAME, CheckpointFolder
 from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.engine.assembly import Job
-from ddp_sgd.engine.capture import Tree, capture, refuse_foreign
+from ddp_sgd.engine.capture import Tree, capture, capture_others, refuse_foreign
 from ddp_sgd.engine.state import State
 from ddp_sgd.engine.writers import Writer, build_writer, bytes_of
 from ddp_sgd.errors import OutputError
@@ -221,7 +221,8 @@ def open_checkpoints(
     with SavedCheckpoints(
         saved,
         partial(
-            capture,
+            _capture,
+            job,
             model=job.replica.inner,
             optimizer=job.optimizer,
             plan=job.plan,
@@ -239,6 +240,11 @@ def open_checkpoints(
         tell=lambda header, row: report.checkpoint(header.step, row),
     ) as checkpoints:
         yield checkpoints
+
+
+def _capture(job: Job, state: State, **others: Any) -> tuple[Header, Tree]:
+    more = capture_others(job.replica.inner, job.loss_modules, job.buffers)
+    return capture(state, others=more, **others)
 
 
 def _reason(error: Exception | None) -> str:

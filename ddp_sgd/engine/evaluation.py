@@ -12,6 +12,7 @@ from ddp_sgd.data.loading import EvalLoader, move
 from ddp_sgd.distributed.collectives import sum_over_ranks
 from ddp_sgd.distributed.pulse import Pulse
 from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.engine.loss_check import is_classification
 from ddp_sgd.losses import Objective
 
 Metrics = dict[str, float | int]
@@ -38,6 +39,8 @@ def evaluate(
     runtime: Runtime,
     pulse: Pulse | None = None,
     interrupted: Callable[[], bool] = lambda: False,
+    *,
+    seed_chunk: Callable[[int], None] = lambda _: None,
 ) -> Metrics:
     """Score a model.
 
@@ -52,11 +55,13 @@ def evaluate(
         runtime: This process.
         pulse: Is told of every chunk.
         interrupted: Whether this rank has something better to do; asked before every chunk.
+        seed_chunk: Seeds what the model draws for a chunk, given its number.
 
     Returns:
         ``eval/loss``, the mean over all units, and ``eval/count``, the samples scored. For scores
         of shape (m, C) and integer targets of shape (m,), C > 1, also ``eval/correct`` and
-        ``eval/accuracy`` in [0, 1], with C > 5 ``eval/correct_top5`` and ``eval/accuracy_top5``.
+        ``eval/accuracy`` in [0, 1], with C > 5 ``eval/correct_top5`` and ``eval/accuracy_top5``,
+        if the loss takes classes and no score is NaN.
 
     Raises:
         Interrupted: Some rank had something better to do; raised on all.
@@ -65,13 +70,15 @@ def evaluate(
     place = torch.device("cpu") if on_host else runtime.device
     scored = _Scored(objective, runtime.device)
     with evaluating(model):
-        for chunk, inputs, targets in loader:
+        for chunk, samples, inputs, targets in loader:
             if pulse is not None:
                 pulse.tick()
             if interrupted():
                 scored.cut_short = 1
                 break
-            scored.add(chunk, model(move(inputs, runtime.device)), targets)
+            seed_chunk(chunk)
+            outputs = objective.outputs(model, move(inputs, runtime.device))
+            scored.add(chunk, samples, outputs, targets)
     sums, counts = scored.by_chunk(loader.chunks.count, place), scored.counts(place)
     sum_over_ranks(sums, runtime)
     sum_over_ranks(counts, runtime)
@@ -90,8 +97,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             yield
     finally:
-        for module, training in modes.items():
-            module.training = training
+        model.train(modes[model])
+        for module, training in modes.items():  # parts may be in another mode than the whole
+            if module.training == training:
+                continue
+            if type(module).train is nn.Module.train:
+                module.training = training
+            else:  # a method of its own may do more than set flags
+                module.train(training)
 
 
 class _Scored:
@@ -118,15 +131,22 @@ class _Scored:
         self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._answers: torch.Tensor | None = None
 
-    def add(self, chunk: int, outputs: Any, targets: Any) -> None:
-        """Take what the model gives for a chunk, and its targets on the host."""
-        samples, answers = _length(targets), move(targets, self._device)
+    def add(self, chunk: int, samples: int, outputs: Any, targets: Any) -> None:
+        """Add what the model gives for a chunk.
+
+        Args:
+            chunk: Number of the chunk.
+            samples: Its samples; 0 for one that takes part only since others do.
+            outputs: What the model returned.
+            targets: Its targets, on the host.
+        """
+        answers = move(targets, self._device)
         counts_samples = self._objective.counts_samples
         self._chunks.append(chunk)
         self._losses.append(self._objective.total(outputs, answers, samples))
         self._units.append(samples if counts_samples else self._objective.units(targets, samples))
         self._samples += samples
-        if not is_classification(outputs, answers):
+        if not (self._objective.takes_classes and is_classification(outputs, answers)):
             return
         if outputs.nbytes > _SMALL_BYTES:
             self._judge([(outputs, answers)])
@@ -145,10 +165,10 @@ class _Scored:
         return sums
 
     def counts(self, place: torch.device) -> torch.Tensor:
-        """Give ``cut_short``, samples, and how many were asked and right, by one and by five."""
+        """Give ``cut_short``, samples, rows of NaN, and how many were asked and right, twice."""
         self._judge_waiting()
         known = torch.tensor([self.cut_short, self._samples], device=place)
-        none = torch.zeros(4, dtype=torch.int64, device=place)
+        none = torch.zeros(5, dtype=torch.int64, device=place)
         answers = none if self._answers is None else self._answers.to(place)
         return torch.cat([known, answers])
 
@@ -161,7 +181,8 @@ class _Scored:
         """Count right answers; targets that the loss ignores are not asked for."""
         outputs, targets = map(torch.cat, zip(*answers, strict=True))
         asked = (targets != self._objective.ignore_index).sum()
-        counts = [asked, (outputs.argmax(dim=1) == targets).sum()]
+        not_numbers = outputs.isnan().any(dim=1).sum()
+        counts = [not_numbers, asked, (outputs.argmax(dim=1) == targets).sum()]
         if outputs.shape[1] > 5:
             top5 = outputs.topk(5, dim=1).indices
             counts += [asked, (top5 == targets[:, None]).any(dim=1).sum()]
@@ -171,34 +192,19 @@ class _Scored:
         self._answers = new if self._answers is None else self._answers + new
 
 
-def is_classification(outputs: Any, targets: Any) -> bool:
-    """Whether outputs are scores of shape (m, C), C > 1, for integer targets of shape (m,)."""
-    return (
-        isinstance(outputs, torch.Tensor)
-        and isinstance(targets, torch.Tensor)
-        and outputs.ndim == 2
-        and outputs.shape[1] > 1
-        and targets.ndim == 1
-        and not targets.is_floating_point()
-    )
-
-
-def _length(targets: Any) -> int:
-    while not isinstance(targets, torch.Tensor):
-        targets = next(iter(targets.values() if isinstance(targets, dict) else targets))
-    return int(targets.shape[0])
-
-
 def _metrics(
     loss: float,
     units: float,
     count: int,
+    not_numbers: int,
     judged: int,
     correct: int,
     judged_top5: int,
     correct_top5: int,
 ) -> Metrics:
     metrics: Metrics = {"eval/loss": loss / units if units else math.nan, "eval/count": count}
+    if not_numbers:  # argmax would take NaN for the largest score
+        return metrics
     if judged:
         metrics |= {"eval/accuracy": correct / judged, "eval/correct": correct}
     if judged_top5:

@@ -80,7 +80,7 @@ def fit(
             parts = gather_parts(config, model, loss, train_set, eval_set)
             require_agreement(config, parts, runtime)
             job = assemble(config, parts, runtime, past)
-            report.start(job.plan, job.state)
+            report.start(job.plan, job.state, job.notes)
             with (
                 open_checkpoints(config, job, past.run_id, folder, report) as checkpoints,
                 keep_watch(

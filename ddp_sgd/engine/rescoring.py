@@ -9,21 +9,27 @@ from typing import Any
 from torch import nn
 
 from ddp_sgd.building import build
-from ddp_sgd.checkpointing.comparing import misfits
 from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.checkpointing.reading import find_checkpoint, read_tensors
 from ddp_sgd.config import RunConfig
 from ddp_sgd.distributed.collectives import broadcast_over_ranks, from_rank_0
 from ddp_sgd.distributed.pulse import Pulse
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.assembly import build_scorer, ready_loss, ready_model
+from ddp_sgd.engine.assembly import (
+    build_scorer,
+    materialize_lazy,
+    ready_collate,
+    ready_loss,
+    ready_model,
+)
 from ddp_sgd.engine.capture import describe_loss
 from ddp_sgd.engine.diagnosis import plain_faults
 from ddp_sgd.engine.digest import weights_digest
 from ddp_sgd.engine.evaluation import Metrics
-from ddp_sgd.engine.trial import check_dataset
+from ddp_sgd.engine.restoring import model_misfits, restore
+from ddp_sgd.engine.sanity_check import check_dataset, read_batch
 from ddp_sgd.errors import ConfigError, DataError
-from ddp_sgd.losses import LossFunction
+from ddp_sgd.losses import LossFunction, loss_modules
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,14 +93,17 @@ def score_anew(saved: Saved, runtime: Runtime) -> tuple[Metrics, str]:
         eval_set = build(config.data.eval, "data.eval", failure=DataError)
         check_dataset(eval_set, "data.eval")
         model = ready_model(config)
-        loss = _fitting_loss(saved)
+        loss, collate = _fitting_loss(saved), ready_collate(config)
+        size = config.data.batch_size
+        batch = read_batch(eval_set, "data.eval", batch_size=size, collate=collate)
+        materialize_lazy(model, loss, batch, config.seed)
         if runtime.rank == 0:
-            _load(model, read_tensors(saved.file)["model"], saved.config)
+            _load(model, read_tensors(saved.file), saved.config)
         model.to(runtime.device)
-        if isinstance(loss, nn.Module):
-            loss.to(runtime.device)
+        for module in loss_modules(loss, model).values():
+            module.to(runtime.device)
         _share(model, runtime)
-        score = build_scorer(config, model, loss, eval_set, runtime, Pulse())
+        score = build_scorer(config, model, loss, eval_set, runtime, Pulse(), collate)
         return score(), weights_digest(model)
 
 
@@ -110,14 +119,16 @@ def _fitting_loss(saved: Saved) -> LossFunction:
     return loss
 
 
-def _load(model: nn.Module, weights: Mapping[str, Any], config: RunConfig) -> None:
-    if differences := misfits(weights, model.state_dict()):
+def _load(model: nn.Module, tensors: Mapping[str, Any], config: RunConfig) -> None:
+    if differences := model_misfits(tensors["model"], model):
         shown = ", ".join(differences[:6]) + (", ..." if len(differences) > 6 else "")
         raise ConfigError(
             f"model is {config.model.class_path}, which the saved weights do not fit: {shown}; "
             "name the model that was trained, with --model.class_path and --model.init_args."
         )
-    model.load_state_dict(weights)
+    restore(model, tensors, step=tensors["cursor"]["step"])
+    for key, modules in (("buffers", {"": model}), ("loss", loss_modules(loss, model))):
+        saved_buffers = tensors.get(key, {})
 
 
 def _share(model: nn.Module, runtime: Runtime) -> None:

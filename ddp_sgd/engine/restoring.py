@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from ddp_sgd.checkpointing.comparing import misfits
 from ddp_sgd.checkpointing.manifest import Header
@@ -15,6 +16,7 @@ from ddp_sgd.config import RunConfig, rank_batch
 from ddp_sgd.data.permutation import ORDER
 from ddp_sgd.distributed.collectives import broadcast_over_ranks, from_rank_0
 from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.engine.buffers import TrainingBuffers, buffers_by_name
 from ddp_sgd.engine.capture import describe_loss, velocities
 from ddp_sgd.engine.state import State
 from ddp_sgd.errors import RefusedError
@@ -91,7 +93,7 @@ def refuse_misfit(
     Raises:
         RefusedError: It does not fit; the message lists what differs.
     """
-    differences = misfits(tensors["model"], model.state_dict())
+    differences = model_misfits(tensors["model"], model)
     if header.plan["samples"] != samples:
         differences.append(f"data.train had {header.plan['samples']} samples, has {samples}")
     if header.loss != loss:
@@ -139,17 +141,89 @@ def hand_over(model: nn.Module, file: Path | None, runtime: Runtime) -> None:
     model.to(runtime.device)
     if file is not None:
         tensors = read_tensors(file)
-        if differences := misfits(tensors["model"], model.state_dict()):
+        if differences := model_misfits(tensors["model"], model):
             raise _misfit(tensors["cursor"]["step"], differences)
-        restore(model, tensors)
+        restore(model, tensors, step=tensors["cursor"]["step"])
     tensors_now = [value for value in model.state_dict().values() if torch.is_tensor(value)]
     broadcast_over_ranks(tensors_now, runtime)
     share_other_state(model, runtime)
 
 
-def restore(model: nn.Module, tensors: Mapping[str, Any]) -> None:
-    """Put weights and buffers back; ``refuse_misfit`` has looked at them."""
-    model.load_state_dict(tensors["model"])
+def restore(model: nn.Module, tensors: Mapping[str, Any], *, step: int) -> None:
+    """Put weights and buffers back; ``refuse_misfit`` has looked at them.
+
+    Args:
+        model: Changed in place.
+        tensors: Content of the checkpoint.
+        step: Where it was saved, for the error.
+
+    Raises:
+        RefusedError: A module does not take its state back.
+    """
+    for name, (module, own) in buffers_by_name({"": model}).items():
+        saved = tensors["model"].get(name)
+        if isinstance(saved, torch.Tensor) and not module.get_buffer(own).numel():
+            module.get_buffer(own).resize_(saved.shape)  # sized at its first use
+    try:
+        model.load_state_dict(tensors["model"])
+    except RuntimeError as error:  # a module that loads its state in its own way
+        raise _misfit(step, [" ".join(str(error).split())]) from error
+
+
+def model_misfits(saved: Mapping[str, Any], model: nn.Module) -> list[str]:
+    """List what a model lacks, has too much, or has in another shape or type.
+
+    Left out are buffers that get their size in use, and those of modules that load by themselves.
+
+    Args:
+        saved: State of a model.
+        model: The model of today.
+    """
+    resized = {
+        name
+        for name, (module, own) in buffers_by_name({"": model}).items()
+        if not module.get_buffer(own).numel() or _loads_by_itself(module)
+    }
+    now = {name: value for name, value in model.state_dict().items() if name not in resized}
+    return misfits({name: v for name, v in saved.items() if name not in resized}, now)
+
+
+def _loads_by_itself(module: nn.Module) -> bool:
+    own = type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
+    return own and not isinstance(module, _NormBase)
+
+
+def restore_buffers(
+    model: nn.Module,
+    loss_modules: Mapping[str, nn.Module],
+    buffers: TrainingBuffers,
+    tensors: Mapping[str, Any],
+    *,
+    step: int,
+) -> None:
+    """Put back the buffers that the ``state_dict`` of the model lacks, and those of the loss.
+
+    Args:
+        model: Changed in place.
+        loss_modules: Modules of the loss, by where they were found; changed in place.
+        buffers: The buffers that steps change.
+        tensors: Content of the checkpoint, perhaps of a release that did not save these.
+        step: Where it was saved, for the error.
+
+    Raises:
+        RefusedError: A buffer of the loss that steps do not change, such as class weights, differs.
+    """
+    for key, modules in (("buffers", {"": model}), ("loss", loss_modules)):
+        places = buffers_by_name(modules)
+        for name, saved in tensors.get(key, {}).items():
+            if name not in places:
+                continue
+            module, own = places[name]
+            now = module.get_buffer(own)
+            if (module, own) in buffers:
+                module._buffers[own] = saved.to(now.device)
+            elif not torch.equal(saved, now.cpu()):
+                raise _misfit(step, [f"{name} of the loss had other values"])
 
 
 def share_other_state(model: nn.Module, runtime: Runtime) -> None:

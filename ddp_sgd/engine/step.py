@@ -11,6 +11,7 @@ from ddp_sgd.distributed.collectives import sum_over_ranks
 from ddp_sgd.distributed.pulse import Pulse
 from ddp_sgd.distributed.replica import Replica
 from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.engine.buffers import TrainingBuffers
 from ddp_sgd.losses import Objective, wide_float
 from ddp_sgd.optim.sgd import SGD
 
@@ -50,6 +51,7 @@ class Stepper:
         runtime: This process.
         pulse: Is told what is being done.
         clip_norm: Largest L2 norm of the gradient, above 0; None does not clip.
+        buffers: The buffers that steps change; None: there are none.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Stepper:
         pulse: Pulse,
         *,
         clip_norm: float | None = None,
+        buffers: TrainingBuffers | None = None,
     ) -> None:
         self._replica = replica
         self._objective = objective
@@ -68,6 +71,7 @@ class Stepper:
         self._runtime = runtime
         self._pulse = pulse
         self._clip_norm = clip_norm
+        self._buffers = buffers if buffers else None
         self._parameters = [p for group in optimizer.groups for p in group.parameters]
 
     def step(self, batches: StepBatches, lr: float) -> StepResult:
@@ -81,6 +85,8 @@ class Stepper:
             batches: This rank's part of the step.
             lr: Rate of this step.
         """
+        if self._buffers:
+            self._prepare_buffers(self._buffers, batches.step)
         self._pulse.at("forward pass", batches.step)
         for parameter in self._parameters:
             parameter.grad = None
@@ -91,12 +97,12 @@ class Stepper:
             self._pulse.tick()
             ready = batch.to(self._runtime.device)
             with self._replica.sync_gradients(when=batch.is_last):
-                outputs = self._replica.forward(ready.inputs)
+                outputs = self._objective.outputs(self._replica.forward, ready.inputs)
                 loss = self._objective(outputs, ready.targets)
                 weight = self._objective.weight(ready.samples)
                 if batch.is_last:
                     self._pulse.at("backward pass")
-                _backward(loss, _as_gradient(weight * divisor / units, loss))
+                backward(loss, _as_gradient(weight * divisor / units, loss))
             losses.append(loss.detach())
             weights.append(weight)
         self._pulse.at("reducing gradients")
@@ -125,17 +131,30 @@ class Stepper:
         if self._clip_norm is not None:
             clip_grads_with_norm_(self._parameters, self._clip_norm, norm)
         self._optimizer.step(lr, skipped)
+        if self._buffers:
+            self._buffers.restore_where(skipped)
         return norm
 
+    def _prepare_buffers(self, buffers: TrainingBuffers, step: int) -> None:
+        """Make the buffers equal on all ranks, where the weights are, and remember them."""
+        if buffers.synced and self._replica.is_equal_before(step):
+            self._pulse.at("synchronizing buffers", step)
+            buffers.sync()
+        buffers.keep()
 
-def _backward(loss: torch.Tensor, gradient: torch.Tensor) -> None:
+
+def backward(loss: torch.Tensor, gradient: torch.Tensor) -> None:
     """Add the gradient of ``loss * gradient`` to that of each parameter.
+
+    Args:
+        loss: Tensor without dimensions.
+        gradient: The same, on the same device.
 
     What ``loss.backward(gradient)`` comes to. That imports sympy for a look at the shape, half a
     second in the first step, and takes 18 us more in every step.
     """
     keep_graph = create_graph = False
-    torch.autograd.Variable._execution_engine.run_backward(
+    torch.autograd.Variable._execution_engine.runbackward(
         *((loss,), (gradient,), keep_graph, create_graph, ()),
         allow_unreachable=True,
         accumulate_grad=True,
@@ -164,11 +183,3 @@ def _total_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
         return torch.zeros(())
     norms = torch._foreach_norm(tensors)
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-
-
-def model_generators(device: torch.device) -> tuple[torch.Generator, ...]:
-    """Return the generators that a model on this device draws from, such as in dropout."""
-    host = torch.default_generator
-    if device.type in ("cuda", "xpu"):
-        return host, torch.get_device_module(device).default_generators[device.index]
-    return (host,)

@@ -8,6 +8,7 @@ from ddp_sgd.distributed.runtime import Runtime
 _KINDS = ("data", "compute", "waiting", "bookkeeping")
 _KIND_OF = {
     "reading data": "data",
+    "synchronizing buffers": "waiting",
     "forward pass": "compute",
     "backward pass": "compute",
     "moving weights": "compute",

@@ -77,7 +77,7 @@ def mark_samples(dataset: Any, where: str, seed: int) -> dict[str, Mark]:
 
 
 def describe_model(model: nn.Module) -> dict[str, str]:
-    """Give the number type and shape of every parameter and buffer, in the order of the model."""
+    """Give type, shape and memory layout of every parameter and buffer, in the model's order."""
     described = {}
     for kind, named in (
         ("parameter", model.named_parameters()),
@@ -85,8 +85,29 @@ def describe_model(model: nn.Module) -> dict[str, str]:
     ):
         for name, tensor in named:
             frozen = ", frozen" if kind == "parameter" and not tensor.requires_grad else ""
-            described[f"{kind} {name}"] = f"{_describe(tensor)}{frozen}"
+            described[f"{kind} {name}"] = f"{_describe(tensor)}{_layout(tensor)}{frozen}"
     return described
+
+
+def describe_loss_tensors(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Give type, shape and a digest of every tensor in the state of a loss.
+
+    Args:
+        modules: The modules of the loss, by where they were found.
+    """
+    return {
+        f"tensor {where}.{name}": f"{_describe(value)} ({_show(value)})"
+        for where, module in modules.items()
+        for name, value in module.state_dict().items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def _layout(tensor: torch.Tensor) -> str:
+    """Describe the strides where they are not those of rows: ranks add up memory, not numbers."""
+    if is_lazy(tensor) or tensor.layout is not torch.strided or tensor.is_contiguous():
+        return ""
+    return f" with strides {tensor.stride()}"
 
 
 def _describe(part: Any) -> str:
@@ -137,7 +158,8 @@ def _mark(tensor: torch.Tensor, *, is_target: bool) -> Mark | None:
 def _show(tensor: torch.Tensor) -> str:
     if tensor.numel() == 1:
         return str(tensor.item())
-    content = tensor.detach().cpu().contiguous().numpy().tobytes()
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    content = flat.view(torch.uint8).numpy().tobytes()  # numpy lacks some types
     return f"{tensor.numel()} numbers with the digest {_digest(content)}"
 
 

@@ -38,6 +38,8 @@ class Progress:
         self._record = record
         for line in plan_lines(record.plan):
             self.say(line)
+        for note in record.notes:
+            self.say(f"note: {note}")
         self.say(f"results in {record.folder}")
         if sys.stderr.isatty():
             self._bar = tqdm(

@@ -78,12 +78,13 @@ class Reporter:
         self._plan: Plan | None = None
         self._state: Progressing | None = None
 
-    def start(self, plan: Plan, state: Progressing) -> None:
+    def start(self, plan: Plan, state: Progressing, notes: tuple[str, ...] = ()) -> None:
         """Open the sinks, and say that the run starts, or goes on.
 
         Args:
             plan: The run's arithmetic.
             state: Is asked for the step of every row.
+            notes: What the user should know, one line each.
         """
         self._plan, self._state = plan, state
         origin = self._origin
@@ -97,6 +98,7 @@ class Reporter:
             resumed=origin.has_rows,
             samples=origin.samples,
             is_scored=origin.is_scored,
+            notes=notes,
         )
         if self._folder is not None:
             self._scribe = Scribe(self._write_burst)

@@ -51,6 +51,7 @@ class RunRecord:
         resumed: Whether the run goes on, so that earlier rows exist.
         samples: Samples that were trained before.
         is_scored: Whether the evaluation at that place was done.
+        notes: What the user should know, one line each.
     """
 
     folder: Path
@@ -62,6 +63,7 @@ class RunRecord:
     resumed: bool = False
     samples: int = 0
     is_scored: bool = False
+    notes: tuple[str, ...] = ()
 
 
 class Sink(Protocol):

@@ -1,0 +1,183 @@
+"""Loss reduction by experiment: a mean over samples, a sum, or something that cannot be split.
+
+Losses of a user's own say nothing about themselves. So the loss of a batch is compared with those
+of its samples, on random outputs, since those of the model may be special: zero at the start, or
+saturated at the end of a run.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from ddp_sgd.losses import LossFunction
+
+Reduction = Literal["mean", "sum", "other"]
+
+_DRAWS = 3
+
+
+class LossKind(NamedTuple):
+    """What an experiment found out about a loss.
+
+    Args:
+        reduction: ``mean`` if the loss of a batch is the mean of those of its samples, ``sum`` if
+            it is their sum, ``other`` if it is neither, such as for losses of pairs of samples.
+        takes_classes: Whether integer targets of shape (m,) are indices into outputs of shape
+            (m, C).
+    """
+
+    reduction: Reduction
+    takes_classes: bool
+
+
+def examine_loss(
+    loss: LossFunction, outputs: Any, targets: Any, targets_of_one: Sequence[Any]
+) -> LossKind:
+    """Compare the loss of a batch with those of its samples, on three draws of outputs.
+
+    Args:
+        loss: Gives a tensor without dimensions for (outputs, targets).
+        outputs: What the model gave for a batch, as an example of shapes and types.
+        targets: Targets of the batch.
+        targets_of_one: Targets of batches of one sample each, of the same samples.
+    """
+    for draw in (_normal, _uniform, _shuffled):
+        draws = [draw(outputs, len(targets_of_one), number) for number in range(_DRAWS)]
+        whole = [_value(loss, drawn, targets) for drawn in draws]
+        if all(value is not None for value in whole):
+            break
+    else:  # the loss works on nothing but the model's own outputs
+        return LossKind("other", takes_classes=False)
+    found = set()
+    for drawn, value in zip(draws, whole, strict=True):
+        parts = [
+            _value(loss, _sample_of(drawn, len(targets_of_one), number), target)
+            for number, target in enumerate(targets_of_one)
+        ]
+        if value is not None and (reduction := _reduction(value, parts)):
+            found.add(reduction)
+    reduction = found.pop() if len(found) == 1 else "other" if found else "mean"
+    return LossKind(reduction, _takes_classes(loss, draws, targets))
+
+
+def _value(loss: LossFunction, outputs: Any, targets: Any) -> torch.Tensor | None:
+    """Compute a loss; None if that fails, or gives no finite number."""
+    try:
+        with torch.no_grad():
+            value = loss(outputs, targets).detach()
+    except Exception:  # whatever a user's loss raises on outputs that are not the model's
+        return None
+    return value if value.ndim == 0 and bool(value.isfinite()) else None
+
+
+def _reduction(whole: torch.Tensor, parts: Sequence[torch.Tensor | None]) -> Reduction | None:
+    """Judge one draw; None if mean and sum are too close to tell, such as where all is zero.
+
+    Values of the same loss differ by rounding: by the square root of the unit of their type at
+    most, which leaves room for sums of some thousand terms.
+    """
+    known = [part.double() for part in parts if part is not None]
+    if len(known) < len(parts):
+        return "other"
+    values, value = torch.stack(known), whole.double()
+    tolerance = torch.finfo(whole.dtype).eps ** 0.5 * values.abs().max()
+    is_mean = bool((value - values.mean()).abs() <= tolerance)
+    is_sum = bool((value - values.sum()).abs() <= tolerance * len(parts))
+    if is_mean and is_sum:
+        return None
+    return "mean" if is_mean else "sum" if is_sum else "other"
+
+
+def _takes_classes(loss: LossFunction, draws: Sequence[Any], targets: Any) -> bool:
+    """Whether the loss wants a larger score of the target class, more than of any other.
+
+    The gradient of a score of shape (m, C) then has its minimum at the target in every row. Of
+    embeddings, which the loss compares with each other, that holds by chance only.
+    """
+    rows = 0
+    for drawn in draws:
+        if not is_classification(drawn, targets):
+            return False
+        scores = drawn.detach().clone().requires_grad_()
+        try:
+            with torch.enable_grad():
+                (gradient,) = torch.autograd.grad(loss(scores, targets), scores)
+        except Exception:  # whatever a user's loss raises
+            return False
+        counted = (gradient != 0).any(dim=1) & (targets >= 0)
+        if bool((gradient.argmin(dim=1) != targets)[counted].any()):
+            return False
+        rows += int(counted.sum())
+    return rows > 0
+
+
+def is_classification(outputs: Any, targets: Any) -> bool:
+    """Whether outputs are scores of shape (m, C), C > 1, for integer targets of shape (m,)."""
+    return (
+        isinstance(outputs, torch.Tensor)
+        and isinstance(targets, torch.Tensor)
+        and outputs.ndim == 2
+        and outputs.shape[1] > 1
+        and targets.ndim == 1
+        and not targets.is_floating_point()
+    )
+
+
+def _normal(outputs: Any, samples: int, number: int) -> Any:
+    """Draw scores near zero, where most losses have a gradient."""
+    generator = torch.Generator().manual_seed(number)
+
+    def draw(tensor: torch.Tensor) -> torch.Tensor:
+        drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float32)
+        return (0.1 * drawn).to(tensor)
+
+    return _change(outputs, samples, draw)
+
+
+def _uniform(outputs: Any, samples: int, number: int) -> Any:
+    """Draw probabilities, for losses that take nothing else."""
+    generator = torch.Generator().manual_seed(number)
+
+    def draw(tensor: torch.Tensor) -> torch.Tensor:
+        drawn = torch.rand(tensor.shape, generator=generator, dtype=torch.float32)
+        return (0.1 + 0.8 * drawn).to(tensor)
+
+    return _change(outputs, samples, draw)
+
+
+def _shuffled(outputs: Any, samples: int, number: int) -> Any:
+    """Give the model's outputs to other samples, for losses of things that cannot be drawn."""
+
+    def roll(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.roll(number, dims=_batch_dim(tensor, samples) or 0)
+
+    return _change(outputs, samples, roll)
+
+
+def _change(
+    value: Any, samples: int, change: Callable[[torch.Tensor], torch.Tensor]
+) -> Any:
+    """Change the floating-point tensors that have a row for each sample, in any containers."""
+
+    def changed(tensor: torch.Tensor) -> torch.Tensor:
+        has_rows = tensor.is_floating_point() and _batch_dim(tensor, samples) is not None
+        return change(tensor.detach()) if has_rows else tensor.detach()
+
+    return tree_map_only(torch.Tensor, changed, value)
+
+
+def _sample_of(outputs: Any, samples: int, number: int) -> Any:
+    """Cut the outputs of one sample out of those of a batch."""
+
+    def cut(tensor: torch.Tensor) -> torch.Tensor:
+        dim = _batch_dim(tensor, samples)
+        return tensor if dim is None else tensor.narrow(dim, number, 1)
+
+    return tree_map_only(torch.Tensor, cut, outputs)
+
+
+def _batch_dim(tensor: torch.Tensor, samples: int) -> int | None:
+    """Find the dimension that has as many entries as there are samples, the first if several."""
+    return next((dim for dim, size in enumerate(tensor.shape) if size == samples), None)

@@ -1,0 +1,176 @@
+"""Supported models: what cannot be trained exactly is refused before the first step."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from ddp_sgd.errors import ConfigError
+from ddp_sgd.plan import Plan
+
+_TRAINABLE = (
+    *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
+    *(torch.complex64, torch.complex128),
+)
+_SHARDED = ("DTensor", "FlatParameter", "ShardedTensor")
+_WRAPPERS = ("FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse models and parameters that data-parallel SGD cannot train as they are.
+
+    Args:
+        model: Model as the user built it, on any device.
+
+    Raises:
+        ConfigError: The model is wrapped already, or a parameter is sharded, without memory, of a
+            type or layout that SGD cannot move.
+    """
+    for name, module in model.named_modules():
+        kind = type(module)
+        names = {base.__name__ for base in kind.__mro__}
+        if isinstance(module, (DataParallel, DistributedDataParallel)):
+            raise ConfigError(
+                f"model{_dotted(name)} is wrapped in {kind.__name__}; give the module itself "
+                "(its attribute .module): the run keeps the replicas equal."
+            )
+        if wrapper := names.intersection(_WRAPPERS):
+            raise ConfigError(
+                f"model{_dotted(name)} is wrapped in {wrapper.pop()}; give the module itself: "
+                "every rank holds the whole model, sharded ones are not supported."
+            )
+    for name, parameter in model.named_parameters():
+        if fault := _fault_of(parameter):
+            raise ConfigError(f"model.{name} is {fault}.")
+
+
+def check_embeddings(model: nn.Module, plan: Plan) -> None:
+    """Refuse layers whose forward pass changes their weights, where a step has several passes.
+
+    Raises:
+        ConfigError: An embedding has ``max_norm`` and a step more than one micro-batch, or sparse
+            gradients.
+    """
+    passes = plan.world_size * plan.accumulate
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            continue
+        if module.sparse and module.weight.requires_grad:
+            raise ConfigError(
+                f"model{_dotted(name)} is an {type(module).__name__} with sparse gradients, which "
+                "ranks cannot sum; set sparse=False."
+            )
+        if module.max_norm is not None and passes > 1:
+            raise ConfigError(
+                f"model{_dotted(name)} is an {type(module).__name__} with max_norm="
+                f"{module.max_norm}, which changes its weights in every forward pass, while a step "
+                f"has {passes} of them; set max_norm=None, or train one rank with "
+                "data.accumulate=1."
+            )
+
+
+def check_changed_parameters(
+    model: nn.Module, changed: list[nn.Parameter], plan: Plan
+) -> None:
+    """Refuse other models that change their parameters in a forward pass.
+
+    Args:
+        model: The model.
+        changed: Parameters that a forward pass changed.
+        plan: The run's arithmetic.
+
+    Raises:
+        ConfigError: There are some, and a step has more than one forward pass.
+    """
+    passes = plan.world_size * plan.accumulate
+    names = _names(model)
+    if passes > 1 and changed:
+        raise ConfigError(
+            f"model.{names.get(changed[0], 'a parameter')} is changed by the forward pass, while a "
+            f"step has {passes} of them, which would differ; change it in a buffer, or train one "
+            "rank with data.accumulate=1."
+        )
+
+
+def check_gradients(model: nn.Module) -> None:
+    """Refuse sparse gradients, after a backward pass.
+
+    Raises:
+        ConfigError: A parameter has a sparse gradient.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and parameter.grad.layout is not torch.strided:
+            raise ConfigError(
+                f"model.{name} is given sparse gradients, which ranks cannot sum; build its layer "
+                "with sparse=False."
+            )
+
+
+def check_loss_parameters(modules: Mapping[str, nn.Module]) -> None:
+    """Refuse a loss with parameters: SGD moves those of the model alone.
+
+    Args:
+        modules: The modules of the loss, by where they were found.
+
+    Raises:
+        ConfigError: A parameter of the loss requires a gradient.
+    """
+    for where, module in modules.items():
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                held = "" if where == "loss" else f" ({where})"
+                raise ConfigError(
+                    f"loss is {type(module).__name__}{held} with the parameter {name}, which "
+                    "would not be trained; make it a part of the model, whose forward then gives "
+                    "what the loss needs, or freeze it with requires_grad_(False)."
+                )
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether a tensor covers its memory without gaps and without overlap, in any order."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _fault_of(parameter: nn.Parameter) -> str | None:
+    """Say what is wrong with a parameter and what to do; None if it can be trained."""
+    if {base.__name__ for base in type(parameter).__mro__}.intersection(_SHARDED):
+        return (
+            f"a {type(parameter).__name__}: sharded parameters are not supported; give a model "
+            "that every rank holds whole"
+        )
+    if nn.parameter.is_lazy(parameter):
+        return None
+    if parameter.device.type == "meta":
+        return "on the device meta, without memory; build the model on the CPU, or load its weights"
+    if not parameter.requires_grad:
+        return None
+    if parameter.layout is not torch.strided:
+        layout = str(parameter.layout).removeprefix("torch.")
+        return f"of the layout {layout}, which SGD cannot move; make it dense with .to_dense()"
+    if parameter.dtype not in _TRAINABLE:
+        return (
+            f"of {str(parameter.dtype).removeprefix('torch.')}, in which SGD cannot move weights; "
+            "convert the model with .float()"
+        )
+    if parameter.numel() and not is_dense(parameter):
+        return (
+            f"of shape {tuple(parameter.shape)} with strides {parameter.stride()}, which leaves "
+            "gaps in its memory or uses some twice; store it with p.data = p.data.contiguous()"
+        )
+    return None
+
+
+def _dotted(name: str) -> str:
+    return f".{name}" if name else ""
+
+
+def _names(model: nn.Module) -> dict[nn.Parameter, str]:
+    return {parameter: name for name, parameter in model.named_parameters()}

@@ -1,0 +1,418 @@
+"""Sanity check: one batch through the model and the loss before the run, without a trace.
+
+What does not fit is found and named before the first step, and what steps depend on is found out:
+the units of the loss, the buffers that training changes, the random numbers that it draws.
+"""
+
+import warnings
+from collections.abc import Mapping, Sized
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import IterableDataset, TensorDataset
+
+from ddp_sgd.data.fetching import EVAL_EPOCH, Collate, Fetcher, Request, Unreadable
+from ddp_sgd.data.loading import move
+from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.engine.buffers import TrainingBuffers, statistics_of
+from ddp_sgd.engine.evaluation import evaluating
+from ddp_sgd.engine.loss_check import examine_loss
+from ddp_sgd.engine.model_check import (
+    check_changed_parameters,
+    check_embeddings,
+    check_gradients,
+    check_loss_parameters,
+)
+from ddp_sgd.engine.model_inputs import choose_spread
+from ddp_sgd.engine.randomness import Randomness
+from ddp_sgd.engine.side_effects import Place, SideEffects, undo_side_effects
+from ddp_sgd.engine.step import backward
+from ddp_sgd.errors import ConfigError, DataError
+from ddp_sgd.losses import (
+    LossFunction,
+    Objective,
+    as_module,
+    has_forward_of_torch,
+    is_of_classes,
+    loss_modules,
+)
+from ddp_sgd.plan import Plan
+
+_MOST_SAMPLES = 8
+"""Samples of the batch: enough for pairs of one class, few enough for any memory."""
+
+_SHOWN = 6
+"""Parts of a container that an error describes."""
+
+
+class Batch(NamedTuple):
+    """A few samples, spread over a data set.
+
+    Args:
+        inputs: Inputs, on the host.
+        targets: Targets, on the host.
+        targets_of_one: Targets of each sample alone.
+        indices: Which samples.
+    """
+
+    inputs: Any
+    targets: Any
+    targets_of_one: list[Any]
+    indices: list[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingFacts:
+    """What a pass in training mode told.
+
+    Args:
+        objective: The loss, as the sum over units that it is made of.
+        buffers: The buffers that steps change.
+        randomness: The generators that steps draw from.
+        notes: What the user should know, one line each.
+    """
+
+    objective: Objective
+    buffers: TrainingBuffers
+    randomness: Randomness
+    notes: tuple[str, ...] = ()
+
+
+def check_dataset(dataset: Any, where: str) -> None:
+    """Refuse what is not a map-style data set with at least one sample.
+
+    Raises:
+        ConfigError: It has no length, or gives no sample for an index.
+        DataError: It is empty.
+    """
+    by_index = isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")
+    if not by_index or isinstance(dataset, IterableDataset):
+        raise ConfigError(
+            f"{where} is a {type(dataset).__name__}, which has no length or no samples by index; "
+            "name a map-style data set (streaming data sets are not supported)."
+        )
+    if len(dataset) == 0:
+        raise DataError(f"{where} is empty; name a data set with at least one sample.")
+
+
+def read_batch(dataset: Any, where: str, *, batch_size: int, collate: Collate | None) -> Batch:
+    """Read a few samples, spread over a data set, in the way of an evaluation.
+
+    Args:
+        dataset: Map-style data set with at least one sample.
+        where: Its key, for errors.
+        batch_size: Samples of a micro-batch.
+        collate: Function from a list of samples to a batch; None: torch's default_collate.
+
+    Raises:
+        DataError: The samples cannot be read.
+    """
+    samples = min(len(dataset), max(2, min(_MOST_SAMPLES, batch_size)))
+    indices = np.linspace(0, len(dataset) - 1, samples).astype(np.int64)
+    fetcher = Fetcher(dataset, where, 0, collate)
+    read = fetcher.read_with_singles(Request(EVAL_EPOCH, indices))
+    if isinstance(read, Unreadable):
+        raise DataError(read.message)
+    (inputs, targets), singles = read
+    return Batch(inputs, targets, [target for _, target in singles], indices.tolist())
+
+
+def check_training(
+    model: nn.Module,
+    loss: LossFunction,
+    dataset: Any,
+    batch: Batch,
+    plan: Plan,
+    runtime: Runtime,
+) -> TrainingFacts:
+    """Take a batch forward and backward in training mode.
+
+    Args:
+        model: The model on the runtime's device, in the mode that it is trained in.
+        loss: Module or function of (outputs, targets).
+        dataset: The training set.
+        batch: Some of its samples.
+        plan: The run's arithmetic.
+        runtime: This process.
+
+    Raises:
+        DataError: Labels lie out of range.
+        ConfigError: Model, loss and samples do not fit together, or cannot be trained exactly.
+    """
+    modules = loss_modules(loss, model)
+    check_loss_parameters(modules)
+    check_embeddings(model, plan)
+    randomness = Randomness(runtime.device)
+    whole = [model, *modules.values()]
+    with undo_side_effects(whole, randomness.generators) as effects:
+        randomness.seed(0)
+        check = _Check(model, loss, dataset, batch, runtime.device, "data.train")
+        outputs, value = check.forward()
+        check.backward(value)
+        check_gradients(model)
+        check_changed_parameters(model, effects.changed_parameters(), plan)
+        randomness.follow(effects)
+        changed = effects.changed_buffers()
+        read = _read_in_training(check, effects, randomness, changed, runtime)
+        objective, notes = check.judge(outputs)
+    statistics = statistics_of(whole)
+    return TrainingFacts(
+        objective=objective,
+        buffers=TrainingBuffers(list(dict.fromkeys([*changed, *statistics])), read, runtime),
+        randomness=randomness,
+        notes=notes,
+    )
+
+
+def check_evaluation(
+    model: nn.Module, loss: LossFunction, dataset: Any, batch: Batch, device: torch.device
+) -> tuple[Objective, Randomness]:
+    """Send a batch through model and loss in evaluation mode.
+
+    Args:
+        model: The model on the device.
+        loss: Module or function of (outputs, targets).
+        dataset: The held-out set.
+        batch: Some of its samples.
+        device: Where to compute.
+
+    Returns:
+        The loss, as the sum over units that it is made of, and the generators that are drawn from.
+
+    Raises:
+        DataError: Labels lie out of range.
+        ConfigError: Model, loss and samples do not fit together.
+    """
+    whole = [model, *loss_modules(loss, model).values()]
+    randomness = Randomness(device)
+    with undo_side_effects(whole, randomness.generators) as effects, evaluating(model):
+        check = _Check(model, loss, dataset, batch, device, "data.eval")
+        outputs, _ = check.forward()
+        randomness.follow(effects)
+        return check.judge(outputs)[0], randomness
+
+
+class _Check:
+    """One batch on its way through model and loss; errors name what does not fit."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: LossFunction,
+        dataset: Any,
+        batch: Batch,
+        device: torch.device,
+        where: str,
+    ) -> None:
+        self._model = model
+        self._loss = loss
+        self._where = where
+        self._listed = listed_targets(dataset, batch)
+        self._labels = batch.targets if self._listed is None else self._listed
+        self._inputs, self._targets = move(batch.inputs, device), move(batch.targets, device)
+        self._targets_of_one = move(batch.targets_of_one, device)
+        self._spread = choose_spread(model, self._inputs, len(batch.indices))
+        self._objective = Objective(loss, batch.targets, spread=self._spread)
+        self._mode = " in training mode" if model.training else ""
+
+    def forward(self) -> tuple[Any, torch.Tensor]:
+        """Call the model and the loss; gives what both return."""
+        outputs = self.call_model()
+        if self._objective.takes_classes:
+            self._check_labels(outputs)
+        value = self._call_loss(outputs)
+        if not isinstance(value, torch.Tensor) or value.ndim:
+            raise ConfigError(
+                f"loss is {_name_of(self._loss)}, which gives {describe(value)}; let it give the "
+                "mean over samples, a tensor without dimensions."
+            )
+        return outputs, value
+
+    def call_model(self) -> Any:
+        """Call the model alone."""
+        try:
+            return self._objective.outputs(self._model, self._inputs)
+        except Exception as error:  # whatever a user's model raises
+            raise ConfigError(
+                f"model is {type(self._model).__name__}, which fails on inputs of "
+                f"{describe(self._inputs)}{self._mode}, {type(error).__name__}: {error}; make "
+                "model.init_args fit the data, or transform the data."
+            ) from error
+
+    def _call_loss(self, outputs: Any) -> Any:
+        try:
+            with warnings.catch_warnings():
+                # Shapes that torch stretches to fit give a loss over pairs that nobody meant.
+                warnings.filterwarnings("error", message="Using a target size")
+                return self._loss(outputs, self._targets)
+        except Exception as error:  # whatever a user's loss raises
+            if isinstance(error, IndexError):
+                self._check_labels(outputs)
+            raise ConfigError(
+                f"the model gives {describe(outputs)}{self._mode}, which does not fit targets of "
+                f"{describe(self._targets)}, {type(error).__name__}: {error}; change the last "
+                "layer of the model, the loss or the targets."
+            ) from error
+
+    def backward(self, value: torch.Tensor) -> None:
+        """Compute the gradients."""
+        if not value.requires_grad:
+            raise ConfigError(
+                f"loss is {_name_of(self._loss)}, whose value does not depend on a parameter that "
+                "requires a gradient; look for detach(), no_grad() or argmax() in model and loss."
+            )
+        try:
+            backward(value, torch.ones_like(value))
+        except Exception as error:  # whatever a user's function raises
+            raise ConfigError(
+                f"model is {type(self._model).__name__}, whose backward pass fails, "
+                f"{type(error).__name__}: {error}; change what cannot be differentiated."
+            ) from error
+
+    def judge(self, outputs: Any) -> tuple[Objective, tuple[str, ...]]:
+        """Find out the units of the loss, and whether targets are classes; gives notes, too."""
+        takes_classes, notes = is_of_classes(self._loss), ()
+        if not has_forward_of_torch(as_module(self._loss)):
+            kind = examine_loss(self._loss, outputs, self._targets, self._targets_of_one)
+            takes_classes = kind.takes_classes
+            if kind.reduction == "sum":
+                raise ConfigError(
+                    f"loss is {_name_of(self._loss)}, which gives the sum over the samples of a "
+                    "batch; let it give their mean: the run weights every micro-batch itself."
+                )
+            if kind.reduction == "other":
+                notes = (_depends_on_split(self._loss),)
+        if takes_classes:
+            self._check_labels(outputs)
+        objective = Objective(
+            self._loss,
+            self._labels,
+            complete=self._listed is not None,
+            takes_classes=takes_classes,
+            spread=self._spread,
+        )
+        return objective, notes
+
+    def _check_labels(self, outputs: Any) -> None:
+        if classes := _classes(outputs, self._targets):
+            counted = self._labels[self._labels != self._objective.ignore_index]
+            check_labels(counted, classes, self._where)
+
+
+def _read_in_training(
+    check: _Check,
+    effects: SideEffects,
+    randomness: Randomness,
+    changed: list[Place],
+    runtime: Runtime,
+) -> list[Place]:
+    """List the changed buffers that a pass in training mode may read, if there are several ranks.
+
+    Those are all but running statistics of normalization layers; and also these, where a pass
+    gives other outputs once they are changed, as in layers that renormalize.
+    """
+    statistics = set(statistics_of(module for module, _ in changed))
+    kept = [place for place in changed if place in statistics]
+    others = [place for place in changed if place not in statistics]
+    if runtime.alone or not kept:
+        return others
+    outputs = []
+    for change in (0, 1):
+        effects.undo()
+        randomness.seed(0)
+        with torch.no_grad():
+            for module, name in kept:
+                module.get_buffer(name).add_(change)
+            outputs.append(check.call_model())
+    return others if _are_equal(*outputs) else changed
+
+
+def listed_targets(dataset: Any, batch: Batch) -> torch.Tensor | None:
+    """Return the targets of all samples, where a data set lists them as it gives them; else None.
+
+    The list counts only if it equals the targets that were read: a transform may change those.
+
+    Args:
+        dataset: Data set with an attribute ``targets``, as torchvision's have, or torch's own.
+        batch: Samples of it; only integer targets of shape (m,) are looked for.
+    """
+    listed = getattr(dataset, "targets", None)
+    targets = batch.targets
+    if isinstance(dataset, TensorDataset):
+        listed = dataset.tensors[-1]
+    is_changed = getattr(dataset, "target_transform", None) is not None
+    if listed is None or is_changed or not isinstance(targets, torch.Tensor):
+        return None
+    try:
+        labels = torch.as_tensor(listed)
+    except (TypeError, ValueError, RuntimeError):  # lists of something else than numbers
+        return None
+    fits = labels.shape == (len(dataset),) and not labels.is_floating_point()
+    if not fits or targets.is_floating_point() or targets.ndim != 1:
+        return None
+    return labels if torch.equal(labels[batch.indices].to(targets), targets) else None
+
+
+def check_labels(labels: torch.Tensor, classes: int, where: str) -> None:
+    """Refuse class labels that the model has no score for.
+
+    Raises:
+        DataError: A label is negative or too large.
+    """
+    if labels.numel() == 0:
+        return
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise DataError(
+            f"{where} has labels from {low} to {high} while the model gives {classes} scores; "
+            f"number the labels from 0, or give the model {max(high + 1, 2)} classes."
+        )
+
+
+def describe(value: Any) -> str:
+    """Say what a value is, for an error: shape and type of tensors, else the class."""
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        parts = [f"{key}: {describe(item)}" for key, item in value.items()]
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        parts = [f"{name}: {describe(item)}" for name, item in value._asdict().items()]
+    elif isinstance(value, (list, tuple)):
+        parts = [describe(item) for item in value]
+    else:
+        parts = []
+    shown = ", ".join(parts[:_SHOWN]) + (", ..." if len(parts) > _SHOWN else "")
+    return f"a {type(value).__name__} of ({shown})" if parts else f"a {type(value).__name__}"
+
+
+def _classes(outputs: Any, targets: Any) -> int | None:
+    """Count the classes of scores of shape (m, C, ...) for integer targets of shape (m, ...)."""
+    if not (isinstance(outputs, torch.Tensor) and isinstance(targets, torch.Tensor)):
+        return None
+    fits = outputs.ndim == targets.ndim + 1 and outputs.ndim > 1
+    is_of_pixels = fits and outputs.shape[2:] == targets.shape[1:] and outputs.shape[1] > 1
+    return outputs.shape[1] if is_of_pixels and not targets.is_floating_point() else None
+
+
+def _depends_on_split(loss: LossFunction) -> str:
+    return (
+        f"the loss of a batch is not the mean of those of its samples ({_name_of(loss)}), such as "
+        "for pairs within the batch or weighted means; it is trained as a mean, and a step then "
+        "depends on how the batch is split over ranks and micro-batches"
+    )
+
+
+def _name_of(loss: Any) -> str:
+    return getattr(loss, "__qualname__", type(loss).__name__)
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    first, second = tree_leaves(one), tree_leaves(other)
+    return len(first) == len(second) and all(
+        torch.equal(a, b) if isinstance(a, torch.Tensor) else True
+        for a, b in zip(first, second, strict=True)
+    )

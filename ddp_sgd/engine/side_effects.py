@@ -1,0 +1,206 @@
+"""Undo the side effects of a forward or backward pass, so that a sanity check leaves no trace."""
+
+import random
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+Place = tuple[nn.Module, str]
+"""A buffer by its module and its name there: assignments replace the tensor, not the place."""
+
+
+class _Memory(NamedTuple):
+    """A storage and what it held."""
+
+    storage: torch.UntypedStorage
+    content: torch.UntypedStorage
+
+
+class _Form(NamedTuple):
+    """A buffer as it was: the tensor, its version, and where it lies in its storage."""
+
+    tensor: torch.Tensor
+    version: int
+    shape: torch.Size
+    strides: tuple[int, ...]
+    offset: int
+
+
+@contextmanager
+def undo_side_effects(
+    modules: Sequence[nn.Module], generators: Sequence[torch.Generator]
+) -> Iterator["SideEffects"]:
+    """Put modules and random number generators back as they were when the block ends.
+
+    Parameters and buffers (also resized or replaced ones), gradients, attributes, the contents of
+    lists, dictionaries and sets among the attributes, torch's given generators, ``random`` and
+    ``numpy.random``. Modules that are still lazy are left out: what gives them a shape stays.
+
+    Args:
+        modules: Modules with all that is below them.
+        generators: Generators that a forward pass draws from.
+
+    Yields:
+        What the passes in the block have changed so far.
+    """
+    effects = SideEffects(modules, generators)
+    try:
+        yield effects
+    finally:
+        effects.undo()
+
+
+class SideEffects:
+    """What passes have changed since this was made.
+
+    Args:
+        modules: Modules with all that is below them.
+        generators: Generators that a forward pass draws from.
+    """
+
+    def __init__(
+        self, modules: Sequence[nn.Module], generators: Sequence[torch.Generator]
+    ) -> None:
+        found = dict.fromkeys(m for root in modules for m in root.modules())
+        self._modules = [module for module in found if not _is_lazy(module)]
+        self._attributes = [(m, dict(vars(m)), _contents(vars(m))) for m in self._modules]
+        self._classes = [type(module) for module in self._modules]  # lazy modules become others
+        self._forms = {place: _form(place[0]._buffers[place[1]]) for place in self._places()}
+        tensors = [p for m in self._modules for p in m._parameters.values() if p is not None]
+        self._gradients = [(p, p.grad) for p in tensors]
+        for parameter, _ in self._gradients:
+            parameter.grad = None
+        self._memory: dict[int, _Memory] = {}
+        for tensor in [*tensors, *(form.tensor for form in self._forms.values())]:
+            self._keep(tensor)
+        self._generators = [(generator, generator.get_state()) for generator in generators]
+        self._random, self._numpy = random.getstate(), np.random.get_state(legacy=False)
+
+    @property
+    def draws_from_random(self) -> bool:
+        """Whether the generator of ``random`` was used."""
+        return random.getstate() != self._random
+
+    @property
+    def draws_from_numpy(self) -> bool:
+        """Whether the global generator of ``numpy.random`` was used."""
+        now, before = np.random.get_state(legacy=False), self._numpy
+        moved = now["state"]["pos"] != before["state"]["pos"]
+        return moved or bool((now["state"]["key"] != before["state"]["key"]).any())
+
+    def changed_buffers(self) -> list[Place]:
+        """List the buffers that were written, replaced or resized, even with equal values."""
+        return [
+            place
+            for place in self._places()
+            if place not in self._forms or self._is_changed(place, self._forms[place])
+        ]
+
+    def changed_parameters(self) -> list[nn.Parameter]:
+        """List the parameters whose values differ."""
+        return [
+            p
+            for p, _ in self._gradients
+            if (memory := self._memory_of(p)) and not _equal(memory.storage, memory.content)
+        ]
+
+    def undo(self) -> None:
+        """Put everything back."""
+        for kind, (module, attributes, contents) in zip(
+            self._classes, self._attributes, strict=True
+        ):
+            if type(module) is not kind:
+                module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(attributes)
+            for container, content in contents:
+                _refill(container, content)
+        with torch.no_grad():
+            for memory in self._memory.values():
+                if memory.storage.nbytes() != memory.content.nbytes():
+                    memory.storage.resize_(memory.content.nbytes())
+                memory.storage.copy_(memory.content)
+            for form in self._forms.values():
+                if form.tensor.shape != form.shape:
+                    form.tensor.set_(
+                        form.tensor.untyped_storage(), form.offset, form.shape, form.strides
+                    )
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
+        for generator, state in self._generators:
+            generator.set_state(state)
+        random.setstate(self._random)
+        np.random.set_state(self._numpy)
+
+    def _places(self) -> list[Place]:
+        return [
+            (module, name)
+            for module in self._modules
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+
+    def _is_changed(self, place: Place, before: _Form) -> bool:
+        now = place[0]._buffers[place[1]]
+        if now is not before.tensor or now.shape != before.shape or _version(now) != before.version:
+            return True
+        memory = self._memory_of(now)  # writes through .data or numpy leave no version
+        return memory is not None and not _equal(memory.storage, memory.content)
+
+    def _keep(self, tensor: torch.Tensor) -> None:
+        if tensor.layout is torch.strided and tensor.device.type != "meta":
+            storage = tensor.untyped_storage()
+            # By address, since every call makes another object; empty storages have none.
+            address = storage.data_ptr() or id(storage)
+            if address not in self._memory:
+                self._memory[address] = _Memory(storage, storage.clone())
+
+    def _memory_of(self, tensor: torch.Tensor) -> _Memory | None:
+        if tensor.layout is not torch.strided:
+            return None
+        return self._memory.get(tensor.untyped_storage().data_ptr())
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    own = (*module._parameters.values(), *module._buffers.values())
+    return any(tensor is not None and is_lazy(tensor) for tensor in own)
+
+
+def _form(buffer: torch.Tensor | None) -> _Form:
+    if buffer is None:
+        raise RuntimeError("a place without a buffer")
+    is_strided = buffer.layout is torch.strided
+    return _Form(
+        buffer,
+        _version(buffer),
+        buffer.shape,
+        buffer.stride() if is_strided else (),
+        buffer.storage_offset() if is_strided else 0,
+    )
+
+
+def _version(tensor: torch.Tensor | None) -> int:
+    """Count the writes to a tensor; tensors made in inference mode do not count them."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
+
+
+def _equal(one: torch.UntypedStorage, other: torch.UntypedStorage) -> bool:
+    a, b = (torch.empty(0, dtype=torch.uint8, device=s.device).set_(s) for s in (one, other))
+    return torch.equal(a, b)
+
+
+def _contents(attributes: dict[str, Any]) -> list[tuple[Any, Any]]:
+    kinds = (dict, list, set, deque)
+    return [(value, copy(value)) for value in attributes.values() if isinstance(value, kinds)]
+
+
+def _refill(container: Any, content: Any) -> None:
+    container.clear()
+    container.extend(content) if isinstance(container, (list, deque)) else container.update(content)
