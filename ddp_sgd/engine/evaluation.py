@@ -65,13 +65,13 @@ def evaluate(
     place = torch.device("cpu") if on_host else runtime.device
     scored = _Scored(objective, runtime.device)
     with evaluating(model):
-        for chunk, inputs, targets in loader:
+        for chunk, samples, inputs, targets in loader:
             if pulse is not None:
                 pulse.tick()
             if interrupted():
                 scored.cut_short = 1
                 break
-            scored.add(chunk, model(move(inputs, runtime.device)), targets)
+            scored.add(chunk, samples, model(move(inputs, runtime.device)), targets)
     sums, counts = scored.by_chunk(loader.chunks.count, place), scored.counts(place)
     sum_over_ranks(sums, runtime)
     sum_over_ranks(counts, runtime)
@@ -118,9 +118,9 @@ class _Scored:
         self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._answers: torch.Tensor | None = None
 
-    def add(self, chunk: int, outputs: Any, targets: Any) -> None:
+    def add(self, chunk: int, samples: int, outputs: Any, targets: Any) -> None:
         """Take what the model gives for a chunk, and its targets on the host."""
-        samples, answers = _length(targets), move(targets, self._device)
+        answers = move(targets, self._device)
         counts_samples = self._objective.counts_samples
         self._chunks.append(chunk)
         self._losses.append(self._objective.total(outputs, answers, samples))
@@ -181,12 +181,6 @@ def is_classification(outputs: Any, targets: Any) -> bool:
         and targets.ndim == 1
         and not targets.is_floating_point()
     )
-
-
-def _length(targets: Any) -> int:
-    while not isinstance(targets, torch.Tensor):
-        targets = next(iter(targets.values() if isinstance(targets, dict) else targets))
-    return int(targets.shape[0])
 
 
 def _metrics(
