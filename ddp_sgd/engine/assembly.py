@@ -11,6 +11,7 @@ from torch import nn
 from ddp_sgd.building import build
 from ddp_sgd.checkpointing.reading import read_tensors
 from ddp_sgd.config.schema import RunConfig
+from ddp_sgd.data.fetching import Collate
 from ddp_sgd.data.loading import EvalLoader, TrainLoader
 from ddp_sgd.data.order import Chunks, Order
 from ddp_sgd.distributed.collectives import broadcast_over_ranks
@@ -50,12 +51,14 @@ class Parts:
         loss: Module or function of (outputs, targets).
         train_set: Map-style data set of (input, target).
         eval_set: The same, held out; None trains without evaluation.
+        collate: Function from a list of samples to a batch; None: torch's default_collate.
     """
 
     model: nn.Module
     loss: LossFunction
     train_set: Any
     eval_set: Any | None
+    collate: Collate | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +129,7 @@ def gather_parts(
         loss=ready_loss(config, loss),
         train_set=train_set,
         eval_set=eval_set,
+        collate=ready_collate(config),
     )
 
 
@@ -162,6 +166,23 @@ def ready_loss(config: RunConfig, loss: LossFunction | None = None) -> LossFunct
     return loss
 
 
+def ready_collate(config: RunConfig) -> Collate | None:
+    """Build the collate function of the configuration; None if it names none.
+
+    Raises:
+        ConfigError: It cannot be called.
+    """
+    if config.data.collate is None:
+        return None
+    collate = build(config.data.collate, "data.collate")
+    if not callable(collate):
+        raise ConfigError(
+            f"data.collate is a {type(collate).__name__}; name a function from a list of samples "
+            "to a batch (inputs, targets)."
+        )
+    return collate  # type: ignore[no-any-return]
+
+
 def assemble(config: RunConfig, parts: Parts, runtime: Runtime, past: Past) -> Job:
     """Work out the plan and put the parts together, in the state that was saved.
 
@@ -181,7 +202,9 @@ def assemble(config: RunConfig, parts: Parts, runtime: Runtime, past: Past) -> J
     if isinstance(parts.loss, nn.Module):
         parts.loss.to(runtime.device)
     check_normalization(model, plan)
-    objective = try_out(model, parts.loss, parts.train_set, "data.train", runtime.device)
+    objective = try_out(
+        model, parts.loss, parts.train_set, "data.train", runtime.device, parts.collate
+    )
     optimizer = _optimizer(config, model)
     velocity_of = optimizer.velocities
     replica = replicate(model, runtime, config.parallel, plan, velocity_of)  # as on rank 0 now
@@ -196,7 +219,7 @@ def assemble(config: RunConfig, parts: Parts, runtime: Runtime, past: Past) -> J
         plan=plan,
         replica=replica,
         stepper=Stepper(replica, objective, optimizer, runtime, pulse, clip_norm=clip_norm),
-        loader=_train_loader(config, plan, parts.train_set, runtime),
+        loader=_train_loader(config, plan, parts, runtime),
         schedule=build_schedule(config.schedule, plan),
         score=_scorer(config, parts, replica, runtime, pulse),
         seed_model=_model_seeder(config.seed, runtime),
@@ -220,7 +243,7 @@ def _optimizer(config: RunConfig, model: nn.Module) -> SGD:
     )
 
 
-def _train_loader(config: RunConfig, plan: Plan, dataset: Any, runtime: Runtime) -> TrainLoader:
+def _train_loader(config: RunConfig, plan: Plan, parts: Parts, runtime: Runtime) -> TrainLoader:
     order = Order(
         plan.samples,
         global_batch=plan.global_batch,
@@ -231,7 +254,12 @@ def _train_loader(config: RunConfig, plan: Plan, dataset: Any, runtime: Runtime)
         tail=plan.tail,
     )
     return TrainLoader(
-        dataset, order, epochs=plan.epochs, workers=config.data.workers, device=runtime.device
+        parts.train_set,
+        order,
+        epochs=plan.epochs,
+        workers=config.data.workers,
+        device=runtime.device,
+        collate=parts.collate,
     )
 
 
@@ -240,7 +268,9 @@ def _scorer(
 ) -> Score:
     if parts.eval_set is None:
         return lambda _: {}
-    inner_score = build_scorer(config, replica.inner, parts.loss, parts.eval_set, runtime, pulse)
+    inner_score = build_scorer(
+        config, replica.inner, parts.loss, parts.eval_set, runtime, pulse, parts.collate
+    )
 
     def score(interrupted: Callable[[], bool]) -> Metrics:
         replica.sync_buffers()
@@ -256,6 +286,7 @@ def build_scorer(
     eval_set: Any,
     runtime: Runtime,
     pulse: Pulse,
+    collate: Collate | None = None,
 ) -> Callable[..., Metrics]:
     """Make what scores a model on held-out data.
 
@@ -266,12 +297,13 @@ def build_scorer(
         eval_set: Map-style data set of (input, target).
         runtime: This process.
         pulse: Is told of every chunk.
+        collate: Function from a list of samples to a batch; None: torch's default_collate.
 
     Raises:
         ConfigError: Model, loss and samples do not fit together.
         DataError: The samples cannot be read, or labels lie out of range.
     """
-    objective = try_out(model, loss, eval_set, "data.eval", runtime.device)
+    objective = try_out(model, loss, eval_set, "data.eval", runtime.device, collate)
     chunks = Chunks(
         len(eval_set),
         batch_size=config.data.batch_size,
@@ -279,7 +311,12 @@ def build_scorer(
         world_size=runtime.world_size,
     )
     loader = EvalLoader(
-        eval_set, chunks, seed=config.seed, workers=config.data.workers, device=runtime.device
+        eval_set,
+        chunks,
+        seed=config.seed,
+        workers=config.data.workers,
+        device=runtime.device,
+        collate=collate,
     )
     return partial(evaluate, model, objective, loader, runtime, pulse)
 

@@ -16,7 +16,7 @@ from ddp_sgd.config import RunConfig
 from ddp_sgd.distributed.collectives import broadcast_over_ranks, from_rank_0
 from ddp_sgd.distributed.pulse import Pulse
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.assembly import build_scorer, ready_loss, ready_model
+from ddp_sgd.engine.assembly import build_scorer, ready_collate, ready_loss, ready_model
 from ddp_sgd.engine.capture import describe_loss
 from ddp_sgd.engine.diagnosis import plain_faults
 from ddp_sgd.engine.digest import weights_digest
@@ -94,7 +94,8 @@ def score_anew(saved: Saved, runtime: Runtime) -> tuple[Metrics, str]:
         if isinstance(loss, nn.Module):
             loss.to(runtime.device)
         _share(model, runtime)
-        score = build_scorer(config, model, loss, eval_set, runtime, Pulse())
+        collate = ready_collate(config)
+        score = build_scorer(config, model, loss, eval_set, runtime, Pulse(), collate)
         return score(), weights_digest(model)
 
 

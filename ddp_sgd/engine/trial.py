@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import IterableDataset, TensorDataset
 
-from ddp_sgd.data.fetching import EVAL_EPOCH, Fetcher, Request, Unreadable
+from ddp_sgd.data.fetching import EVAL_EPOCH, Collate, Fetcher, Request, Unreadable
 from ddp_sgd.data.loading import move
 from ddp_sgd.engine.evaluation import evaluating, is_classification
 from ddp_sgd.errors import ConfigError, DataError
@@ -64,7 +64,12 @@ def check_normalization(model: nn.Module, plan: Plan) -> None:
 
 
 def try_out(
-    model: nn.Module, loss: LossFunction, dataset: Any, where: str, device: torch.device
+    model: nn.Module,
+    loss: LossFunction,
+    dataset: Any,
+    where: str,
+    device: torch.device,
+    collate: Collate | None = None,
 ) -> Objective:
     """Send the first two samples through model and loss, without a trace.
 
@@ -74,6 +79,7 @@ def try_out(
         dataset: Map-style data set with at least one sample.
         where: Its key, for errors.
         device: Where to compute.
+        collate: Function from a list of samples to a batch; None: torch's default_collate.
 
     Returns:
         The loss, as the sum over units that it is made of.
@@ -83,7 +89,7 @@ def try_out(
         ConfigError: Model, loss and samples do not fit together.
     """
     request = Request(EVAL_EPOCH, np.arange(min(2, len(dataset))))
-    batch = Fetcher(dataset, where, seed=0).__getitems__(request)
+    batch = Fetcher(dataset, where, seed=0, collate=collate).__getitems__(request)
     if isinstance(batch, Unreadable):
         raise DataError(batch.message)
     inputs, targets = (move(part, device) for part in batch)
