@@ -6,8 +6,8 @@ from typing import Any
 from ddp_sgd.config.schema import RunConfig
 
 _MATTERS = (
-    *("seed", "model", "loss", "data.train", "data.tail", "optim", "schedule"),
-    *("parallel.compression", "parallel.local_sgd"),
+    *("seed", "model", "loss", "data.train", "data.collate", "data.tail", "optim"),
+    *("schedule", "parallel.compression", "parallel.local_sgd"),
 )
 
 

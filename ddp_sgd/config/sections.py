@@ -62,6 +62,11 @@ class DataConfig(Section):
     )
     """Map-style data set to score; null trains without evaluation."""
 
+    collate: Component | None = None
+    """Function from a list of samples to a batch (inputs, targets), for training and evaluation;
+    samples may then have any form, and are read one by one. It gets lists of any length, of one
+    sample too. null: torch's default_collate, for samples (input, target)."""
+
     batch_size: Count = 32
     """Samples of one rank in one forward pass (a micro-batch), at least 1."""
 

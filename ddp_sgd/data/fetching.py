@@ -1,7 +1,8 @@
 """One batch out of a map-style data set: whole where the set can, else sample by sample."""
 
+import copy
 import random
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,8 +11,20 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import TensorDataset, default_collate
 
+from ddp_sgd.data.sample_faults import is_pair, no_batch, no_pair, no_tensor, shape_of
+from ddp_sgd.data.whole_batches import (
+    draws_numbers,
+    gives_whole_batches,
+    may_give_whole_batches,
+    require_rows,
+    single,
+    take_whole_batch,
+)
 from ddp_sgd.errors import DataError, UserError
 from ddp_sgd.seeds import seed_for
+
+Collate = Callable[[list[Any]], Any]
+"""Forms a batch (inputs, targets) of a list of samples."""
 
 EVAL_EPOCH = -1
 """Stands for the epoch where samples are read for evaluation, so that they always come out
@@ -50,19 +63,27 @@ class Fetcher:
     A data set whose ``__getitems__`` returns a pair of stacked arrays or tensors is read a whole
     batch at a time, and seeded by the first index of the batch; any other is read, seeded and
     collated sample by sample, so that neither loader processes, nor ranks, nor a restart change an
-    augmentation.
+    augmentation. A collate function of the user's is seeded by the first index of the batch.
 
     Args:
-        dataset: Map-style data set of (input, target).
+        dataset: Map-style data set of (input, target); with a collate function, of anything.
         where: Its key in the configuration, for errors.
         seed: Seed of the run.
+        collate: Function from a list of samples to a batch (inputs, targets); samples are then
+            read one by one. None: torch's default_collate.
     """
 
-    def __init__(self, dataset: Any, where: str, seed: int) -> None:
+    def __init__(self, dataset: Any, where: str, seed: int, collate: Collate | None = None) -> None:
         self._dataset = dataset
         self._where = where
         self._seed = seed
-        self._read = self._choose_reader()
+        self._collate = collate
+        self._fault = ""
+        try:
+            self._read = self._choose_reader()
+        except UserError as error:  # found by the first read, as all that a data set does wrong
+            self._fault = str(error)
+            self._read = self._refuse
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -71,6 +92,25 @@ class Fetcher:
         """Return (inputs, targets) as tensors, or containers of such; ``Unreadable`` on a fault."""
         try:
             return self._read(request)
+        except Exception as error:  # whatever a user's data set raises
+            return Unreadable(self._describe(error, request))
+
+    def read_with_singles(self, request: Request) -> tuple[Any, list[Any]] | Unreadable:
+        """Read a batch, and make a batch of each of its samples from the same reading.
+
+        Args:
+            request: What is asked for.
+
+        Returns:
+            The batch, and the batches of one sample, in order; ``Unreadable`` on a fault, which
+            includes that single samples form no batch.
+        """
+        try:
+            if self._read == self._read_one_by_one:
+                return self._read_both(request)
+            batch = self._read(request)
+            rows = range(len(request.indices))
+            return batch, [tuple(single(part, n) for part in batch) for n in rows]
         except Exception as error:  # whatever a user's data set raises
             return Unreadable(self._describe(error, request))
 
@@ -98,11 +138,18 @@ class Fetcher:
         return self._read in (self._read_own, self._read_tensors)
 
     def _choose_reader(self) -> Callable[[Request], Any]:
-        if not _gives_whole_batches(self._dataset):
+        if self._collate is not None or not may_give_whole_batches(self._dataset):
             return self._read_one_by_one
         if isinstance(self._dataset, TensorDataset):
             return self._read_tensors
-        return self._read_drawing if _draws_numbers(self._dataset) else self._read_own
+        if not draws_numbers(self._dataset):
+            return self._read_own
+        _seed_everything(seed_for("sample", self._seed, EVAL_EPOCH, 0))
+        whole = gives_whole_batches(self._dataset, self._where)
+        return self._read_drawing if whole else self._read_one_by_one
+
+    def _refuse(self, _: Request) -> Any:
+        raise DataError(self._fault)
 
     def _read_tensors(self, request: Request) -> Any:
         rows = torch.from_numpy(request.indices)
@@ -110,34 +157,78 @@ class Fetcher:
 
     def _read_own(self, request: Request) -> Any:
         inputs, targets = self._dataset.__getitems__(request.indices)
-        return _to_tensor(inputs), _to_tensor(targets)
+        return self._to_tensor(inputs), self._to_tensor(targets)
 
     def _read_drawing(self, request: Request) -> Any:
         indices = request.indices.tolist()
         _seed_everything(seed_for("sample", self._seed, request.epoch, indices[0]))
-        return tuple(_to_tensor(part) for part in self._dataset.__getitems__(indices))
+        batch = take_whole_batch(self._dataset, indices, self._where)
+        require_rows(batch, indices, self._where)
+        return tuple(self._to_tensors(part) for part in batch)
 
     def _read_one_by_one(self, request: Request) -> Any:
+        samples, indices = self._read_samples(request)
+        return self._form_batch(samples, request.epoch, indices)
+
+    def _read_both(self, request: Request) -> tuple[Any, list[Any]]:
+        samples, indices = self._read_samples(request)
+        copies = [_copy(sample) for sample in samples]  # a collate function may change samples
+        batch = self._form_batch(samples, request.epoch, indices)
+        pairs = zip(copies, indices, strict=True)
+        return batch, [self._form_batch([each], request.epoch, [index]) for each, index in pairs]
+
+    def _read_samples(self, request: Request) -> tuple[list[Any], list[int]]:
         indices = request.indices.tolist()
-        return default_collate([self._read_sample(request.epoch, index) for index in indices])
+        return [self._read_sample(request.epoch, index) for index in indices], indices
 
     def _read_sample(self, epoch: int, index: int) -> Any:
         _seed_everything(seed_for("sample", self._seed, epoch, index))
         try:
-            sample = self._dataset[index]
+            sample = self._take(index)
         except UserError:
             raise
         except Exception as error:
             cause = f"{type(error).__name__}: {error}"
             raise DataError(
-                f"{self._where}[{index}] cannot be read, {cause}; mend or remove that sample."
+                f"{self._where}[{index}] cannot be read, {cause}; fix or remove that sample."
             ) from error
-        if not (isinstance(sample, (tuple, list)) and len(sample) == 2):
-            raise DataError(
-                f"{self._where}[{index}] is {_shape_of(sample)}, not (input, target); wrap the "
-                "data set in ddp_sgd.data.Columns, or return a pair."
-            )
+        if self._collate is None and not is_pair(sample):
+            raise DataError(no_pair(sample, self._where, index))
         return sample
+
+    def _take(self, index: int) -> Any:
+        try:
+            return self._dataset[index]
+        except NotImplementedError:  # torch needs only lists of samples, from one method
+            if not hasattr(self._dataset, "__getitems__"):
+                raise
+            return self._dataset.__getitems__([index])[0]
+
+    def _form_batch(self, samples: list[Any], epoch: int, indices: list[int]) -> Any:
+        if self._collate is not None:
+            _seed_everything(seed_for("collate", self._seed, epoch, indices[0]))
+            return _apply(self._collate, samples, self._where, indices)
+        try:
+            return default_collate(samples)
+        except Exception as error:
+            raise DataError(no_batch(samples, self._where, indices, error)) from error
+
+    def _to_tensors(self, part: Any) -> Any:
+        """Turn the arrays of a part into tensors; a list has one entry per sample, and stays."""
+        if isinstance(part, Mapping):
+            return {key: self._to_tensors(item) for key, item in part.items()}
+        if isinstance(part, tuple):
+            items = [self._to_tensors(item) for item in part]
+            return type(part)(*items) if hasattr(part, "_fields") else tuple(items)
+        return self._to_tensor(part)
+
+    def _to_tensor(self, part: Any) -> Any:
+        if not isinstance(part, np.ndarray):
+            return part
+        try:
+            return aligned(torch.from_numpy(part))
+        except (TypeError, ValueError) as error:
+            raise DataError(no_tensor(part, self._where, error)) from error
 
     def _describe(self, error: Exception, request: Request) -> str:
         if isinstance(error, UserError):
@@ -149,39 +240,38 @@ class Fetcher:
         )
 
 
-def _gives_whole_batches(dataset: Any) -> bool:
-    kind = type(dataset)
-    if isinstance(dataset, TensorDataset):  # unless a subclass reads its samples differently
-        return kind.__getitem__ is TensorDataset.__getitem__ and len(dataset.tensors) == 2
-    if not hasattr(kind, "__getitems__") or len(dataset) == 0:
-        return False
-    # Of two methods the more derived one says how samples are read.
-    order = {name: _depth(kind, name) for name in ("__getitem__", "__getitems__")}
-    if order["__getitem__"] < order["__getitems__"]:
-        return False
-    if not _draws_numbers(dataset):
-        return True
+def _apply(collate: Collate, samples: list[Any], where: str, indices: list[int]) -> Any:
+    """Form a batch by a function of the user's.
+
+    Raises:
+        DataError: It fails, or gives no pair.
+    """
+    count = len(samples)
+    shown = f"{where}[{indices[0]}] alone" if count == 1 else f"{count} samples of {where}"
+    name = getattr(collate, "__qualname__", type(collate).__name__)
     try:
-        batch = dataset.__getitems__([0])
-    except Exception:  # reading sample by sample finds the same fault, and names the index
-        return False
-    return isinstance(batch, tuple) and len(batch) == 2 and all(isinstance(p, Sized) for p in batch)
+        batch = collate(samples)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a user's function raises
+        raise DataError(
+            f"data.collate is {name}, which fails for {shown}, {type(error).__name__}: {error}; "
+            "let it take lists of any length, since ranks also read single samples, and leave the "
+            "samples unchanged."
+        ) from error
+    if not is_pair(batch):
+        raise DataError(
+            f"data.collate is {name}, which gives {shape_of(batch)} for {shown}, not (inputs, "
+            "targets); return a pair."
+        )
+    return batch
 
 
-def _depth(kind: type, method: str) -> int:
-    """How many classes up from its own a method is defined."""
-    return next(
-        (d for d, each in enumerate(kind.__mro__) if method in vars(each)), len(kind.__mro__)
-    )
-
-
-def _draws_numbers(dataset: Any) -> bool:
-    """Whether reading a batch may draw random numbers; the data sets of this package do not."""
-    return not type(dataset).__getitems__.__module__.startswith("ddp_sgd.data.")
-
-
-def _to_tensor(part: Any) -> Any:
-    return aligned(torch.from_numpy(part)) if isinstance(part, np.ndarray) else part
+def _copy(sample: Any) -> Any:
+    try:
+        return copy.deepcopy(sample)
+    except Exception:  # what cannot be copied, such as a tensor with a history, is shared
+        return sample
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -199,11 +289,3 @@ def _seed_everything(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed & 0xFFFF_FFFF)  # augmentations draw from the global one
-
-
-def _shape_of(sample: Any) -> str:
-    if isinstance(sample, dict):
-        return f"a mapping with {', '.join(map(str, sample))}"
-    if isinstance(sample, (tuple, list)):
-        return f"a {type(sample).__name__} of {len(sample)}"
-    return f"a {type(sample).__name__}"

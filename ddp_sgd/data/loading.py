@@ -4,7 +4,7 @@ import atexit
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from multiprocessing.sharedctypes import RawValue
@@ -14,7 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader
 
-from ddp_sgd.data.fetching import AHEAD_BYTES, EVAL_EPOCH, Fetcher, Request, Unreadable
+from ddp_sgd.data.fetching import (
+    AHEAD_BYTES,
+    EVAL_EPOCH,
+    Collate,
+    Fetcher,
+    Request,
+    Unreadable,
+)
 from ddp_sgd.data.order import Chunks, Order
 from ddp_sgd.errors import DataError
 from ddp_sgd.seeds import seed_for
@@ -68,14 +75,22 @@ class TrainLoader:
         epochs: Passes over the data.
         workers: Loader processes; 0 reads in this process.
         device: Where the batches go.
+        collate: Function from a list of samples to a batch; None: torch's default_collate.
     """
 
     def __init__(
-        self, dataset: Any, order: Order, *, epochs: int, workers: int, device: torch.device
+        self,
+        dataset: Any,
+        order: Order,
+        *,
+        epochs: int,
+        workers: int,
+        device: torch.device,
+        collate: Collate | None = None,
     ) -> None:
         self._order = order
         self._epochs = epochs
-        fetcher = Fetcher(dataset, "data.train", order.seed)
+        fetcher = Fetcher(dataset, "data.train", order.seed, collate)
         self._reader = _build_reader(fetcher, order, workers, device, order.seed)
 
     def from_step(self, step: int, skip: int = 0) -> Iterator[StepBatches]:
@@ -116,20 +131,28 @@ class EvalLoader:
         seed: Seed of the run.
         workers: Loader processes; 0 reads in this process.
         device: Where the batches go.
+        collate: Function from a list of samples to a batch; None: torch's default_collate.
     """
 
     def __init__(
-        self, dataset: Any, chunks: Chunks, *, seed: int, workers: int, device: torch.device
+        self,
+        dataset: Any,
+        chunks: Chunks,
+        *,
+        seed: int,
+        workers: int,
+        device: torch.device,
+        collate: Collate | None = None,
     ) -> None:
         self.chunks = chunks
-        fetcher = Fetcher(dataset, "data.eval", seed)
+        fetcher = Fetcher(dataset, "data.eval", seed, collate)
         self._reader = _build_reader(fetcher, chunks, workers, device, seed)
 
-    def __iter__(self) -> Iterator[tuple[int, Any, Any]]:
-        """Yield (number of the chunk, inputs, targets), on the host."""
+    def __iter__(self) -> Iterator[tuple[int, int, Any, Any]]:
+        """Yield (number of the chunk, its samples, inputs, targets), on the host."""
         batches = iter(self._reader)
         for chunk in self.chunks.mine:
-            yield chunk, *_next(batches)
+            yield chunk, self.chunks.size(chunk), *_next(batches)
 
 
 class _Requests:
@@ -165,7 +188,7 @@ class _InProcess:
             if at_once == 1 and self._fetcher.reads_plainly:
                 at_once = _batches_at_once(batches[0])
             for batch in batches:
-                yield _for_tensors(batch, torch.Tensor.pin_memory) if self._pinned else batch
+                yield _for_movable(batch, _pin) if self._pinned else batch
 
 
 def _batches_at_once(batch: Any) -> int:
@@ -240,17 +263,30 @@ def _next(batches: Iterator[Any]) -> tuple[Any, Any]:
 
 
 def move(value: Any, device: torch.device) -> Any:
-    """Put tensors, also those in lists, tuples and mappings, on a device."""
-    return _for_tensors(value, lambda tensor: tensor.to(device, non_blocking=True))
+    """Put tensors, also those in lists, tuples and mappings, on a device.
+
+    So are objects with a method ``to``, such as packed sequences and the batches of tokenizers.
+    """
+
+    def change(each: Any) -> Any:
+        if isinstance(each, torch.Tensor):
+            return each.to(device, non_blocking=True)
+        return each.to(device)
+
+    return _for_movable(value, change)
 
 
-def _for_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    if isinstance(value, torch.Tensor):
+def _pin(each: Any) -> Any:
+    return each.pin_memory() if hasattr(each, "pin_memory") else each
+
+
+def _for_movable(value: Any, change: Callable[[Any], Any]) -> Any:
+    if hasattr(value, "to"):  # soonest: a packed sequence is a tuple with lengths for the host
         return change(value)
-    if isinstance(value, dict):
-        return {key: _for_tensors(item, change) for key, item in value.items()}
+    if isinstance(value, Mapping):
+        return {key: _for_movable(item, change) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_for_tensors(item, change) for item in value))
+        return type(value)(*(_for_movable(item, change) for item in value))
     if isinstance(value, (list, tuple)):
-        return type(value)(_for_tensors(item, change) for item in value)
+        return type(value)(_for_movable(item, change) for item in value)
     return value

@@ -150,10 +150,14 @@ class Chunks:
         self.count = -(-samples // batch_size)
         self.mine = range(rank, self.count, world_size)
 
+    def size(self, chunk: int) -> int:
+        """Count the samples of a chunk."""
+        return min(self.batch_size, self.samples - chunk * self.batch_size)
+
     def __iter__(self) -> Iterator[NDArray[np.int64]]:
         for chunk in self.mine:
             start = chunk * self.batch_size
-            yield np.arange(start, min(start + self.batch_size, self.samples))
+            yield np.arange(start, start + self.size(chunk))
 
     def __len__(self) -> int:
         return len(self.mine)

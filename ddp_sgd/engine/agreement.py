@@ -136,7 +136,7 @@ def _marks(config: RunConfig, parts: Parts) -> dict[str, Mark]:
     marks: dict[str, Mark] = {}
     for name, dataset in _data_sets(parts).items():
         if dataset is not None:
-            marks |= mark_samples(dataset, name, config.seed)
+            marks |= mark_samples(dataset, name, config.seed, parts.collate)
     return marks
 
 

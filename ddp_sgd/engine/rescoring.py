@@ -22,6 +22,7 @@ from ddp_sgd.engine.assembly import (
     ready_loss,
     ready_model,
 )
+from ddp_sgd.engine.buffers import buffers_by_name
 from ddp_sgd.engine.capture import describe_loss
 from ddp_sgd.engine.diagnosis import plain_faults
 from ddp_sgd.engine.digest import weights_digest
@@ -97,12 +98,13 @@ def score_anew(saved: Saved, runtime: Runtime) -> tuple[Metrics, str]:
         size = config.data.batch_size
         batch = read_batch(eval_set, "data.eval", batch_size=size, collate=collate)
         materialize_lazy(model, loss, batch, config.seed)
+        modules = loss_modules(loss, model)
+        kept = modules if _is_loss_of(saved) else {}
         if runtime.rank == 0:
-            _load(model, read_tensors(saved.file), saved.config)
-        model.to(runtime.device)
-        for module in loss_modules(loss, model).values():
+            _load(model, kept, read_tensors(saved.file), saved.config)
+        for module in (model, *modules.values()):
             module.to(runtime.device)
-        _share(model, runtime)
+            _share(module, runtime)
         score = build_scorer(config, model, loss, eval_set, runtime, Pulse(), collate)
         return score(), weights_digest(model)
 
@@ -110,8 +112,7 @@ def score_anew(saved: Saved, runtime: Runtime) -> tuple[Metrics, str]:
 def _fitting_loss(saved: Saved) -> LossFunction:
     """Build the loss; refuse another one than the run's that nobody has asked for."""
     loss = ready_loss(saved.config)
-    unchanged = saved.config.loss.model_dump(mode="json") == saved.header.config.get("loss")
-    if unchanged and describe_loss(loss) != saved.header.loss:
+    if _is_loss_of(saved) and describe_loss(loss) != saved.header.loss:
         raise ConfigError(
             f"loss is {describe_loss(loss)}, while the run was given {saved.header.loss} in "
             "Python; name the one to score with, as --loss.class_path=..."
@@ -119,7 +120,19 @@ def _fitting_loss(saved: Saved) -> LossFunction:
     return loss
 
 
-def _load(model: nn.Module, tensors: Mapping[str, Any], config: RunConfig) -> None:
+def _is_loss_of(saved: Saved) -> bool:
+    """Whether the loss that is scored with is that of the run."""
+    before, now = saved.header.config.get("loss", {}), saved.config.loss.model_dump(mode="json")
+    return bool({**now, **before} == now)
+
+
+def _load(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    tensors: Mapping[str, Any],
+    config: RunConfig,
+) -> None:
+    """Load the weights, and the buffers that the run's steps changed besides."""
     if differences := model_misfits(tensors["model"], model):
         shown = ", ".join(differences[:6]) + (", ..." if len(differences) > 6 else "")
         raise ConfigError(
@@ -127,11 +140,14 @@ def _load(model: nn.Module, tensors: Mapping[str, Any], config: RunConfig) -> No
             "name the model that was trained, with --model.class_path and --model.init_args."
         )
     restore(model, tensors, step=tensors["cursor"]["step"])
-    for key, modules in (("buffers", {"": model}), ("loss", loss_modules(loss, model))):
-        saved_buffers = tensors.get(key, {})
+    places = buffers_by_name({"": model}) | buffers_by_name(modules)
+    for name, value in (tensors.get("buffers", {}) | tensors.get("loss", {})).items():
+        if name in places:
+            module, own = places[name]
+            module._buffers[own] = value
 
 
 def _share(model: nn.Module, runtime: Runtime) -> None:
-    """Replace the parameters and buffers of every rank by those of rank 0."""
+    """Replace the parameters and buffers of a module by those of rank 0."""
     tensors = chain(model.parameters(), model.buffers())
     broadcast_over_ranks((tensor.detach() for tensor in tensors), runtime)

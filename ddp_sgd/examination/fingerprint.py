@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ddp_sgd.data.fetching import EVAL_EPOCH, Fetcher, Request, Unreadable
+from ddp_sgd.data.fetching import EVAL_EPOCH, Collate, Fetcher, Request, Unreadable
 
 _MAX_PARTS = 16
 """Tensors of a sample that are looked at."""
@@ -45,7 +45,9 @@ class Mark(NamedTuple):
         )
 
 
-def mark_samples(dataset: Any, where: str, seed: int) -> dict[str, Mark]:
+def mark_samples(
+    dataset: Any, where: str, seed: int, collate: Collate | None = None
+) -> dict[str, Mark]:
     """Read the first, the middle and the last sample, as an evaluation would.
 
     Shapes, number types and integer targets have to be equal; of pictures and floating-point
@@ -55,12 +57,13 @@ def mark_samples(dataset: Any, where: str, seed: int) -> dict[str, Mark]:
         dataset: Map-style data set with at least one sample.
         where: Its key, for messages.
         seed: Seed of the run.
+        collate: Function from a list of samples to a batch; None: torch's default_collate.
 
     Returns:
         Marks by what they are of, such as ``the shape of data.train[0]``.
     """
     marks = {}
-    fetcher = Fetcher(dataset, where, seed)
+    fetcher = Fetcher(dataset, where, seed, collate)
     for index in sorted({0, len(dataset) // 2, len(dataset) - 1}):
         sample = fetcher.__getitems__(Request(EVAL_EPOCH, np.array([index])))
         if isinstance(sample, Unreadable):

@@ -1,14 +1,16 @@
 import os
 import signal
+from collections import UserDict
 from itertools import chain
 from typing import NamedTuple
 
 import pytest
 import torch
 from ranks import run_ranks
+from torch import nn
 
 from ddp_sgd.data import InMemory
-from ddp_sgd.data.loading import EvalLoader, TrainLoader, move
+from ddp_sgd.data.loading import EvalLoader, TrainLoader, _for_movable, _pin, move
 from ddp_sgd.data.order import Chunks, Order
 from ddp_sgd.errors import DataError
 
@@ -39,7 +41,7 @@ class Sulking(Augmented):
         return super().__getitem__(index)
 
 
-def loader(dataset, rank=0, world_size=1, *, workers=0, accumulate=2, epochs=2):
+def loader(dataset, rank=0, world_size=1, *, workers=0, accumulate=2, epochs=2, collate=None):
     order = Order(
         len(dataset),
         global_batch=4 * accumulate * world_size,
@@ -48,7 +50,7 @@ def loader(dataset, rank=0, world_size=1, *, workers=0, accumulate=2, epochs=2):
         world_size=world_size,
         seed=3,
     )
-    return TrainLoader(dataset, order, epochs=epochs, workers=workers, device=CPU)
+    return TrainLoader(dataset, order, epochs=epochs, workers=workers, device=CPU, collate=collate)
 
 
 def read(batches):
@@ -157,8 +159,11 @@ def test_evaluation_reads_chunks_in_order_and_always_alike():
         chunks = Chunks(23, batch_size=5, rank=rank, world_size=3)
         held_out = EvalLoader(Augmented(), chunks, seed=3, workers=0, device=CPU)
         first, second = list(held_out), list(held_out)
-        assert [(c, x.tolist()) for c, x, _ in first] == [(c, x.tolist()) for c, x, _ in second]
-        seen += [(chunk, targets.tolist()) for chunk, _, targets in first]
+        assert [(c, x.tolist()) for c, _, x, _ in first] == [
+            (c, x.tolist()) for c, _, x, _ in second
+        ]
+        assert [samples for _, samples, _, _ in first] == [len(x) for _, _, x, _ in first]
+        seen += [(chunk, targets.tolist()) for chunk, _, _, targets in first]
     assert list(chain(*(targets for _, targets in sorted(seen)))) == list(range(23))
 
 
@@ -172,6 +177,83 @@ def test_containers_move_as_a_whole():
 class Pair(NamedTuple):
     left: torch.Tensor
     right: torch.Tensor
+
+
+def test_packed_sequences_move_with_their_lengths_on_the_host():
+    packed = nn.utils.rnn.pack_sequence([torch.zeros(3), torch.zeros(2)])
+    (moved,) = move([packed], torch.device("meta"))
+    assert moved.data.device.type == "meta"
+    assert moved.batch_sizes.device.type == "cpu"
+
+
+class Encoding(UserDict):
+    """As a tokenizer gives it: a mapping with attributes, that moves itself."""
+
+    def to(self, device):
+        return Encoding({key: value.to(device) for key, value in self.items()})
+
+
+def test_objects_move_themselves():
+    moved = move((Encoding(ids=torch.zeros(2)), 3), torch.device("meta"))
+    assert isinstance(moved[0], Encoding)
+    assert moved[0]["ids"].device.type == "meta"
+    assert moved[1] == 3
+
+
+class Pinned(Encoding):
+    def pin_memory(self):
+        return "pinned"
+
+
+def test_what_cannot_be_pinned_stays_as_it_is():
+    """A mapping that cannot be pinned keeps its type: a model sees the same on each device."""
+    encoding = Encoding(ids=3)
+    assert _for_movable([encoding, {"a": Pinned()}], _pin) == [encoding, {"a": "pinned"}]
+
+
+def test_mappings_of_any_type_move():
+    moved = move(UserDict(ids=torch.zeros(2)), torch.device("meta"))
+    assert moved["ids"].device.type == "meta"
+
+
+def pad(samples):
+    """Form a batch of rows of different lengths, with noise of its own."""
+    rows = [row[: 1 + index % 3] for row, index in samples]
+    inputs = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return inputs + torch.rand(inputs.shape), torch.tensor([index for _, index in samples])
+
+
+@pytest.mark.parametrize("start", [0, 1, 4])
+def test_what_a_collate_function_draws_is_the_same_after_a_restart_and_in_workers(start):
+    def batches(workers, start):
+        return read(loader(Augmented(), workers=workers, collate=pad).from_step(start))
+
+    expected = batches(0, 0)
+    assert batches(2, start) == batches(0, start) == expected[start:]
+    assert expected[0][2] != expected[3][2]  # another epoch
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_collate_function_that_fails_is_one_line(workers):
+    def fail(samples):
+        raise ValueError("no\nluck")
+
+    with pytest.raises(
+        DataError, match=r"^data.collate is .*fail, which fails for 4 samples of data.train, "
+    ) as caught:
+        list(loader(Augmented(), workers=workers, collate=fail).from_step(0))
+    assert "\n" not in str(caught.value)
+
+
+def test_chunks_are_counted_by_their_indices():
+    """Whatever a batch looks like: here one number, and a text, for all its samples."""
+    chunks = Chunks(23, batch_size=5, rank=0, world_size=1)
+    held_out = EvalLoader(
+        Augmented(), chunks, seed=3, workers=0, device=CPU, collate=lambda each: (len(each), "text")
+    )
+    read_again = [tuple(held_out), tuple(held_out)]
+    expected = tuple((chunk, n, n, "text") for chunk, n in enumerate([5, 5, 5, 5, 3]))
+    assert read_again == [expected, expected]
 
 
 def test_named_tuples_keep_their_names():

@@ -213,7 +213,9 @@ def test_it_is_a_distributed_sampler():
 
 @given(st.integers(1, 200), st.integers(1, 40), st.integers(1, 7))
 def test_chunks_cover_each_sample_once_and_do_not_depend_on_ranks(n, batch, world_size):
-    alone = [chunk.tolist() for chunk in Chunks(n, batch_size=batch, rank=0, world_size=1)]
+    whole = Chunks(n, batch_size=batch, rank=0, world_size=1)
+    alone = [chunk.tolist() for chunk in whole]
+    assert [whole.size(chunk) for chunk in whole.mine] == [len(chunk) for chunk in alone]
     shared = {}
     for rank in range(world_size):
         chunks = Chunks(n, batch_size=batch, rank=rank, world_size=world_size)
