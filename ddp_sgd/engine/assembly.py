@@ -20,6 +20,7 @@ from ddp_sgd.distributed.replication import replicate
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.capture import describe_loss, velocities
 from ddp_sgd.engine.evaluation import Metrics, Score, evaluate
+from ddp_sgd.engine.normalization import check_normalization
 from ddp_sgd.engine.restoring import (
     plan_from,
     refuse_misfit,
@@ -32,7 +33,7 @@ from ddp_sgd.engine.resume import Past
 from ddp_sgd.engine.state import State
 from ddp_sgd.engine.step import Stepper, model_generators
 from ddp_sgd.engine.time_shares import TimeShares
-from ddp_sgd.engine.trial import check_dataset, check_normalization, try_out
+from ddp_sgd.engine.trial import check_dataset, try_out
 from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.losses import LossFunction
 from ddp_sgd.optim.schedule import Schedule, build_schedule
@@ -180,7 +181,7 @@ def assemble(config: RunConfig, parts: Parts, runtime: Runtime, past: Past) -> J
     model = parts.model.to(runtime.device)
     if isinstance(parts.loss, nn.Module):
         parts.loss.to(runtime.device)
-    check_normalization(model, plan)
+    check_normalization(model, plan, step=state.step, skip=skip, device=runtime.device)
     objective = try_out(model, parts.loss, parts.train_set, "data.train", runtime.device)
     optimizer = _optimizer(config, model)
     velocity_of = optimizer.velocities

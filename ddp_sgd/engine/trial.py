@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import IterableDataset, TensorDataset
 
 from ddp_sgd.data.fetching import EVAL_EPOCH, Fetcher, Request, Unreadable
@@ -15,7 +14,6 @@ from ddp_sgd.data.loading import move
 from ddp_sgd.engine.evaluation import evaluating, is_classification
 from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.losses import LossFunction, Objective
-from ddp_sgd.plan import Plan, micro_batch_sizes
 
 
 def check_dataset(dataset: Any, where: str) -> None:
@@ -33,34 +31,6 @@ def check_dataset(dataset: Any, where: str) -> None:
         )
     if len(dataset) == 0:
         raise DataError(f"{where} is empty; name a data set with at least one sample.")
-
-
-def check_normalization(model: nn.Module, plan: Plan) -> None:
-    """Refuse steps in which batch normalization would fail, or wait for ever.
-
-    Raises:
-        ConfigError: A forward pass of a rank has fewer than two samples; or, where normalization
-            talks to the other ranks, not all of them take part in each forward pass.
-    """
-    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    alone = [layer for layer in layers if not isinstance(layer, nn.SyncBatchNorm)]
-    if alone and plan.smallest_micro_batch < 2:
-        raise ConfigError(
-            f"data.batch_size is {plan.batch_size} with world size {plan.world_size}, so that a "
-            f"forward pass has as few samples as {plan.smallest_micro_batch}, too few for the "
-            f"batch normalization of {type(model).__name__}; set data.tail=drop, or another "
-            "data.batch_size of at least 2."
-        )
-    ends = (0, plan.world_size - 1)  # the ranks with the most and with the fewest samples
-    most, fewest = (
-        micro_batch_sizes(plan.last_batch, rank, plan.world_size, plan.batch_size) for rank in ends
-    )
-    if len(alone) < len(layers) and (len(most) != len(fewest) or not fewest):
-        raise ConfigError(
-            f"data.tail is {plan.tail}, so that in a step of {plan.last_batch} samples not all of "
-            f"{plan.world_size} ranks take part in each synchronized batch normalization of "
-            f"{type(model).__name__}; set data.tail=drop, or another data.batch_size."
-        )
 
 
 def try_out(
