@@ -131,7 +131,9 @@ class Objective:
         counted = targets[targets != self.ignore_index]
         if self._weight is None:
             return float(counted.numel() * min(samples, 1))
-        if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < len(self._weight):
+        if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < len(
+            self._weight
+        ):
             raise DataError(
                 f"a batch has labels from {int(counted.min())} to {int(counted.max())} while the "
                 f"loss has {len(self._weight)} class weights; number the labels from 0, or give "

@@ -7,17 +7,21 @@ import hashlib
 import math
 import os
 import re
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ddp_sgd.checkpointing.manifest import Header, Manifest, read_manifest
+from ddp_sgd.checkpointing.retrying import is_missing, is_taken, retry, unreadable
 from ddp_sgd.errors import DataError
 
 FOLDER_NAME = "checkpoints"
 UNFINISHED = ".new"
 """Ending of files that are being written."""
+SET_ASIDE = ".damaged"
+"""Ending of files that a resume could not use; a second one of the same name ends in .damaged.2."""
 
 _SAVED = re.compile(r"step-(\d{8,})(?:\.(\d+))?\.pt")
 
@@ -48,25 +52,42 @@ class CheckpointFolder:
         self._best: Manifest | None = None
 
     def manifests(self) -> list[Manifest]:
-        """Read the manifests whose file is there, the oldest checkpoint first."""
-        return _in_order([entry for entry in map(_manifest_of, self._files()) if entry])
+        """Read the manifests whose file is there, the oldest checkpoint first.
+
+        Raises:
+            DataError: One cannot be read.
+        """
+        entries, failures = self._read_manifests()
+        for file, error in failures.items():
+            raise _unreadable(file.with_suffix(".json"), error) from error
+        return entries
 
     def name_for(self, header: Header) -> str:
         """Choose the name of a file, in the way that never replaces another checkpoint.
 
-        Steps may come twice, where a resume with another global batch counted them anew.
+        Steps may come twice, where a resume with another global batch counted them again.
+
+        Raises:
+            OSError: It cannot be said whether a name is free.
         """
         number, name = 1, f"step-{header.step:08d}.pt"
-        while os.path.lexists(self.path / name):
+        while is_taken(self.path / name):
             number += 1
             name = f"step-{header.step:08d}.{number}.pt"
         return name
 
     def choose(self) -> Choice:
-        """Find the newest checkpoint whose bytes are those that were written."""
-        entries = self.manifests()
+        """Find the newest checkpoint whose bytes are those that were written.
+
+        One that is damaged is passed over. One that cannot be read may be whole: to go on from an
+        older one would train its steps a second time, and leave two continuations of one run.
+
+        Raises:
+            DataError: A newer one cannot be read.
+        """
+        entries, failures = self._read_manifests()
         listed = {entry.file for entry in entries}
-        orphans = {file.name for file in self._files()} - listed
+        orphans = {file.name for file in self._files() if file not in failures} - listed
         damaged: list[str] = []
         chosen = None
         for entry in reversed(entries):
@@ -75,28 +96,51 @@ class CheckpointFolder:
                 break
             damaged.append(f"{entry.file} {fault}")
         oldest = _place(chosen.file) if chosen else (-1, 0)
+        for file, error in failures.items():
+            if _place(file.name) > oldest:
+                raise _unreadable(file.with_suffix(".json"), error) from error
         unlisted = sorted((name for name in orphans if _place(name) > oldest), key=_place)
         lines = [*(f"{name} has no valid manifest" for name in reversed(unlisted)), *damaged]
         return Choice(chosen, tuple(lines))
 
     def fault_of(self, entry: Manifest) -> str | None:
-        """Say what is wrong with a checkpoint; None if its bytes are those that were written."""
-        return fault_of(self.path / entry.file, entry)
+        """Say what is wrong with a checkpoint; None if its bytes are those that were written.
+
+        Raises:
+            DataError: It cannot be read.
+        """
+        file = self.path / entry.file
+        try:
+            return fault_of(file, entry)
+        except OSError as error:
+            raise _unreadable(file, error) from error
 
     def set_aside(self, *, after_samples: int) -> None:
-        """Rename what claims to be newer, so that it is neither chosen nor counted again."""
+        """Rename what claims to be newer, so that it is neither chosen nor counted again.
+
+        What cannot be read, and so cannot be judged, keeps its name.
+        """
         for file in self._files():
-            entry = _manifest_of(file)
-            if entry is None or entry.header.samples > after_samples:
-                with suppress(OSError):
-                    file.replace(file.with_suffix(".pt.damaged"))
-                    file.with_suffix(".json").replace(file.with_suffix(".json.damaged"))
+            with suppress(OSError):
+                entry = _manifest_of(file)
+                if entry is None or entry.header.samples > after_samples:
+                    self._set_aside(file)
+
+    def _set_aside(self, file: Path) -> None:
+        """Rename a checkpoint and its manifest, to names that end alike and that nothing has."""
+        pair = (file, file.with_suffix(".json"))
+        number, ending = 1, SET_ASIDE
+        while any(is_taken(path.with_name(f"{path.name}{ending}")) for path in pair):
+            number += 1
+            ending = f"{SET_ASIDE}.{number}"
+        for path in pair:
+            path.rename(path.with_name(f"{path.name}{ending}"))
 
     def clean_up(self) -> None:
         """Remove what saves that were cut short left behind."""
         for file in [*self.path.glob(f".*{UNFINISHED}"), *self.path.glob("step-*.json")]:
             with suppress(OSError):
-                if file.suffix == UNFINISHED or not file.with_suffix(".pt").exists():
+                if file.suffix == UNFINISHED or not is_taken(file.with_suffix(".pt")):
                     file.unlink()
 
     def settle(self, *, keep: int, written: Manifest | None = None) -> None:
@@ -109,7 +153,7 @@ class CheckpointFolder:
             written: What was written since the last time; None reads the folder.
         """
         if written is None or self._settled is None:
-            entries = self.manifests()
+            entries, _ = self._read_manifests()  # what cannot be read stays as it is
         else:
             entries = _in_order([*self._settled, written])
         scored = [entry for entry in entries if entry.header.is_scored]
@@ -129,22 +173,40 @@ class CheckpointFolder:
 
     def _files(self) -> list[Path]:
         try:
-            return [file for file in self.path.iterdir() if _SAVED.fullmatch(file.name)]
+            return [file for file in retry(self._all_in_it) if _SAVED.fullmatch(file.name)]
         except (FileNotFoundError, NotADirectoryError):
             return []
-        except OSError as error:  # to begin anew would be wrong: there may be checkpoints
-            raise DataError(
-                f"{self.path} cannot be read: {error.strerror or error}; give this user the right "
-                "to, or look at its disk."
-            ) from error
+        except OSError as error:  # to begin at step 0 would be wrong: there may be checkpoints
+            raise unreadable(self.path, error, "name another folder") from error
+
+    def _all_in_it(self) -> list[Path]:
+        return list(self.path.iterdir())
+
+    def _read_manifests(self) -> tuple[list[Manifest], dict[Path, OSError]]:
+        """Read the manifests whose file is there; gives them in order, and what cannot be read."""
+        entries, failures = [], {}
+        for file in self._files():
+            try:
+                entry = _manifest_of(file)
+            except OSError as error:
+                failures[file] = error
+                continue
+            if entry:
+                entries.append(entry)
+        return _in_order(entries), failures
 
     def _point(self, name: str, entry: Manifest) -> None:
-        """Replace a link at once; file systems without links do without."""
-        new = self.path / f".{name}{UNFINISHED}"
+        """Replace a link at once; file systems without links do without.
+
+        A file of that name is none of ours.
+        """
+        link, new = self.path / name, self.path / f".{name}{UNFINISHED}"
         with suppress(OSError):
+            if is_taken(link) and not link.is_symlink():
+                return
             new.unlink(missing_ok=True)
             new.symlink_to(entry.file)
-            new.replace(self.path / name)
+            new.replace(link)
 
 
 def _in_order(entries: list[Manifest]) -> list[Manifest]:
@@ -152,9 +214,30 @@ def _in_order(entries: list[Manifest]) -> list[Manifest]:
 
 
 def _manifest_of(file: Path) -> Manifest | None:
-    """Read the manifest beside a file; None if it is not that of this file."""
+    """Read the manifest beside a file; None if it is not that of this file.
+
+    Raises:
+        OSError: It may be, but cannot be read.
+    """
     entry = read_manifest(file.with_suffix(".json"))
-    return entry if entry and entry.file == file.name and file.is_file() else None
+    return entry if entry and entry.file == file.name and _is_file(file) else None
+
+
+def _is_file(path: Path) -> bool:
+    """Whether this is a file; ``Path.is_file`` says no where it cannot say, from Python 3.14 on."""
+    try:
+        return stat.S_ISREG(retry(path.stat).st_mode)
+    except OSError as error:
+        if is_missing(error):
+            return False
+        raise
+
+
+def _unreadable(file: Path, error: OSError) -> DataError:
+    """Say that a checkpoint, or its manifest, cannot be read."""
+    other = file.with_suffix({".pt": ".json", ".json": ".pt"}[file.suffix]).name
+    otherwise = f"move it and {other} out of the folder to go on from an older checkpoint"
+    return unreadable(file, error, otherwise)
 
 
 def _place(name: str) -> tuple[int, int]:
@@ -164,17 +247,30 @@ def _place(name: str) -> tuple[int, int]:
 
 
 def fault_of(file: Path, entry: Manifest) -> str | None:
-    """Compare a file with its manifest; None if it is what was written."""
+    """Compare a file with its manifest; None if it is what was written.
+
+    Raises:
+        OSError: It cannot be read; that says nothing of what is in it.
+    """
     try:
-        with file.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            if size != entry.size_bytes:
-                return f"has {size} bytes instead of {entry.size_bytes}"
-            if hashlib.file_digest(stream, "sha256").hexdigest() != entry.sha256:
-                return "is damaged: its SHA-256 is not that of the manifest"
+        size, digest = retry(lambda: _size_and_digest(file, entry.size_bytes))
     except OSError as error:
-        return f"cannot be read: {error.strerror or error}"
+        if is_missing(error):
+            return f"cannot be read: {error.strerror}"
+        raise
+    if size != entry.size_bytes:
+        return f"has {size} bytes instead of {entry.size_bytes}"
+    if digest != entry.sha256:
+        return "is damaged: its SHA-256 is not that of the manifest"
     return None
+
+
+def _size_and_digest(file: Path, expected: int) -> tuple[int, str]:
+    """Read a file, unless its length is not the one that is expected."""
+    with file.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        digest = hashlib.file_digest(stream, "sha256").hexdigest() if size == expected else ""
+    return size, digest
 
 
 def goodness(scores: Mapping[str, float | int]) -> float:

@@ -1,17 +1,18 @@
 """Which checkpoints a folder holds, at a glance or to the last byte. No torch."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddp_sgd.checkpointing.folder import FOLDER_NAME, CheckpointFolder, fault_of
+from ddp_sgd.checkpointing.folder import FOLDER_NAME, SET_ASIDE, CheckpointFolder, fault_of
 from ddp_sgd.checkpointing.manifest import Header, Manifest, read_manifest
 from ddp_sgd.checkpointing.table import columns
 from ddp_sgd.errors import DataError
 
 _HEAD = ("checkpoint", "step", "epoch", "samples", "ranks", "MB", "age", "score", "")
-_ENDINGS = (".pt", ".pt.damaged")
+_NAME = re.compile(rf".*\.pt({re.escape(SET_ASIDE)}(\.\d+)?)?")
 _AGES = ((86_400.0, "d"), (3_600.0, "h"), (60.0, "min"))
 
 
@@ -52,7 +53,7 @@ def list_checkpoints(path: Path) -> list[Listed]:
     """
     folder = checkpoint_folder(path).path
     try:
-        files = sorted(file for file in folder.iterdir() if file.name.endswith(_ENDINGS))
+        files = sorted(file for file in folder.iterdir() if _NAME.fullmatch(file.name))
     except OSError as error:
         raise DataError(
             f"{path} is no folder that can be read ({error.strerror}); name a run folder."
@@ -88,12 +89,15 @@ def files_to_verify(path: Path) -> list[Path]:
 def fault_at(path: Path) -> str | None:
     """Compare every byte of a checkpoint with its manifest; None if it is whole."""
     file = path.resolve()
-    if not file.is_file():
-        return "is not there"
-    manifest = _manifest_of(file)
-    if manifest is None:
-        return f"has no valid manifest {file.with_suffix('.json').name} beside it"
-    return fault_of(file, manifest)
+    try:
+        if not file.is_file():
+            return "is not there"
+        manifest = _manifest_of(file)
+        if manifest is None:
+            return f"has no valid manifest {file.with_suffix('.json').name} beside it"
+        return fault_of(file, manifest)
+    except OSError as error:
+        return _cannot_be_read(error)
 
 
 def _manifest_of(file: Path) -> Manifest | None:
@@ -111,15 +115,23 @@ def _marks(folder: Path) -> Mapping[str, list[str]]:
 
 def _look_at(file: Path, marks: Mapping[str, list[str]]) -> Listed:
     size = file.stat().st_size
-    manifest = _manifest_of(file)
     words = list(marks.get(file.name, ()))
-    if file.suffix == ".damaged":
-        words.append("set aside")
-    elif manifest is None:
-        words.append("no valid manifest")
-    elif size != manifest.size_bytes:
-        words.append(f"damaged: {size} bytes instead of {manifest.size_bytes}")
+    manifest = None
+    try:
+        manifest = _manifest_of(file)
+        if file.suffix != ".pt":
+            words.append("set aside")
+        elif manifest is None:
+            words.append("no valid manifest")
+        elif size != manifest.size_bytes:
+            words.append(f"damaged: {size} bytes instead of {manifest.size_bytes}")
+    except OSError as error:
+        words.append(_cannot_be_read(error))
     return Listed(file=file, size_bytes=size, manifest=manifest, remark=" ".join(words))
+
+
+def _cannot_be_read(error: OSError) -> str:
+    return f"cannot be read: {error.strerror or error}"
 
 
 def _place(entry: Listed) -> tuple[bool, int, str]:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ddp_sgd.checkpointing.retrying import is_missing, retry
+
 FORMAT = 1
 """Version of what a checkpoint holds; a reader refuses others."""
 
@@ -91,9 +93,18 @@ def _in_lines(texts: dict[str, str]) -> str:
 
 
 def read_manifest(path: Path) -> Manifest | None:
-    """Read a manifest; None if it is missing, damaged, or of another format."""
+    """Read a manifest; None if it is missing, damaged, or of another format.
+
+    Raises:
+        OSError: It cannot be read; that says nothing of what is in it.
+    """
     try:
-        text = path.read_bytes()
+        text = retry(path.read_bytes)
+    except OSError as error:
+        if is_missing(error):
+            return None
+        raise
+    try:
         content = json.loads(text)
         del content["format"], content["check"]
         header = content.pop("header")
@@ -101,7 +112,7 @@ def read_manifest(path: Path) -> Manifest | None:
         manifest = Manifest(header=Header(**header), **content)
         # Byte by byte: the last digit of a float can change without a change of the number.
         return manifest if manifest.to_text().encode() == text else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
 

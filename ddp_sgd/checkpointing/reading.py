@@ -9,7 +9,10 @@ import torch
 
 from ddp_sgd.checkpointing.folder import FOLDER_NAME, CheckpointFolder, fault_of
 from ddp_sgd.checkpointing.manifest import FORMAT, Manifest, read_manifest
+from ddp_sgd.checkpointing.retrying import is_missing, retry, unreadable
 from ddp_sgd.errors import DataError
+
+_ANOTHER = "name another checkpoint"
 
 
 def read_tensors(file: Path) -> dict[str, Any]:
@@ -26,14 +29,15 @@ def read_tensors(file: Path) -> dict[str, Any]:
         DataError: It cannot be read, is no checkpoint, or holds more than tensors and plain data.
     """
     try:
-        # weights_only is said aloud: an environment variable may turn torch's default off.
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        content = retry(lambda: _load(file))
     except pickle.UnpicklingError as error:
         raise DataError(
             f"{file} holds more than tensors and plain data, and is not read; name a file that "
             "`python -m ddp_sgd.checkpoint verify` accepts."
         ) from error
     except Exception as error:  # of a damaged pickle comes any
+        if isinstance(error, OSError) and not is_missing(error):
+            raise unreadable(file, error, _ANOTHER) from error
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
             f"{file} is no checkpoint that can be read: {cause}; name a file that "
@@ -59,10 +63,12 @@ def find_checkpoint(path: Path) -> tuple[Path, Manifest]:
     try:
         return _find(path)
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be read: {error.strerror or error}; name another, or give this user "
-            "the right to."
-        ) from error
+        raise unreadable(path, error, _ANOTHER) from error
+
+
+def _load(file: Path) -> Any:
+    # weights_only is passed: an environment variable may turn torch's default off.
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _find(path: Path) -> tuple[Path, Manifest]:

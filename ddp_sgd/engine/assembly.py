@@ -22,6 +22,10 @@ from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import TrainingBuffers, buffers_by_name
 from ddp_sgd.engine.capture import describe_loss, velocities
 from ddp_sgd.engine.evaluation import Metrics, Score, evaluate
+from ddp_sgd.engine.lazy_modules import is_materialized, materialize
+from ddp_sgd.engine.model_check import check_model
+from ddp_sgd.engine.model_inputs import choose_spread
+from ddp_sgd.engine.normalization import check_normalization
 from ddp_sgd.engine.restoring import (
     plan_from,
     refuse_misfit,
@@ -31,10 +35,6 @@ from ddp_sgd.engine.restoring import (
     share_other_state,
     state_from,
 )
-from ddp_sgd.engine.lazy_modules import is_materialized, materialize
-from ddp_sgd.engine.model_check import check_model
-from ddp_sgd.engine.model_inputs import choose_spread
-from ddp_sgd.engine.normalization import check_normalization
 from ddp_sgd.engine.resume import Past
 from ddp_sgd.engine.sanity_check import (
     Batch,
@@ -249,7 +249,7 @@ def assemble(config: RunConfig, parts: Parts, runtime: Runtime, past: Past) -> J
     plan = plan_from(config, past.header, samples=samples, world_size=runtime.world_size)
     state, skip = state_from(past.header, plan)
     model, modules = _on_device(parts, runtime)
-    check_normalization(model, plan)
+    check_normalization(model, plan, step=state.step, skip=skip, device=runtime.device)
     facts = check_training(model, parts.loss, parts.train_set, parts.batch, plan, runtime)
     optimizer = _optimizer(config, model)
     velocity_of = optimizer.velocities

@@ -10,6 +10,7 @@ from ddp_sgd.distributed.collectives import broadcast_over_ranks
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.side_effects import Place
 
+
 class TrainingBuffers:
     """Buffers that a forward pass in training mode changes, such as running statistics.
 
@@ -28,9 +29,7 @@ class TrainingBuffers:
         synced: Whether there are buffers that must be the same on every rank before a step.
     """
 
-    def __init__(
-        self, places: Sequence[Place], read: Sequence[Place], runtime: Runtime
-    ) -> None:
+    def __init__(self, places: Sequence[Place], read: Sequence[Place], runtime: Runtime) -> None:
         self._places = list(places)
         self._read = list(read)
         self._runtime = runtime
@@ -73,7 +72,7 @@ class TrainingBuffers:
             chosen = [number for number, tensor in enumerate(now) if tensor.dtype == dtype]
             kept, new = ([all_of[n] for n in chosen] for all_of in (self._copies, now))
             flat = torch.where(is_skipped, _flat(kept), _flat(new))
-            parts = flat.split([tensor.numel() for tensor in new])
+            parts = torch.split(flat, [tensor.numel() for tensor in new])
             values = [part.view(t.shape) for part, t in zip(parts, new, strict=True)]
             self._write(dict(zip(chosen, values, strict=True)))
 

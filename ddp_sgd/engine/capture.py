@@ -33,7 +33,6 @@ def capture(
     config: Mapping[str, Any],
     run_id: str,
     loss: str,
-    others: Tree | None = None,
 ) -> tuple[Header, Tree]:
     """Gather the state, where it is.
 
@@ -45,11 +44,9 @@ def capture(
         config: Description of the run, as plain data.
         run_id: Identity of the run.
         loss: What the loss is, from ``describe_loss``.
-        others: What else a resume needs, from ``capture_others``.
 
     Returns:
-        The header, and the tensors where they are: ``model`` and ``optimizer``, by name, and the
-        others.
+        The header, and the tensors where they are: ``model`` and ``optimizer``, by name.
     """
     epoch, position = plan.place_at(state.step)
     header = Header(
@@ -73,8 +70,7 @@ def capture(
         },
     )
     momentum = dict(velocities(model, optimizer))
-    model_and_optimizer = {"model": model.state_dict(), "optimizer": {"momentum_buffer": momentum}}
-    return header, model_and_optimizer | dict(others or {})
+    return header, {"model": model.state_dict(), "optimizer": {"momentum_buffer": momentum}}
 
 
 def capture_others(

@@ -223,7 +223,6 @@ def open_checkpoints(
         partial(
             _capture,
             job,
-            model=job.replica.inner,
             optimizer=job.optimizer,
             plan=job.plan,
             config=config.model_dump(mode="json"),
@@ -243,8 +242,9 @@ def open_checkpoints(
 
 
 def _capture(job: Job, state: State, **others: Any) -> tuple[Header, Tree]:
-    more = capture_others(job.replica.inner, job.loss_modules, job.buffers)
-    return capture(state, others=more, **others)
+    """Gather all that a resume of this job needs."""
+    header, tree = capture(state, model=job.replica.inner, **others)
+    return header, {**tree, **capture_others(job.replica.inner, job.loss_modules, job.buffers)}
 
 
 def _reason(error: Exception | None) -> str:

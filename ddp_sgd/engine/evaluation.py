@@ -1,7 +1,7 @@
 """The score of a model: every sample once, the same bits on any number of ranks."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -82,10 +82,10 @@ def evaluate(
     sums, counts = scored.by_chunk(loader.chunks.count, place), scored.counts(place)
     sum_over_ranks(sums, runtime)
     sum_over_ranks(counts, runtime)
-    cut_short, *judged = counts.tolist()
+    cut_short, *numbers = counts.tolist()
     if cut_short:
         raise Interrupted
-    return _metrics(*sums.sum(dim=1).tolist(), *judged)
+    return _metrics(*sums.sum(dim=1).tolist(), numbers)
 
 
 @contextmanager
@@ -192,16 +192,8 @@ class _Scored:
         self._answers = new if self._answers is None else self._answers + new
 
 
-def _metrics(
-    loss: float,
-    units: float,
-    count: int,
-    not_numbers: int,
-    judged: int,
-    correct: int,
-    judged_top5: int,
-    correct_top5: int,
-) -> Metrics:
+def _metrics(loss: float, units: float, counts: Sequence[int]) -> Metrics:
+    count, not_numbers, judged, correct, judged_top5, correct_top5 = counts
     metrics: Metrics = {"eval/loss": loss / units if units else math.nan, "eval/count": count}
     if not_numbers:  # argmax would take NaN for the largest score
         return metrics

@@ -156,9 +156,7 @@ def _shuffled(outputs: Any, samples: int, number: int) -> Any:
     return _change(outputs, samples, roll)
 
 
-def _change(
-    value: Any, samples: int, change: Callable[[torch.Tensor], torch.Tensor]
-) -> Any:
+def _change(value: Any, samples: int, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """Change the floating-point tensors that have a row for each sample, in any containers."""
 
     def changed(tensor: torch.Tensor) -> torch.Tensor:

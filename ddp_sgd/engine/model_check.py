@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from ddp_sgd.errors import ConfigError
 from ddp_sgd.plan import Plan
@@ -70,9 +71,7 @@ def check_embeddings(model: nn.Module, plan: Plan) -> None:
             )
 
 
-def check_changed_parameters(
-    model: nn.Module, changed: list[nn.Parameter], plan: Plan
-) -> None:
+def check_changed_parameters(model: nn.Module, changed: list[nn.Parameter], plan: Plan) -> None:
     """Refuse other models that change their parameters in a forward pass.
 
     Args:
@@ -140,18 +139,20 @@ def is_dense(tensor: torch.Tensor) -> bool:
 
 
 def _fault_of(parameter: nn.Parameter) -> str | None:
-    """Say what is wrong with a parameter and what to do; None if it can be trained."""
+    """Say what is wrong with a parameter and what to do; None if it can be used."""
     if {base.__name__ for base in type(parameter).__mro__}.intersection(_SHARDED):
         return (
             f"a {type(parameter).__name__}: sharded parameters are not supported; give a model "
             "that every rank holds whole"
         )
-    if nn.parameter.is_lazy(parameter):
+    if is_lazy(parameter):
         return None
     if parameter.device.type == "meta":
         return "on the device meta, without memory; build the model on the CPU, or load its weights"
-    if not parameter.requires_grad:
-        return None
+    return _fault_in_training(parameter) if parameter.requires_grad else None
+
+
+def _fault_in_training(parameter: nn.Parameter) -> str | None:
     if parameter.layout is not torch.strided:
         layout = str(parameter.layout).removeprefix("torch.")
         return f"of the layout {layout}, which SGD cannot move; make it dense with .to_dense()"

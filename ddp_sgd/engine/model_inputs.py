@@ -51,6 +51,5 @@ def _parameters_of(model: nn.Module) -> list[inspect.Parameter]:
 def _are_columns(inputs: list[Any] | tuple[Any, ...], samples: int) -> bool:
     """Whether each entry has a row for every sample, rather than each sample an entry."""
     return all(
-        isinstance(each, torch.Tensor) and each.ndim > 0 and len(each) == samples
-        for each in inputs
+        isinstance(each, torch.Tensor) and each.ndim > 0 and len(each) == samples for each in inputs
     )

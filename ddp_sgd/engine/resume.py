@@ -10,7 +10,9 @@ from typing import Any
 from ddp_sgd.checkpointing.folder import FOLDER_NAME, CheckpointFolder, Choice
 from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.checkpointing.reading import find_checkpoint
-from ddp_sgd.config import RunConfig, changes_that_matter, read_yaml_file
+from ddp_sgd.checkpointing.retrying import is_missing, retry, unreadable
+from ddp_sgd.config import RunConfig, changes_that_matter
+from ddp_sgd.config.yaml_text import read_yaml
 from ddp_sgd.distributed.collectives import from_rank_0
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.result import RunResult, read_result
@@ -140,7 +142,7 @@ def _adopt(config: RunConfig, folder: RunFolder) -> bool:
     manifest = replace(named, file=copies.name_for(named.header))
     try:
         staging.mkdir()
-        copy = shutil.copyfile(file, staging / manifest.file)
+        copy = retry(lambda: shutil.copyfile(file, staging / manifest.file))
         copy.with_suffix(".json").write_text(manifest.to_text())
         if fault := copies.fault_of(manifest):
             raise DataError(f"the copy of {file} {fault}; look at the disk of {staging.parent}.")
@@ -171,8 +173,19 @@ def _ending(
 
 
 def _config_in(folder: Path) -> dict[str, Any] | None:
-    """Read the configuration of an earlier life; None if there was none."""
+    """Read the configuration of an earlier life; None if there was none.
+
+    Raises:
+        DataError: It cannot be read. Without it a run that goes on looks like a new one.
+    """
+    path = folder / "config.yaml"
     try:
-        return read_yaml_file(folder / "config.yaml")
-    except ConfigError:
+        config = read_yaml(retry(path.read_bytes).decode(), str(path))
+    except (ConfigError, UnicodeDecodeError):
         return None
+    except OSError as error:
+        if is_missing(error):
+            return None
+        otherwise = "set resume=never to begin in a new folder"
+        raise unreadable(path, error, otherwise) from error
+    return config if isinstance(config, dict) else None

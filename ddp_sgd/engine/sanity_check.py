@@ -275,7 +275,8 @@ class _Check:
 
     def judge(self, outputs: Any) -> tuple[Objective, tuple[str, ...]]:
         """Find out the units of the loss, and whether targets are classes; gives notes, too."""
-        takes_classes, notes = is_of_classes(self._loss), ()
+        takes_classes = is_of_classes(self._loss)
+        notes: tuple[str, ...] = ()
         if not has_forward_of_torch(as_module(self._loss)):
             kind = examine_loss(self._loss, outputs, self._targets, self._targets_of_one)
             takes_classes = kind.takes_classes
@@ -380,7 +381,8 @@ def describe(value: Any) -> str:
     if isinstance(value, Mapping):
         parts = [f"{key}: {describe(item)}" for key, item in value.items()]
     elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        parts = [f"{name}: {describe(item)}" for name, item in value._asdict().items()]
+        named = zip(value._fields, value, strict=True)
+        parts = [f"{name}: {describe(item)}" for name, item in named]
     elif isinstance(value, (list, tuple)):
         parts = [describe(item) for item in value]
     else:

@@ -65,9 +65,7 @@ class SideEffects:
         generators: Generators that a forward pass draws from.
     """
 
-    def __init__(
-        self, modules: Sequence[nn.Module], generators: Sequence[torch.Generator]
-    ) -> None:
+    def __init__(self, modules: Sequence[nn.Module], generators: Sequence[torch.Generator]) -> None:
         found = dict.fromkeys(m for root in modules for m in root.modules())
         self._modules = [module for module in found if not _is_lazy(module)]
         self._attributes = [(m, dict(vars(m)), _contents(vars(m))) for m in self._modules]
@@ -113,31 +111,32 @@ class SideEffects:
 
     def undo(self) -> None:
         """Put everything back."""
-        for kind, (module, attributes, contents) in zip(
-            self._classes, self._attributes, strict=True
-        ):
-            if type(module) is not kind:
-                module.__class__ = kind
+        kinds = zip(self._modules, self._classes, strict=True)
+        for module, kind in [(m, kind) for m, kind in kinds if type(m) is not kind]:
+            module.__class__ = kind
+        for module, attributes, contents in self._attributes:
             vars(module).clear()
             vars(module).update(attributes)
             for container, content in contents:
                 _refill(container, content)
         with torch.no_grad():
-            for memory in self._memory.values():
-                if memory.storage.nbytes() != memory.content.nbytes():
-                    memory.storage.resize_(memory.content.nbytes())
-                memory.storage.copy_(memory.content)
-            for form in self._forms.values():
-                if form.tensor.shape != form.shape:
-                    form.tensor.set_(
-                        form.tensor.untyped_storage(), form.offset, form.shape, form.strides
-                    )
+            self._undo_writes()
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
         for generator, state in self._generators:
             generator.set_state(state)
         random.setstate(self._random)
         np.random.set_state(self._numpy)
+
+    def _undo_writes(self) -> None:
+        for storage, content in self._memory.values():
+            if storage.nbytes() != content.nbytes():
+                storage.resize_(content.nbytes())
+            storage.copy_(content)
+        for form in self._forms.values():
+            tensor = form.tensor
+            if tensor.shape != form.shape:
+                tensor.set_(tensor.untyped_storage(), form.offset, form.shape, form.strides)
 
     def _places(self) -> list[Place]:
         return [
@@ -160,7 +159,7 @@ class SideEffects:
             # By address, since every call makes another object; empty storages have none.
             address = storage.data_ptr() or id(storage)
             if address not in self._memory:
-                self._memory[address] = _Memory(storage, storage.clone())
+                self._memory[address] = _Memory(storage, _copy_of(storage))
 
     def _memory_of(self, tensor: torch.Tensor) -> _Memory | None:
         if tensor.layout is not torch.strided:
@@ -182,13 +181,18 @@ def _form(buffer: torch.Tensor | None) -> _Form:
         _version(buffer),
         buffer.shape,
         buffer.stride() if is_strided else (),
-        buffer.storage_offset() if is_strided else 0,
+        int(buffer.storage_offset()) if is_strided else 0,
     )
 
 
 def _version(tensor: torch.Tensor | None) -> int:
     """Count the writes to a tensor; tensors made in inference mode do not count them."""
     return 0 if tensor is None or tensor.is_inference() else tensor._version
+
+
+def _copy_of(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    copied = torch.UntypedStorage(storage.nbytes(), device=storage.device)
+    return copied.copy_(storage)
 
 
 def _equal(one: torch.UntypedStorage, other: torch.UntypedStorage) -> bool:

@@ -71,7 +71,7 @@ class Stepper:
         self._runtime = runtime
         self._pulse = pulse
         self._clip_norm = clip_norm
-        self._buffers = buffers if buffers else None
+        self._buffers = buffers or None
         self._parameters = [p for group in optimizer.groups for p in group.parameters]
 
     def step(self, batches: StepBatches, lr: float) -> StepResult:
@@ -154,7 +154,7 @@ def backward(loss: torch.Tensor, gradient: torch.Tensor) -> None:
     second in the first step, and takes 18 us more in every step.
     """
     keep_graph = create_graph = False
-    torch.autograd.Variable._execution_engine.runbackward(
+    torch.autograd.Variable._execution_engine.run_backward(
         *((loss,), (gradient,), keep_graph, create_graph, ()),
         allow_unreachable=True,
         accumulate_grad=True,

@@ -1,4 +1,6 @@
+import errno
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,6 +54,21 @@ def test_the_header_is_the_newest_s_without_scores(run, tmp_path):
     assert not manifest.header.is_scored
     assert (manifest.header.step, manifest.header.plan) == (newest.step, newest.plan)
     assert len(read_tensors(file)["mean_of"]) == 2
+
+
+@pytest.mark.parametrize("ending", [".pt", ".json"])
+def test_one_that_cannot_be_read_is_not_left_out(ending, run, monkeypatch):
+    """The mean would be another one, and nobody would know."""
+    opened, forbidden = Path.open, files_of(run)[0].with_suffix(ending)
+
+    def open_or_fail(path, *args, **options):
+        if path == forbidden:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", open_or_fail)
+    with pytest.raises(DataError, match=f"{forbidden.name} cannot be read: Permission denied"):
+        choose_checkpoints([run])
 
 
 def test_a_run_goes_on_from_the_mean(run, tmp_path):

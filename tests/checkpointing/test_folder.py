@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from saving import flip, header, names, scored, tensors, write
 
+from ddp_sgd.checkpointing import retrying
 from ddp_sgd.checkpointing.folder import CheckpointFolder, goodness
 from ddp_sgd.checkpointing.packing import write_checkpoint
 from ddp_sgd.checkpointing.reading import find_checkpoint
@@ -190,19 +191,148 @@ def forbidden(path):
                 place.chmod(mode)
 
 
-@pytest.mark.parametrize(
-    ("name", "told"),
-    [
-        ("step-00000020.pt", "cannot be read: Permission denied"),
-        ("step-00000020.json", "has no valid manifest"),
-    ],
-)
-def test_what_may_not_be_read_is_passed_over(name, told, folder):
+OTHER = {"step-00000020.pt": "step-00000020.json", "step-00000020.json": "step-00000020.pt"}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_what_may_not_be_read_is_not_taken_for_damaged(name, folder, monkeypatch):
+    """It may be whole: an older one would train its steps a second time."""
+    monkeypatch.setattr(retrying, "sleep", None)  # the same answer would come again
     with forbidden(folder / name):
-        step, (line,) = chosen(folder)
-        assert step == 10
-        assert told in line
-        refused(folder / "step-00000020.pt")
+        with pytest.raises(DataError) as caught:
+            chosen(folder)
+        assert str(caught.value) == (
+            f"{folder / name} cannot be read: Permission denied; give this user the right to, or "
+            f"move it and {OTHER[name]} out of the folder to go on from an older checkpoint."
+        )
+        assert "Permission denied" in refused(folder / "step-00000020.pt")
+
+
+def test_what_may_not_be_read_can_be_moved_away(folder, tmp_path):
+    for name in OTHER:
+        (folder / name).rename(tmp_path / name)
+    assert chosen(folder) == (10, ())
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """Pauses between attempts, which a test notes instead of waiting."""
+    taken = []
+    monkeypatch.setattr(retrying, "sleep", taken.append)
+    return taken
+
+
+@pytest.fixture
+def failing(monkeypatch, pauses):
+    """Let the first attempts to open, or to look at, files of a name fail."""
+    real = {"open": Path.open, "stat": Path.stat, "lstat": Path.lstat}
+    left = {}
+
+    def install(name, number=errno.ESTALE, times=1, call="open"):
+        left[name] = times
+
+        def call_or_fail(path, *args, **kwargs):
+            if path.name == name and left[name] > 0:
+                left[name] -= 1
+                raise OSError(number, os.strerror(number), str(path))
+            return real[call](path, *args, **kwargs)
+
+        monkeypatch.setattr(Path, call, call_or_fail)
+
+    return install
+
+
+ENDLESS = 10**9
+PASSING = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EINTR, errno.EAGAIN, errno.EREMOTEIO)
+
+
+@pytest.mark.parametrize("number", PASSING)
+@pytest.mark.parametrize("name", OTHER)
+def test_a_read_that_fails_for_a_moment_is_repeated(name, number, folder, failing, pauses):
+    failing(name, number, times=3)
+    assert chosen(folder) == (20, ())
+    assert pauses == [0.1, 0.3, 1.0]
+
+
+def test_a_look_that_fails_for_a_moment_is_repeated(folder, failing, pauses):
+    failing("step-00000020.pt", call="stat")
+    assert chosen(folder) == (20, ())
+    assert pauses == [0.1]
+
+
+@pytest.mark.parametrize("number", PASSING)
+@pytest.mark.parametrize("name", OTHER)
+def test_a_read_that_fails_for_good_ends_the_start(name, number, folder, failing, pauses):
+    failing(name, number, times=ENDLESS)
+    with pytest.raises(DataError) as caught:
+        chosen(folder)
+    assert caught.value.exit_code == ExitCode.DATA == 65
+    assert str(caught.value) == (
+        f"{folder / name} cannot be read: {os.strerror(number)}; try again when its disk answers, "
+        f"or move it and {OTHER[name]} out of the folder to go on from an older checkpoint."
+    )
+    assert pauses == [0.1, 0.3, 1.0]
+
+
+@pytest.mark.parametrize("name", ["step-00000010.pt", "step-00000010.json"])
+def test_an_older_one_that_cannot_be_read_is_not_asked_for(name, folder, failing):
+    failing(name, times=ENDLESS)
+    assert chosen(folder) == (20, ())
+    if name.endswith(".json"):  # somebody who asks for all of them is told
+        with pytest.raises(DataError, match="step-00000010.json cannot be read: Stale file handle"):
+            CheckpointFolder(folder).manifests()
+
+
+def test_one_that_cannot_be_read_counts_behind_one_that_is_damaged(folder, failing):
+    write(folder, 30)
+    truncate(folder / "step-00000030.pt")
+    failing("step-00000020.pt", times=ENDLESS)
+    with pytest.raises(DataError, match="step-00000020.pt cannot be read"):
+        chosen(folder)
+
+
+def test_a_good_checkpoint_is_not_set_aside_for_a_manifest_that_cannot_be_read(folder, failing):
+    failing("step-00000010.json", times=ENDLESS)
+    before = names(folder)
+    CheckpointFolder(folder).set_aside(after_samples=200)
+    assert names(folder) == before
+
+
+def test_a_manifest_is_not_removed_for_a_file_that_cannot_be_looked_at(folder, failing):
+    for call in ("stat", "lstat"):
+        failing("step-00000020.pt", times=ENDLESS, call=call)
+    before = names(folder)
+    CheckpointFolder(folder).clean_up()
+    assert names(folder) == before
+
+
+def test_a_name_that_cannot_be_looked_at_is_not_a_free_one(folder, failing):
+    failing("step-00000020.pt", times=ENDLESS, call="lstat")
+    with pytest.raises(OSError, match="Stale file handle"):
+        CheckpointFolder(folder).name_for(header(20))
+    assert CheckpointFolder(folder).name_for(header(30)) == "step-00000030.pt"
+
+
+def test_what_cannot_be_read_is_neither_pruned_nor_in_the_way_of_a_save(folder, failing):
+    failing("step-00000010.json", times=ENDLESS)
+    write(folder, 30, keep=1)
+    assert names(folder) == {
+        *("step-00000010.pt", "step-00000010.json", "step-00000030.pt", "step-00000030.json"),
+        "last",
+    }
+
+
+def test_a_folder_that_cannot_be_listed_for_a_moment_is_listed_again(folder, monkeypatch, pauses):
+    iterdir, failures = Path.iterdir, [OSError(errno.EIO, "Input/output error")] * 2
+
+    def list_or_fail(path):
+        if failures:
+            raise failures.pop()
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", list_or_fail)
+    assert chosen(folder) == (20, ())
+    assert pauses == [0.1, 0.3]
 
 
 def test_a_folder_that_may_not_be_read_is_not_taken_for_an_empty_one(folder):
@@ -357,6 +487,40 @@ def test_what_is_set_aside_is_kept_but_no_checkpoint_any_more(folder):
     }
     CheckpointFolder(folder).set_aside(after_samples=-1)
     assert chosen(folder) == (None, ())
+
+
+def test_what_was_set_aside_earlier_is_never_overwritten(folder):
+    contents = []
+    for number in range(3):
+        (folder / "step-00000020.pt").write_text(f"damage {number}")
+        (folder / "step-00000020.json").write_text(f"manifest {number}")
+        contents += [f"damage {number}", f"manifest {number}"]
+        CheckpointFolder(folder).set_aside(after_samples=100)
+    aside = [
+        (folder / f"step-00000020.{kind}.damaged{ending}").read_text()
+        for ending in ("", ".2", ".3")
+        for kind in ("pt", "json")
+    ]
+    assert aside == contents
+
+
+@pytest.mark.parametrize("kind", ["pt", "json"])
+def test_a_file_and_its_manifest_are_set_aside_under_one_number(kind, folder):
+    """Also where only one of the two is in the way, be it a link that leads nowhere."""
+    (folder / f"step-00000020.{kind}.damaged").symlink_to("nowhere")
+    CheckpointFolder(folder).set_aside(after_samples=100)
+    assert (folder / f"step-00000020.{kind}.damaged").is_symlink()
+    assert names(folder) >= {"step-00000020.pt.damaged.2", "step-00000020.json.damaged.2"}
+    assert chosen(folder) == (10, ())
+
+
+@pytest.mark.parametrize("name", ["last", "best"])
+def test_a_file_of_the_user_s_under_the_name_of_a_link_stays(name, tmp_path):
+    (tmp_path / name).write_text("mine")
+    save_scored(tmp_path, (1, 0.5), (2, 0.9))
+    assert (tmp_path / name).read_text() == "mine"
+    other = {"last": "best", "best": "last"}[name]
+    assert (tmp_path / other).readlink() == Path("step-00000002.pt")
 
 
 def test_leftovers_go_and_nothing_else(folder):

@@ -1,5 +1,7 @@
+import errno
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from ranks import run_ranks
@@ -59,10 +61,11 @@ def test_what_is_damaged_shows_without_reading_it(run):
     second.with_suffix(".json").unlink()
     third.rename(third.with_suffix(".pt.damaged"))
     third.with_suffix(".json").unlink()
+    third.with_suffix(".pt.damaged.2").write_text("another")
     remarks = {entry.file.name: entry.remark for entry in list_checkpoints(run)}
     size = first.stat().st_size
     assert remarks.pop(first.name).startswith(f"damaged: {size} bytes instead of {size + 100}")
-    assert list(remarks.values()) == ["no valid manifest", "set aside"]
+    assert list(remarks.values()) == ["no valid manifest", "set aside", "set aside"]
     lines = listing_lines(list_checkpoints(run), now=0.0)
     assert lines[-1].endswith("set aside")
 
@@ -83,6 +86,25 @@ def test_every_byte_counts(run):
     assert fault_at(run / "checkpoints" / "last") is None
     assert fault_at(run / "nothing.pt") == "is not there"
     assert "has no valid manifest" in fault_at(run / "result.json")
+
+
+@pytest.mark.parametrize("ending", [".pt", ".json"])
+def test_what_cannot_be_read_is_not_called_damaged(ending, run, monkeypatch):
+    first, second, _ = files_of(run)
+    opened = Path.open
+
+    def open_or_fail(path, *args, **options):
+        if path == first.with_suffix(ending):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", open_or_fail)
+    assert fault_at(first) == "cannot be read: Permission denied"
+    assert fault_at(second) is None
+    if ending == ".json":
+        remarks = {entry.file.name: entry.remark for entry in list_checkpoints(run)}
+        assert remarks[first.name] == "cannot be read: Permission denied"
+        assert remarks[second.name] in ("", "best")
 
 
 def test_a_folder_stands_for_all_in_it(run):

@@ -1,11 +1,14 @@
+import errno
 import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from saving import flip, header, scored
 
+from ddp_sgd.checkpointing import retrying
 from ddp_sgd.checkpointing.manifest import Manifest, read_manifest
 
 MANIFEST = Manifest(
@@ -78,6 +81,16 @@ def test_what_is_no_manifest_of_this_format_is_none(text, path):
 def test_a_missing_one_or_a_folder_is_none(tmp_path):
     assert read_manifest(tmp_path / "step-00000001.json") is None
     assert read_manifest(tmp_path) is None
+
+
+def test_one_that_cannot_be_read_is_not_missing(path, monkeypatch):
+    def fail(*args, **options):
+        raise OSError(errno.ESTALE, "told by the test")
+
+    monkeypatch.setattr(retrying, "sleep", lambda pause: None)
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(OSError, match="told by the test"):
+        read_manifest(path)
 
 
 def test_only_scores_of_the_weights_that_are_saved_count():

@@ -1,4 +1,7 @@
+import builtins
+import errno
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -11,6 +14,7 @@ import pytest
 import torch
 from saving import write
 
+from ddp_sgd.checkpointing import retrying
 from ddp_sgd.checkpointing.folder import CheckpointFolder
 from ddp_sgd.checkpointing.manifest import read_manifest
 from ddp_sgd.checkpointing.reading import find_checkpoint, read_tensors
@@ -118,6 +122,62 @@ def test_a_file_of_another_format_is_refused(content, tmp_path):
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     refused(read_tensors, tmp_path / "nowhere", "is no checkpoint that can be read: .*No such file")
     refused(read_tensors, tmp_path, "is no checkpoint that can be read: .*Is a directory")
+
+
+class Failing(io.FileIO):
+    """A file whose reads fail, all or the first: the handle of an NFS client went stale."""
+
+    failures = 0
+
+    def readinto(self, buffer):
+        self._fail()
+        return super().readinto(buffer)
+
+    def read(self, size=-1):
+        self._fail()
+        return super().read(size)
+
+    def _fail(self):
+        if Failing.failures > 0:
+            Failing.failures -= 1
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Let the first so many reads of a file fail."""
+    real = builtins.open
+
+    def install(file, failures):
+        Failing.failures = failures
+        monkeypatch.setattr(retrying, "sleep", lambda pause: None)
+        monkeypatch.setattr(
+            builtins,
+            "open",
+            lambda path, *args, **options: (
+                Failing(path) if path == file else real(path, *args, **options)
+            ),
+        )
+
+    return install
+
+
+def test_a_read_of_tensors_that_fails_for_a_moment_is_repeated(folder, failing):
+    file = folder / "step-00000010.pt"
+    failing(file, 3)
+    assert read_tensors(file)["cursor"]["step"] == 10
+    assert Failing.failures == 0
+
+
+def test_a_read_of_tensors_that_fails_for_good_is_no_word_about_the_file(folder, failing):
+    file = folder / "step-00000010.pt"
+    failing(file, 10**9)
+    refused(
+        read_tensors,
+        file,
+        "step-00000010.pt cannot be read: Stale file handle; try again when its disk answers, or "
+        "name another checkpoint.",
+    )
 
 
 class Bomb:

@@ -241,6 +241,79 @@ def test_a_rescaled_run_reads_every_sample_once(tmp_path):
     assert train[-1]["epoch"] == 2.0
 
 
+def normalized(runtime, folder, steps, changes):
+    """One life of a model with batch normalization; gives what this rank read."""
+    torch.manual_seed(0)
+    data = Watched(torch.float32)
+    basis = {"data": {"batch_size": 4}, "log": {"every_steps": 1}, "epochs": 1}
+    with asking_after(steps) as stop:
+        result = fit(
+            describe(folder, **basis | changes),
+            runtime,
+            model=normalizing(),
+            train_set=data,
+            stop=stop,
+        )
+    return result.status, data.reads[7:]
+
+
+def normalizing():
+    return nn.Sequential(nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 10))
+
+
+def test_batch_normalization_in_the_rest_of_a_step_after_another_batch_size(tmp_path):
+    """Two steps of 2 x 4 samples, then steps of 2 x 10: the first has 4 left, two for each rank.
+
+    The loss of that step, worked out by hand from what each rank read; 1e-6 is some units in the
+    last place of float32, since the sums are the same and their order is not.
+    """
+    run_ranks(2, normalized, tmp_path, 2, {})
+    file = tmp_path / "x" / "checkpoints" / "step-00000002.pt"
+    model = normalizing()
+    model.load_state_dict(torch.load(file, weights_only=True)["model"])
+    changes = {"name": "y", "resume": str(file), "data": {"batch_size": 10}}
+    lives = run_ranks(2, normalized, tmp_path, -1, changes)
+    data, loss = Watched(torch.float32), nn.CrossEntropyLoss(reduction="sum")
+    by_hand = 0.0
+    for status, reads in lives:
+        assert status == "finished"
+        assert (len(reads[0]), len(reads[1])) == (2, 10)
+        images, digits = map(torch.from_numpy, Digits.__getitems__(data, reads[0]))
+        by_hand += loss(model(images), digits).item() / 4
+    journal = read_journal(tmp_path / "y" / "metrics.jsonl")
+    first = next(row for row in journal if "train/loss" in row)
+    assert (first["step"], first["samples"]) == (1, 20)
+    assert first["train/loss"] == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_batch_normalization_in_a_first_step_that_is_too_short(tmp_path):
+    """Of the first step of 2 x 9 samples 16 were trained, which leaves one for each rank."""
+    run_ranks(2, normalized, tmp_path, 2, {})
+    path = str(tmp_path / "x")
+    changes = {"name": "y", "resume": path, "data": {"batch_size": 9}}
+    results = run_ranks(2, normalized, tmp_path, -1, changes, raises=True)
+    assert {result.error for result in results} == {"ConfigError", "FaultElsewhereError"}
+    assert (
+        "data.batch_size is 9 with world size 2, so that a forward pass in the first step after "
+        "the resume has as few samples as 1, too few for the batch normalization of Sequential; "
+        "go on with the data.batch_size and the number of ranks of the checkpoint until the end of "
+        "the epoch."
+    ) in results[0].text
+    remedy = {"name": "z", "resume": path}
+    assert run_ranks(2, normalized, tmp_path, -1, remedy)[0][0] == "finished"
+
+
+def test_batch_normalization_in_a_first_step_on_more_ranks(tmp_path):
+    """2 x 4 samples, twice: of the first step of 5 x 4 samples 4 are left, for five ranks."""
+    changes = {"on_resize": "rescale"}
+    run_ranks(2, normalized, tmp_path, 2, changes)
+    results = run_ranks(5, normalized, tmp_path, -1, changes, raises=True)
+    assert "has as few samples as 0, too few" in next(
+        result.text for result in results if result.error == "ConfigError"
+    )
+    assert run_ranks(2, normalized, tmp_path, -1, changes)[0][0] == "finished"
+
+
 def refused(runtime, folder, changes):
     return live_anywhere(runtime, folder, -1, changes, torch.float32)
 

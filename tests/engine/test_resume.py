@@ -1,12 +1,16 @@
 """What a run goes on from; that going on changes nothing is shown in tests/distributed/."""
 
+import errno
 import json
+import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from ddp_sgd.checkpointing import retrying
 from ddp_sgd.checkpointing.reading import find_checkpoint
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data import InMemory
@@ -160,6 +164,75 @@ def test_a_run_walks_back_over_damaged_checkpoints(harm, tmp_path):
     assert run(tmp_path).weights_digest == whole.weights_digest
     kept = {path.name for path in (tmp_path / "x" / "checkpoints").iterdir()}
     assert "step-00000003.pt.damaged" in kept
+
+
+def stale(monkeypatch, *names, times=10**9):
+    """Let files of these names fail to open, so many times, as on a disk that went away."""
+    opened, left = Path.open, dict.fromkeys(names, times)
+
+    def open_or_fail(path, *args, **options):
+        if left.get(path.name, 0) > 0:
+            left[path.name] -= 1
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return opened(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", open_or_fail)
+    monkeypatch.setattr(retrying, "sleep", lambda pause: None)
+
+
+@pytest.mark.parametrize("ending", ["pt", "json"])
+@pytest.mark.parametrize("resume", ["auto", "must"])
+def test_a_checkpoint_that_cannot_be_read_ends_the_start_and_nothing_is_touched(
+    ending, resume, tmp_path, monkeypatch
+):
+    run(tmp_path, stop=True, checkpoint={"every_steps": 1})
+    before = content(tmp_path)
+    with monkeypatch.context() as patch:
+        stale(patch, f"step-00000001.{ending}")
+        with pytest.raises(DataError) as caught:
+            run(tmp_path, resume=resume)
+    assert str(caught.value).startswith(
+        f"{tmp_path}/x/checkpoints/step-00000001.{ending} cannot be read: Stale file handle; try "
+        "again when its disk answers, or move it and step-00000001."
+    )
+    assert content(tmp_path) == before
+    assert run(tmp_path, resume=resume).step == 4
+    assert not list((tmp_path / "x" / "checkpoints").glob("*.damaged*"))
+
+
+def test_reads_that_fail_for_a_moment_change_nothing(tmp_path, monkeypatch):
+    whole = run(tmp_path / "whole")
+    run(tmp_path, stop=True)
+    stale(monkeypatch, "step-00000001.pt", "step-00000001.json", "config.yaml", times=3)
+    assert run(tmp_path).weights_digest == whole.weights_digest
+    assert events(tmp_path)[4] == ("resume", 1)
+    assert not list((tmp_path / "x" / "checkpoints").glob("*.damaged*"))
+
+
+def test_a_description_that_cannot_be_read_is_not_missing(tmp_path, monkeypatch):
+    """The same command would take the run for a new one, and begin with a copy once more."""
+    run(tmp_path)
+    path = str(tmp_path / "x" / "checkpoints" / "step-00000002.pt")
+    run(tmp_path, name="y", resume=path, stop=True)
+    before = content(tmp_path)
+    with monkeypatch.context() as patch:
+        stale(patch, "config.yaml")
+        with pytest.raises(DataError, match="config.yaml cannot be read: Stale file handle; try"):
+            run(tmp_path, name="y", resume=path)
+    assert content(tmp_path) == before
+
+
+def test_what_is_set_aside_does_not_overwrite_what_was(tmp_path):
+    run(tmp_path, stop=True)
+    (tmp_path / "x" / "result.json").unlink()
+    checkpoints = tmp_path / "x" / "checkpoints"
+    for number in range(2):
+        (checkpoints / "step-00000001.pt").write_text(f"damage {number}")
+        run(tmp_path, stop=True)
+        (tmp_path / "x" / "result.json").unlink()
+    assert (checkpoints / "step-00000001.pt.damaged").read_text() == "damage 0"
+    assert (checkpoints / "step-00000001.pt.damaged.2").read_text() == "damage 1"
+    assert (checkpoints / "step-00000001.json.damaged.2").exists()
 
 
 def test_where_nothing_is_whole_a_run_begins_again_and_says_so(tmp_path, capsys):

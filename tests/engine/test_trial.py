@@ -1,20 +1,17 @@
 import pytest
 import torch
-from torch import nn
-from torch.utils.data import IterableDataset, TensorDataset
-
-from ddp_sgd.config import RunConfig
-from ddp_sgd.data import Digits, InMemory
 from ddp_sgd.engine.trial import (
     check_dataset,
-    check_normalization,
     describe,
     listed_targets,
     try_out,
 )
+from torch import nn
+from torch.utils.data import IterableDataset, TensorDataset
+
+from ddp_sgd.data import Digits, InMemory
 from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.models import MLP, ConvNet
-from ddp_sgd.plan import make_plan
 
 CPU = torch.device("cpu")
 CE = nn.CrossEntropyLoss()
@@ -36,30 +33,6 @@ def test_only_map_style_data_sets(dataset):
 def test_no_empty_data_set():
     with pytest.raises(DataError, match=r"data.eval is empty; name a data set"):
         check_dataset(InMemory([], []), "data.eval")
-
-
-@pytest.mark.parametrize(
-    ("samples", "tail", "model", "fits"),
-    [
-        (65, "exact", ConvNet(batch_norm=True), False),  # 64, then 1
-        (65, "drop", ConvNet(batch_norm=True), True),
-        (66, "exact", ConvNet(batch_norm=True), True),
-        (65, "exact", ConvNet(), True),
-        (65, "exact", nn.SyncBatchNorm(3), True),
-    ],
-)
-def test_normalization_needs_two_samples(samples, tail, model, fits):
-    plan = make_plan(
-        RunConfig(data={"tail": tail, "batch_size": 64}), samples=samples, world_size=1
-    )
-    if fits:
-        check_normalization(model, plan)
-    else:
-        with pytest.raises(
-            ConfigError,
-            match=r"has as few samples as 1, too few for .* of ConvNet; set data.tail=drop",
-        ):
-            check_normalization(model, plan)
 
 
 def test_a_run_that_fits_leaves_no_trace():
@@ -152,21 +125,6 @@ def test_the_mode_of_every_module_stays_as_it_is():
     model[2].eval()
     try_out(model, CE, Digits(), "data.train", CPU)
     assert [module.training for module in model] == [True, True, False]
-
-
-@pytest.mark.parametrize(
-    ("samples", "tail", "fits"),
-    [(64, "exact", True), (65, "exact", False), (73, "exact", False), (73, "drop", True)],
-)
-def test_synchronized_normalization_needs_all_ranks_in_each_pass(samples, tail, fits):
-    """Of 65 samples in steps of 16 one is left, for one of two ranks; of 73, nine: 4 + 1 and 4."""
-    data = {"batch_size": 4, "accumulate": 2, "tail": tail}
-    plan = make_plan(RunConfig(data=data), samples=samples, world_size=2)
-    if fits:
-        check_normalization(nn.SyncBatchNorm(3), plan)
-    else:
-        with pytest.raises(ConfigError, match="synchronized batch normalization of SyncBatchNorm"):
-            check_normalization(nn.SyncBatchNorm(3), plan)
 
 
 @pytest.mark.parametrize("ignored", [False, True])
