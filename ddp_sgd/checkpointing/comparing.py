@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ddp_sgd.checkpointing.table import columns
+from ddp_sgd.tensor_bytes import bytes_of
 
 _HEAD = ("tensor", "elements", "differ", "max abs", "relative L2", "")
 _SHOWN = 40
@@ -128,8 +129,7 @@ def _compare(name: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> Dif
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-    return flat.reshape(tensor.numel(), tensor.element_size())
+    return bytes_of(tensor).reshape(-1, tensor.element_size())
 
 
 def _size(entry: Difference) -> float:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from ddp_sgd.distributed.recursive_doubling import is_short, sum_by_doubling
 from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.tensor_bytes import bytes_of
 
 T = TypeVar("T")
 
@@ -79,7 +80,7 @@ def broadcast_over_ranks(tensors: Iterable[torch.Tensor], runtime: Runtime) -> N
 def _broadcast_bytes(tensor: torch.Tensor) -> None:
     """Broadcast as bytes: backends lack number types, and send memory without regard to strides."""
     packed = tensor.resolve_conj().resolve_neg().contiguous()
-    dist.broadcast(packed.reshape(-1).view(torch.uint8), src=0)
+    dist.broadcast(bytes_of(packed), src=0)
     if packed is not tensor:
         tensor.copy_(packed)
 

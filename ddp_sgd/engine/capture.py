@@ -84,15 +84,15 @@ def capture_others(
         buffers: The buffers that steps change.
 
     Returns:
-        ``buffers``: non-persistent buffers of the model that steps change; ``loss``: all buffers of
-        the loss; each by name, and left out if there are none.
+        ``buffers``: non-persistent buffers of the model that steps change; ``loss_buffers``:
+        all buffers of the loss; each by name, and left out if there are none.
     """
     unsaved = {
         name: place
         for name, place in buffers_by_name({"": model}).items()
         if place in buffers and not is_saved(place)
     }
-    both = {"buffers": unsaved, "loss": buffers_by_name(loss_modules)}
+    both = {"buffers": unsaved, "loss_buffers": buffers_by_name(loss_modules)}
     return {
         key: {name: module.get_buffer(own) for name, (module, own) in places.items()}
         for key, places in both.items()

@@ -5,6 +5,8 @@ import hashlib
 import torch
 from torch import nn
 
+from ddp_sgd.tensor_bytes import bytes_of
+
 
 def weights_digest(model: nn.Module) -> str:
     """Hash all parameters and buffers.
@@ -22,6 +24,5 @@ def weights_digest(model: nn.Module) -> str:
             continue
         shape = "x".join(map(str, value.shape))
         digest.update(f"{name}:{value.dtype}:{shape}:".encode())
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
+        digest.update(bytes_of(value.cpu()).numpy().data)
     return digest.hexdigest()

@@ -85,7 +85,8 @@ def evaluate(
     cut_short, *numbers = counts.tolist()
     if cut_short:
         raise Interrupted
-    return _metrics(*sums.sum(dim=1).tolist(), numbers)
+    loss, units = sums.sum(dim=1).tolist()
+    return _metrics(loss, units, numbers)
 
 
 @contextmanager

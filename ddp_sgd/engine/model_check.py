@@ -145,7 +145,8 @@ def _fault_of(parameter: nn.Parameter) -> str | None:
             f"a {type(parameter).__name__}: sharded parameters are not supported; give a model "
             "that every rank holds whole"
         )
-    if is_lazy(parameter):
+    lazy: bool = is_lazy(parameter)  # as a condition it would narrow the type
+    if lazy:
         return None
     if parameter.device.type == "meta":
         return "on the device meta, without memory; build the model on the CPU, or load its weights"

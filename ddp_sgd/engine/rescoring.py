@@ -141,7 +141,7 @@ def _load(
         )
     restore(model, tensors, step=tensors["cursor"]["step"])
     places = buffers_by_name({"": model}) | buffers_by_name(modules)
-    for name, value in (tensors.get("buffers", {}) | tensors.get("loss", {})).items():
+    for name, value in (tensors.get("buffers", {}) | tensors.get("loss_buffers", {})).items():
         if name in places:
             module, own = places[name]
             module._buffers[own] = value

@@ -213,7 +213,7 @@ def restore_buffers(
     Raises:
         RefusedError: A buffer of the loss that steps do not change, such as class weights, differs.
     """
-    for key, modules in (("buffers", {"": model}), ("loss", loss_modules)):
+    for key, modules in (("buffers", {"": model}), ("loss_buffers", loss_modules)):
         places = buffers_by_name(modules)
         for name, saved in tensors.get(key, {}).items():
             if name not in places:

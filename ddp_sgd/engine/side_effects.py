@@ -191,7 +191,9 @@ def _version(tensor: torch.Tensor | None) -> int:
 
 
 def _copy_of(storage: torch.UntypedStorage) -> torch.UntypedStorage:
-    copied = torch.UntypedStorage(storage.nbytes(), device=storage.device)
+    copied = torch.UntypedStorage(  # type: ignore[no-untyped-call]
+        storage.nbytes(), device=storage.device
+    )
     return copied.copy_(storage)
 
 

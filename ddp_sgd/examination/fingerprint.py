@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ddp_sgd.data.fetching import EVAL_EPOCH, Collate, Fetcher, Request, Unreadable
+from ddp_sgd.tensor_bytes import bytes_of
 
 _MAX_PARTS = 16
 """Tensors of a sample that are looked at."""
@@ -161,8 +162,7 @@ def _mark(tensor: torch.Tensor, *, is_target: bool) -> Mark | None:
 def _show(tensor: torch.Tensor) -> str:
     if tensor.numel() == 1:
         return str(tensor.item())
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    content = flat.view(torch.uint8).numpy().tobytes()  # numpy lacks some types
+    content = bytes_of(tensor.cpu()).numpy().tobytes()
     return f"{tensor.numel()} numbers with the digest {_digest(content)}"
 
 
