@@ -176,3 +176,30 @@ class DiesAt(Zeros):
             os.kill(os.getpid(), self._signal)
             time.sleep(60)
         return super().__getitem__(index)
+
+
+class Sentences:
+    """Sentences of different lengths, as lists of numbers, with a name; of class 0 or 1."""
+
+    def __init__(self, samples=22):
+        self._samples = samples
+
+    def __len__(self):
+        return self._samples
+
+    def __getitem__(self, index):
+        return {"ids": [1 + index % 5] * (1 + index % 3), "name": str(index), "label": index % 2}
+
+
+class Pad:
+    """Forms batches of such sentences, in which it leaves out a number here and there."""
+
+    def __init__(self, length=3, share=0.2):
+        self._length = length
+        self._share = share
+
+    def __call__(self, samples):
+        padded = [each["ids"] + [0] * (self._length - len(each["ids"])) for each in samples]
+        inputs = torch.tensor(padded, dtype=torch.float32)
+        kept = torch.rand(inputs.shape) >= self._share
+        return inputs * kept, torch.tensor([each.pop("label") for each in samples])

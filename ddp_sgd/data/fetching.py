@@ -215,12 +215,14 @@ class Fetcher:
 
     def _to_tensors(self, part: Any) -> Any:
         """Turn the arrays of a part into tensors; a list has one entry per sample, and stays."""
+        if isinstance(part, (torch.Tensor, np.ndarray)):
+            return self._to_tensor(part)
         if isinstance(part, Mapping):
             return {key: self._to_tensors(item) for key, item in part.items()}
         if isinstance(part, tuple):
             items = [self._to_tensors(item) for item in part]
             return type(part)(*items) if hasattr(part, "_fields") else tuple(items)
-        return self._to_tensor(part)
+        return part
 
     def _to_tensor(self, part: Any) -> Any:
         if not isinstance(part, np.ndarray):

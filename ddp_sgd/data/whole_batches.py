@@ -8,11 +8,14 @@ of one row per index, a list of one entry per index, or a mapping or tuple of su
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import StackDataset, TensorDataset
 
 from ddp_sgd.data.sample_faults import is_pair, shape_of
 from ddp_sgd.errors import DataError, UserError
+
+_STACKED = (torch.Tensor, np.ndarray)
 
 
 def may_give_whole_batches(dataset: Any) -> bool:
@@ -84,6 +87,8 @@ def require_rows(batch: Any, indices: Sequence[int], where: str) -> None:
             "targets); return a pair of stacked parts, or a list of samples."
         )
     for name, part in zip(("inputs", "targets"), batch, strict=True):
+        if isinstance(part, _STACKED) and part.shape[:1] == (len(indices),):
+            continue  # without the search below, since each batch of each step comes here
         for rows in _rows(part):
             if rows != len(indices):
                 found = "without rows" if rows is None else f"of {rows} rows"
@@ -107,9 +112,7 @@ def single(part: Any, number: int) -> Any:
 
 def _rows(part: Any) -> Iterator[int | None]:
     """Count the rows of each leaf; None for what has none."""
-    if isinstance(part, torch.Tensor):  # soonest, since each batch of each step comes here
-        yield len(part) if part.ndim else None
-    elif isinstance(part, (Mapping, tuple)):
+    if isinstance(part, (Mapping, tuple)):
         for item in part.values() if isinstance(part, Mapping) else part:
             yield from _rows(item)
     elif isinstance(part, Sized) and not isinstance(part, (str, bytes)) and _has_rows(part):

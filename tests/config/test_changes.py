@@ -58,6 +58,10 @@ def test_what_leaves_the_weights_alone_is_no_change(changes):
             },
             "data.train.init_args.split was train, is eval",
         ),
+        (
+            {"data": {"collate": {"class_path": "my.Pad"}}},
+            "data.collate.class_path was None, is my.Pad",
+        ),
     ],
 )
 def test_what_moves_the_weights_is_named_with_both_values(changes, line):

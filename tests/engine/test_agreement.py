@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -81,7 +82,20 @@ class Moody(Samples):
         return inputs + 9 * float(np.random.default_rng().random()), target
 
 
-def check(runtime, changes=None, own=None, dataset=None, model=None):
+class Mappings(Samples):
+    """Samples that form a batch by a collate function only."""
+
+    def __getitem__(self, index):
+        inputs, target = super().__getitem__(index)
+        return {"inputs": inputs, "target": target, "name": None}
+
+
+def as_pair(samples):
+    targets = torch.tensor([each["target"] for each in samples])
+    return torch.stack([each["inputs"] for each in samples]), targets
+
+
+def check(runtime, changes=None, own=None, dataset=None, model=None, collate=None):
     """Look at agreement with something different on the last rank."""
     last = runtime.world_size - 1
     here = runtime.rank == last
@@ -94,7 +108,8 @@ def check(runtime, changes=None, own=None, dataset=None, model=None):
         given |= {"train_set": kind(change, runtime.rank, last), "model": MLP(4, [], 2)}
     if model:
         given["model"] = MODELS[model](here)
-    require_agreement(config, gather_parts(config, **given), runtime)
+    parts = replace(gather_parts(config, **given), collate=collate)
+    require_agreement(config, parts, runtime)
     return "agreed"
 
 
@@ -180,6 +195,11 @@ DIFFERENCES = [
         "DataError",
         {"dataset": (Samples, "input")},
         r"the input of data.train\[15\] is a mean of 11.75 \(.*\) on .* and a mean of 17.625",
+    ),
+    (
+        "DataError",
+        {"dataset": (Mappings, "target"), "collate": as_pair},
+        r"the target of data.train\[8\] is 0 on .* and 1 on rank",
     ),
     (
         "DataError",

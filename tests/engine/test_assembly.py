@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from user_code import Pad
 
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data import Digits, InMemory
@@ -12,6 +13,7 @@ from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.models import MLP
 
 ANEW = Past(run_id="cafe0123")
+DATA = ("train", "eval", "collate")
 NOTHING = {"model": None, "loss": None, "train_set": None, "eval_set": None}
 
 
@@ -46,6 +48,17 @@ def test_what_is_given_is_taken():
     assert parts.eval_set is None  # the digits are not held out from somebody else's data
 
 
+def test_a_collate_function_is_built_once_and_tried_on_both_data_sets():
+    sentences = {"class_path": "user_code.Sentences"}
+    model = {"class_path": "ddp_sgd.models.MLP", "init_args": {"inputs": 3, "classes": 2}}
+    data = {"train": sentences, "eval": sentences, "collate": {"class_path": "user_code.Pad"}}
+    config = RunConfig(data=data, model=model)
+    parts = gather_parts(config, **NOTHING)
+    assert isinstance(parts.collate, Pad)
+    assemble(config, parts, Runtime(), ANEW)
+    assert gather_parts(RunConfig(), **NOTHING).collate is None
+
+
 def test_evaluation_may_be_left_out():
     config = RunConfig(data={"eval": None})
     parts = gather_parts(config, **NOTHING)
@@ -61,6 +74,12 @@ def test_evaluation_may_be_left_out():
         ("train", "builtins.object", ConfigError, "data.train is a object"),
         ("eval", "builtins.list", DataError, "data.eval is empty"),
         (
+            "collate",
+            "builtins.object",
+            ConfigError,
+            "data.collate is a object; name a function from a list of samples to a batch",
+        ),
+        (
             "train",
             "ddp_sgd.data.Nothing",
             ConfigError,
@@ -70,7 +89,7 @@ def test_evaluation_may_be_left_out():
 )
 def test_the_wrong_kind_is_named(key, component, error, message):
     section = {"class_path": component}
-    config = RunConfig(**({"data": {key: section}} if key in ("train", "eval") else {key: section}))
+    config = RunConfig(**({"data": {key: section}} if key in DATA else {key: section}))
     with pytest.raises(error, match=message):
         gather_parts(config, **NOTHING)
 

@@ -43,6 +43,14 @@ def test_the_ends_and_the_middle_are_read():
     assert marks == mark_samples(Digits(), "data.train", seed=0)
 
 
+def test_samples_of_any_form_are_marked_as_their_collate_function_gives_them():
+    sample = {"ids": [1, 2], "label": 3}
+    as_pair = lambda samples: (samples[0]["ids"], torch.tensor(samples[0]["label"]))  # noqa: E731
+    marks = mark_samples([sample], "data.train", seed=0, collate=as_pair)
+    assert marks["the target of data.train[0]"].text == "3"
+    assert mark_samples([sample], "data.train", seed=0) == {}
+
+
 @pytest.mark.parametrize("length", [1, 2])
 def test_short_data_sets(length):
     data = InMemory(torch.zeros(length, 2), torch.zeros(length))
