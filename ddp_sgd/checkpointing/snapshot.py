@@ -23,7 +23,7 @@ class Snapshot:
 
     def reserve(self, tree: Mapping[str, Any]) -> None:
         """Get hold of the memory beforehand, since its first use takes longer than the copy."""
-        for tensor in _tensors(tree):
+        for tensor in filter(_has_memory, _tensors(tree)):
             if (key := _key(tensor)) not in self._kept:
                 self._kept[key] = self._like(tensor).zero_()
 
@@ -59,6 +59,8 @@ class Snapshot:
             return copies if isinstance(tree, list) else tuple(copies)
         if not isinstance(tree, torch.Tensor):
             return tree
+        if not _has_memory(tree):
+            return tree.detach().cpu().clone()
         key = _key(tree)
         if key not in self._kept:
             host = self._before.get(key)
@@ -69,6 +71,11 @@ class Snapshot:
     def _like(self, tensor: torch.Tensor) -> torch.Tensor:
         pinned = self._device.type in ("cuda", "xpu")
         return torch.empty_like(tensor.detach(), device="cpu", pin_memory=pinned)
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is one piece of memory, other than a sparse one."""
+    return tensor.layout is torch.strided and not tensor.is_quantized
 
 
 def _key(tensor: torch.Tensor) -> _Key:

@@ -142,20 +142,27 @@ class Chunks:
         batch_size: Samples in a chunk; the last may have fewer.
         rank: Number of this process, r.
         world_size: Number of processes, W.
+        in_step: Whether all ranks read equally many chunks, since the loss talks to other ranks. A
+            rank that has none left reads the first one again, as a dummy of size 0.
     """
 
-    def __init__(self, samples: int, *, batch_size: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self, samples: int, *, batch_size: int, rank: int, world_size: int, in_step: bool = False
+    ) -> None:
         self.samples = samples
         self.batch_size = batch_size
+        self.in_step = in_step
         self.count = -(-samples // batch_size)
-        self.mine = range(rank, self.count, world_size)
+        rounds = -(-self.count // world_size)
+        self.mine = range(rank, rounds * world_size if in_step else self.count, world_size)
 
     def size(self, chunk: int) -> int:
-        """Count the samples of a chunk."""
-        return min(self.batch_size, self.samples - chunk * self.batch_size)
+        """Count the samples of a chunk; a dummy has none."""
+        return max(0, min(self.batch_size, self.samples - chunk * self.batch_size))
 
     def __iter__(self) -> Iterator[NDArray[np.int64]]:
-        for chunk in self.mine:
+        for number in self.mine:
+            chunk = number if number < self.count else 0
             start = chunk * self.batch_size
             yield np.arange(start, start + self.size(chunk))
 

@@ -374,12 +374,13 @@ def build_scorer(
     """
     batch_size = config.data.batch_size
     batch = read_batch(eval_set, "data.eval", batch_size=batch_size, collate=collate)
-    objective, randomness = check_evaluation(model, loss, eval_set, batch, runtime.device)
+    facts = check_evaluation(model, loss, eval_set, batch, runtime)
     chunks = Chunks(
         len(eval_set),
         batch_size=batch_size,
         rank=runtime.rank,
         world_size=runtime.world_size,
+        in_step=facts.communicates,
     )
     loader = EvalLoader(
         eval_set,
@@ -389,5 +390,5 @@ def build_scorer(
         device=runtime.device,
         collate=collate,
     )
-    seed_chunk = partial(randomness.seed_chunk, config.seed)
-    return partial(evaluate, model, objective, loader, runtime, pulse, seed_chunk=seed_chunk)
+    seed_chunk = partial(facts.randomness.seed_chunk, config.seed)
+    return partial(evaluate, model, facts.objective, loader, runtime, pulse, seed_chunk=seed_chunk)

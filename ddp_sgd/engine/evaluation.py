@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ddp_sgd.data.loading import EvalLoader, move
+from ddp_sgd.data.order import Chunks
 from ddp_sgd.distributed.collectives import sum_over_ranks
 from ddp_sgd.distributed.pulse import Pulse
 from ddp_sgd.distributed.runtime import Runtime
@@ -73,7 +74,7 @@ def evaluate(
         for chunk, samples, inputs, targets in loader:
             if pulse is not None:
                 pulse.tick()
-            if interrupted():
+            if _is_cut_short(interrupted(), loader.chunks, runtime):
                 scored.cut_short = 1
                 break
             seed_chunk(chunk)
@@ -87,6 +88,14 @@ def evaluate(
         raise Interrupted
     loss, units = sums.sum(dim=1).tolist()
     return _metrics(loss, units, numbers)
+
+
+def _is_cut_short(interrupted: bool, chunks: Chunks, runtime: Runtime) -> bool:  # noqa: FBT001
+    """Whether to leave the loop; where ranks score in step, all leave it together."""
+    if not chunks.in_step:
+        return interrupted
+    wishes = torch.tensor(float(interrupted), device=runtime.device)
+    return bool(sum_over_ranks(wishes, runtime) > 0)
 
 
 @contextmanager
@@ -142,6 +151,9 @@ class _Scored:
             targets: Its targets, on the host.
         """
         answers = move(targets, self._device)
+        if not samples:
+            self._objective(outputs, answers)
+            return
         counts_samples = self._objective.counts_samples
         self._chunks.append(chunk)
         self._losses.append(self._objective.total(outputs, answers, samples))

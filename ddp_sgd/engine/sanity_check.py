@@ -6,12 +6,14 @@ the units of the loss, the buffers that training changes, the random numbers tha
 
 import warnings
 from collections.abc import Mapping, Sized
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import IterableDataset, TensorDataset
 
@@ -80,6 +82,21 @@ class TrainingFacts:
     buffers: TrainingBuffers
     randomness: Randomness
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationFacts:
+    """What a pass in evaluation mode told.
+
+    Args:
+        objective: The loss, as the sum over units that it is made of.
+        randomness: The generators that it draws from.
+        communicates: Whether model or loss talk to other ranks.
+    """
+
+    objective: Objective
+    randomness: Randomness
+    communicates: bool
 
 
 def check_dataset(dataset: Any, where: str) -> None:
@@ -169,31 +186,46 @@ def check_training(
 
 
 def check_evaluation(
-    model: nn.Module, loss: LossFunction, dataset: Any, batch: Batch, device: torch.device
-) -> tuple[Objective, Randomness]:
+    model: nn.Module, loss: LossFunction, dataset: Any, batch: Batch, runtime: Runtime
+) -> EvaluationFacts:
     """Send a batch through model and loss in evaluation mode.
 
     Args:
-        model: The model on the device.
+        model: The model on the runtime's device.
         loss: Module or function of (outputs, targets).
         dataset: The held-out set.
         batch: Some of its samples.
-        device: Where to compute.
-
-    Returns:
-        The loss, as the sum over units that it is made of, and the generators that are drawn from.
+        runtime: This process.
 
     Raises:
         DataError: Labels lie out of range.
         ConfigError: Model, loss and samples do not fit together.
     """
     whole = [model, *loss_modules(loss, model).values()]
-    randomness = Randomness(device)
+    randomness = Randomness(runtime.device)
+    watch = nullcontext() if runtime.alone else _CollectiveWatch()
     with undo_side_effects(whole, randomness.generators) as effects, evaluating(model):
-        check = _Check(model, loss, dataset, batch, device, "data.eval")
-        outputs, _ = check.forward()
+        check = _Check(model, loss, dataset, batch, runtime.device, "data.eval")
+        with watch:
+            outputs, _ = check.forward()
         randomness.follow(effects)
-        return check.judge(outputs)[0], randomness
+        objective, _ = check.judge(outputs)
+    communicates = isinstance(watch, _CollectiveWatch) and watch.seen
+    return EvaluationFacts(objective=objective, randomness=randomness, communicates=communicates)
+
+
+class _CollectiveWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notices collectives, such as those of a loss over the samples of all ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen = False
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.seen = self.seen or function.namespace in ("c10d", "_c10d_functional")
+        return function(*args, **(kwargs or {}))
 
 
 class _Check:
