@@ -8,7 +8,7 @@ from ddp_sgd.data.loading import MicroBatch, StepBatches
 from ddp_sgd.distributed.pulse import Pulse
 from ddp_sgd.distributed.replica import Replica
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.step import Stepper, model_generators
+from ddp_sgd.engine.step import Stepper
 from ddp_sgd.losses import Objective
 from ddp_sgd.optim.sgd import build_sgd
 
@@ -74,7 +74,3 @@ def test_a_step_without_a_finite_gradient_changes_nothing(poison, clip_norm):
     assert torch.equal(take._optimizer.velocities[model.weight], velocity)
     assert take.step(batches(3), lr=0.1).grad_norm.isfinite()
     assert model.weight.isfinite().all()
-
-
-def test_generators_of_the_host():
-    assert model_generators(torch.device("cpu")) == (torch.default_generator,)
