@@ -489,6 +489,27 @@ DATA_SETS = [
         "data.train[0] is a tuple of 3, not (input, target)",
     ),
     case(
+        "batches that leave out single samples",
+        user_data("EvenBatches"),
+        DATA,
+        "data.train.__getitems__ fails for the index 0, ValueError: an odd number of samples; "
+        "let it serve any number of indices",
+        "or remove it, so that samples are read one by one.",
+    ),
+    case(
+        "batch that is no pair",
+        [*user_data("Zeros"), "--data.collate={class_path: user_code.FirstOnly}"],
+        DATA,
+        "data.collate is FirstOnly, which gives a tuple of 1 for ",
+        "not (inputs, targets); return a pair.",
+    ),
+    case(
+        "function of samples that cannot be called",
+        ["--data.collate={class_path: user_code.Plain}"],
+        CONFIG,
+        "data.collate is a Plain; name a function from a list of samples to a batch",
+    ),
+    case(
         "column that does not exist",
         [
             "--data.train={class_path: ddp_sgd.data.Columns, init_args: {input: pixel, target: "

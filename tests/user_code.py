@@ -73,6 +73,20 @@ class Triples(Zeros):
         return np.zeros(self._width, np.float32), 0, index
 
 
+class EvenBatches(Zeros):
+    def __getitems__(self, indices):
+        if len(indices) % 2:
+            raise ValueError("an odd number of samples")
+        return np.zeros((len(indices), self._width), np.float32), np.zeros(len(indices), np.int64)
+
+
+class FirstOnly:
+    """A collate function that forgets the targets."""
+
+    def __call__(self, samples):
+        return (torch.tensor(np.stack([inputs for inputs, _ in samples])),)
+
+
 class NotANumber(Zeros):
     def __getitem__(self, index):
         return np.full(self._width, np.nan, np.float32), 0

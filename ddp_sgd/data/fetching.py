@@ -71,11 +71,14 @@ class Fetcher:
         seed: Seed of the run.
         collate: Function from a list of samples to a batch (inputs, targets); samples are then
             read one by one. None: torch's default_collate.
+
+    Attributes:
+        where: Key of the data set in the configuration.
     """
 
     def __init__(self, dataset: Any, where: str, seed: int, collate: Collate | None = None) -> None:
         self._dataset = dataset
-        self._where = where
+        self.where = where
         self._seed = seed
         self._collate = collate
         self._fault = ""
@@ -145,7 +148,7 @@ class Fetcher:
         if not draws_numbers(self._dataset):
             return self._read_own
         _seed_everything(seed_for("sample", self._seed, EVAL_EPOCH, 0))
-        whole = gives_whole_batches(self._dataset, self._where)
+        whole = gives_whole_batches(self._dataset, self.where)
         return self._read_drawing if whole else self._read_one_by_one
 
     def _refuse(self, _: Request) -> Any:
@@ -162,8 +165,8 @@ class Fetcher:
     def _read_drawing(self, request: Request) -> Any:
         indices = request.indices.tolist()
         _seed_everything(seed_for("sample", self._seed, request.epoch, indices[0]))
-        batch = take_whole_batch(self._dataset, indices, self._where)
-        require_rows(batch, indices, self._where)
+        batch = take_whole_batch(self._dataset, indices, self.where)
+        require_rows(batch, indices, self.where)
         return tuple(self._to_tensors(part) for part in batch)
 
     def _read_one_by_one(self, request: Request) -> Any:
@@ -190,10 +193,10 @@ class Fetcher:
         except Exception as error:
             cause = f"{type(error).__name__}: {error}"
             raise DataError(
-                f"{self._where}[{index}] cannot be read, {cause}; fix or remove that sample."
+                f"{self.where}[{index}] cannot be read, {cause}; fix or remove that sample."
             ) from error
         if self._collate is None and not is_pair(sample):
-            raise DataError(no_pair(sample, self._where, index))
+            raise DataError(no_pair(sample, self.where, index))
         return sample
 
     def _take(self, index: int) -> Any:
@@ -207,11 +210,11 @@ class Fetcher:
     def _form_batch(self, samples: list[Any], epoch: int, indices: list[int]) -> Any:
         if self._collate is not None:
             _seed_everything(seed_for("collate", self._seed, epoch, indices[0]))
-            return _apply(self._collate, samples, self._where, indices)
+            return _apply(self._collate, samples, self.where, indices)
         try:
             return default_collate(samples)
         except Exception as error:
-            raise DataError(no_batch(samples, self._where, indices, error)) from error
+            raise DataError(no_batch(samples, self.where, indices, error)) from error
 
     def _to_tensors(self, part: Any) -> Any:
         """Turn the arrays of a part into tensors; a list has one entry per sample, and stays."""
@@ -230,14 +233,14 @@ class Fetcher:
         try:
             return aligned(torch.from_numpy(part))
         except (TypeError, ValueError) as error:
-            raise DataError(no_tensor(part, self._where, error)) from error
+            raise DataError(no_tensor(part, self.where, error)) from error
 
     def _describe(self, error: Exception, request: Request) -> str:
         if isinstance(error, UserError):
             return str(error)
         first = request.indices[0]
         return (
-            f"{self._where} gave samples that do not form a batch (from index {first} on), "
+            f"{self.where} gave samples that do not form a batch (from index {first} on), "
             f"{type(error).__name__}: {error}; give all samples the same shapes and number types."
         )
 

@@ -52,6 +52,12 @@ def _take(part: Any, indices: Sequence[int] | NDArray[np.int64]) -> Any:
     if not isinstance(part, np.ndarray):
         import torch
 
-        return part.index_select(0, torch.as_tensor(indices))
+        try:
+            return part.index_select(0, torch.as_tensor(indices))
+        except AttributeError as error:
+            raise DataError(
+                f"the data set holds a {type(part).__name__}; give InMemory arrays or tensors, "
+                "such as numpy.array(values, numpy.float32)."
+            ) from error
     # take() is three times as fast as indexing, but would copy all of a strided array.
     return part.take(indices, axis=0) if part.flags.c_contiguous else part[indices]

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
+from multiprocessing.reduction import ForkingPickler
 from multiprocessing.sharedctypes import RawValue
 from types import FrameType
 from typing import Any, NamedTuple
@@ -208,7 +209,7 @@ def _build_reader(
         fetcher,  # type: ignore[arg-type]  # torch types data sets by class, not by methods
         batch_sampler=requests,  # type: ignore[arg-type]  # torch types it as lists of indices
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=_Departure(workers, fetcher.where),
         pin_memory=pinned,
         persistent_workers=True,
         worker_init_fn=partial(_leave_signals_to_the_rank, _flag_of_leaving()),
@@ -217,8 +218,33 @@ def _build_reader(
     )
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
+class _Departure:
+    """Passes batches on unchanged, once the first shows that batches can leave a loader process.
+
+    One that cannot be serialized would be lost on the way, and the rank would wait without an end.
+
+    Args:
+        workers: Number of loader processes.
+        where: Key of the data set in the configuration, for errors.
+    """
+
+    def __init__(self, workers: int, where: str) -> None:
+        self._workers = workers
+        self._where = where
+        self._checked = False
+
+    def __call__(self, batch: Any) -> Any:
+        if not self._checked:
+            self._checked = True
+            try:
+                ForkingPickler.dumps(batch)
+            except Exception as error:  # each type has its own
+                return Unreadable(
+                    f"data.workers is {self._workers} while a batch of {self._where} cannot leave "
+                    f"its loader process, {type(error).__name__}: {' '.join(str(error).split())}; "
+                    "return tensors without gradients and plain containers, or set data.workers=0."
+                )
+        return batch
 
 
 def _leave_signals_to_the_rank(leaving: Any, _: int) -> None:

@@ -64,3 +64,15 @@ def test_a_batch_of_a_strided_array_does_not_copy_all_of_it():
 def test_lengths_must_agree():
     with pytest.raises(DataError, match="3 inputs and 2 targets; give each input one target"):
         InMemory(np.zeros((3, 2)), np.zeros(2))
+
+
+@pytest.mark.parametrize("values", [[[1.0], [2.0]], ((1.0,), (2.0,))])
+def test_lists_are_named_and_arrays_of_them_are_read(values):
+    request = Request(0, np.array([1, 0]))
+    fault = Fetcher(InMemory(values, [0, 1]), "data.train", 0).__getitems__(request)
+    assert fault.message == (
+        f"the data set holds a {type(values).__name__}; give InMemory arrays or tensors, such as "
+        "numpy.array(values, numpy.float32)."
+    )
+    arrays = InMemory(np.array(values, np.float32), np.array([0, 1]))
+    assert Fetcher(arrays, "data.train", 0).__getitems__(request)[0].tolist() == [[2.0], [1.0]]

@@ -245,6 +245,24 @@ def test_a_collate_function_that_fails_is_one_line(workers):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("collate", "cause"),
+    [
+        (lambda samples: (torch.zeros(2), lambda: 3), "lambda"),
+        (lambda samples: (torch.zeros(2, requires_grad=True) + 1, 3), "requires_grad"),
+    ],
+)
+def test_a_batch_that_cannot_leave_its_process_is_one_line(collate, cause):
+    with pytest.raises(
+        DataError,
+        match=rf"^data.workers is 1 while a batch of data.train cannot leave its loader process, "
+        rf"\w+: .*{cause}.*; return tensors without gradients and plain containers, or set "
+        r"data.workers=0\.$",
+    ):
+        list(loader(Augmented(), workers=1, collate=collate).from_step(0))
+    assert list(loader(Augmented(), workers=0, collate=collate).from_step(0))
+
+
 def test_chunks_are_counted_by_their_indices():
     """Whatever a batch looks like: here one number, and a text, for all its samples."""
     chunks = Chunks(23, batch_size=5, rank=0, world_size=1)

@@ -50,7 +50,10 @@ def test_what_is_given_is_taken():
 
 def test_a_collate_function_is_built_once_and_tried_on_both_data_sets():
     sentences = {"class_path": "user_code.Sentences"}
-    model = {"class_path": "ddp_sgd.models.MLP", "init_args": {"inputs": 3, "classes": 2}}
+    model = {
+        "class_path": "ddp_sgd.models.MLP",
+        "init_args": {"inputs": 3, "hidden": [], "classes": 2},
+    }
     data = {"train": sentences, "eval": sentences, "collate": {"class_path": "user_code.Pad"}}
     config = RunConfig(data=data, model=model)
     parts = gather_parts(config, **NOTHING)
