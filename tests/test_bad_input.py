@@ -102,7 +102,6 @@ COMMAND_LINE = [
     case("key without dashes", ["epochs=3"], CONFIG, "epochs=3", "write --epochs=3."),
     case("text for a number", ["--epochs=many"], CONFIG, "epochs is 'many'; choose", "at least 1"),
     case("real for a whole number", ["--epochs=1.5"], CONFIG, "epochs is 1.5; choose"),
-    case("number for text", ["--name=7"], CONFIG, "name is 7; choose", "quote it"),
     case("text for a switch", ["--optim.nesterov=on"], CONFIG, "optim.nesterov is 'on'", "true"),
     case("not a number", ["--optim.lr=.nan"], CONFIG, "optim.lr is nan; choose a finite number"),
     case("infinite", ["--optim.lr=.inf"], CONFIG, "optim.lr is inf; choose a finite number"),
@@ -120,7 +119,7 @@ COMMAND_LINE = [
     case("folder in a name", ["--name=../elsewhere"], CONFIG, "name is '../elsewhere'; choose"),
     case("slash in a name", ["--name=a/b"], CONFIG, "name is 'a/b'; choose"),
     case("name of dots", ["--name=.."], CONFIG, "name is '..'", "use a letter or a digit."),
-    case("empty folder", ["--output_dir="], CONFIG, "output_dir is null; choose"),
+    case("empty folder", ["--output_dir="], CONFIG, "output_dir is ''; choose"),
     case(
         "nesterov without momentum",
         ["--optim.nesterov=true", "--optim.momentum=0"],
@@ -255,6 +254,14 @@ FILES = [
         CONFIG,
         "run.yaml line 2 is not UTF-8; save the file as UTF-8.",
         files={"run.yaml": b"epochs: 3\nname: caf\xe9\n"},
+    ),
+    case(
+        "number for text",
+        ["--config=run.yaml"],
+        CONFIG,
+        "name is 7; choose",
+        'quote it to make it text: "7" (set in run.yaml).',
+        files={"run.yaml": "name: 7"},
     ),
     case(
         "wrong value in a file",

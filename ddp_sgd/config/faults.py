@@ -143,7 +143,7 @@ def _wrong_value(path: str, value: Any, found: list[str]) -> tuple[str, str]:
     if "finite_number" in found:
         remedy = remedy.replace("a number", "a finite number")
     if "string_type" in found and isinstance(value, int | float):
-        remedy += f", or quote it to make it text: '\"{yaml_value(value)}\"'"
+        remedy += f', or quote it to make it text: "{yaml_value(value)}"'
     if isinstance(value, str):
         near = difflib.get_close_matches(value, key.names, n=1, cutoff=0.5)
         remedy += f"; did you mean {near[0]}?" if near else ""

@@ -31,6 +31,8 @@ class Key:
         example: A good value as YAML; empty if there is none to offer.
         default: Plain data.
         meaning: The docstring of the field, on one line.
+        is_text: Whether it takes any text, and perhaps null, but nothing else.
+        may_be_null: Whether it takes null.
     """
 
     name: str
@@ -40,6 +42,8 @@ class Key:
     example: str
     default: Any
     meaning: str
+    is_text: bool
+    may_be_null: bool
 
     @property
     def setting(self) -> str:
@@ -95,6 +99,8 @@ def _walk(parent: str, model: Node, models: Node, defaults: Any) -> Iterator[Key
             example=_example(node, default),
             default=default,
             meaning=" ".join(meaning.split()),
+            is_text=_is_text(node),
+            may_be_null=any(part.get("type") == "null" for part in _alternatives(node)),
         )
         if below:
             yield from _walk(name, below, models, default)
@@ -104,6 +110,12 @@ def _kind(model: Node | None) -> Literal["section", "component", "value"]:
     if model is None:
         return "value"
     return "component" if "class_path" in model["properties"] else "section"
+
+
+def _is_text(node: Node) -> bool:
+    types = {part.get("type") for part in _alternatives(node) if part.get("type") != "null"}
+    is_choice = any("const" in part or "enum" in part for part in _alternatives(node))
+    return types == {"string"} and not is_choice
 
 
 def _alternatives(node: Node) -> list[Node]:

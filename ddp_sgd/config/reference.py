@@ -33,7 +33,8 @@ def help_text(program: str, about: str, options: Sequence[Option], *, width: int
     lines += [
         "",
         *textwrap.wrap(
-            "Keys of the configuration, as --key=value with a value in YAML, or in a YAML file. "
+            "Keys of the configuration, as --key=value with a value in YAML, text as it is, or in "
+            "a YAML file. "
             "Later sources win: defaults, files in order, variables such as DDP_SGD_OPTIM__LR=0.1, "
             "command line.",
             width,
@@ -131,8 +132,14 @@ From the weakest to the strongest:
 4. the command line: `--optim.lr=0.1` or `--optim.lr 0.1`.
 
 Values in variables and on the command line are YAML, so that `--schedule.milestones='[30, 60]'`
-is a list and `--data.eval=null` is null. `--print_config` prints what all sources come to; saved
-to a file and given as `--config`, it resolves to the same.
+is a list and `--data.eval=null` is null. Where a key takes text, its words are taken as they are:
+`--name=12345`, `--output_dir='/x/run #3'` and `DDP_SGD_WANDB__NAME='lr: 0.1'` need no quotes of
+their own; if such a key may be null, `null` and an empty value are null, and `"null"` in quotes is
+text. In any value of one line `#` is text, too. In a file, comments are left out, and
+`name: "12345"` needs the quotes.
+
+`--print_config` prints what all sources come to; saved to a file and given as `--config`, it
+resolves to the same.
 
 ```bash
 python -m ddp_sgd.train --optim.lr=0.1 --epochs=5 --print_config

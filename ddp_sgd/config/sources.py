@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ddp_sgd.config.fields import all_keys
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.config.yaml_events import MAX_DEPTH
-from ddp_sgd.config.yaml_text import read_yaml, read_yaml_file
+from ddp_sgd.config.yaml_text import read_value, read_words, read_yaml_file
 from ddp_sgd.errors import ConfigError
 
 PREFIX = "DDP_SGD_"
@@ -37,7 +38,8 @@ def gather(
     Args:
         files: YAML files.
         environ: Variables such as ``DDP_SGD_OPTIM__LR``; those without the prefix are left alone.
-        overrides: Dotted keys, without dashes, and their values as YAML text.
+        overrides: Dotted keys, without dashes, and their values as YAML; but for a key that is
+            text, the words as they are.
 
     Raises:
         ConfigError: A file or a value cannot be read, or two settings of one layer contradict each
@@ -55,7 +57,7 @@ def gather(
     for settings in (variables, flags):
         layer = Sources()
         for key, text, origin in settings:
-            _set(layer, key, read_yaml(text, origin), origin)
+            _set(layer, key, _read(key, text, origin), origin)
         sources = lay_over(sources, layer)
     return sources
 
@@ -119,6 +121,14 @@ def _set(layer: Sources, key: str, value: Any, origin: str) -> None:
     merged = _merge(here, nested.values, ".".join(parents), layer.origins)
     here.update(merged)
     layer.origins.update(nested.origins)
+
+
+def _read(key: str, text: str, origin: str) -> Any:
+    """Read the value of a variable or a flag, by the type of its key."""
+    known = all_keys().get(key)
+    if known is not None and known.is_text:
+        return read_words(text, origin, may_be_null=known.may_be_null)
+    return read_value(text, origin)
 
 
 def _leaves_of(values: dict[str, Any], origin: str, path: str = "") -> Sources:

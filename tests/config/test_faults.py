@@ -85,7 +85,7 @@ def _message(values, origins=None, options=()):
         (
             {"name": 5},
             "name is 5; choose text that matches ^[A-Za-z0-9._-]+$, such as digits, or quote it "
-            "to make it text: '\"5\"'.",
+            'to make it text: "5".',
         ),
         ({"output_dir": ""}, "output_dir is ''; choose text that is not empty, such as runs."),
         ({"model": "my.Net"}, "model is 'my.Net'; write model.class_path=my.Net."),
