@@ -120,6 +120,7 @@ COMMAND_LINE = [
     case("slash in a name", ["--name=a/b"], CONFIG, "name is 'a/b'; choose"),
     case("name of dots", ["--name=.."], CONFIG, "name is '..'", "use a letter or a digit."),
     case("empty folder", ["--output_dir="], CONFIG, "output_dir is ''; choose"),
+    case("no such home", ["--output_dir=~no_such_user"], CONFIG, "name a user who has a home"),
     case(
         "nesterov without momentum",
         ["--optim.nesterov=true", "--optim.momentum=0"],

@@ -37,7 +37,7 @@ def explain_faults(
         path = _path(fault["loc"], values, fault["type"])
         kinds.setdefault(path, []).append(fault["type"])
         if fault["type"] == "value_error":
-            messages[path] = str(fault["ctx"]["error"])
+            messages[path] = _message(path, values, str(fault["ctx"]["error"]))
     lines = []
     for path, found in kinds.items():
         if path in messages:
@@ -77,6 +77,13 @@ def nearest(name: str, options: Iterable[str] = ()) -> str | None:
 
 def _likeness(one: str, other: str) -> float:
     return difflib.SequenceMatcher(None, one, other).ratio()
+
+
+def _message(path: str, values: Mapping[str, Any], text: str) -> str:
+    """Complete what a validator says: that of a section says all, that of a value the remedy."""
+    key = all_keys().get(path)
+    is_remedy = key is not None and key.kind == "value"
+    return f"{path} is {show(_value_at(path, values))}; {text}" if is_remedy else text
 
 
 def _path(location: tuple[int | str, ...], values: Mapping[str, Any], kind: str) -> str:

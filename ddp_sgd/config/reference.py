@@ -136,7 +136,8 @@ is a list and `--data.eval=null` is null. Where a key takes text, its words are 
 `--name=12345`, `--output_dir='/x/run #3'` and `DDP_SGD_WANDB__NAME='lr: 0.1'` need no quotes of
 their own; if such a key may be null, `null` and an empty value are null, and `"null"` in quotes is
 text. In any value of one line `#` is text, too. In a file, comments are left out, and
-`name: "12345"` needs the quotes.
+`name: "12345"` needs the quotes. `~` at the head of `output_dir`, `resume` or `--config` is the
+home folder, which the resolved configuration writes out.
 
 `--print_config` prints what all sources come to; saved to a file and given as `--config`, it
 resolves to the same.

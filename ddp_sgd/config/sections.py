@@ -4,9 +4,11 @@ Each field carries its docstring, unit and range; ``--help`` and ``docs/configur
 from them.
 """
 
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -17,11 +19,27 @@ from pydantic import (
     model_validator,
 )
 
+
+def expand_home(path: str) -> str:
+    """Put the home folder in the place of a leading ``~`` or ``~USER``; other paths stay as is.
+
+    Raises:
+        ValueError: There is no such home folder; the message is the remedy.
+    """
+    if not path.startswith("~"):
+        return path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError as error:
+        raise ValueError("name a user who has a home folder here, or write the path out") from error
+
+
 Fraction = Annotated[StrictFloat, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[StrictFloat, Field(ge=0.0)]
 Positive = Annotated[StrictFloat, Field(gt=0.0)]
 Count = Annotated[StrictInt, Field(ge=1)]
 Text = Annotated[StrictStr, Field(min_length=1)]
+PathText = Annotated[Text, AfterValidator(expand_home)]
 
 
 class Section(BaseModel):

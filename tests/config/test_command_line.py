@@ -92,6 +92,51 @@ def test_a_wrong_command_line_has_a_remedy(argv, message):
     assert message in str(caught.value)
 
 
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_home_folder_in_options_variables_and_files(home):
+    (home / "a.yaml").write_text("output_dir: ~/runs")
+    wanted = f"{home}/runs"
+    for argv, environ in (
+        (["--output_dir=~/runs"], {}),
+        ([], {"DDP_SGD_OUTPUT_DIR": "~/runs"}),
+        (["--config=~/a.yaml"], {}),
+        (["--config", "~/a.yaml"], {}),
+    ):
+        config = _read(*argv, environ=environ).config
+        assert config.output_dir == wanted
+        assert f"output_dir: {wanted}\n" in dump_yaml(config)
+    assert _read("--resume=~/a/b").config.resume == f"{home}/a/b"
+    assert _read("--output_dir=~").config.output_dir == str(home)
+
+
+@pytest.mark.parametrize("path", ["./~/runs", "a/~", "/~", "a~b", "runs/"])
+def test_other_paths_stay_as_they_are(path):
+    config = _read(f"--output_dir={path}", f"--resume={path}").config
+    assert (config.output_dir, config.resume) == (path, path)
+
+
+@pytest.mark.parametrize("name", ["output_dir", "resume", "config"])
+def test_home_folder_that_does_not_exist(name):
+    with pytest.raises(ConfigError) as caught:
+        _read(f"--{name}=~no_such_user/x")
+    assert str(caught.value) == (
+        f"{'--config' if name == 'config' else name} is '~no_such_user/x'; "
+        "name a user who has a home folder here, or write the path out."
+    )
+
+
+def test_home_folder_that_does_not_exist_in_a_file(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("output_dir: ~no_such_user/x")
+    with pytest.raises(ConfigError, match=rf"or write the path out \(set in {file}\)\.$"):
+        _read(f"--config={file}")
+
+
 def test_an_unknown_variable_is_named():
     with pytest.raises(ConfigError) as caught:
         _read(environ={"DDP_SGD_OPTIM__LRR": "3"})
