@@ -293,7 +293,7 @@ COMPONENTS = [
         "not a class",
         ["--model.class_path=user_code.NOT_CALLABLE"],
         CONFIG,
-        "model.class_path is user_code.NOT_CALLABLE, a int; name a class or a function.",
+        "model.class_path is user_code.NOT_CALLABLE, a int; name a class or a function, or set",
     ),
     case(
         "unknown argument",
@@ -301,6 +301,39 @@ COMPONENTS = [
         CONFIG,
         "model.init_args.hiden is not an argument of ddp_sgd.models.MLP; did you mean hidden?",
         "it accepts (inputs, hidden, classes).",
+    ),
+    case(
+        "too many positional arguments",
+        ["--model.args=[1, 2, 3]", "--model.class_path=torch.nn.Flatten"],
+        CONFIG,
+        "model.args is [1, 2, 3] while torch.nn.Flatten says: too many positional arguments; it",
+        "accepts (start_dim, end_dim).",
+    ),
+    case(
+        "argument by position and by name",
+        ["--model.args=[64]"],
+        CONFIG,
+        "model.args is [64] and model.init_args is ['classes', 'hidden', 'inputs'] while ",
+        "multiple values for argument 'inputs'; it accepts (inputs, hidden, classes).",
+    ),
+    case(
+        "unknown argument of a function that is not called yet",
+        [
+            "--loss={class_path: torch.nn.functional.cross_entropy, call: false, init_args: "
+            "{label_smoothin: 0.1}}"
+        ],
+        CONFIG,
+        "loss.init_args.label_smoothin is not an argument of torch.nn.functional.cross_entropy;",
+        "did you mean label_smoothing?",
+    ),
+    case("value for a list", ["--model.args=3"], CONFIG, "model.args is 3; choose a list."),
+    case("text for call", ["--loss.call=no"], CONFIG, "loss.call is 'no'; choose true or false."),
+    case(
+        "class in the place of a model",
+        ["--model.call=false", "--model.class_path=ddp_sgd.models.MLP", "--model.init_args={}"],
+        CONFIG,
+        "model is a ",
+        "name a torch.nn.Module",
     ),
     case(
         "missing argument",
@@ -365,6 +398,7 @@ COMPONENTS = [
         ["--loss.class_path=torch.nn.functional.cross_entropy"],
         CONFIG,
         "loss.init_args is [] while torch.nn.functional.cross_entropy says: missing",
+        "or set loss.call=false to take it without a call.",
     ),
     case(
         "loss that sums",

@@ -7,10 +7,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from ddp_sgd.config.fields import Key, all_keys, keys_below, yaml_value
+from ddp_sgd.config.sections import Component
 from ddp_sgd.errors import ConfigError
 
 _SHOWN_CHARACTERS = 60
 _NEAR = 0.6
+_SHORT_NAMES = ("args", "call")  # as near to targets, large and scale as to what is meant
 
 
 def explain_faults(
@@ -64,9 +66,11 @@ def nearest(name: str, options: Iterable[str] = ()) -> str | None:
     """The key, or the option with its dashes, that an unknown name may have been meant for."""
     parent, _, leaf = name.rpartition(".")
     scores = {
-        key.name: _likeness(leaf, key.leaf) - (0.1 if key.parent != parent else 0.0)
+        key.name: _likeness(leaf, key.leaf)
+        - (0.1 if key.parent != parent else 0.0)
+        - (0.25 if key.leaf in _SHORT_NAMES else 0.0)
         for key in all_keys().values()
-        if key.leaf not in ("class_path", "init_args") or key.parent == parent
+        if key.leaf not in Component.model_fields or key.parent == parent
     }
     if not parent:
         scores |= {other: max(score, _likeness(name, other)) for other, score in scores.items()}

@@ -25,7 +25,7 @@ class Key:
 
     Args:
         name: Dotted path, such as ``optim.lr``.
-        kind: ``section`` holds keys of its own, ``component`` holds class_path and init_args.
+        kind: ``section`` holds keys of its own, ``component`` those of ``Component``.
         choices: What it takes, such as ``a value in [0, 1)``.
         names: The words that it takes, if it takes nothing else.
         example: A good value as YAML; empty if there is none to offer.
@@ -137,10 +137,14 @@ def _words(node: Node) -> str:
         "integer": lambda: f"a whole number{_range(node)}",
         "number": lambda: f"a number{_range(node)}".replace("a number in", "a value in"),
         "string": lambda: f"text{_form(node)}",
-        "array": lambda: f"a list, each item {_choices(node['items'])}",
+        "array": lambda: f"a list{_items(node['items'])}",
         "null": lambda: "null",
     }
     return words.get(node.get("type", ""), lambda: "a mapping")()
+
+
+def _items(node: Node) -> str:
+    return f", each item {_choices(node)}" if node else ""
 
 
 def _range(node: Node) -> str:

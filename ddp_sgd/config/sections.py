@@ -55,18 +55,25 @@ class Section(BaseModel):
 
 
 class Component(Section):
-    """An object that the run builds: an importable name and the arguments of its call.
+    """An object that the run builds or takes: an importable name, and the arguments of its call.
 
     Any argument may itself be such a mapping, or hold some in lists and mappings, as deep as
     needed.
     """
 
     class_path: Annotated[StrictStr, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")]
-    """Importable name of a class or a function, such as torch.nn.CrossEntropyLoss. Naming it runs
-    its module."""
+    """Importable name of a class, a function or another object, such as torch.nn.CrossEntropyLoss.
+    Naming it runs its module."""
+
+    args: tuple[Any, ...] = ()
+    """Positional arguments of the call."""
 
     init_args: dict[str, Any] = {}
     """Keyword arguments of the call."""
+
+    call: StrictBool = True
+    """false: take what class_path names without calling it; with arguments, a functools.partial of
+    it that holds them."""
 
 
 class DataConfig(Section):

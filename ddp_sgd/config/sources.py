@@ -7,11 +7,13 @@ from typing import Any
 
 from ddp_sgd.config.fields import all_keys
 from ddp_sgd.config.schema import RunConfig
+from ddp_sgd.config.sections import Component
 from ddp_sgd.config.yaml_events import MAX_DEPTH
 from ddp_sgd.config.yaml_text import read_value, read_words, read_yaml_file
 from ddp_sgd.errors import ConfigError
 
 PREFIX = "DDP_SGD_"
+_BESIDE_CLASS_PATH = Component.model_fields.keys() - {"class_path"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +68,8 @@ def lay_over(below: Sources, above: Sources) -> Sources:
     """Merge two layers; neither is changed.
 
     Mappings merge key by key, anything else is replaced whole. Where the upper layer gives a
-    component another class_path, the init_args from below are dropped: they are the arguments of
-    another class.
+    component another class_path, its other keys from below are dropped: they belong to another
+    object.
     """
     origins = dict(below.origins)
     values = _merge(below.values, above.values, "", origins)
@@ -80,7 +82,8 @@ def _merge(
     """Merge mappings and forget the origins of what is dropped or replaced."""
     merged = dict(below)
     if "class_path" in above and above["class_path"] != below.get("class_path"):
-        _forget(origins, _join(path, "init_args"), merged.pop("init_args", None))
+        for key in _BESIDE_CLASS_PATH & merged.keys():
+            _forget(origins, _join(path, key), merged.pop(key))
     for key, value in above.items():
         here, under = _join(path, key), merged.get(key)
         if isinstance(value, Mapping) and (isinstance(under, Mapping) or under is None):

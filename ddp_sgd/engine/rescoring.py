@@ -12,7 +12,7 @@ from ddp_sgd.building import build
 from ddp_sgd.checkpointing.comparing import misfits
 from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.checkpointing.reading import find_checkpoint, read_tensors
-from ddp_sgd.config import RunConfig
+from ddp_sgd.config import Component, RunConfig
 from ddp_sgd.distributed.collectives import broadcast_over_ranks, from_rank_0
 from ddp_sgd.distributed.pulse import Pulse
 from ddp_sgd.distributed.runtime import Runtime
@@ -101,7 +101,7 @@ def score_anew(saved: Saved, runtime: Runtime) -> tuple[Metrics, str]:
 def _fitting_loss(saved: Saved) -> LossFunction:
     """Build the loss; refuse another one than the run's that nobody has asked for."""
     loss = ready_loss(saved.config)
-    unchanged = saved.config.loss.model_dump(mode="json") == saved.header.config.get("loss")
+    unchanged = saved.config.loss == Component.model_validate(saved.header.config["loss"])
     if unchanged and describe_loss(loss) != saved.header.loss:
         raise ConfigError(
             f"loss is {describe_loss(loss)}, while the run was given {saved.header.loss} in "

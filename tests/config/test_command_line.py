@@ -249,6 +249,19 @@ def test_any_configuration_survives_its_yaml(tmp_path_factory, init_args, lr):
     assert load_config(["--config", str(file)], {}) == config
 
 
+def test_components_survive_their_yaml(tmp_path):
+    model = {
+        "class_path": "torch.nn.Sequential",
+        "args": [{"class_path": "torch.nn.Linear", "args": [64, 10]}, 1, [2, None], "null"],
+    }
+    loss = {"class_path": "torch.nn.functional.cross_entropy", "call": False}
+    config = RunConfig.model_validate({"model": model, "loss": loss})
+    file = tmp_path / "a.yaml"
+    file.write_text(dump_yaml(config))
+    assert load_config([f"--config={file}"], {}) == config
+    assert config.model.args[2:] == ([2, None], "null")
+
+
 def test_load_config_takes_the_environment_of_the_process(monkeypatch):
     monkeypatch.setenv("DDP_SGD_EPOCHS", "7")
     assert load_config().epochs == 7

@@ -6,7 +6,7 @@ from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.config.sources import Sources, gather, lay_over
 from ddp_sgd.errors import ConfigError
 
-names = st.sampled_from(["a", "b", "class_path", "init_args"])
+names = st.sampled_from(["a", "b", "class_path", "args", "init_args", "call"])
 layers = st.dictionaries(
     names,
     st.recursive(
@@ -116,6 +116,25 @@ def test_another_class_drops_the_arguments_of_the_first(tmp_path):
     sources = _gather("model.class_path=my.Other", files=[file])
     assert sources.values["model"] == {"class_path": "my.Other"}
     assert sources.origins == {"model.class_path": "--model.class_path"}
+
+
+def test_another_class_drops_positional_arguments_and_call_as_well(tmp_path):
+    text = "loss: {class_path: my.loss, args: [1], init_args: {a: 1}, call: false}"
+    file = _file(tmp_path, text)
+    sources = _gather("loss.init_args.a=2", files=[file])
+    wanted = {"class_path": "my.loss", "args": [1], "init_args": {"a": 2}, "call": False}
+    assert sources.values["loss"] == wanted
+    sources = _gather("loss.class_path=my.Other", files=[file])
+    assert sources.values["loss"] == {"class_path": "my.Other"}
+    assert sources.origins == {"loss.class_path": "--loss.class_path"}
+
+
+def test_positional_arguments_and_call_on_the_command_line():
+    sources = _gather(
+        "model.class_path=my.Net", "model.args=[3, {class_path: a.B}]", "loss.call=false"
+    )
+    assert sources.values["model"] == {"class_path": "my.Net", "args": [3, {"class_path": "a.B"}]}
+    assert sources.values["loss"]["call"] is False
 
 
 def test_the_same_class_keeps_the_arguments(tmp_path):
