@@ -128,12 +128,6 @@ COMMAND_LINE = [
         "optim.nesterov is true while optim.momentum is 0; set optim.momentum=0.9",
     ),
     case(
-        "warm-up longer than the run",
-        ["--epochs=3", "--schedule.warmup_epochs=5"],
-        CONFIG,
-        "schedule.warmup_epochs is 5.0 while epochs is 3; warm up for part",
-    ),
-    case(
         "no milestones",
         ["--schedule.name=step"],
         CONFIG,
@@ -144,12 +138,6 @@ COMMAND_LINE = [
         ["--schedule.name=step", "--schedule.milestones=[9, 3]"],
         CONFIG,
         "schedule.milestones is [9.0, 3.0]; put the epochs in ascending order",
-    ),
-    case(
-        "milestone after the end",
-        ["--epochs=5", "--schedule.name=step", "--schedule.milestones=[3, 5]"],
-        CONFIG,
-        "schedule.milestones is [3.0, 5.0] while epochs is 5; name epochs before the end.",
     ),
     case(
         "argument of another curve",

@@ -81,16 +81,4 @@ class RunConfig(Section):
                 f"{local.period}, and ranks differ in between; set checkpoint.every_steps="
                 f"{max(1, saves // local.period) * local.period}"
             )
-        warmup = self.schedule.warmup_epochs
-        if warmup != "auto" and warmup > self.epochs:
-            raise ValueError(
-                f"schedule.warmup_epochs is {warmup} while epochs is {self.epochs}; "
-                "warm up for part of the run"
-            )
-        late = [milestone for milestone in self.schedule.milestones if milestone >= self.epochs]
-        if late:
-            raise ValueError(
-                f"schedule.milestones is {list(self.schedule.milestones)} "
-                f"while epochs is {self.epochs}; name epochs before the end"
-            )
         return self

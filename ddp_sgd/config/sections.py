@@ -149,7 +149,7 @@ class ScheduleConfig(Section):
 
     warmup_epochs: Literal["auto"] | NonNegative = "auto"
     """Length of the rise from lr to the peak, in epochs, at least 0; auto: 5, at most a tenth of
-    the run, when k > 1.
+    the run, when k > 1. The end of the run cuts a longer one off, which the plan notes.
     Source: Goyal et al. 2017, arXiv:1706.02677, section 2.2."""
 
     warmup_start: Literal["auto"] | Annotated[StrictFloat, Field(gt=0.0, le=1.0)] = "auto"
@@ -157,7 +157,8 @@ class ScheduleConfig(Section):
     when k <= 1."""
 
     milestones: tuple[Positive, ...] = ()
-    """Epochs at which the rate is multiplied by gamma, ascending (step only)."""
+    """Epochs at which the rate is multiplied by gamma, ascending (step only). Those that the run
+    does not reach mean nothing, which the plan notes."""
 
     gamma: Positive = 0.1
     """Factor at each milestone, above 0 (step only)."""
