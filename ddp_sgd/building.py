@@ -1,49 +1,61 @@
-"""From ``class_path`` and ``init_args`` to the object: the one place that imports user code."""
+"""From a component to the object that it describes: the one place that imports user code."""
 
 import difflib
 import gc
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
 
+from ddp_sgd.config.faults import show
+from ddp_sgd.config.fields import all_keys
 from ddp_sgd.config.sections import Component
 from ddp_sgd.errors import ConfigError, UserError
+
+_ONLY_BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
 
 
 def build(component: Component, where: str, *, failure: type[UserError] = ConfigError) -> Any:
     """Build the object that a configuration describes, with all that is nested in its arguments.
 
     Args:
-        component: Importable name and keyword arguments.
+        component: Importable name, arguments, and whether to call.
         where: Key of the component in the configuration, for errors.
         failure: Class of the error when the call itself fails.
 
     Returns:
-        What the call returns.
+        What the call returns. With ``call: false`` the named object itself, or a
+        ``functools.partial`` of it if there are arguments.
 
     Raises:
         ConfigError: The name cannot be imported, or the arguments do not fit its signature.
         UserError: The call raised; an error that already says WHERE, WHAT and REMEDY passes
             unchanged.
     """
-    factory = _find(component.class_path, f"{where}.class_path")
-    arguments = _resolve_arguments(factory, component, where)
+    named = _find(component.class_path, f"{where}.class_path")
+    if not component.call and not component.args and not component.init_args:
+        return named
+    _check_callable(named, component, where)
+    args, init_args = _resolve_arguments(named, component, where)
+    if not component.call:
+        return partial(named, *args, **init_args)
     try:
-        return factory(**arguments)
+        return named(*args, **init_args)
     except UserError:
         raise
     except Exception as error:
+        keys = f"{where}.args and {where}.init_args" if args else f"{where}.init_args"
         raise failure(
             f"{where} is {component.class_path}, which failed with {type(error).__name__}: "
-            f"{error}; check {where}.init_args, it accepts ({_accepted(factory)})."
+            f"{error}; check {keys}, it accepts ({_accepted(named)})."
         ) from error
 
 
-def _find(path: str, where: str) -> Callable[..., Any]:
+def _find(path: str, where: str) -> Any:
     """Import the longest part of the path that is a module, then follow attributes."""
     parts = path.split(".")
     found, rest = _import_longest(parts, where, path)
@@ -54,11 +66,17 @@ def _find(path: str, where: str) -> Callable[..., Any]:
             hint = f"did you mean {near[0]}?" if near else "check the spelling."
             raise ConfigError(f"{where} is {path}, but {name} has no {part}; {hint}")
         found = getattr(found, part)
-    if not callable(found):
-        raise ConfigError(
-            f"{where} is {path}, a {type(found).__name__}; name a class or a function."
-        )
-    return found  # type: ignore[no-any-return]
+    return found
+
+
+def _check_callable(named: Any, component: Component, where: str) -> None:
+    if callable(named):
+        return
+    remedy = f"set {where}.call=false" if component.call else "leave the arguments out"
+    raise ConfigError(
+        f"{where}.class_path is {component.class_path}, a {type(named).__name__}; "
+        f"name a class or a function, or {remedy} to take it as it is."
+    )
 
 
 @contextmanager
@@ -99,45 +117,57 @@ def _import_longest(parts: list[str], where: str, path: str) -> tuple[Any, list[
         except Exception as error:
             raise ConfigError(
                 f"{where} is {path}, whose import failed with {type(error).__name__}: {error}; "
-                f"mend {name}."
+                f"fix {name}."
             ) from error
     return module, []
 
 
 def _resolve_arguments(
-    factory: Callable[..., Any], component: Component, where: str
-) -> dict[str, Any]:
+    named: Callable[..., Any], component: Component, where: str
+) -> tuple[list[Any], dict[str, Any]]:
+    """Build what is nested in the arguments, and check them against the signature."""
     try:
-        signature: inspect.Signature | None = inspect.signature(factory)
+        signature: inspect.Signature | None = inspect.signature(named)
     except (TypeError, ValueError):  # some built-in classes hide theirs
         signature = None
-    arguments = {}
-    for name, value in component.init_args.items():
-        parameter = signature.parameters.get(name) if signature else None
-        wants_dtype = parameter is None or (
-            parameter.annotation is parameter.empty or "dtype" in str(parameter.annotation)
-        )
-        arguments[name] = _resolve(value, f"{where}.init_args.{name}", wants_dtype=wants_dtype)
+    args = [
+        _resolve(value, f"{where}.args[{number}]", _at_position(signature, number))
+        for number, value in enumerate(component.args)
+    ]
+    init_args = {
+        name: _resolve(value, f"{where}.init_args.{name}", _by_name(signature, name))
+        for name, value in component.init_args.items()
+    }
     if signature:
-        _check_signature(signature, arguments, component.class_path, where)
-    return arguments
+        is_bare_function = not (args or init_args or inspect.isclass(named))
+        hint = f", or set {where}.call=false to take it without a call" if is_bare_function else ""
+        _check_signature(signature, args, init_args, component, where, hint)
+    return args, init_args
 
 
-def _resolve(value: Any, where: str, *, wants_dtype: bool) -> Any:
+def _at_position(signature: inspect.Signature | None, number: int) -> inspect.Parameter | None:
+    """The parameter that takes the positional argument with this number, if one is known."""
+    for place, parameter in enumerate(signature.parameters.values() if signature else ()):
+        if parameter.kind is parameter.VAR_POSITIONAL or place == number:
+            return parameter
+    return None
+
+
+def _by_name(signature: inspect.Signature | None, name: str) -> inspect.Parameter | None:
+    return signature.parameters.get(name) if signature else None
+
+
+def _resolve(value: Any, where: str, parameter: inspect.Parameter | None) -> Any:
     """Turn plain data into what it describes; lists and mappings are searched in depth."""
     if isinstance(value, Mapping):
         if "class_path" in value:
             return build(_as_component(value, where), where)
-        return {
-            key: _resolve(item, f"{where}.{key}", wants_dtype=wants_dtype)
-            for key, item in value.items()
-        }
+        return {key: _resolve(item, f"{where}.{key}", parameter) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [
-            _resolve(item, f"{where}[{number}]", wants_dtype=wants_dtype)
-            for number, item in enumerate(value)
+            _resolve(item, f"{where}[{number}]", parameter) for number, item in enumerate(value)
         ]
-    if wants_dtype and isinstance(value, str) and value.startswith("torch."):
+    if isinstance(value, str) and value.startswith("torch.") and _may_be_dtype(parameter):
         import torch
 
         dtype = getattr(torch, value.removeprefix("torch."), None)
@@ -145,48 +175,73 @@ def _resolve(value: Any, where: str, *, wants_dtype: bool) -> Any:
     return value
 
 
+def _may_be_dtype(parameter: inspect.Parameter | None) -> bool:
+    """Whether an argument may be a dtype: nothing is said of its type, or that."""
+    return (
+        parameter is None
+        or parameter.annotation is parameter.empty
+        or "dtype" in str(parameter.annotation)
+    )
+
+
 def _as_component(value: Mapping[str, Any], where: str) -> Component:
     try:
-        return Component.model_validate(value)
+        return Component.model_validate(dict(value))
     except ValidationError as error:
         fault = error.errors()[0]
-        key = ".".join(map(str, (where, *fault["loc"])))
-        raise ConfigError(
-            f"{key} is {fault['input']!r}; a nested object takes class_path and init_args."
-        ) from error
+        name = str(fault["loc"][0])
+        what = f"{where}.{name} is {show(value[name])}"
+        if name not in Component.model_fields:
+            remedy = f"a nested object takes {', '.join(Component.model_fields)}"
+        else:
+            remedy = f"choose {all_keys()[f'model.{name}'].choices}"
+        raise ConfigError(f"{what}; {remedy}.") from error
 
 
 def _check_signature(
-    signature: inspect.Signature, arguments: Mapping[str, Any], path: str, where: str
+    signature: inspect.Signature,
+    args: Sequence[Any],
+    init_args: Mapping[str, Any],
+    component: Component,
+    where: str,
+    hint: str,
 ) -> None:
+    bind = signature.bind if component.call else signature.bind_partial
     try:
-        signature.bind(**arguments)
+        bind(*args, **init_args)
     except TypeError as error:
-        unknown = [name for name in arguments if name not in signature.parameters]
-        accepted = _accepted_names(signature)
-        if unknown and not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
-            near = difflib.get_close_matches(unknown[0], accepted, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise ConfigError(
-                f"{where}.init_args.{unknown[0]} is not an argument of {path}; {hint}"
-                f"it accepts ({', '.join(accepted)})."
-            ) from error
+        _refuse_unknown(signature, init_args, component.class_path, where)
+        what = [f"{where}.args is {show(component.args)}"] if args else []
+        what += [f"{where}.init_args is {sorted(init_args)}"] if init_args or not args else []
         raise ConfigError(
-            f"{where}.init_args is {sorted(arguments)} while {path} says: {error}; "
-            f"it accepts ({', '.join(accepted)})."
+            f"{' and '.join(what)} while {component.class_path} says: {error}; "
+            f"it accepts ({_shown(signature)}){hint}."
         ) from error
 
 
-def _accepted_names(signature: inspect.Signature) -> list[str]:
-    return [
-        f"**{p.name}" if p.kind is p.VAR_KEYWORD else p.name
-        for p in signature.parameters.values()
-        if p.kind not in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL)
-    ]
+def _refuse_unknown(
+    signature: inspect.Signature, init_args: Mapping[str, Any], path: str, where: str
+) -> None:
+    parameters = signature.parameters
+    unknown = [name for name in init_args if name not in parameters]
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        names = [name for name, p in parameters.items() if p.kind not in _ONLY_BY_POSITION]
+        near = difflib.get_close_matches(unknown[0], names, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(
+            f"{where}.init_args.{unknown[0]} is not an argument of {path}; {hint}"
+            f"it accepts ({_shown(signature)})."
+        )
 
 
-def _accepted(factory: Callable[..., Any]) -> str:
+def _shown(signature: inspect.Signature) -> str:
+    """Names of the parameters, as a signature writes them but without types and defaults."""
+    bare = [p.replace(annotation=p.empty, default=p.empty) for p in signature.parameters.values()]
+    return ", ".join(map(str, bare))
+
+
+def _accepted(named: Callable[..., Any]) -> str:
     try:
-        return ", ".join(_accepted_names(inspect.signature(factory)))
+        return _shown(inspect.signature(named))
     except (TypeError, ValueError):
         return "see its documentation"

@@ -102,7 +102,6 @@ COMMAND_LINE = [
     case("key without dashes", ["epochs=3"], CONFIG, "epochs=3", "write --epochs=3."),
     case("text for a number", ["--epochs=many"], CONFIG, "epochs is 'many'; choose", "at least 1"),
     case("real for a whole number", ["--epochs=1.5"], CONFIG, "epochs is 1.5; choose"),
-    case("number for text", ["--name=7"], CONFIG, "name is 7; choose", "quote it"),
     case("text for a switch", ["--optim.nesterov=on"], CONFIG, "optim.nesterov is 'on'", "true"),
     case("not a number", ["--optim.lr=.nan"], CONFIG, "optim.lr is nan; choose a finite number"),
     case("infinite", ["--optim.lr=.inf"], CONFIG, "optim.lr is inf; choose a finite number"),
@@ -120,18 +119,13 @@ COMMAND_LINE = [
     case("folder in a name", ["--name=../elsewhere"], CONFIG, "name is '../elsewhere'; choose"),
     case("slash in a name", ["--name=a/b"], CONFIG, "name is 'a/b'; choose"),
     case("name of dots", ["--name=.."], CONFIG, "name is '..'", "use a letter or a digit."),
-    case("empty folder", ["--output_dir="], CONFIG, "output_dir is null; choose"),
+    case("empty folder", ["--output_dir="], CONFIG, "output_dir is ''; choose"),
+    case("no such home", ["--output_dir=~no_such_user"], CONFIG, "name a user who has a home"),
     case(
         "nesterov without momentum",
         ["--optim.nesterov=true", "--optim.momentum=0"],
         CONFIG,
         "optim.nesterov is true while optim.momentum is 0; set optim.momentum=0.9",
-    ),
-    case(
-        "warm-up longer than the run",
-        ["--epochs=3", "--schedule.warmup_epochs=5"],
-        CONFIG,
-        "schedule.warmup_epochs is 5.0 while epochs is 3; warm up for part",
     ),
     case(
         "no milestones",
@@ -144,12 +138,6 @@ COMMAND_LINE = [
         ["--schedule.name=step", "--schedule.milestones=[9, 3]"],
         CONFIG,
         "schedule.milestones is [9.0, 3.0]; put the epochs in ascending order",
-    ),
-    case(
-        "milestone after the end",
-        ["--epochs=5", "--schedule.name=step", "--schedule.milestones=[3, 5]"],
-        CONFIG,
-        "schedule.milestones is [3.0, 5.0] while epochs is 5; name epochs before the end.",
     ),
     case(
         "argument of another curve",
@@ -257,6 +245,14 @@ FILES = [
         files={"run.yaml": b"epochs: 3\nname: caf\xe9\n"},
     ),
     case(
+        "number for text",
+        ["--config=run.yaml"],
+        CONFIG,
+        "name is 7; choose",
+        'quote it to make it text: "7" (set in run.yaml).',
+        files={"run.yaml": "name: 7"},
+    ),
+    case(
         "wrong value in a file",
         ["--config=run.yaml"],
         CONFIG,
@@ -285,7 +281,7 @@ COMPONENTS = [
         "not a class",
         ["--model.class_path=user_code.NOT_CALLABLE"],
         CONFIG,
-        "model.class_path is user_code.NOT_CALLABLE, a int; name a class or a function.",
+        "model.class_path is user_code.NOT_CALLABLE, a int; name a class or a function, or set",
     ),
     case(
         "unknown argument",
@@ -293,6 +289,39 @@ COMPONENTS = [
         CONFIG,
         "model.init_args.hiden is not an argument of ddp_sgd.models.MLP; did you mean hidden?",
         "it accepts (inputs, hidden, classes).",
+    ),
+    case(
+        "too many positional arguments",
+        ["--model.args=[1, 2, 3]", "--model.class_path=torch.nn.Flatten"],
+        CONFIG,
+        "model.args is [1, 2, 3] while torch.nn.Flatten says: too many positional arguments; it",
+        "accepts (start_dim, end_dim).",
+    ),
+    case(
+        "argument by position and by name",
+        ["--model.args=[64]"],
+        CONFIG,
+        "model.args is [64] and model.init_args is ['classes', 'hidden', 'inputs'] while ",
+        "multiple values for argument 'inputs'; it accepts (inputs, hidden, classes).",
+    ),
+    case(
+        "unknown argument of a function that is not called yet",
+        [
+            "--loss={class_path: torch.nn.functional.cross_entropy, call: false, init_args: "
+            "{label_smoothin: 0.1}}"
+        ],
+        CONFIG,
+        "loss.init_args.label_smoothin is not an argument of torch.nn.functional.cross_entropy;",
+        "did you mean label_smoothing?",
+    ),
+    case("value for a list", ["--model.args=3"], CONFIG, "model.args is 3; choose a list."),
+    case("text for call", ["--loss.call=no"], CONFIG, "loss.call is 'no'; choose true or false."),
+    case(
+        "class in the place of a model",
+        ["--model.call=false", "--model.class_path=ddp_sgd.models.MLP", "--model.init_args={}"],
+        CONFIG,
+        "model is a ",
+        "name a torch.nn.Module",
     ),
     case(
         "missing argument",
@@ -357,6 +386,7 @@ COMPONENTS = [
         ["--loss.class_path=torch.nn.functional.cross_entropy"],
         CONFIG,
         "loss.init_args is [] while torch.nn.functional.cross_entropy says: missing",
+        "or set loss.call=false to take it without a call.",
     ),
     case(
         "loss that sums",

@@ -2,9 +2,11 @@ import collections
 import gc
 import sys
 import textwrap
+from functools import partial
 
 import pytest
 import torch
+import user_code
 from torch import nn
 
 from ddp_sgd.building import build, uncollected
@@ -15,6 +17,16 @@ from ddp_sgd.models import MLP
 
 def _build(path, where="data.train", failure=ConfigError, **init_args):
     return build(Component(class_path=path, init_args=init_args), where, failure=failure)
+
+
+def _taken(path, *args, **init_args):
+    """What a configuration names with ``call: false``."""
+    component = Component(class_path=path, args=args, init_args=init_args, call=False)
+    return build(component, "x")
+
+
+def _called(path, *args, **init_args):
+    return build(Component(class_path=path, args=args, init_args=init_args), "x")
 
 
 def _held(**init_args):
@@ -65,6 +77,132 @@ def test_submodule_that_its_package_does_not_import(module):
     module("tools.__init__", "")
     module("tools.deep", "class Thing:\n    pass\n")
     assert type(_build("tools.deep.Thing")).__name__ == "Thing"
+
+
+def test_positional_arguments():
+    layer = _called("torch.nn.Linear", 3, 5, bias=False)
+    assert (layer.in_features, layer.out_features, layer.bias) == (3, 5, None)
+    assert _called("user_code.by_position", 1, "b", 3, [4], last=5) == (1, "b", (3, [4]), 5)
+
+
+def test_layers_in_a_row():
+    linear = {"class_path": "torch.nn.Linear", "args": [12, 2]}
+    model = _called("torch.nn.Sequential", {"class_path": "torch.nn.Flatten"}, linear)
+    assert [type(layer) for layer in model] == [nn.Flatten, nn.Linear]
+    assert model(torch.zeros(5, 3, 4)).shape == (5, 2)
+
+
+def test_class_weights():
+    weight = {"class_path": "torch.tensor", "args": [[1.0, 2.5]]}
+    loss = _called("torch.nn.CrossEntropyLoss", weight=weight)
+    assert torch.equal(loss.weight, torch.tensor([1.0, 2.5]))
+
+
+def test_dtype_by_position():
+    assert _called("user_code.by_position", "torch.int8", "torch.int8", "torch.int8") == (
+        torch.int8, "torch.int8", (torch.int8,), None,
+    )  # fmt: skip
+    assert _called("torch.zeros", 2, dtype="torch.int8").dtype is torch.int8
+
+
+@pytest.mark.parametrize(
+    ("path", "named"),
+    [
+        ("torch.nn.ReLU", nn.ReLU),
+        ("torch.nn.functional.cross_entropy", nn.functional.cross_entropy),
+        ("user_code.Shade.LIGHT", user_code.Shade.LIGHT),
+        ("user_code.NOT_CALLABLE", 3),
+        ("torch.float16", torch.float16),
+        ("torch.nn.functional", nn.functional),
+    ],
+)
+def test_what_is_named_without_a_call(path, named):
+    assert _taken(path) is named
+
+
+def test_what_is_named_without_a_call_nests():
+    shade = {"class_path": "user_code.Shade.DARK", "call": False}
+    norm = {"class_path": "torch.nn.LayerNorm", "init_args": {"eps": 0.5}, "call": False}
+    held = _held(value=[shade, {"norm": norm}])
+    assert held.value[0] is user_code.Shade.DARK
+    assert held.value[1]["norm"](4).eps == 0.5
+    assert _called("user_code.by_position", shade, "")[0] is user_code.Shade.DARK
+
+
+def test_partial_holds_arguments_that_are_built():
+    relu = {"class_path": "torch.nn.ReLU"}
+    held = _taken("user_code.by_position", relu, last=relu)
+    assert isinstance(held, partial)
+    first, second, rest, last = held("b", 3)
+    assert (type(first), second, rest, type(last)) == (nn.ReLU, "b", (3,), nn.ReLU)
+
+
+def test_partial_of_a_function_lacks_what_the_caller_gives():
+    loss = _taken("torch.nn.functional.cross_entropy", label_smoothing=0.5)
+    outputs, targets = torch.eye(3), torch.arange(3)
+    wanted = nn.functional.cross_entropy(outputs, targets, label_smoothing=0.5)
+    assert torch.equal(loss(outputs, targets), wanted)
+
+
+def test_partial_of_what_hides_its_signature():
+    assert _taken("builtins.dict", one=1)(two=2) == {"one": 1, "two": 2}
+
+
+@pytest.mark.parametrize(
+    ("component", "message"),
+    [
+        (
+            {"class_path": "user_code.Shade.DARK"},
+            "x.class_path is user_code.Shade.DARK, a Shade; name a class or a function, or set "
+            "x.call=false to take it as it is.",
+        ),
+        (
+            {"class_path": "user_code.Shade.DARK", "call": False, "args": [1]},
+            "x.class_path is user_code.Shade.DARK, a Shade; name a class or a function, or leave "
+            "the arguments out to take it as it is.",
+        ),
+        (
+            {"class_path": "torch.nn.functional.mse_loss"},
+            "x.init_args is [] while torch.nn.functional.mse_loss says: missing a required "
+            "argument: 'input'; it accepts (input, target, size_average, reduce, reduction, "
+            "weight), or set x.call=false to take it without a call.",
+        ),
+        (
+            {"class_path": "torch.nn.Flatten", "args": [1, 2, 3]},
+            "x.args is [1, 2, 3] while torch.nn.Flatten says: too many positional arguments; "
+            "it accepts (start_dim, end_dim).",
+        ),
+        (
+            {"class_path": "torch.nn.Flatten", "args": [1], "init_args": {"start_dim": 2}},
+            "x.args is [1] and x.init_args is ['start_dim'] while torch.nn.Flatten says: multiple "
+            "values for argument 'start_dim'; it accepts (start_dim, end_dim).",
+        ),
+        (
+            {"class_path": "user_code.by_position", "init_args": {"first": 1}},
+            "; it accepts (first, second, *rest, last).",
+        ),
+        (
+            {"class_path": "ddp_sgd.models.MLP", "call": False, "init_args": {"hiden": 3}},
+            "x.init_args.hiden is not an argument of ddp_sgd.models.MLP; did you mean hidden?",
+        ),
+        (
+            {"class_path": "torch.nn.Flatten", "call": False, "args": [1, 2, 3]},
+            "x.args is [1, 2, 3] while torch.nn.Flatten says: too many positional arguments; ",
+        ),
+        (
+            {"class_path": "torch.tensor", "args": [["a"]]},
+            "x is torch.tensor, which failed with ValueError: ",
+        ),
+        (
+            {"class_path": "torch.tensor", "args": [["a"]]},
+            "; check x.args and x.init_args, it accepts (see its documentation).",
+        ),
+    ],
+)
+def test_arguments_that_do_not_fit(component, message):
+    with pytest.raises(ConfigError) as caught:
+        build(Component.model_validate(component), "x")
+    assert message in str(caught.value)
 
 
 def test_components_nest_in_lists_and_mappings():
@@ -123,8 +261,11 @@ def test_plain_data_stays_as_it_is():
         ("torch.nnn.Linear", "but torch has no nnn; did you mean nn?"),
         ("torch.nn.qqqqqqqq", "but torch.nn has no qqqqqqqq; check the spelling."),
         ("torch.nn.Linear.in_featurez", "but Linear has no in_featurez; "),
-        ("user_code.NOT_CALLABLE", "is user_code.NOT_CALLABLE, a int; name a class or a function."),
-        ("torch.nn", "x.class_path is torch.nn, a module; name a class or a function."),
+        (
+            "user_code.NOT_CALLABLE",
+            "is user_code.NOT_CALLABLE, a int; name a class or a function, or",
+        ),
+        ("torch.nn", "x.class_path is torch.nn, a module; name a class or a function, or"),
     ],
 )
 def test_name_that_leads_nowhere(path, message):
@@ -142,7 +283,7 @@ def test_module_that_needs_another(module):
 def test_module_whose_import_fails(module):
     module("broken", "1 / 0\n")
     with pytest.raises(
-        ConfigError, match=r"whose import failed with ZeroDivisionError: .*; mend broken\."
+        ConfigError, match=r"whose import failed with ZeroDivisionError: .*; fix broken\."
     ):
         _build("broken.Net")
 
@@ -214,11 +355,28 @@ def test_error_that_says_what_to_do_passes_unchanged():
         ),
         (
             {"class_path": 3},
-            "data.train.init_args.value.steps[1].class_path is 3; a nested object takes class_path",
+            "data.train.init_args.value.steps[1].class_path is 3; choose text that matches",
+        ),
+        (
+            {"class_path": "torch.nn.ReLU", "args": "ab"},
+            "data.train.init_args.value.steps[1].args is 'ab'; choose a list.",
+        ),
+        (
+            {"class_path": "torch.nn.ReLU", "init_args": [1]},
+            "data.train.init_args.value.steps[1].init_args is [1]; choose a mapping.",
+        ),
+        (
+            {"class_path": "torch.nn.ReLU", "call": "no"},
+            "data.train.init_args.value.steps[1].call is 'no'; choose true or false.",
+        ),
+        (
+            {"class_path": "torch.nn.Sequential", "args": [{"class_path": "torch.nn.Liner"}]},
+            "data.train.init_args.value.steps[1].args[0].class_path is torch.nn.Liner, but torch",
         ),
         (
             {"class_path": "torch.nn.ReLU", "arguments": {}},
-            "data.train.init_args.value.steps[1].arguments is {}; a nested object takes class_path",
+            "data.train.init_args.value.steps[1].arguments is {}; a nested object takes "
+            "class_path, args, init_args, call.",
         ),
     ],
 )

@@ -23,7 +23,7 @@ def _expected(*, samples=1437, world_size=1, **sections):
     config = RunConfig.model_validate(sections)
     plan = make_plan(config, samples=samples, world_size=world_size)
     schedule = build_schedule(config.schedule, plan)
-    return f"{plan_table(plan, schedule)}\n\n{curve(plan, schedule)}\n"
+    return f"{plan_table(plan, schedule, config.schedule.milestones)}\n\n{curve(plan, schedule)}\n"
 
 
 def test_default_is_one_rank_on_the_embedded_digits(capsys):
@@ -53,6 +53,15 @@ def test_goyal_et_al_2017_from_the_command_line(capsys):
     assert "157 steps (1,281,167 samples)" in out
     assert "3.2 for 8,192 samples a step" in out
     assert "785 steps (6,405,835 samples, 5 of 90 epochs) from 0.1" in out
+
+
+def test_a_long_schedule_on_a_shortened_run(capsys):
+    argv = ["--samples=1437", "--world_size=2", "--epochs=3"]
+    argv += ["--schedule={name: step, milestones: [2, 30], warmup_epochs: 5}"]
+    assert main(argv) == ExitCode.DONE
+    out = capsys.readouterr().out
+    assert "  note                  milestones [30] are not reached in 3 epochs\n" in out
+    assert "  note                  the warm-up is cut off after 3 epochs, before the peak\n" in out
 
 
 def test_a_data_set_that_is_named_gives_the_number_of_samples(tmp_path, capsys):

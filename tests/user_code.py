@@ -2,6 +2,7 @@
 
 import os
 import time
+from enum import Enum
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,13 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 NOT_CALLABLE = 3
+
+
+class Shade(Enum):
+    """An enum, as an argument may want one of its members."""
+
+    DARK = 1
+    LIGHT = 2
 
 
 class Zeros:
@@ -147,6 +155,11 @@ def text_loss():
 def linear(inputs, *, classes=10):
     """A function as a factory."""
     return nn.Linear(inputs, classes)
+
+
+def by_position(first, /, second: str = "", *rest, last=None):
+    """A function whose arguments go by position, by name, or both."""
+    return first, second, rest, last
 
 
 def _per_sample(outputs, targets):

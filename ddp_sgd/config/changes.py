@@ -24,8 +24,12 @@ def changes_that_matter(before: Mapping[str, Any], now: RunConfig) -> list[str]:
     Returns:
         Lines such as ``optim.lr was 0.05, is 0.1``.
     """
-    old, new = dict(leaves(before)), dict(leaves(now.model_dump(mode="json")))
-    default = dict(leaves(RunConfig().model_dump(mode="json")))
+    old, new = _settings(before), _settings(now.model_dump(mode="json"))
+    default = {
+        key: value
+        for key, value in _settings(RunConfig().model_dump(mode="json")).items()
+        if ".init_args." not in key  # those of the default class mean nothing to another one
+    }
     changes = []
     for key in sorted(old.keys() | new.keys()):
         was, is_now = (values.get(key, default.get(key)) for values in (old, new))
@@ -37,6 +41,11 @@ def changes_that_matter(before: Mapping[str, Any], now: RunConfig) -> list[str]:
     if now.epochs < before.get("epochs", 0):
         changes.append(f"epochs was {before['epochs']}, is {now.epochs}")
     return changes
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Every key with its value; an empty mapping is as good as none."""
+    return {key: value for key, value in leaves(config) if value != {}}
 
 
 def rank_batch(config: Mapping[str, Any]) -> int:

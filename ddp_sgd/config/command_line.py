@@ -13,6 +13,7 @@ from ddp_sgd.config.fields import all_keys
 from ddp_sgd.config.options import OWN_OPTIONS, Option
 from ddp_sgd.config.reference import help_text
 from ddp_sgd.config.schema import RunConfig
+from ddp_sgd.config.sections import expand_home
 from ddp_sgd.config.sources import Sources, gather, lay_over
 from ddp_sgd.config.yaml_text import write_yaml
 from ddp_sgd.errors import ConfigError
@@ -38,7 +39,7 @@ class CommandLine:
     text: str | None = None
 
     def over(self, basis: Mapping[str, Any]) -> RunConfig:
-        """Resolve the configuration anew, over another one in the place of the defaults.
+        """Resolve the configuration again, over another one in the place of the defaults.
 
         Args:
             basis: Resolved configuration as plain data, such as that of a saved run.
@@ -154,12 +155,19 @@ def _sort(argv: Sequence[str], known: Mapping[str, Option], *, may_stand_alone: 
                 raise _stray(value)
             found.alone = value
         elif name == "config":
-            found.files.append(value)
+            found.files.append(_path_of_file(value))
         elif name in known:
             found.values[name] = known[name].read(value)
         else:
             found.overrides.append((name, value))
     return found
+
+
+def _path_of_file(path: str) -> str:
+    try:
+        return expand_home(path)
+    except ValueError as error:
+        raise ConfigError(f"--config is {show(path)}; {error}.") from error
 
 
 def _pairs(argv: Sequence[str], known: Mapping[str, Option]) -> Iterator[tuple[str | None, str]]:

@@ -7,10 +7,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from ddp_sgd.config.fields import Key, all_keys, keys_below, yaml_value
+from ddp_sgd.config.sections import Component
 from ddp_sgd.errors import ConfigError
 
 _SHOWN_CHARACTERS = 60
 _NEAR = 0.6
+_SHORT_NAMES = ("args", "call")  # as near to targets, large and scale as to what is meant
 
 
 def explain_faults(
@@ -37,7 +39,7 @@ def explain_faults(
         path = _path(fault["loc"], values, fault["type"])
         kinds.setdefault(path, []).append(fault["type"])
         if fault["type"] == "value_error":
-            messages[path] = str(fault["ctx"]["error"])
+            messages[path] = _message(path, values, str(fault["ctx"]["error"]))
     lines = []
     for path, found in kinds.items():
         if path in messages:
@@ -64,9 +66,11 @@ def nearest(name: str, options: Iterable[str] = ()) -> str | None:
     """The key, or the option with its dashes, that an unknown name may have been meant for."""
     parent, _, leaf = name.rpartition(".")
     scores = {
-        key.name: _likeness(leaf, key.leaf) - (0.1 if key.parent != parent else 0.0)
+        key.name: _likeness(leaf, key.leaf)
+        - (0.1 if key.parent != parent else 0.0)
+        - (0.25 if key.leaf in _SHORT_NAMES else 0.0)
         for key in all_keys().values()
-        if key.leaf not in ("class_path", "init_args") or key.parent == parent
+        if key.leaf not in Component.model_fields or key.parent == parent
     }
     if not parent:
         scores |= {other: max(score, _likeness(name, other)) for other, score in scores.items()}
@@ -77,6 +81,13 @@ def nearest(name: str, options: Iterable[str] = ()) -> str | None:
 
 def _likeness(one: str, other: str) -> float:
     return difflib.SequenceMatcher(None, one, other).ratio()
+
+
+def _message(path: str, values: Mapping[str, Any], text: str) -> str:
+    """Complete what a validator says: that of a section says all, that of a value the remedy."""
+    key = all_keys().get(path)
+    is_remedy = key is not None and key.kind == "value"
+    return f"{path} is {show(_value_at(path, values))}; {text}" if is_remedy else text
 
 
 def _path(location: tuple[int | str, ...], values: Mapping[str, Any], kind: str) -> str:
@@ -143,7 +154,7 @@ def _wrong_value(path: str, value: Any, found: list[str]) -> tuple[str, str]:
     if "finite_number" in found:
         remedy = remedy.replace("a number", "a finite number")
     if "string_type" in found and isinstance(value, int | float):
-        remedy += f", or quote it to make it text: '\"{yaml_value(value)}\"'"
+        remedy += f', or quote it to make it text: "{yaml_value(value)}"'
     if isinstance(value, str):
         near = difflib.get_close_matches(value, key.names, n=1, cutoff=0.5)
         remedy += f"; did you mean {near[0]}?" if near else ""

@@ -25,12 +25,14 @@ class Key:
 
     Args:
         name: Dotted path, such as ``optim.lr``.
-        kind: ``section`` holds keys of its own, ``component`` holds class_path and init_args.
+        kind: ``section`` holds keys of its own, ``component`` those of ``Component``.
         choices: What it takes, such as ``a value in [0, 1)``.
         names: The words that it takes, if it takes nothing else.
         example: A good value as YAML; empty if there is none to offer.
         default: Plain data.
         meaning: The docstring of the field, on one line.
+        is_text: Whether it takes any text, and perhaps null, but nothing else.
+        may_be_null: Whether it takes null.
     """
 
     name: str
@@ -40,6 +42,8 @@ class Key:
     example: str
     default: Any
     meaning: str
+    is_text: bool
+    may_be_null: bool
 
     @property
     def setting(self) -> str:
@@ -95,6 +99,8 @@ def _walk(parent: str, model: Node, models: Node, defaults: Any) -> Iterator[Key
             example=_example(node, default),
             default=default,
             meaning=" ".join(meaning.split()),
+            is_text=_is_text(node),
+            may_be_null=any(part.get("type") == "null" for part in _alternatives(node)),
         )
         if below:
             yield from _walk(name, below, models, default)
@@ -104,6 +110,12 @@ def _kind(model: Node | None) -> Literal["section", "component", "value"]:
     if model is None:
         return "value"
     return "component" if "class_path" in model["properties"] else "section"
+
+
+def _is_text(node: Node) -> bool:
+    types = {part.get("type") for part in _alternatives(node) if part.get("type") != "null"}
+    is_choice = any("const" in part or "enum" in part for part in _alternatives(node))
+    return types == {"string"} and not is_choice
 
 
 def _alternatives(node: Node) -> list[Node]:
@@ -125,10 +137,14 @@ def _words(node: Node) -> str:
         "integer": lambda: f"a whole number{_range(node)}",
         "number": lambda: f"a number{_range(node)}".replace("a number in", "a value in"),
         "string": lambda: f"text{_form(node)}",
-        "array": lambda: f"a list, each item {_choices(node['items'])}",
+        "array": lambda: f"a list{_items(node['items'])}",
         "null": lambda: "null",
     }
     return words.get(node.get("type", ""), lambda: "a mapping")()
+
+
+def _items(node: Node) -> str:
+    return f", each item {_choices(node)}" if node else ""
 
 
 def _range(node: Node) -> str:

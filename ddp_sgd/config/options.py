@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ddp_sgd.config.yaml_text import read_yaml
+from ddp_sgd.config.yaml_text import read_value
 from ddp_sgd.errors import ConfigError
 
 
@@ -45,7 +45,7 @@ class Option:
         """
         if self.kind is str:
             return text
-        value = read_yaml(text, f"--{self.name}")
+        value = read_value(text, f"--{self.name}")
         is_whole = isinstance(value, int) and not isinstance(value, bool)
         is_good = {
             bool: isinstance(value, bool),

@@ -33,7 +33,8 @@ def help_text(program: str, about: str, options: Sequence[Option], *, width: int
     lines += [
         "",
         *textwrap.wrap(
-            "Keys of the configuration, as --key=value with a value in YAML, or in a YAML file. "
+            "Keys of the configuration, as --key=value with a value in YAML, text as it is, or in "
+            "a YAML file. "
             "Later sources win: defaults, files in order, variables such as DDP_SGD_OPTIM__LR=0.1, "
             "command line.",
             width,
@@ -51,19 +52,21 @@ def help_text(program: str, about: str, options: Sequence[Option], *, width: int
 
 def reference_markdown() -> str:
     """Text of ``docs/configuration.md``."""
-    parts = [_INTRODUCTION]
+    rows = "\n".join(_row(key, key.leaf) for key in keys_below("loss"))
+    parts = [_INTRODUCTION.replace("COMPONENT_ROWS", rows)]
     for section, keys in _sections():
         title, about = (f"`{section.name}`", section.meaning) if section else ("The run", "")
         parts.append(f"### {title}\n")
         parts += [f"{about}\n"] if about else []
-        rows = ["| key | type and range | default | meaning |", "|---|---|---|---|"]
-        rows += [
-            f"| `{key.name}` | {_cell(_type_of(key))} "
-            f"| `{_default_of(key)}` | {_cell(key.meaning)} |"
-            for key in keys
-        ]
-        parts.append("\n".join(rows) + "\n")
+        table = ["| key | type and range | default | meaning |", "|---|---|---|---|"]
+        table += [_row(key, key.name) for key in keys]
+        parts.append("\n".join(table) + "\n")
     return "\n".join(parts)
+
+
+def _row(key: Key, name: str) -> str:
+    default = f"`{_default_of(key)}`" if name != "class_path" else ""
+    return f"| `{name}` | {_cell(_type_of(key))} | {default} | {_cell(key.meaning)} |"
 
 
 def _sections() -> Iterator[tuple[Key | None, tuple[Key, ...]]]:
@@ -131,22 +134,34 @@ From the weakest to the strongest:
 4. the command line: `--optim.lr=0.1` or `--optim.lr 0.1`.
 
 Values in variables and on the command line are YAML, so that `--schedule.milestones='[30, 60]'`
-is a list and `--data.eval=null` is null. `--print_config` prints what all sources come to; saved
-to a file and given as `--config`, it resolves to the same.
+is a list and `--data.eval=null` is null. Where a key takes text, its words are taken as they are:
+`--name=12345`, `--output_dir='/x/run #3'` and `DDP_SGD_WANDB__NAME='lr: 0.1'` need no quotes of
+their own; if such a key may be null, `null` and an empty value are null, and `"null"` in quotes is
+text. In any value of one line `#` is text, too. In a file, comments are left out, and
+`name: "12345"` needs the quotes. `~` at the head of `output_dir`, `resume` or `--config` is the
+home folder, which the resolved configuration writes out.
+
+`--print_config` prints what all sources come to; saved to a file and given as `--config`, it
+resolves to the same.
 
 ```bash
 python -m ddp_sgd.train --optim.lr=0.1 --epochs=5 --print_config
 ```
 
 Mappings merge key by key; lists and other values are replaced whole. One more rule: where a
-source gives a component another `class_path`, the `init_args` from weaker sources are dropped,
-since they belong to another class.
+source gives a component another `class_path`, the `args`, `init_args` and `call` from weaker
+sources are dropped, since they belong to another object.
 
-## Components: `class_path` and `init_args`
+## Components
 
 `model`, `loss`, `data.train` and `data.eval` name what the run builds: an importable class or
-function, and the keyword arguments of its call. An argument may be a component itself, as deep as
-needed, also inside lists and mappings:
+function, and the arguments of its call. A component has four keys:
+
+| key | type | default | meaning |
+|---|---|---|---|
+COMPONENT_ROWS
+
+An argument may be a component itself, as deep as needed, also inside lists and mappings:
 
 ```yaml
 data:
@@ -162,6 +177,63 @@ data:
             - class_path: torchvision.transforms.v2.ToDtype
               init_args: {dtype: torch.float32, scale: true}
 ```
+
+Positional arguments, where a class takes them only so:
+
+```yaml
+model:
+  class_path: torch.nn.Sequential
+  args:
+    - class_path: torch.nn.Flatten
+    - {class_path: torch.nn.Linear, args: [64, 32]}
+    - {class_path: torch.nn.ReLU}
+    - {class_path: torch.nn.Linear, init_args: {in_features: 32, out_features: 10}}
+```
+
+A tensor, such as class weights:
+
+```yaml
+loss:
+  class_path: torch.nn.CrossEntropyLoss
+  init_args:
+    weight: {class_path: torch.tensor, args: [[1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 2.0, 1.0]]}
+```
+
+A function or a class that is not called here, since `call` is false. With arguments it is a
+`functools.partial`, which holds them for the call to come:
+
+```yaml
+loss:
+  class_path: torch.nn.functional.cross_entropy
+  init_args: {label_smoothing: 0.1}
+  call: false
+```
+
+An enum member, or any other object that can be imported, is named with `call: false` as well. A
+dtype is written `torch.float32`:
+
+```yaml
+data:
+  train:
+    class_path: torchvision.datasets.MNIST
+    init_args:
+      root: datasets
+      transform:
+        class_path: torchvision.transforms.v2.Compose
+        args:
+          - - class_path: torchvision.transforms.v2.Resize
+              init_args:
+                size: 32
+                interpolation:
+                  class_path: torchvision.transforms.v2.InterpolationMode.BILINEAR
+                  call: false
+            - class_path: torchvision.transforms.v2.ToImage
+            - class_path: torchvision.transforms.v2.ToDtype
+              args: [torch.float32]
+              init_args: {scale: true}
+```
+
+On the command line the keys are `--model.args='[64, 10]'` and `--loss.call=false`.
 
 **A `class_path` imports code and runs it.** Configurations are trusted input: read a file from
 somebody else before you run it, as you would read their script.

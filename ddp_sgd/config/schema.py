@@ -13,9 +13,9 @@ from ddp_sgd.config.sections import (
     EvalConfig,
     LogConfig,
     OptimConfig,
+    PathText,
     ScheduleConfig,
     Section,
-    Text,
     WandbConfig,
 )
 
@@ -26,8 +26,8 @@ class RunConfig(Section):
     name: Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9._-]+$", max_length=200)] = "digits"
     """Name of the run folder below output_dir: letters, digits, dot, underscore, hyphen."""
 
-    output_dir: Text = "runs"
-    """Folder that holds run folders."""
+    output_dir: PathText = "runs"
+    """Folder that holds run folders; ~ is the home folder."""
 
     seed: Annotated[StrictInt, Field(ge=0, lt=2**63)] = 0
     """Number from which order, weights, dropout and augmentation follow, in [0, 2^63)."""
@@ -35,11 +35,11 @@ class RunConfig(Section):
     epochs: Count = 20
     """Passes over the training data, at least 1."""
 
-    resume: Text = "auto"
+    resume: PathText = "auto"
     """What becomes of a run folder that exists. auto: an unfinished run goes on, a finished one
     gives its result, a run without a checkpoint starts anew. never: the folder is moved aside to
     NAME.1, NAME.2, ... must: there has to be a checkpoint. PATH of a checkpoint, or of another run
-    folder: start from there. Nothing is overwritten."""
+    folder, where ~ is the home folder: start from there. Nothing is overwritten."""
 
     on_resize: Literal["keep_global_batch", "rescale", "refuse"] = "keep_global_batch"
     """What a resume with another number of ranks does: keep the global batch, and with it batches,
@@ -80,17 +80,5 @@ class RunConfig(Section):
                 f"checkpoint.every_steps is {saves} while parallel.local_sgd.period is "
                 f"{local.period}, and ranks differ in between; set checkpoint.every_steps="
                 f"{max(1, saves // local.period) * local.period}"
-            )
-        warmup = self.schedule.warmup_epochs
-        if warmup != "auto" and warmup > self.epochs:
-            raise ValueError(
-                f"schedule.warmup_epochs is {warmup} while epochs is {self.epochs}; "
-                "warm up for part of the run"
-            )
-        late = [milestone for milestone in self.schedule.milestones if milestone >= self.epochs]
-        if late:
-            raise ValueError(
-                f"schedule.milestones is {list(self.schedule.milestones)} "
-                f"while epochs is {self.epochs}; name epochs before the end"
             )
         return self

@@ -4,9 +4,11 @@ Each field carries its docstring, unit and range; ``--help`` and ``docs/configur
 from them.
 """
 
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -17,11 +19,27 @@ from pydantic import (
     model_validator,
 )
 
+
+def expand_home(path: str) -> str:
+    """Put the home folder in the place of a leading ``~`` or ``~USER``; other paths stay as is.
+
+    Raises:
+        ValueError: There is no such home folder; the message is the remedy.
+    """
+    if not path.startswith("~"):
+        return path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError as error:
+        raise ValueError("name a user who has a home folder here, or write the path out") from error
+
+
 Fraction = Annotated[StrictFloat, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[StrictFloat, Field(ge=0.0)]
 Positive = Annotated[StrictFloat, Field(gt=0.0)]
 Count = Annotated[StrictInt, Field(ge=1)]
 Text = Annotated[StrictStr, Field(min_length=1)]
+PathText = Annotated[Text, AfterValidator(expand_home)]
 
 
 class Section(BaseModel):
@@ -37,18 +55,25 @@ class Section(BaseModel):
 
 
 class Component(Section):
-    """An object that the run builds: an importable name and the arguments of its call.
+    """An object that the run builds or takes: an importable name, and the arguments of its call.
 
     Any argument may itself be such a mapping, or hold some in lists and mappings, as deep as
     needed.
     """
 
     class_path: Annotated[StrictStr, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")]
-    """Importable name of a class or a function, such as torch.nn.CrossEntropyLoss. Naming it runs
-    its module."""
+    """Importable name of a class, a function or another object, such as torch.nn.CrossEntropyLoss.
+    Naming it runs its module."""
+
+    args: tuple[Any, ...] = ()
+    """Positional arguments of the call."""
 
     init_args: dict[str, Any] = {}
     """Keyword arguments of the call."""
+
+    call: StrictBool = True
+    """false: take what class_path names without calling it; with arguments, a functools.partial of
+    it that holds them."""
 
 
 class DataConfig(Section):
@@ -129,7 +154,7 @@ class ScheduleConfig(Section):
 
     warmup_epochs: Literal["auto"] | NonNegative = "auto"
     """Length of the rise from lr to the peak, in epochs, at least 0; auto: 5, at most a tenth of
-    the run, when k > 1.
+    the run, when k > 1. The end of the run cuts a longer one off, which the plan notes.
     Source: Goyal et al. 2017, arXiv:1706.02677, section 2.2."""
 
     warmup_start: Literal["auto"] | Annotated[StrictFloat, Field(gt=0.0, le=1.0)] = "auto"
@@ -137,7 +162,8 @@ class ScheduleConfig(Section):
     when k <= 1."""
 
     milestones: tuple[Positive, ...] = ()
-    """Epochs at which the rate is multiplied by gamma, ascending (step only)."""
+    """Epochs at which the rate is multiplied by gamma, ascending (step only). Those that the run
+    does not reach mean nothing, which the plan notes."""
 
     gamma: Positive = 0.1
     """Factor at each milestone, above 0 (step only)."""

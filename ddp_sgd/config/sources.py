@@ -5,12 +5,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ddp_sgd.config.fields import all_keys
 from ddp_sgd.config.schema import RunConfig
+from ddp_sgd.config.sections import Component
 from ddp_sgd.config.yaml_events import MAX_DEPTH
-from ddp_sgd.config.yaml_text import read_yaml, read_yaml_file
+from ddp_sgd.config.yaml_text import read_value, read_words, read_yaml_file
 from ddp_sgd.errors import ConfigError
 
 PREFIX = "DDP_SGD_"
+_BESIDE_CLASS_PATH = Component.model_fields.keys() - {"class_path"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,8 @@ def gather(
     Args:
         files: YAML files.
         environ: Variables such as ``DDP_SGD_OPTIM__LR``; those without the prefix are left alone.
-        overrides: Dotted keys, without dashes, and their values as YAML text.
+        overrides: Dotted keys, without dashes, and their values as YAML; but for a key that is
+            text, the words as they are.
 
     Raises:
         ConfigError: A file or a value cannot be read, or two settings of one layer contradict each
@@ -55,7 +59,7 @@ def gather(
     for settings in (variables, flags):
         layer = Sources()
         for key, text, origin in settings:
-            _set(layer, key, read_yaml(text, origin), origin)
+            _set(layer, key, _read(key, text, origin), origin)
         sources = lay_over(sources, layer)
     return sources
 
@@ -64,8 +68,8 @@ def lay_over(below: Sources, above: Sources) -> Sources:
     """Merge two layers; neither is changed.
 
     Mappings merge key by key, anything else is replaced whole. Where the upper layer gives a
-    component another class_path, the init_args from below are dropped: they are the arguments of
-    another class.
+    component another class_path, its other keys from below are dropped: they belong to another
+    object.
     """
     origins = dict(below.origins)
     values = _merge(below.values, above.values, "", origins)
@@ -78,7 +82,8 @@ def _merge(
     """Merge mappings and forget the origins of what is dropped or replaced."""
     merged = dict(below)
     if "class_path" in above and above["class_path"] != below.get("class_path"):
-        _forget(origins, _join(path, "init_args"), merged.pop("init_args", None))
+        for key in _BESIDE_CLASS_PATH & merged.keys():
+            _forget(origins, _join(path, key), merged.pop(key))
     for key, value in above.items():
         here, under = _join(path, key), merged.get(key)
         if isinstance(value, Mapping) and (isinstance(under, Mapping) or under is None):
@@ -119,6 +124,14 @@ def _set(layer: Sources, key: str, value: Any, origin: str) -> None:
     merged = _merge(here, nested.values, ".".join(parents), layer.origins)
     here.update(merged)
     layer.origins.update(nested.origins)
+
+
+def _read(key: str, text: str, origin: str) -> Any:
+    """Read the value of a variable or a flag, by the type of its key."""
+    known = all_keys().get(key)
+    if known is not None and known.is_text:
+        return read_words(text, origin, may_be_null=known.may_be_null)
+    return read_value(text, origin)
 
 
 def _leaves_of(values: dict[str, Any], origin: str, path: str = "") -> Sources:

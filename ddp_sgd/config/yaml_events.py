@@ -14,8 +14,9 @@ MAX_NODES = 100_000
 MAX_DEPTH = 64
 MAX_DIGITS = 1_000  # Python refuses to show integers from 4,300 on
 
+_NULL = re.compile(r"~|null|Null|NULL|")
 _CORE_SCHEMA: tuple[tuple[re.Pattern[str], Callable[[str], Any]], ...] = (  # YAML 1.2, section 10.3
-    (re.compile(r"~|null|Null|NULL|"), lambda _: None),
+    (_NULL, lambda _: None),
     (re.compile(r"true|True|TRUE|false|False|FALSE"), lambda text: text.lower() == "true"),
     (re.compile(r"[-+]?[0-9]+"), int),
     (re.compile(r"0o[0-7]+"), lambda text: int(text, base=8)),
@@ -38,6 +39,11 @@ def plain_scalar(text: str) -> Any:
                 raise ValueError(f"a number has {len(text)} characters")
             return convert(text)
     return text
+
+
+def is_null(text: str) -> bool:
+    """Whether an unquoted scalar is null: ``null``, ``~``, or nothing at all."""
+    return _NULL.fullmatch(text.strip()) is not None
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ddp_sgd.config.yaml_events import DocumentBuilder, plain_scalar
+from ddp_sgd.config.yaml_events import DocumentBuilder, is_null, plain_scalar
 from ddp_sgd.errors import ConfigError
 
 MAX_BYTES = 2**20
@@ -38,15 +38,8 @@ def read_yaml(text: str, where: str) -> Any:
             duplicate keys, keys that are not text, several documents, nesting below 64 levels, more
             than 100,000 nodes.
     """
-    if len(text) > MAX_BYTES:
-        raise ConfigError(f"{where} is larger than 1 MiB; keep data out of the configuration.")
     text = text.removeprefix("\ufeff")
-    if forbidden := _FORBIDDEN.search(text):
-        line = text.count("\n", 0, forbidden.start()) + 1
-        raise ConfigError(
-            f"{where} line {line} holds the character {forbidden.group()!a}; remove it, "
-            "or save the text as UTF-8."
-        )
+    _check_characters(text, where)
     try:
         return DocumentBuilder(where).build(yaml.parse(text, Loader=_PARSER))
     except yaml.MarkedYAMLError as error:
@@ -59,6 +52,42 @@ def read_yaml(text: str, where: str) -> Any:
         ) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{where} is not YAML ({error}); save it as UTF-8 text.") from None
+
+
+def read_value(text: str, where: str) -> Any:
+    """Read the YAML of one value, as flags and variables have it, without cutting it.
+
+    Text that YAML would shorten is taken as it is: comments belong into files, so that the ``#`` of
+    ``/x/run #3`` is a part of the path.
+
+    Args:
+        text: The value, at most 1 MiB.
+        where: The flag or variable, for messages.
+
+    Raises:
+        ConfigError: See ``read_yaml``.
+    """
+    text = text.removeprefix("\ufeff")
+    value = read_yaml(text, where)
+    return text if _is_shortened(text, value) else value
+
+
+def read_words(text: str, where: str, *, may_be_null: bool) -> str | None:
+    """Read a value that is text: its words as they are, but for quotes around the whole.
+
+    Args:
+        text: The value, at most 1 MiB; in quotes it is read as YAML reads a quoted scalar.
+        where: The flag or variable, for messages.
+        may_be_null: Whether what YAML has for null is None: ``null``, ``~``, and nothing at all.
+
+    Raises:
+        ConfigError: The text is too long, or holds a character that YAML has no place for.
+    """
+    _check_characters(text, where)
+    if may_be_null and is_null(text):
+        return None
+    quoted = _unquoted(text)
+    return text if quoted is None else quoted
 
 
 def read_yaml_file(path: str | Path) -> dict[str, Any]:
@@ -121,6 +150,51 @@ def write_yaml(data: Any, *, on_one_line: bool = False) -> str:
             f"the configuration holds an object of type {kind}; use text, numbers, lists and "
             "mappings only."
         ) from None
+
+
+def _check_characters(text: str, where: str) -> None:
+    if len(text) > MAX_BYTES:
+        raise ConfigError(f"{where} is larger than 1 MiB; keep data out of the configuration.")
+    if forbidden := _FORBIDDEN.search(text):
+        line = text.count("\n", 0, forbidden.start()) + 1
+        raise ConfigError(
+            f"{where} line {line} holds the character {forbidden.group()!a}; remove it, "
+            "or save the text as UTF-8."
+        )
+
+
+def _is_shortened(text: str, value: Any) -> bool:
+    """Whether YAML took a part of a value for a comment, an anchor or the mark of a document."""
+    words = text.strip()
+    tokens = _tokens(text)
+    end = tokens[-1].end_mark.index if tokens else 0
+    if "\n" not in words and text[end:].strip():
+        return True
+    scalars = [token for token in tokens if isinstance(token, yaml.ScalarToken)]
+    if isinstance(value, dict | list) or len(scalars) != 1:
+        return False
+    return bool(scalars[0].plain and scalars[0].value != words)
+
+
+def _unquoted(text: str) -> str | None:
+    """Text of a quoted scalar; None if the quotes are not around the whole."""
+    if len(text) < 2 or text[0] not in "'\"" or text[-1] != text[0]:
+        return None
+    try:
+        tokens = _tokens(text)
+    except yaml.YAMLError:
+        return None
+    is_whole = len(tokens) == 1 and isinstance(tokens[0], yaml.ScalarToken)
+    return tokens[0].value if is_whole else None
+
+
+def _tokens(text: str) -> list[Any]:
+    """Tokens that have characters: not the ends of a stream or a block."""
+    return [
+        token
+        for token in yaml.scan(text, Loader=_PARSER)
+        if token.end_mark.index > token.start_mark.index
+    ]
 
 
 def _remedy_for_missing(path: Path) -> str:

@@ -21,7 +21,7 @@ class Arrays(InMemory):
     numbers as targets become int64 (classes), others float32.
 
     Args:
-        path: The file, as ``numpy.savez`` writes it; read without pickle.
+        path: The file, as ``numpy.savez`` writes it; read without pickle. ~ is the home folder.
         split: Which pair of arrays.
 
     Raises:
@@ -31,7 +31,7 @@ class Arrays(InMemory):
     def __init__(self, path: str, split: Literal["train", "test"] = "train") -> None:
         if split not in _KEYS:
             raise DataError(f"split is {split!r}; choose train or test.")
-        inputs, targets = _read(Path(path), _KEYS[split])
+        inputs, targets = _read(Path(path).expanduser(), _KEYS[split])
         if inputs.dtype != np.uint8:
             inputs = inputs.astype(np.float32)
         whole = np.issubdtype(targets.dtype, np.integer) or targets.dtype == np.bool_

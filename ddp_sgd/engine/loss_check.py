@@ -120,7 +120,7 @@ def is_classification(outputs: Any, targets: Any) -> bool:
         and isinstance(targets, torch.Tensor)
         and outputs.ndim == 2
         and outputs.shape[1] > 1
-        and targets.ndim == 1
+        and targets.shape == outputs.shape[:1]
         and not targets.is_floating_point()
     )
 

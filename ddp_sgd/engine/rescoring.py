@@ -11,7 +11,7 @@ from torch import nn
 from ddp_sgd.building import build
 from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.checkpointing.reading import find_checkpoint, read_tensors
-from ddp_sgd.config import RunConfig
+from ddp_sgd.config import Component, RunConfig
 from ddp_sgd.distributed.collectives import broadcast_over_ranks, from_rank_0
 from ddp_sgd.distributed.pulse import Pulse
 from ddp_sgd.distributed.runtime import Runtime
@@ -122,8 +122,7 @@ def _fitting_loss(saved: Saved) -> LossFunction:
 
 def _is_loss_of(saved: Saved) -> bool:
     """Whether the loss that is scored with is that of the run."""
-    before, now = saved.header.config.get("loss", {}), saved.config.loss.model_dump(mode="json")
-    return bool({**now, **before} == now)
+    return saved.config.loss == Component.model_validate(saved.header.config["loss"])
 
 
 def _load(

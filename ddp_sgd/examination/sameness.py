@@ -18,6 +18,10 @@ _MAY_DIFFER = ("output_dir", "wandb", "runtime.device", "runtime.backend", "data
 many processes read; a backend that does not fit the others' fails when the ranks join.
 """
 
+_OF_DATA_SETS = tuple(
+    f"data.{name}.{key}" for name in ("train", "eval") for key in ("args", "init_args")
+)
+
 
 def read_versions() -> dict[str, str]:
     """Give the versions of what a run is made of; those of CUDA and NCCL only with a GPU."""
@@ -58,12 +62,22 @@ def settings_that_agree(config: RunConfig) -> dict[str, str]:
         Dotted keys with their values in JSON.
     """
     return {
-        key: "a path of its own" if _is_place_of_data(key, value) else json.dumps(value)
+        key: _without_places(value) if key.startswith(_OF_DATA_SETS) else json.dumps(value)
         for key, value in sorted(leaves(config.model_dump(mode="json")), key=itemgetter(0))
         if not any(key == name or key.startswith(f"{name}.") for name in _MAY_DIFFER)
     }
 
 
-def _is_place_of_data(key: str, value: Any) -> bool:
-    is_argument = key.startswith(("data.train.init_args.", "data.eval.init_args."))
-    return is_argument and isinstance(value, str) and PurePath(value).is_absolute()
+def _without_places(value: Any) -> str:
+    """Write an argument in JSON, without the absolute paths in it, at any depth."""
+
+    def without(part: Any) -> Any:
+        if isinstance(part, str):
+            return "a path of its own" if PurePath(part).is_absolute() else part
+        if isinstance(part, list):
+            return [without(item) for item in part]
+        if isinstance(part, dict):
+            return {key: without(item) for key, item in part.items()}
+        return part
+
+    return json.dumps(without(value))

@@ -197,7 +197,7 @@ def build_schedule(config: ScheduleConfig, plan: Plan) -> Schedule:
         case "constant":
             curve = constant()
         case "step":
-            milestones = [round(epochs * plan.steps_per_epoch) for epochs in config.milestones]
+            milestones = [step_of(milestone, plan) for milestone in config.milestones]
             curve = step_decay(milestones, config.gamma)
         case "cosine":
             curve = cosine(steps, config.final)
@@ -208,6 +208,11 @@ def build_schedule(config: ScheduleConfig, plan: Plan) -> Schedule:
         case "one_cycle":
             curve = one_cycle(steps, config.peak_at, config.final)
     return warm_up(curve, plan.warmup_steps, plan.warmup_start)
+
+
+def step_of(milestone: float, plan: Plan) -> int:
+    """Return the step from which a milestone counts, which is given in epochs."""
+    return round(milestone * plan.steps_per_epoch)
 
 
 def _part(step: float, steps: float) -> float:

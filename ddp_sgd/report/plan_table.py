@@ -1,8 +1,9 @@
 """The plan of a run in words and numbers: a table for people, and a few lines for the log."""
 
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
 
-from ddp_sgd.optim.schedule import Schedule
+from ddp_sgd.optim.schedule import Schedule, step_of
 from ddp_sgd.plan import Plan, micro_batch_sizes
 
 _RULES = {
@@ -11,15 +12,19 @@ _RULES = {
     "none": "none: peak = base",
 }
 
+_NOTE_WIDTH = 55
+"""Longest line of a note in the table, in characters: the rest of 80."""
 
-def plan_lines(plan: Plan) -> list[str]:
+
+def plan_lines(plan: Plan, milestones: Sequence[float]) -> list[str]:
     """Sum the plan up for the head of a log.
 
     Args:
         plan: The run's arithmetic.
+        milestones: Those of the schedule, in epochs.
 
     Returns:
-        Four lines: batches, steps, rates, schedule.
+        Four lines: batches, steps, rates, schedule; and one for each note on the schedule.
     """
     return [
         f"batch     {_product(plan)} = {_count(plan.global_batch, 'sample')} a step; "
@@ -29,15 +34,17 @@ def plan_lines(plan: Plan) -> list[str]:
         f"rate      {plan.base_lr:.6g} for {_count(plan.reference_batch, 'sample')} -> "
         f"{plan.peak_lr:.6g} for {plan.global_batch:,} ({plan.scaling}, k = {plan.scale:.6g})",
         f"schedule  {plan.schedule}; warm-up: {_warm_up(plan)}",
+        *(f"note      {note}" for note in _schedule_notes(plan, milestones)),
     ]
 
 
-def plan_table(plan: Plan, schedule: Schedule) -> str:
+def plan_table(plan: Plan, schedule: Schedule, milestones: Sequence[float]) -> str:
     """Show every number of the plan, and the rate at each tenth of the run.
 
     Args:
         plan: The run's arithmetic.
         schedule: Factor of ``plan.peak_lr`` at each step.
+        milestones: Those of the schedule, in epochs.
 
     Returns:
         Sections with a heading each, as text of several lines without a newline at the end.
@@ -45,7 +52,7 @@ def plan_table(plan: Plan, schedule: Schedule) -> str:
     sections = {
         "Batches": _batch_rows(plan),
         "Steps": _step_rows(plan),
-        "Learning rate": _rate_rows(plan),
+        "Learning rate": [*_rate_rows(plan), *_note_rows(plan, milestones)],
     }
     width = max(len(name) for rows in sections.values() for name, _ in rows)
     blocks = {
@@ -85,6 +92,14 @@ def _rate_rows(plan: Plan) -> list[tuple[str, str]]:
         ("peak", f"{plan.peak_lr:.6g} for {_count(plan.global_batch, 'sample')} a step"),
         ("schedule", plan.schedule),
         ("warm-up", _warm_up(plan)),
+    ]
+
+
+def _note_rows(plan: Plan, milestones: Sequence[float]) -> list[tuple[str, str]]:
+    return [
+        ("" if number else "note", line)
+        for note in _schedule_notes(plan, milestones)
+        for number, line in enumerate(textwrap.wrap(note, _NOTE_WIDTH))
     ]
 
 
@@ -136,6 +151,17 @@ def _warm_up(plan: Plan) -> str:
     samples = _count(plan.samples_at(plan.warmup_steps), "sample")
     start = f"{plan.peak_lr * plan.warmup_start:.6g}"
     return f"{_count(plan.warmup_steps, 'step')} ({samples}, {part}) from {start}"
+
+
+def _schedule_notes(plan: Plan, milestones: Sequence[float]) -> Iterator[str]:
+    """Say what a run leaves out of its schedule, as a run does that is shortened for a trial."""
+    epochs = _count(plan.epochs, "epoch")
+    late = [epoch for epoch in milestones if step_of(epoch, plan) >= plan.total_steps]
+    if late:
+        shown = ", ".join(f"{epoch:.6g}" for epoch in late)
+        yield f"milestones [{shown}] are not reached in {epochs}"
+    if plan.warmup_steps > plan.total_steps and plan.warmup_start < 1:
+        yield f"the warm-up is cut off after {epochs}, before the peak"
 
 
 def _tenths(plan: Plan, schedule: Schedule) -> list[str]:

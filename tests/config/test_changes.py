@@ -77,5 +77,37 @@ def test_a_key_that_an_older_release_did_not_have_was_at_its_default():
     ]
 
 
+MODELS = [
+    {},
+    {"model": {"class_path": "a.B"}},
+    {"model": {"class_path": "a.B", "init_args": {"inputs": 3, "x": {}}}},
+    {"loss": {"class_path": "a.b", "init_args": {"c": {"class_path": "d.E"}}}},
+    {"data": {"train": {"class_path": "a.B", "init_args": {"y": [1]}}}},
+]
+
+
+@pytest.mark.parametrize("changes", MODELS)
+def test_a_component_of_an_older_release_had_no_positional_arguments_and_was_called(changes):
+    old = before(**changes)
+    for component in (old["model"], old["loss"], old["data"]["train"], old["data"]["eval"]):
+        del component["args"], component["call"]
+    assert changes_that_matter(old, RunConfig(**changes)) == []
+    loss = RunConfig(**changes).loss.model_dump() | {"args": [1], "call": False}
+    assert changes_that_matter(old, RunConfig(**changes | {"loss": loss})) == [
+        "loss.args was [], is [1]",
+        "loss.call was True, is False",
+    ]
+
+
+def test_arguments_are_not_taken_for_those_of_the_default_class():
+    few, more = ({"class_path": "a.B", "init_args": args} for args in ({}, {"inputs": 64}))
+    assert changes_that_matter(before(model=few), RunConfig(model=more)) == [
+        "model.init_args.inputs was None, is 64"
+    ]
+    assert changes_that_matter(before(model=more), RunConfig(model=few)) == [
+        "model.init_args.inputs was 64, is None"
+    ]
+
+
 def test_samples_of_one_rank_in_a_step():
     assert rank_batch(before(data={"batch_size": 8, "accumulate": 3})) == 24

@@ -92,6 +92,51 @@ def test_a_wrong_command_line_has_a_remedy(argv, message):
     assert message in str(caught.value)
 
 
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_home_folder_in_options_variables_and_files(home):
+    (home / "a.yaml").write_text("output_dir: ~/runs")
+    wanted = f"{home}/runs"
+    for argv, environ in (
+        (["--output_dir=~/runs"], {}),
+        ([], {"DDP_SGD_OUTPUT_DIR": "~/runs"}),
+        (["--config=~/a.yaml"], {}),
+        (["--config", "~/a.yaml"], {}),
+    ):
+        config = _read(*argv, environ=environ).config
+        assert config.output_dir == wanted
+        assert f"output_dir: {wanted}\n" in dump_yaml(config)
+    assert _read("--resume=~/a/b").config.resume == f"{home}/a/b"
+    assert _read("--output_dir=~").config.output_dir == str(home)
+
+
+@pytest.mark.parametrize("path", ["./~/runs", "a/~", "/~", "a~b", "runs/"])
+def test_other_paths_stay_as_they_are(path):
+    config = _read(f"--output_dir={path}", f"--resume={path}").config
+    assert (config.output_dir, config.resume) == (path, path)
+
+
+@pytest.mark.parametrize("name", ["output_dir", "resume", "config"])
+def test_home_folder_that_does_not_exist(name):
+    with pytest.raises(ConfigError) as caught:
+        _read(f"--{name}=~no_such_user/x")
+    assert str(caught.value) == (
+        f"{'--config' if name == 'config' else name} is '~no_such_user/x'; "
+        "name a user who has a home folder here, or write the path out."
+    )
+
+
+def test_home_folder_that_does_not_exist_in_a_file(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("output_dir: ~no_such_user/x")
+    with pytest.raises(ConfigError, match=rf"or write the path out \(set in {file}\)\.$"):
+        _read(f"--config={file}")
+
+
 def test_an_unknown_variable_is_named():
     with pytest.raises(ConfigError) as caught:
         _read(environ={"DDP_SGD_OPTIM__LRR": "3"})
@@ -202,6 +247,19 @@ def test_any_configuration_survives_its_yaml(tmp_path_factory, init_args, lr):
     file = tmp_path_factory.mktemp("config") / "a.yaml"
     file.write_bytes(dump_yaml(config).encode("utf-8"))
     assert load_config(["--config", str(file)], {}) == config
+
+
+def test_components_survive_their_yaml(tmp_path):
+    model = {
+        "class_path": "torch.nn.Sequential",
+        "args": [{"class_path": "torch.nn.Linear", "args": [64, 10]}, 1, [2, None], "null"],
+    }
+    loss = {"class_path": "torch.nn.functional.cross_entropy", "call": False}
+    config = RunConfig.model_validate({"model": model, "loss": loss})
+    file = tmp_path / "a.yaml"
+    file.write_text(dump_yaml(config))
+    assert load_config([f"--config={file}"], {}) == config
+    assert config.model.args[2:] == ([2, None], "null")
 
 
 def test_load_config_takes_the_environment_of_the_process(monkeypatch):

@@ -6,6 +6,7 @@ from pydantic import ValidationError
 from ddp_sgd.config.faults import explain_faults, nearest, show
 from ddp_sgd.config.fields import all_keys
 from ddp_sgd.config.schema import RunConfig
+from ddp_sgd.config.sections import Component
 from ddp_sgd.config.sources import Sources, lay_over
 
 
@@ -85,7 +86,7 @@ def _message(values, origins=None, options=()):
         (
             {"name": 5},
             "name is 5; choose text that matches ^[A-Za-z0-9._-]+$, such as digits, or quote it "
-            "to make it text: '\"5\"'.",
+            'to make it text: "5".',
         ),
         ({"output_dir": ""}, "output_dir is ''; choose text that is not empty, such as runs."),
         ({"model": "my.Net"}, "model is 'my.Net'; write model.class_path=my.Net."),
@@ -101,6 +102,17 @@ def _message(values, origins=None, options=()):
             {"model": {"class_pat": "x.y"}},
             "unknown key model.class_pat; did you mean model.class_path?",
         ),
+        (
+            {"loss": {"targets": 1}},
+            "unknown key loss.targets; did you mean loss.init_args.targets?",
+        ),
+        ({"loss": {"scale": 1}}, "unknown key loss.scale; did you mean loss.init_args.scale?"),
+        ({"loss": {"arg": [1]}}, "unknown key loss.arg; did you mean loss.args?"),
+        ({"loss": {"cal": True}}, "unknown key loss.cal; did you mean loss.call?"),
+        ({"model": {"args": 3}}, "model.args is 3; choose a list."),
+        ({"model": {"args": {"a": 1}}}, "model.args is {'a': 1}; choose a list."),
+        ({"loss": {"call": "no"}}, "loss.call is 'no'; choose true or false."),
+        ({"loss": {"call": None}}, "loss.call is null; choose true or false."),
         ({"model": {"init_args": 3}}, "model.init_args is 3; choose a mapping."),
         ({"optim": 3}, "optim is 3; set its keys, such as optim.lr=0.05."),
         ({"data": None}, "data is null; set its keys, such as data.batch_size=32."),
@@ -185,7 +197,7 @@ def test_values_are_shown_short(value, shown):
 @given(st.sampled_from(sorted(all_keys())), st.data())
 def test_a_key_with_one_letter_lost_is_found(name, data):
     key = all_keys()[name]
-    if len(key.leaf) < 5 or key.leaf in ("class_path", "init_args"):
+    if len(key.leaf) < 5 or key.leaf in Component.model_fields:
         return
     gap = data.draw(st.integers(0, len(key.leaf) - 1))
     wrong = f"{key.parent}.{key.leaf[:gap]}{key.leaf[gap + 1 :]}".strip(".")

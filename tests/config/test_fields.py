@@ -41,6 +41,16 @@ def test_choices_examples_and_kinds():
     assert keys["data.eval.class_path"].default == "ddp_sgd.data.Digits"
 
 
+def test_keys_that_take_any_text():
+    assert [name for name, key in all_keys().items() if key.is_text] == [
+        "name", "output_dir", "resume", "model.class_path", "loss.class_path",
+        "data.train.class_path", "data.eval.class_path", "wandb.project", "wandb.entity",
+        "wandb.group", "wandb.name",
+    ]  # fmt: skip
+    assert all_keys()["wandb.name"].may_be_null
+    assert not all_keys()["resume"].may_be_null
+
+
 def test_values_on_one_line():
     value = {"a": [1, "on"], "b": None}
     assert yaml_value([1, 2]) == "[1, 2]"

@@ -32,6 +32,7 @@ def test_values_are_of_the_kind(kind, text, value):
             "--world_size is 'x'; choose a whole number, such as 1.",
         ),
         (Option("n", int, ""), "1.5", "--n is '1.5'; choose a whole number, such as 1."),
+        (Option("n", int, ""), "8 # ranks", "--n is '8 # ranks'; choose a whole number"),
         (Option("n", int, ""), "true", "--n is 'true'; choose a whole number, such as 1."),
         (Option("x", float, "", 2.5), "on", "--x is 'on'; choose a number, such as 2.5."),
         (DEBUG, "3", "--debug is '3'; choose true or false, such as true."),

@@ -2,11 +2,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
+from ddp_sgd.building import build
 from ddp_sgd.config.fields import all_keys
 from ddp_sgd.config.options import OWN_OPTIONS, Option
 from ddp_sgd.config.reference import help_text, reference_markdown
 from ddp_sgd.config.schema import RunConfig
+from ddp_sgd.config.sections import Component
 from ddp_sgd.config.sources import gather
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "configuration.md"
@@ -30,16 +33,36 @@ def test_the_document_is_up_to_date():
 
 def test_the_document_has_a_row_for_every_key():
     rows = re.findall(r"^\| `([\w.]+)` \|", reference_markdown(), flags=re.MULTILINE)
-    assert sorted(rows) == sorted(key.name for key in _shown_keys())
+    names = [key.name for key in _shown_keys()]
+    assert sorted(rows) == sorted([*names, *Component.model_fields])
 
 
-def test_the_yaml_of_the_document_is_a_configuration(tmp_path):
-    blocks = re.findall(r"```yaml\n(.*?)```", reference_markdown(), flags=re.DOTALL)
-    assert blocks
-    for block in blocks:
-        file = tmp_path / "block.yaml"
+def _read_blocks(folder):
+    """Configurations of the document, one a block."""
+    for block in re.findall(r"```yaml\n(.*?)```", reference_markdown(), flags=re.DOTALL):
+        file = folder / "block.yaml"
         file.write_text(block)
-        RunConfig.model_validate(gather([file], {}, []).values)
+        yield RunConfig.model_validate(gather([file], {}, []).values)
+
+
+def test_models_and_losses_of_the_document_can_be_built(tmp_path):
+    inputs, targets = torch.zeros(5, 64), torch.arange(5)
+    configs = list(_read_blocks(tmp_path))
+    assert len(configs) > 4
+    for config in configs:
+        model, loss = build(config.model, "model"), build(config.loss, "loss")
+        assert loss(model(inputs), targets).ndim == 0
+
+
+def test_transforms_of_the_document_can_be_built(tmp_path):
+    torchvision = pytest.importorskip("torchvision")
+    sets = [config.data.train for config in _read_blocks(tmp_path)]
+    nested = [part.init_args["transform"] for part in sets if "transform" in part.init_args]
+    assert len(nested) > 1
+    for component in nested:
+        transform = build(Component.model_validate(component), "transform")
+        image = transform(torchvision.transforms.v2.functional.to_pil_image(torch.ones(1, 28, 28)))
+        assert (image.dtype, image.max()) == (torch.float32, 1)
 
 
 @pytest.mark.parametrize("width", [60, 80, 100])

@@ -7,8 +7,6 @@ from ddp_sgd.config.schema import RunConfig
 @pytest.mark.parametrize(
     "values",
     [
-        {"schedule": {"name": "step", "milestones": [20]}},  # of 20 epochs
-        {"schedule": {"warmup_epochs": 21}},
         {"parallel": {"static_graph": True}, "data": {"accumulate": 2}},
         {"name": ".."},
         {"name": "a/b"},
@@ -25,7 +23,8 @@ def test_what_cannot_be_together(values):
     "values",
     [
         {"schedule": {"name": "step", "milestones": [19.5]}},
-        {"schedule": {"warmup_epochs": 20}},
+        {"schedule": {"name": "step", "milestones": [20]}},  # of 20 epochs
+        {"schedule": {"warmup_epochs": 21}},
         {"parallel": {"static_graph": True}},
         {"data": {"eval": None}},
         {"name": "a.b-c_1"},

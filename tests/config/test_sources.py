@@ -6,7 +6,7 @@ from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.config.sources import Sources, gather, lay_over
 from ddp_sgd.errors import ConfigError
 
-names = st.sampled_from(["a", "b", "class_path", "init_args"])
+names = st.sampled_from(["a", "b", "class_path", "args", "init_args", "call"])
 layers = st.dictionaries(
     names,
     st.recursive(
@@ -64,6 +64,45 @@ def test_values_are_yaml():
     assert values["data"]["eval"] is None
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["/x/run #3", "12345", "1e-3", "lr: 0.1", "on", "@x", "%d", "[a]", "it's", "'a' 'b'", "null",
+     " x ", "!x", "&a", "*a", "- a", "#", "a\n b", '"', "'a' #3"],
+)  # fmt: skip
+def test_text_is_taken_as_it_is(words):
+    assert _gather(f"output_dir={words}").values["output_dir"] == words
+    environ = {"DDP_SGD_WANDB__PROJECT": f"{words}."}
+    assert _gather(environ=environ).values["wandb"]["project"] == f"{words}."
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [("'7'", "7"), ('"7"', "7"), ('"a\\tb"', "a\tb"), ("'it''s'", "it's"), ("''", "")],
+)
+def test_text_in_quotes_is_what_they_hold(words, text):
+    assert _gather(f"output_dir={words}").values["output_dir"] == text
+
+
+@pytest.mark.parametrize("words", ["", "null", "~", "NULL"])
+def test_text_that_may_be_null(words):
+    values = _gather("wandb.group=a", f"wandb.name={words}", f"output_dir={words}").values
+    assert (values["wandb"]["group"], values["wandb"]["name"]) == ("a", None)
+    assert values["output_dir"] == words
+    assert _gather("wandb.name='null'").values["wandb"]["name"] == "null"
+
+
+@pytest.mark.parametrize(
+    "key", ["model.init_args.x", "data.train.init_args.path", "optim.lr", "unknown"]
+)
+@pytest.mark.parametrize("words", ["/x/run #3", "#3", "0.1 # base", "[1, 2] #3", "a: b #3"])
+def test_nothing_is_cut(key, words):
+    *sections, leaf = key.split(".")
+    values = _gather(f"{key}={words}").values
+    for section in sections:
+        values = values[section]
+    assert values[leaf] == words
+
+
 def test_lists_are_replaced_whole(tmp_path):
     file = _file(tmp_path, "model: {init_args: {hidden: [1, 2, 3]}}")
     values = _gather("model.init_args.hidden=[4]", files=[file]).values
@@ -77,6 +116,25 @@ def test_another_class_drops_the_arguments_of_the_first(tmp_path):
     sources = _gather("model.class_path=my.Other", files=[file])
     assert sources.values["model"] == {"class_path": "my.Other"}
     assert sources.origins == {"model.class_path": "--model.class_path"}
+
+
+def test_another_class_drops_positional_arguments_and_call_as_well(tmp_path):
+    text = "loss: {class_path: my.loss, args: [1], init_args: {a: 1}, call: false}"
+    file = _file(tmp_path, text)
+    sources = _gather("loss.init_args.a=2", files=[file])
+    wanted = {"class_path": "my.loss", "args": [1], "init_args": {"a": 2}, "call": False}
+    assert sources.values["loss"] == wanted
+    sources = _gather("loss.class_path=my.Other", files=[file])
+    assert sources.values["loss"] == {"class_path": "my.Other"}
+    assert sources.origins == {"loss.class_path": "--loss.class_path"}
+
+
+def test_positional_arguments_and_call_on_the_command_line():
+    sources = _gather(
+        "model.class_path=my.Net", "model.args=[3, {class_path: a.B}]", "loss.call=false"
+    )
+    assert sources.values["model"] == {"class_path": "my.Net", "args": [3, {"class_path": "a.B"}]}
+    assert sources.values["loss"]["call"] is False
 
 
 def test_the_same_class_keeps_the_arguments(tmp_path):
@@ -138,7 +196,8 @@ def test_a_mapping_as_a_value_is_merged():
         (["\udcff=1"], {}, "--\\udcff names no key; "),
         ([], {"DDP_SGD_": "1"}, "DDP_SGD_ names no key; write --optim.lr=0.05 or DDP_SGD_OPTIM"),
         ([], {"DDP_SGD_OPTIM__LR": "["}, "DDP_SGD_OPTIM__LR line 1 is not YAML"),
-        (["wandb.name=@x"], {}, "--wandb.name line 1 is not YAML"),
+        (["wandb.tags=@x"], {}, "--wandb.tags line 1 is not YAML"),
+        (["wandb.name=\x1b[1m"], {}, "--wandb.name line 1 holds the character '\\x1b'; remove it"),
         ([".".join("a" * 80) + "=1"], {}, "nests deeper than 64 levels; flatten it."),
     ],
 )

@@ -5,7 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddp_sgd.config.yaml_text import MAX_BYTES, read_yaml, read_yaml_file, write_yaml
+from ddp_sgd.config.yaml_text import (
+    MAX_BYTES,
+    read_value,
+    read_words,
+    read_yaml,
+    read_yaml_file,
+    write_yaml,
+)
 from ddp_sgd.errors import ConfigError
 
 TRAPS = ["on", "yes", "no", "1:30", "2020-01-01", "1_000", "1e-3", "010", "0o10", "0x1F", ".5"]
@@ -67,6 +74,56 @@ def test_values_are_what_they_look_like(written, value):
     read = read_yaml(written, "x")
     assert read == value
     assert type(read) is type(value)
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["3 #4", "#", "a #", "'a' #3", "[a] #3", "{a: 1} #3", "a: 1 #3", "- a #3", "--- a", "&x a",
+     "a\n b", "a\n# b", "é\U0001f600 #"],
+)  # fmt: skip
+def test_a_value_that_yaml_would_shorten_is_text(written):
+    assert read_value(written, "x") == written
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("", None),
+        (" 3 ", 3),
+        ("a#3", "a#3"),
+        ("'a #3'", "a #3"),
+        ("\ufeffé\U0001f600", "é\U0001f600"),
+        ("[a, 'b #3']", ["a", "b #3"]),
+        ("{a: [1]}", {"a": [1]}),
+        ("a: ", {"a": None}),
+        ("- a", ["a"]),
+        ("a: 1 # one\nb: 2 # two\n", {"a": 1, "b": 2}),
+        ("|\n  two\n  lines\n", "two\nlines\n"),
+    ],
+)
+def test_other_values_are_yaml(written, value):
+    assert read_value(written, "x") == value
+
+
+@given(plain_data)
+def test_any_value_can_be_written_as_one(value):
+    assert read_value(write_yaml(value, on_one_line=True).removesuffix("...\n"), "x") == value
+
+
+@given(text)
+def test_words_are_kept(words):
+    is_quoted = len(words) > 1 and words[0] == words[-1] and words[0] in "'\""
+    if is_quoted or any(ord(char) < 32 or 126 < ord(char) < 160 for char in words):
+        return
+    assert read_words(words, "x", may_be_null=False) == words
+    doubled = words.replace("'", "''")
+    if "\n" not in words:
+        assert read_words(f"'{doubled}'", "x", may_be_null=False) == words
+
+
+def test_words_that_are_too_many():
+    with pytest.raises(ConfigError, match="x is larger than 1 MiB"):
+        read_words("a" * (MAX_BYTES + 1), "x", may_be_null=True)
 
 
 def test_nan_is_a_number():

@@ -26,6 +26,12 @@ def test_both_splits_are_read(archive):
     assert train.targets.dtype == np.int64
 
 
+def test_file_in_the_home_folder(archive, tmp_path, monkeypatch):
+    archive(x_train=np.ones((3, 2)), y_train=[0, 1, 2])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(Arrays("~/x.npz")) == 3
+
+
 def test_bytes_become_numbers_from_zero_to_one(archive):
     path = archive(x_train=np.array([[0, 255], [51, 102]], dtype=np.uint8), y_train=[0.5, 1.5])
     data = Arrays(path)

@@ -4,6 +4,7 @@ from ranks import run_ranks
 from saved_run import describe, files_of, train
 from torch import nn
 
+from ddp_sgd.checkpointing.manifest import read_manifest
 from ddp_sgd.config import RunConfig, read_command_line
 from ddp_sgd.data import Digits
 from ddp_sgd.distributed.runtime import Runtime
@@ -101,8 +102,20 @@ def python_run(tmp_path):
     return tmp_path / "digits", fit(config, Runtime(), **parts)
 
 
-def test_what_was_given_in_python_has_to_be_named(python_run):
+def forget_new_keys(folder):
+    """Make checkpoints look as if an older release had written them."""
+    for path in (folder / "checkpoints").glob("step-*.json"):
+        manifest = read_manifest(path)
+        for key in ("args", "call"):
+            del manifest.header.config["loss"][key]
+        path.write_text(manifest.to_text())
+
+
+@pytest.mark.parametrize("release", ["this", "older"])
+def test_what_was_given_in_python_has_to_be_named(python_run, release):
     folder, result = python_run
+    if release == "older":
+        forget_new_keys(folder)
     with pytest.raises(ConfigError, match=r"loss is .*CrossEntropyLoss\(\), while the run was"):
         rescore(Runtime(), folder)
     margin = "--loss.class_path=torch.nn.MultiMarginLoss"

@@ -350,7 +350,11 @@ def which_are_synced(runtime):
     def net(norm):
         return nn.Sequential(nn.Linear(64, 10), norm)
 
-    norms = {"torch's": nn.BatchNorm1d(10), "renorm": Renormalizing(10), "frozen": nn.BatchNorm1d(10)}
+    norms = {
+        "torch's": nn.BatchNorm1d(10),
+        "renorm": Renormalizing(10),
+        "frozen": nn.BatchNorm1d(10),
+    }
     norms["frozen"].eval()
     return {
         name: train_check(net(norm), CE, Digits(), runtime).buffers.synced

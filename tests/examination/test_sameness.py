@@ -67,6 +67,18 @@ def test_a_host_may_keep_the_data_where_it_likes():
     assert config_with(path="/x.npz") != config_with(path="/x.npz", split="eval")
 
 
+@pytest.mark.parametrize("wrap", [lambda path: [path], lambda path: [{"path": path, "mode": "r"}]])
+def test_a_place_of_data_in_a_list_or_by_position(wrap):
+    def with_args(path):
+        train = {"class_path": "a.B", "args": wrap(path)}
+        return settings_that_agree(RunConfig(data={"train": train}))
+
+    assert config_with(roots=wrap("/1/x")) == config_with(roots=wrap("/2/x"))
+    assert config_with(roots=wrap("/1/x")) != config_with(roots=wrap("x"))
+    assert with_args("/1/x") == with_args("/2/x")
+    assert with_args("1/x") != with_args("2/x")
+
+
 def test_the_order_of_keys_is_no_difference():
     one = config_with(path="x", split="eval")
     assert list(one) == sorted(one)

@@ -224,6 +224,15 @@ def _build(samples=1000, world_size=4, **sections):
     return build_schedule(config.schedule, plan), plan
 
 
+@pytest.mark.parametrize("epochs", [1, 2, 30, 31, 90])
+def test_a_shortened_run_takes_the_steps_of_the_whole_one(epochs):
+    sections = {"schedule": {"name": "step", "milestones": [30, 60], "warmup_epochs": 5}}
+    whole, _ = _build(epochs=90, **sections)
+    schedule, plan = _build(epochs=epochs, **sections)
+    steps = range(plan.total_steps)
+    assert [schedule(step) for step in steps] == [whole(step) for step in steps]
+
+
 @pytest.mark.parametrize(
     ("section", "expected"),
     [

@@ -55,7 +55,7 @@ GOLDEN_LINES = [
 def _plan(*, samples=1437, world_size=4, **sections):
     config = RunConfig.model_validate(sections)
     plan = make_plan(config, samples=samples, world_size=world_size)
-    return plan, build_schedule(config.schedule, plan)
+    return plan, build_schedule(config.schedule, plan), config.schedule.milestones
 
 
 def _accumulating():
@@ -67,12 +67,17 @@ def _accumulating():
     )
 
 
+def _lines(parts):
+    plan, _, milestones = parts
+    return plan_lines(plan, milestones)
+
+
 def test_table_word_for_word():
     assert plan_table(*_accumulating()) == GOLDEN
 
 
 def test_lines_word_for_word():
-    assert plan_lines(_accumulating()[0]) == GOLDEN_LINES
+    assert _lines(_accumulating()) == GOLDEN_LINES
 
 
 @pytest.mark.parametrize(
@@ -137,16 +142,51 @@ def test_table_names_the_rule(scaling, rule):
 
 
 def test_a_ramp_from_the_peak_to_the_peak_is_no_warm_up():
-    plan, schedule = _plan(optim={"scaling": "none"})
+    plan, schedule, _ = _plan(optim={"scaling": "none"})
     assert plan.warmup_steps > 0
-    assert plan_lines(plan)[-1] == "schedule  cosine; warm-up: none"
+    assert plan_lines(plan, ())[-1] == "schedule  cosine; warm-up: none"
     assert schedule(0) == 1
+
+
+@pytest.mark.parametrize(
+    ("epochs", "late"),
+    [(90, ""), (81, ""), (80, "80"), (31, "60, 80"), (30, "30, 60, 80"), (5, "30, 60, 80")],
+)
+def test_milestones_beyond_the_end_are_noted(epochs, late):
+    schedule = {"name": "step", "milestones": [30, 60, 80], "warmup_epochs": 5}
+    parts = _plan(epochs=epochs, schedule=schedule)
+    wanted = f"milestones [{late}] are not reached in {epochs} epochs"
+    lines, table = _lines(parts), plan_table(*parts)
+    assert lines[4:] == ([f"note      {wanted}"] if late else [])
+    assert (f"note {wanted}" in " ".join(table.split())) == bool(late)
+    assert max(map(len, table.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(("milestone", "is_late"), [(4.95, False), (4.96, True)])
+def test_a_milestone_is_late_if_no_step_has_its_rate(milestone, is_late):
+    schedule = {"name": "step", "milestones": [milestone], "warmup_epochs": 0}
+    plan, factors, milestones = _plan(epochs=5, schedule=schedule)
+    assert plan.steps_per_epoch == 12  # 4.95 epochs are 59.4 steps of 60
+    assert (factors(plan.total_steps - 1) == 1) == is_late
+    assert len(plan_lines(plan, milestones)) == 4 + is_late
+
+
+@pytest.mark.parametrize(("epochs", "is_cut"), [(4, True), (5, False)])
+def test_warm_up_beyond_the_end_is_noted(epochs, is_cut):
+    parts = _plan(epochs=epochs, schedule={"warmup_epochs": 5})
+    wanted = "the warm-up is cut off after 4 epochs, before the peak"
+    assert _lines(parts)[4:] == ([f"note      {wanted}"] if is_cut else [])
+    assert (f"note {wanted}" in " ".join(plan_table(*parts).split())) == is_cut
+
+
+def test_no_warm_up_is_not_cut_off():
+    assert len(_lines(_plan(world_size=1, epochs=4, schedule={"warmup_epochs": 5}))) == 4
 
 
 @pytest.mark.parametrize("samples", [1, 200, 1437, 1_281_167])
 def test_rates_at_each_tenth_are_those_that_the_steps_use(samples):
-    plan, schedule = _plan(samples=samples, epochs=3)
-    text = plan_table(plan, schedule).split("Rate over the run\n")[1]
+    plan, schedule, _ = _plan(samples=samples, epochs=3)
+    text = plan_table(plan, schedule, ()).split("Rate over the run\n")[1]
     rows = [line.replace(",", "").split() for line in text.splitlines()[1:]]
     steps = [int(row[0]) for row in rows]
     assert steps == sorted(set(steps))

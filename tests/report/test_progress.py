@@ -16,11 +16,12 @@ from ddp_sgd.report.sink import RunRecord
 
 @pytest.fixture
 def record(tmp_path):
-    plan = make_plan(RunConfig(epochs=2), samples=64, world_size=1)
+    config = RunConfig(epochs=2, schedule={"name": "step", "milestones": [1, 30]})
+    plan = make_plan(config, samples=64, world_size=1)
     return RunRecord(
         folder=tmp_path,
         name="x",
-        config={},
+        config=config.model_dump(mode="json"),
         plan=plan,
         world_size=1,
         run_id="0a1b2c3d",
@@ -55,6 +56,7 @@ def test_plain_lines_where_nobody_watches(record, capsys):
     progress.finish(END)
     out, err = capsys.readouterr()
     assert err == ""
+    assert "\nnote      milestones [30] are not reached in 2 epochs\n" in out
     assert (
         "epoch      1/2  step       2  loss 3.0000  lr 0.1  1,234 samples/s" in out
     )  # mean of the epoch
