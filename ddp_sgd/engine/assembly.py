@@ -19,6 +19,7 @@ from ddp_sgd.distributed.replica import Replica
 from ddp_sgd.distributed.replication import replicate
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.capture import describe_loss, velocities
+from ddp_sgd.engine.data_marks import Marks, refuse_other_data
 from ddp_sgd.engine.evaluation import Metrics, Score, evaluate
 from ddp_sgd.engine.normalization import check_normalization
 from ddp_sgd.engine.restoring import (
@@ -35,6 +36,7 @@ from ddp_sgd.engine.step import Stepper, model_generators
 from ddp_sgd.engine.time_shares import TimeShares
 from ddp_sgd.engine.trial import check_dataset, try_out
 from ddp_sgd.errors import ConfigError, DataError
+from ddp_sgd.examination.fingerprint import mark_samples
 from ddp_sgd.losses import LossFunction
 from ddp_sgd.optim.schedule import Schedule, build_schedule
 from ddp_sgd.optim.sgd import SGD, build_sgd
@@ -78,6 +80,7 @@ class Job:
         skip: Samples at the head of the next step that were trained already.
         pulse: What is being done, for those who watch.
         shares: Where the time goes.
+        marks: Of the samples, for checkpoints.
     """
 
     plan: Plan
@@ -94,6 +97,7 @@ class Job:
     skip: int
     pulse: Pulse
     shares: TimeShares
+    marks: Marks
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step."""
@@ -163,8 +167,17 @@ def ready_loss(config: RunConfig, loss: LossFunction | None = None) -> LossFunct
     return loss
 
 
-def assemble(config: RunConfig, parts: Parts, runtime: Runtime, past: Past) -> Job:
+def assemble(
+    config: RunConfig, parts: Parts, runtime: Runtime, past: Past, marks: Marks | None = None
+) -> Job:
     """Work out the plan and put the parts together, in the state that was saved.
+
+    Args:
+        config: Description of the run.
+        parts: What the user brings.
+        runtime: This process.
+        past: What the run goes on from.
+        marks: Of the samples of today, from ``require_agreement``; None compares no samples.
 
     Raises:
         ConfigError: The parts do not fit together, or not to the plan.
@@ -175,6 +188,8 @@ def assemble(config: RunConfig, parts: Parts, runtime: Runtime, past: Past) -> J
     saved = read_tensors(past.file) if past.file else None
     if saved and past.header:
         refuse_misfit(past.header, saved, parts.model, samples=samples, loss=loss_name)
+        read_again = partial(mark_samples, parts.train_set, "data.train", config.seed)
+        refuse_other_data(past, saved, marks or {}, read_again)
         restore(parts.model, saved)
     plan = plan_from(config, past.header, samples=samples, world_size=runtime.world_size)
     state, skip = state_from(past.header, plan)
@@ -208,6 +223,7 @@ def assemble(config: RunConfig, parts: Parts, runtime: Runtime, past: Past) -> J
         skip=skip,
         pulse=pulse,
         shares=TimeShares(pulse, runtime, replica.meets_in),
+        marks=marks or {},
     )
 
 

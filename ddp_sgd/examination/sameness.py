@@ -5,13 +5,12 @@ import platform
 import sys
 from collections.abc import Mapping
 from operator import itemgetter
-from pathlib import PurePath
-from typing import Any
 
 import numpy as np
 import torch
 
 from ddp_sgd.config import RunConfig, leaves
+from ddp_sgd.config.places import without_places
 
 _MAY_DIFFER = ("output_dir", "wandb", "runtime.device", "runtime.backend", "data.workers")
 """Keys that a host may have of its own: what rank 0 alone writes, where a rank computes, and how
@@ -58,12 +57,7 @@ def settings_that_agree(config: RunConfig) -> dict[str, str]:
         Dotted keys with their values in JSON.
     """
     return {
-        key: "a path of its own" if _is_place_of_data(key, value) else json.dumps(value)
+        key: json.dumps(without_places(key, value))
         for key, value in sorted(leaves(config.model_dump(mode="json")), key=itemgetter(0))
         if not any(key == name or key.startswith(f"{name}.") for name in _MAY_DIFFER)
     }
-
-
-def _is_place_of_data(key: str, value: Any) -> bool:
-    is_argument = key.startswith(("data.train.init_args.", "data.eval.init_args."))
-    return is_argument and isinstance(value, str) and PurePath(value).is_absolute()
