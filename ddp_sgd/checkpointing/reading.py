@@ -23,7 +23,8 @@ def read_tensors(file: Path) -> dict[str, Any]:
 
     Returns:
         ``model`` (name to tensor), ``optimizer`` (``momentum_buffer``: name to tensor), the header
-        by name, and ``compression`` if the run's gradients left something to remember.
+        by name, ``data``, marks of the training data, if they could be read, and ``compression`` if
+        the run's gradients left something to remember.
 
     Raises:
         DataError: It cannot be read, is no checkpoint, or holds more than tensors and plain data.

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ddp_sgd.config.places import without_places
 from ddp_sgd.config.schema import RunConfig
 
 _MATTERS = (
@@ -15,7 +16,8 @@ def changes_that_matter(before: Mapping[str, Any], now: RunConfig) -> list[str]:
     """List the keys on which the weights depend and that were given another value.
 
     More epochs are no change: the run goes on. Nor are other micro-batches of the same total, since
-    the steps stay the same.
+    the steps stay the same. A data set at another place is none either: its samples are compared
+    when it is read.
 
     Args:
         before: An earlier configuration, as plain data.
@@ -33,7 +35,8 @@ def changes_that_matter(before: Mapping[str, Any], now: RunConfig) -> list[str]:
     changes = []
     for key in sorted(old.keys() | new.keys()):
         was, is_now = (values.get(key, default.get(key)) for values in (old, new))
-        if was != is_now and key.startswith(_MATTERS):
+        moved = without_places(key, was) == without_places(key, is_now)
+        if was != is_now and not moved and key.startswith(_MATTERS):
             changes.append(f"{key} was {was}, is {is_now}")
     if rank_batch(before) != rank_batch(now.model_dump()):
         was, is_now = rank_batch(before), rank_batch(now.model_dump())

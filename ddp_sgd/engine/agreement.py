@@ -4,7 +4,7 @@ import hashlib
 import json
 import socket
 from collections.abc import Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from ddp_sgd.config.schema import RunConfig
@@ -64,7 +64,7 @@ class Brought(NamedTuple):
     marks: dict[str, Mark]
 
 
-def require_agreement(config: RunConfig, parts: Parts, runtime: Runtime) -> None:
+def require_agreement(config: RunConfig, parts: Parts, runtime: Runtime) -> dict[str, Mark]:
     """Refuse to start if ranks differ in versions, configuration, model or data.
 
     Ranks send digests; only where these differ do they send what is behind them, and read the
@@ -75,21 +75,26 @@ def require_agreement(config: RunConfig, parts: Parts, runtime: Runtime) -> None
         parts: Model and data.
         runtime: This process.
 
+    Returns:
+        Marks of the samples that this rank has read; alone, of the training data only.
+
     Raises:
         ConfigError: Versions, configurations or models differ; equal on all ranks.
         DataError: The data differ; equal on all ranks.
     """
     if runtime.alone:
-        return
+        return read_marks(config, replace(parts, eval_set=None))
     traits = list_traits(config, parts)
-    mine = Brought(socket.gethostname(), [trait.digest for trait in traits], _marks(config, parts))
+    digests = [trait.digest for trait in traits]
+    mine = Brought(socket.gethostname(), digests, read_marks(config, parts))
     all_ranks = gather_over_ranks(mine, runtime)
     hosts = [brought.host for brought in all_ranks]
     for number, trait in enumerate(traits):
         if len({brought.digests[number] for brought in all_ranks}) > 1:
             raise trait.error(f"{_differences(trait, hosts, runtime)}; {trait.remedy}.")
     if suspects := _differing_marks([brought.marks for brought in all_ranks]):
-        _judge_marks(suspects, mine.marks, _marks(config, parts), hosts, runtime)
+        _judge_marks(suspects, mine.marks, read_marks(config, parts), hosts, runtime)
+    return mine.marks
 
 
 def list_traits(config: RunConfig, parts: Parts) -> list[Trait]:
@@ -132,7 +137,8 @@ def _length(dataset: Sized | None) -> str:
     return "none" if dataset is None else str(len(dataset))
 
 
-def _marks(config: RunConfig, parts: Parts) -> dict[str, Mark]:
+def read_marks(config: RunConfig, parts: Parts) -> dict[str, Mark]:
+    """Read some samples of each data set; see ``mark_samples``."""
     marks: dict[str, Mark] = {}
     for name, dataset in _data_sets(parts).items():
         if dataset is not None:

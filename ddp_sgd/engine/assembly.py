@@ -21,6 +21,7 @@ from ddp_sgd.distributed.replication import replicate
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import TrainingBuffers, buffers_by_name
 from ddp_sgd.engine.capture import describe_loss, velocities
+from ddp_sgd.engine.data_marks import Marks, refuse_other_data
 from ddp_sgd.engine.evaluation import Metrics, Score, evaluate
 from ddp_sgd.engine.lazy_modules import is_materialized, materialize
 from ddp_sgd.engine.model_check import check_model
@@ -47,6 +48,7 @@ from ddp_sgd.engine.state import State
 from ddp_sgd.engine.step import Stepper
 from ddp_sgd.engine.time_shares import TimeShares
 from ddp_sgd.errors import ConfigError, DataError
+from ddp_sgd.examination.fingerprint import mark_samples
 from ddp_sgd.losses import LossFunction, Objective, loss_modules
 from ddp_sgd.optim.schedule import Schedule, build_schedule
 from ddp_sgd.optim.sgd import SGD, build_sgd
@@ -97,6 +99,7 @@ class Job:
         buffers: The buffers that steps change.
         loss_modules: Modules of the loss, by where they were found.
         notes: What the user should know, one line each.
+        marks: Of the samples, for checkpoints.
     """
 
     plan: Plan
@@ -116,6 +119,7 @@ class Job:
     buffers: TrainingBuffers
     loss_modules: Mapping[str, nn.Module]
     notes: tuple[str, ...]
+    marks: Marks
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step."""
@@ -157,6 +161,13 @@ def gather_parts(
         batch=batch,
         collate=collate,
     )
+
+
+def mark_training_set(config: RunConfig, train_set: Any) -> Marks:
+    """Mark some samples of a training set; see ``mark_samples``. None has no marks."""
+    if train_set is None:
+        return {}
+    return mark_samples(train_set, "data.train", config.seed, ready_collate(config))
 
 
 def materialize_lazy(model: nn.Module, loss: LossFunction, batch: Batch, seed: int) -> None:
@@ -232,8 +243,17 @@ def ready_collate(config: RunConfig) -> Collate | None:
     return collate  # type: ignore[no-any-return]
 
 
-def assemble(config: RunConfig, parts: Parts, runtime: Runtime, past: Past) -> Job:
+def assemble(
+    config: RunConfig, parts: Parts, runtime: Runtime, past: Past, marks: Marks | None = None
+) -> Job:
     """Work out the plan and put the parts together, in the state that was saved.
+
+    Args:
+        config: Description of the run.
+        parts: What the user brings.
+        runtime: This process.
+        past: What the run goes on from.
+        marks: Of the samples of today, from ``require_agreement``; None compares no samples.
 
     Raises:
         ConfigError: The parts do not fit together, or not to the plan.
@@ -245,6 +265,8 @@ def assemble(config: RunConfig, parts: Parts, runtime: Runtime, past: Past) -> J
     step = past.header.step if past.header else 0
     if saved and past.header:
         refuse_misfit(past.header, saved, parts.model, samples=samples, loss=loss_name)
+        read_again = partial(mark_training_set, config, parts.train_set)
+        refuse_other_data(past, saved, marks or {}, read_again)
         restore(parts.model, saved, step=step)
     plan = plan_from(config, past.header, samples=samples, world_size=runtime.world_size)
     state, skip = state_from(past.header, plan)
@@ -290,6 +312,7 @@ def assemble(config: RunConfig, parts: Parts, runtime: Runtime, past: Past) -> J
         buffers=facts.buffers,
         loss_modules=modules,
         notes=facts.notes,
+        marks=marks or {},
     )
 
 

@@ -13,6 +13,7 @@ from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.engine.assembly import Job
 from ddp_sgd.engine.capture import Tree, capture, capture_others, refuse_foreign
+from ddp_sgd.engine.data_marks import with_marks
 from ddp_sgd.engine.state import State
 from ddp_sgd.engine.writers import Writer, build_writer, bytes_of
 from ddp_sgd.errors import OutputError
@@ -220,14 +221,17 @@ def open_checkpoints(
         raise unwritable(saved.path, error) from error
     with SavedCheckpoints(
         saved,
-        partial(
-            _capture,
-            job,
-            optimizer=job.optimizer,
-            plan=job.plan,
-            config=config.model_dump(mode="json"),
-            run_id=run_id,
-            loss=job.loss,
+        with_marks(
+            job.marks,
+            partial(
+                _capture,
+                job,
+                optimizer=job.optimizer,
+                plan=job.plan,
+                config=config.model_dump(mode="json"),
+                run_id=run_id,
+                loss=job.loss,
+            ),
         ),
         partial(
             build_writer,

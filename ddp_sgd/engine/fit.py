@@ -1,6 +1,7 @@
 """The whole run, from the description to the result, on one screen."""
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from ddp_sgd.distributed.fate import shared_fate
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.distributed.watch import keep_watch
 from ddp_sgd.engine.agreement import require_agreement
-from ddp_sgd.engine.assembly import Job, assemble, gather_parts
+from ddp_sgd.engine.assembly import Job, assemble, gather_parts, mark_training_set
 from ddp_sgd.engine.checkpoint import open_checkpoints
+from ddp_sgd.engine.data_marks import refuse_data_of_another_run
 from ddp_sgd.engine.diagnosis import plain_faults
 from ddp_sgd.engine.heartbeat import Heartbeat
 from ddp_sgd.engine.loop import Loop
@@ -43,7 +45,8 @@ def fit(
         runtime: This process, from ``start_runtime``.
         model: Module to train, changed in place; None builds ``config.model``.
         train_set: Map-style data set of (input, target); None builds ``config.data.train``. A name
-            stands for one run: other data of the same length are not noticed on a resume.
+            stands for one run: on a resume, other data are refused if they differ in length, or in
+            the first, the middle or the last sample.
         eval_set: The same, held out; None builds ``config.data.eval``, unless a training set is
             given.
         loss: Module or function of (outputs, targets) that gives the mean; None builds
@@ -68,6 +71,7 @@ def fit(
         past = look_back(config, folder, runtime)
         if past.ending:
             refuse_other_parts(past.header, train_set, loss)
+            refuse_data_of_another_run(past, partial(mark_training_set, config, train_set), runtime)
             if model is not None:
                 hand_over(model, past.file, runtime)
             tell_of_the_end(past.ending.as_row(), folder)
@@ -78,8 +82,8 @@ def fit(
             plain_faults(),
         ):
             parts = gather_parts(config, model, loss, train_set, eval_set)
-            require_agreement(config, parts, runtime)
-            job = assemble(config, parts, runtime, past)
+            marks = require_agreement(config, parts, runtime)
+            job = assemble(config, parts, runtime, past, marks)
             report.start(job.plan, job.state, job.notes)
             with (
                 open_checkpoints(config, job, past.run_id, folder, report) as checkpoints,

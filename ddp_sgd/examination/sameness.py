@@ -5,13 +5,12 @@ import platform
 import sys
 from collections.abc import Mapping
 from operator import itemgetter
-from pathlib import PurePath
-from typing import Any
 
 import numpy as np
 import torch
 
 from ddp_sgd.config import RunConfig, leaves
+from ddp_sgd.config.places import without_places
 
 _MAY_DIFFER = ("output_dir", "wandb", "runtime.device", "runtime.backend", "data.workers")
 """Keys that a host may have of its own: what rank 0 alone writes, where a rank computes, and how
@@ -62,22 +61,7 @@ def settings_that_agree(config: RunConfig) -> dict[str, str]:
         Dotted keys with their values in JSON.
     """
     return {
-        key: _without_places(value) if key.startswith(_OF_DATA_SETS) else json.dumps(value)
+        key: json.dumps(without_places(key, value))
         for key, value in sorted(leaves(config.model_dump(mode="json")), key=itemgetter(0))
         if not any(key == name or key.startswith(f"{name}.") for name in _MAY_DIFFER)
     }
-
-
-def _without_places(value: Any) -> str:
-    """Write an argument in JSON, without the absolute paths in it, at any depth."""
-
-    def without(part: Any) -> Any:
-        if isinstance(part, str):
-            return "a path of its own" if PurePath(part).is_absolute() else part
-        if isinstance(part, list):
-            return [without(item) for item in part]
-        if isinstance(part, dict):
-            return {key: without(item) for key, item in part.items()}
-        return part
-
-    return json.dumps(without(value))

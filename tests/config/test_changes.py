@@ -109,5 +109,34 @@ def test_arguments_are_not_taken_for_those_of_the_default_class():
     ]
 
 
+def reading(path, **others):
+    train = {"class_path": "ddp_sgd.data.Arrays", "init_args": {"path": path, **others}}
+    return {"data": {"train": train}}
+
+
+def changed(was, is_now):
+    return changes_that_matter(before(**was), RunConfig(**is_now))
+
+
+def test_data_that_moved_are_no_change():
+    """A job has a scratch folder of its own; the samples are compared when they are read."""
+    assert changed(reading("/scratch/1/x.npz"), reading("/scratch/2/x.npz")) == []
+    assert changed(reading("~/x.npz"), reading("/home/me/x.npz")) == []
+    assert changed(reading("/1/x", mmap=True), reading("/2/x", mmap=False)) == [
+        "data.train.init_args.mmap was True, is False"
+    ]
+
+
+@pytest.mark.parametrize(("was", "is_now"), [("a.npz", "b.npz"), ("a.npz", "/1/a.npz")])
+def test_a_relative_path_is_a_name(was, is_now):
+    line = f"data.train.init_args.path was {was}, is {is_now}"
+    assert changed(reading(was), reading(is_now)) == [line]
+
+
+def test_a_path_of_the_model_is_no_place_of_data():
+    model = [{"model": {"class_path": "a.B", "init_args": {"weights": p}}} for p in ("/1", "/2")]
+    assert changed(*model) == ["model.init_args.weights was /1, is /2"]
+
+
 def test_samples_of_one_rank_in_a_step():
     assert rank_batch(before(data={"batch_size": 8, "accumulate": 3})) == 24

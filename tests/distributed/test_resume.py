@@ -4,6 +4,7 @@ import json
 import shutil
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
@@ -177,8 +178,8 @@ class Watched(Digits):
 def live_anywhere(runtime, folder, steps, changes, dtype):
     """One life on any number of ranks; gives what this rank read, and the weights.
 
-    The first reads are looks at the data before the run: three, and four more where ranks compare
-    theirs.
+    The first seven reads are looks at the data before the run; four of them give the marks that
+    ranks compare, and that a checkpoint keeps.
     """
     torch.manual_seed(0)
     model = MLP(64, [32], 10).to(dtype)
@@ -189,8 +190,7 @@ def live_anywhere(runtime, folder, steps, changes, dtype):
     with asking_after(steps) as wish:
         result = fit(config, runtime, model=model, train_set=data, stop=wish)
     weights = torch.cat([p.detach().double().flatten() for p in model.parameters()])
-    looks = 3 if runtime.alone else 7
-    return result.status, result.step, data.reads[looks:], weights.numpy()
+    return result.status, result.step, data.reads[7:], weights.numpy()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
@@ -312,6 +312,38 @@ def test_batch_normalization_in_a_first_step_on_more_ranks(tmp_path):
         result.text for result in results if result.error == "ConfigError"
     )
     assert run_ranks(2, normalized, tmp_path, -1, changes)[0][0] == "finished"
+
+
+def reading_arrays(runtime, folder, place, steps):
+    """One life on data in a folder of the job."""
+    torch.manual_seed(0)
+    arrays = {"class_path": "ddp_sgd.data.Arrays", "init_args": {"path": str(place / "x.npz")}}
+    data = {"batch_size": 4, "train": arrays, "eval": None}
+    config = describe(folder, data=data, epochs=1, log={"every_steps": 1})
+    with asking_after(steps) as stop:
+        result = fit(config, runtime, model=MLP(4, [], 2), stop=stop)
+    return result.status, result.weights_digest
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_data_may_move_and_other_data_are_refused(world_size, tmp_path):
+    """The scratch folder of a job has another name each time."""
+    places = [tmp_path / name for name in ("job1", "job2", "job3")]
+    inputs = np.arange(160, dtype=np.float32).reshape(40, 4)
+    for place, values in zip(places, (inputs, inputs, inputs[::-1]), strict=True):
+        place.mkdir()
+        np.savez(place / "x.npz", x_train=values, y_train=np.arange(40) % 2)
+    here, there, other = places
+    undisturbed = run_ranks(world_size, reading_arrays, tmp_path / "whole", here, -1)
+    run_ranks(world_size, reading_arrays, tmp_path, here, 2)
+    results = run_ranks(world_size, reading_arrays, tmp_path, other, -1, raises=True)
+    assert sorted(result.error for result in results) == sorted(
+        ["RefusedError", *["FaultElsewhereError"] * (world_size - 1)]
+    )
+    assert "the input of data.train[0] was a mean of 1.5" in next(
+        result.text for result in results if result.error == "RefusedError"
+    )
+    assert run_ranks(world_size, reading_arrays, tmp_path, there, -1) == undisturbed
 
 
 def refused(runtime, folder, changes):

@@ -1,4 +1,4 @@
-"""The sanity check: what does not fit is named before the first step, and nothing is left behind."""
+"""The sanity check: what does not fit is named before step 1, and nothing is left behind."""
 
 import random
 
@@ -36,6 +36,10 @@ class Stream(IterableDataset):
 
 def batch_of(dataset, where="data.train", batch_size=32):
     return read_batch(dataset, where, batch_size=batch_size, collate=None)
+
+
+def function(outputs, targets):
+    return functional.cross_entropy(outputs, targets)
 
 
 def train_check(model, loss, dataset, runtime=None, **data):
@@ -204,7 +208,7 @@ class OnlyInTraining(nn.Linear):
             OnlyInTraining("tuple"),
             CE,
             ZEROS,
-            r"gives a tuple of \(float32 of shape \(6, 2\), float32 of shape \(6, 2\)\) in training",
+            r"gives a tuple of \(float32 of shape \(6, 2\), float32 of .*\)\) in training mode",
         ),
         (OnlyInTraining("fails"), CE, ZEROS, "in training mode, RuntimeError: no luck; make"),
         (MLP(3, [], 2), lambda out, y: CE(out.detach(), y), ZEROS, "does not depend on a param"),
@@ -234,7 +238,7 @@ def test_an_output_of_training_alone_is_no_fault_in_evaluation():
         (CE, TensorDataset(X, torch.tensor([3, 0, 0, 0, 0, 0])), "labels from 0 to 3"),
         (functional.cross_entropy, labelled(0, 0, 0, 0, 0, 2), "labels from 0 to 2"),
         (nn.CrossEntropyLoss(weight=torch.ones(2)), labelled(0, 0, 0, 0, 0, 2), "from 0 to 2"),
-        (lambda o, t: functional.cross_entropy(o, t), labelled(0, 0, 0, 0, 0, 2), "from 0 to 2"),
+        (function, labelled(0, 0, 0, 0, 0, 2), "from 0 to 2"),
         (nn.MultiMarginLoss(), labelled(0, 0, 0, 0, 0, 2), "from 0 to 2"),
     ],
 )
@@ -327,7 +331,7 @@ def pairs(outputs, targets):
         (CE, 0, True),
         (functional.cross_entropy, 0, True),
         (nn.MultiMarginLoss(), 0, True),
-        (lambda o, t: functional.cross_entropy(o, t), 0, True),
+        (function, 0, True),
         (pairs, 1, False),
     ],
 )
