@@ -262,12 +262,11 @@ def assemble(
     """
     samples, loss_name = len(parts.train_set), describe_loss(parts.loss)
     saved = read_tensors(past.file) if past.file else None
-    step = past.header.step if past.header else 0
     if saved and past.header:
         refuse_misfit(past.header, saved, parts.model, samples=samples, loss=loss_name)
         read_again = partial(mark_training_set, config, parts.train_set)
         refuse_other_data(past, saved, marks or {}, read_again)
-        restore(parts.model, saved, step=step)
+        restore(parts.model, saved)
     plan = plan_from(config, past.header, samples=samples, world_size=runtime.world_size)
     state, skip = state_from(past.header, plan)
     model, modules = _on_device(parts, runtime)
@@ -276,7 +275,7 @@ def assemble(
     optimizer = _optimizer(config, model)
     velocity_of = optimizer.velocities
     if saved:
-        restore_buffers(model, modules, facts.buffers, saved, step=step)
+        restore_buffers(model, modules, facts.buffers, saved)
         restore_velocities(model, optimizer, saved)
     replica = replicate(model, runtime, config.parallel, plan, velocity_of)  # as on rank 0 now
     others = (module.get_buffer(own) for module, own in buffers_by_name(modules).values())

@@ -138,7 +138,7 @@ def _load(
             f"model is {config.model.class_path}, which the saved weights do not fit: {shown}; "
             "name the model that was trained, with --model.class_path and --model.init_args."
         )
-    restore(model, tensors, step=tensors["cursor"]["step"])
+    restore(model, tensors)
     places = buffers_by_name({"": model}) | buffers_by_name(modules)
     for name, value in (tensors.get("buffers", {}) | tensors.get("loss_buffers", {})).items():
         if name in places:

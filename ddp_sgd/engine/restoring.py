@@ -142,20 +142,19 @@ def hand_over(model: nn.Module, file: Path | None, runtime: Runtime) -> None:
     if file is not None:
         tensors = read_tensors(file)
         if differences := model_misfits(tensors["model"], model):
-            raise _misfit(tensors["cursor"]["step"], differences)
-        restore(model, tensors, step=tensors["cursor"]["step"])
+            raise _misfit(_step_of(tensors), differences)
+        restore(model, tensors)
     tensors_now = [value for value in model.state_dict().values() if torch.is_tensor(value)]
     broadcast_over_ranks(tensors_now, runtime)
     share_other_state(model, runtime)
 
 
-def restore(model: nn.Module, tensors: Mapping[str, Any], *, step: int) -> None:
+def restore(model: nn.Module, tensors: Mapping[str, Any]) -> None:
     """Put weights and buffers back; ``refuse_misfit`` has looked at them.
 
     Args:
         model: Changed in place.
         tensors: Content of the checkpoint.
-        step: Where it was saved, for the error.
 
     Raises:
         RefusedError: A module does not take its state back.
@@ -167,7 +166,7 @@ def restore(model: nn.Module, tensors: Mapping[str, Any], *, step: int) -> None:
     try:
         model.load_state_dict(tensors["model"])
     except RuntimeError as error:  # a module that loads its state in its own way
-        raise _misfit(step, [" ".join(str(error).split())]) from error
+        raise _misfit(_step_of(tensors), [" ".join(str(error).split())]) from error
 
 
 def model_misfits(saved: Mapping[str, Any], model: nn.Module) -> list[str]:
@@ -198,8 +197,6 @@ def restore_buffers(
     loss_modules: Mapping[str, nn.Module],
     buffers: TrainingBuffers,
     tensors: Mapping[str, Any],
-    *,
-    step: int,
 ) -> None:
     """Put back the buffers that the ``state_dict`` of the model lacks, and those of the loss.
 
@@ -208,7 +205,6 @@ def restore_buffers(
         loss_modules: Modules of the loss, by where they were found; changed in place.
         buffers: The buffers that steps change.
         tensors: Content of the checkpoint, perhaps of a release that did not save these.
-        step: Where it was saved, for the error.
 
     Raises:
         RefusedError: A buffer of the loss that steps do not change, such as class weights, differs.
@@ -223,7 +219,7 @@ def restore_buffers(
             if (module, own) in buffers:
                 module._buffers[own] = saved.to(now.device)
             elif not torch.equal(saved, now.cpu()):
-                raise _misfit(step, [f"{name} of the loss had other values"])
+                raise _misfit(_step_of(tensors), [f"{name} of the loss had other values"])
 
 
 def share_other_state(model: nn.Module, runtime: Runtime) -> None:
@@ -246,6 +242,10 @@ def restore_velocities(model: nn.Module, optimizer: SGD, tensors: Mapping[str, A
     for name, buffer in velocities(model, optimizer):
         if name in saved:
             buffer.copy_(saved[name])
+
+
+def _step_of(tensors: Mapping[str, Any]) -> int:
+    return int(tensors["cursor"]["step"])
 
 
 def _misfit(step: int, differences: list[str]) -> RefusedError:
