@@ -317,6 +317,12 @@ COMPONENTS = [
     case("value for a list", ["--model.args=3"], CONFIG, "model.args is 3; choose a list."),
     case("text for call", ["--loss.call=no"], CONFIG, "loss.call is 'no'; choose true or false."),
     case(
+        "class in the place of a loss",
+        ["--loss.call=false"],
+        CONFIG,
+        "loss is a type; name a module or function of (outputs, targets).",
+    ),
+    case(
         "class in the place of a model",
         ["--model.call=false", "--model.class_path=ddp_sgd.models.MLP", "--model.init_args={}"],
         CONFIG,

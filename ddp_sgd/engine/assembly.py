@@ -216,10 +216,10 @@ def ready_loss(config: RunConfig, loss: LossFunction | None = None) -> LossFunct
     """Take the loss that is given, or build the one of the configuration.
 
     Raises:
-        ConfigError: It cannot be called.
+        ConfigError: It cannot be called, or is a class, whose call would make a loss.
     """
     loss = build(config.loss, "loss") if loss is None else loss
-    if not callable(loss):
+    if not callable(loss) or isinstance(loss, type):
         raise ConfigError(
             f"loss is a {type(loss).__name__}; name a module or function of (outputs, targets)."
         )
