@@ -49,7 +49,7 @@ from ddp_sgd.engine.step import Stepper
 from ddp_sgd.engine.time_shares import TimeShares
 from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.examination.fingerprint import mark_samples
-from ddp_sgd.losses import LossFunction, Objective, loss_modules
+from ddp_sgd.losses import LossFunction, Objective, as_module, loss_modules
 from ddp_sgd.optim.schedule import Schedule, build_schedule
 from ddp_sgd.optim.sgd import SGD, build_sgd
 from ddp_sgd.plan import Plan
@@ -63,6 +63,7 @@ class Parts:
     Args:
         model: Module to train.
         loss: Module or function of (outputs, targets).
+        loss_name: What the loss is, from ``describe_loss``.
         train_set: Map-style data set of (input, target).
         eval_set: The same, held out; None trains without evaluation.
         batch: Some samples of the training set.
@@ -71,6 +72,7 @@ class Parts:
 
     model: nn.Module
     loss: LossFunction
+    loss_name: str
     train_set: Any
     eval_set: Any | None
     batch: Batch
@@ -155,7 +157,8 @@ def gather_parts(
     materialize_lazy(model, loss, batch, config.seed)
     return Parts(
         model=model,
-        loss=loss,
+        loss=as_module(loss),  # of a function of torch, whose units are known
+        loss_name=describe_loss(loss),
         train_set=train_set,
         eval_set=eval_set,
         batch=batch,
@@ -260,7 +263,7 @@ def assemble(
         DataError: A sample cannot be read, labels lie out of range, or a checkpoint is damaged.
         RefusedError: The checkpoint is of another run.
     """
-    samples, loss_name = len(parts.train_set), describe_loss(parts.loss)
+    samples, loss_name = len(parts.train_set), parts.loss_name
     saved = read_tensors(past.file) if past.file else None
     if saved and past.header:
         refuse_misfit(past.header, saved, parts.model, samples=samples, loss=loss_name)

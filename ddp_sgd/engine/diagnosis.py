@@ -12,6 +12,14 @@ from ddp_sgd.errors import ConfigError, DataError, DivergedError
 _PATIENCE = 10
 """Steps in a row without a finite gradient that end a run."""
 
+_LABEL = re.compile(
+    r"device-side assert"
+    r"|Target -?\d+ is out of bounds"  # cross_entropy, nll_loss
+    r"|target out of range"  # multi_margin_loss
+    r"|Class values must be"  # one_hot
+)
+"""What torch says of a label out of range."""
+
 
 @contextmanager
 def plain_faults() -> Iterator[None]:
@@ -19,7 +27,7 @@ def plain_faults() -> Iterator[None]:
 
     Raises:
         ConfigError: Parameters without a gradient, or too little memory on the device.
-        DataError: A label out of range.
+        DataError: A label out of range, or an index that an embedding lacks.
     """
     try:
         yield
@@ -29,16 +37,14 @@ def plain_faults() -> Iterator[None]:
             "lower data.batch_size and raise data.accumulate by the same factor: the steps stay "
             "the same."
         ) from error
-    except RuntimeError as error:
-        if "device-side assert" in str(error):
+    except (RuntimeError, IndexError) as error:
+        if "finished reduction in the prior iteration" in str(error):
+            raise unused_parameters() from error
+        if _LABEL.search(str(error)):
             raise _label_out_of_range(error) from error
-        if "finished reduction in the prior iteration" not in str(error):
-            raise
-        raise unused_parameters() from error
-    except IndexError as error:
-        if not re.search(r"Target -?\d+ is out of bounds", str(error)):
-            raise
-        raise _label_out_of_range(error) from error
+        if "index out of range in self" in str(error):
+            raise _index_out_of_range() from error
+        raise
 
 
 def refuse_divergence(skipped: tuple[int, int, int], lr: float) -> None:
@@ -62,6 +68,13 @@ def _label_out_of_range(error: Exception) -> DataError:
     return DataError(
         f"a batch has a label that the model has no score for: {_first_line(error)}; number the "
         "labels from 0 to the number of classes less one."
+    )
+
+
+def _index_out_of_range() -> DataError:
+    return DataError(
+        "a batch has an index, such as that of a word, for which an embedding of the model has no "
+        "row; number the indices from 0, or set num_embeddings of the embedding to their number."
     )
 
 

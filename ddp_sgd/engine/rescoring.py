@@ -30,7 +30,7 @@ from ddp_sgd.engine.evaluation import Metrics
 from ddp_sgd.engine.restoring import model_misfits, restore
 from ddp_sgd.engine.sanity_check import check_dataset, read_batch
 from ddp_sgd.errors import ConfigError, DataError
-from ddp_sgd.losses import LossFunction, loss_modules
+from ddp_sgd.losses import LossFunction, as_module, loss_modules
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +94,7 @@ def score_anew(saved: Saved, runtime: Runtime) -> tuple[Metrics, str]:
         eval_set = build(config.data.eval, "data.eval", failure=DataError)
         check_dataset(eval_set, "data.eval")
         model = ready_model(config)
-        loss, collate = _fitting_loss(saved), ready_collate(config)
+        loss, collate = as_module(_fitting_loss(saved)), ready_collate(config)
         size = config.data.batch_size
         batch = read_batch(eval_set, "data.eval", batch_size=size, collate=collate)
         materialize_lazy(model, loss, batch, config.seed)

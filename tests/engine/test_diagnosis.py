@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 
 from ddp_sgd.engine.diagnosis import plain_faults, refuse_divergence
 from ddp_sgd.errors import ConfigError, DataError, DivergedError, ExitCode
@@ -25,12 +26,41 @@ from ddp_sgd.errors import ConfigError, DataError, DivergedError, ExitCode
             DataError,
             "a label that the model has no score for: Target 12",
         ),
+        (
+            RuntimeError("multi_margin_loss(): target out of range"),
+            DataError,
+            "a label that the model has no score for: multi_margin",
+        ),
+        (
+            RuntimeError("Class values must be smaller than num_classes."),
+            DataError,
+            "a label that the model has no score for: Class values",
+        ),
+        (IndexError("index out of range in self"), DataError, "set num_embeddings of the embed"),
     ],
 )
 def test_torch_s_errors_in_the_words_of_the_configuration(error, kind, message):
     with pytest.raises(kind, match=message) as caught, plain_faults():
         raise error
     assert caught.value.__cause__ is error
+
+
+def late_label(loss):
+    return lambda: loss(torch.zeros(2, 3), torch.tensor([0, 5]))
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        late_label(nn.CrossEntropyLoss()),
+        late_label(nn.MultiMarginLoss()),
+        lambda: nn.functional.one_hot(torch.tensor([5]), 3),
+        lambda: nn.Embedding(3, 2)(torch.tensor([5])),
+    ],
+)
+def test_torch_says_what_is_looked_for(work):
+    with pytest.raises(DataError), plain_faults():
+        work()
 
 
 @pytest.mark.parametrize("error", [RuntimeError("else"), IndexError("list index"), KeyError("x")])
