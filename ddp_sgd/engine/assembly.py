@@ -66,7 +66,6 @@ class Parts:
         loss_name: What the loss is, from ``describe_loss``.
         train_set: Map-style data set of (input, target).
         eval_set: The same, held out; None trains without evaluation.
-        batch: Some samples of the training set.
         collate: Function from a list of samples to a batch; None: torch's default_collate.
     """
 
@@ -75,7 +74,6 @@ class Parts:
     loss_name: str
     train_set: Any
     eval_set: Any | None
-    batch: Batch
     collate: Collate | None = None
 
 
@@ -152,16 +150,16 @@ def gather_parts(
         check_dataset(eval_set, "data.eval")
     model, loss = ready_model(config, model), ready_loss(config, loss)
     collate = ready_collate(config)
-    size = config.data.batch_size
-    batch = read_batch(train_set, "data.train", batch_size=size, collate=collate)
-    materialize_lazy(model, loss, batch, config.seed)
+    if not is_materialized(model):
+        size = config.data.batch_size
+        batch = read_batch(train_set, "data.train", batch_size=size, collate=collate)
+        materialize_lazy(model, loss, batch, config.seed)
     return Parts(
         model=model,
         loss=as_module(loss),  # of a function of torch, whose units are known
         loss_name=describe_loss(loss),
         train_set=train_set,
         eval_set=eval_set,
-        batch=batch,
         collate=collate,
     )
 
@@ -177,7 +175,7 @@ def materialize_lazy(model: nn.Module, loss: LossFunction, batch: Batch, seed: i
     """Give lazy modules their shapes, so that models can be compared and restored.
 
     Args:
-        model: The model on the host.
+        model: A model with lazy modules, on the host.
         loss: The loss.
         batch: Some samples.
         seed: Seed of the run, from which the weights follow.
@@ -185,8 +183,6 @@ def materialize_lazy(model: nn.Module, loss: LossFunction, batch: Batch, seed: i
     Raises:
         ConfigError: A lazy module is left out by a forward pass.
     """
-    if is_materialized(model):
-        return
     spread = choose_spread(model, batch.inputs, len(batch.indices))
     objective = Objective(loss, batch.targets, spread=spread)
     materialize(model, batch.inputs, objective.outputs, seed_for("weights", seed))
@@ -274,7 +270,9 @@ def assemble(
     state, skip = state_from(past.header, plan)
     model, modules = _on_device(parts, runtime)
     check_normalization(model, plan, step=state.step, skip=skip, device=runtime.device)
-    facts = check_training(model, parts.loss, parts.train_set, parts.batch, plan, runtime)
+    size = config.data.batch_size
+    batch = read_batch(parts.train_set, "data.train", batch_size=size, collate=parts.collate)
+    facts = check_training(model, parts.loss, parts.train_set, batch, plan, runtime)
     optimizer = _optimizer(config, model)
     velocity_of = optimizer.velocities
     if saved:

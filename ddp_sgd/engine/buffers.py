@@ -80,9 +80,9 @@ class TrainingBuffers:
         """Write in place; a buffer that was assigned may share its memory, and is assigned."""
         places = {number: self._places[number] for number in values}
         in_place = [n for n, place in places.items() if _buffer(place) is self._before[n]]
-        torch._foreach_copy_(
-            [_buffer(places[n]).detach() for n in in_place], [values[n] for n in in_place]
-        )
+        if in_place:
+            written = [_buffer(places[n]).detach() for n in in_place]
+            torch._foreach_copy_(written, [values[n] for n in in_place])
         for number in values.keys() - set(in_place):
             _set(places[number], values[number].clone())
 

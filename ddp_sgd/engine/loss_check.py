@@ -6,6 +6,7 @@ saturated at the end of a run.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -43,23 +44,49 @@ def examine_loss(
         targets: Targets of the batch.
         targets_of_one: Targets of batches of one sample each, of the same samples.
     """
-    for draw in (_normal, _uniform, _shuffled):
-        draws = [draw(outputs, len(targets_of_one), number) for number in range(_DRAWS)]
-        whole = [_value(loss, drawn, targets) for drawn in draws]
-        if all(value is not None for value in whole):
-            break
-    else:  # the loss works on nothing but the model's own outputs
-        return LossKind("other", takes_classes=False)
+    samples = len(targets_of_one)
+    spread = _Draws(loss, outputs, targets, samples, scale=1.0)  # losses that differ by sample
     found = set()
-    for drawn, value in zip(draws, whole, strict=True):
+    for drawn, value in zip(spread.outputs, spread.values, strict=True):
         parts = [
-            _value(loss, _sample_of(drawn, len(targets_of_one), number), target)
+            _value(loss, _sample_of(drawn, samples, number), target)
             for number, target in enumerate(targets_of_one)
         ]
-        if value is not None and (reduction := _reduction(value, parts)):
+        if reduction := _reduction(value, parts):
             found.add(reduction)
+    if not spread.outputs:  # the loss works on nothing but the model's own outputs
+        return LossKind("other", takes_classes=False)
     reduction = found.pop() if len(found) == 1 else "other" if found else "mean"
-    return LossKind(reduction, _takes_classes(loss, draws, targets))
+    near_zero = _Draws(loss, outputs, targets, samples, scale=0.1)  # where losses have a gradient
+    return LossKind(reduction, _takes_classes(loss, near_zero.outputs, targets))
+
+
+class _Draws:
+    """Three draws of outputs on which a loss gives finite numbers.
+
+    Scores are drawn first; probabilities, for losses that take nothing else; then the model's
+    outputs are given to other samples. 16 bits are too few to compare sums: there is a second try
+    with the type of the model's outputs only if a loss does not work on 32 bits.
+
+    Attributes:
+        outputs: The draws; empty if the loss gives no finite numbers on any of them.
+        values: The loss of each of them.
+    """
+
+    def __init__(
+        self, loss: LossFunction, outputs: Any, targets: Any, samples: int, *, scale: float
+    ) -> None:
+        self.outputs: list[Any] = []
+        self.values: list[torch.Tensor] = []
+        normal, uniform = partial(_normal, scale=scale), _uniform
+        for example in (_widened(outputs), outputs):
+            for draw in (normal, uniform, _shuffled):
+                drawn = [draw(example, samples, number) for number in range(_DRAWS)]
+                values = [_value(loss, each, targets) for each in drawn]
+                if all(value is not None for value in values):
+                    self.outputs = drawn
+                    self.values = [value for value in values if value is not None]
+                    return
 
 
 def _value(loss: LossFunction, outputs: Any, targets: Any) -> torch.Tensor | None:
@@ -125,19 +152,27 @@ def is_classification(outputs: Any, targets: Any) -> bool:
     )
 
 
-def _normal(outputs: Any, samples: int, number: int) -> Any:
-    """Draw scores near zero, where most losses have a gradient."""
+def _widened(outputs: Any) -> Any:
+    """Convert tensors of 16 bits to 32."""
+    narrow = (torch.bfloat16, torch.float16)
+    return tree_map_only(
+        torch.Tensor, lambda t: t.detach().float() if t.dtype in narrow else t, outputs
+    )
+
+
+def _normal(outputs: Any, samples: int, number: int, *, scale: float) -> Any:
+    """Draw scores."""
     generator = torch.Generator().manual_seed(number)
 
     def draw(tensor: torch.Tensor) -> torch.Tensor:
         drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float32)
-        return (0.1 * drawn).to(tensor)
+        return (scale * drawn).to(tensor)
 
     return _change(outputs, samples, draw)
 
 
 def _uniform(outputs: Any, samples: int, number: int) -> Any:
-    """Draw probabilities, for losses that take nothing else."""
+    """Draw probabilities."""
     generator = torch.Generator().manual_seed(number)
 
     def draw(tensor: torch.Tensor) -> torch.Tensor:
@@ -148,7 +183,7 @@ def _uniform(outputs: Any, samples: int, number: int) -> Any:
 
 
 def _shuffled(outputs: Any, samples: int, number: int) -> Any:
-    """Give the model's outputs to other samples, for losses of things that cannot be drawn."""
+    """Give the model's outputs to other samples."""
 
     def roll(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.roll(number, dims=_batch_dim(tensor, samples) or 0)

@@ -27,6 +27,7 @@ from ddp_sgd.engine.capture import describe_loss
 from ddp_sgd.engine.diagnosis import plain_faults
 from ddp_sgd.engine.digest import weights_digest
 from ddp_sgd.engine.evaluation import Metrics
+from ddp_sgd.engine.lazy_modules import is_materialized
 from ddp_sgd.engine.restoring import model_misfits, restore
 from ddp_sgd.engine.sanity_check import check_dataset, read_batch
 from ddp_sgd.errors import ConfigError, DataError
@@ -95,9 +96,10 @@ def score_anew(saved: Saved, runtime: Runtime) -> tuple[Metrics, str]:
         check_dataset(eval_set, "data.eval")
         model = ready_model(config)
         loss, collate = as_module(_fitting_loss(saved)), ready_collate(config)
-        size = config.data.batch_size
-        batch = read_batch(eval_set, "data.eval", batch_size=size, collate=collate)
-        materialize_lazy(model, loss, batch, config.seed)
+        if not is_materialized(model):
+            size = config.data.batch_size
+            batch = read_batch(eval_set, "data.eval", batch_size=size, collate=collate)
+            materialize_lazy(model, loss, batch, config.seed)
         modules = loss_modules(loss, model)
         kept = modules if _is_loss_of(saved) else {}
         if runtime.rank == 0:

@@ -72,7 +72,7 @@ class Impatient(MLP):
     def forward(self, inputs):
         if not self.training:
             self.scored += 1
-            if self.scored == 4:  # two passes are a look at the data before the run
+            if self.scored == 2:  # the sanity check leaves no trace
                 self.wish.ask("the test")
         return super().forward(inputs)
 
@@ -83,7 +83,7 @@ def test_a_wish_to_stop_cuts_an_evaluation_short(tmp_path):
     model = Impatient(wish)
     stopped = run(tmp_path, wish, model=model)
     assert (stopped.status, stopped.step, stopped.scores) == ("stopped", 4, {})
-    assert model.scored == 4  # of 2 + 4
+    assert model.scored == 2  # of 4
     assert [row["step"] for row in rows(tmp_path, "checkpoint", "eval", "stop")] == [4, 4]
     run(tmp_path)
     assert [row["step"] for row in rows(tmp_path, "eval")] == [4, 8]
