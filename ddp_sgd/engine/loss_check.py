@@ -10,8 +10,8 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch.utils._pytree import tree_map_only
 
+from ddp_sgd.engine.output_tensors import map_tensors
 from ddp_sgd.losses import LossFunction
 
 Reduction = Literal["mean", "sum", "other"]
@@ -198,7 +198,7 @@ def _change(value: Any, samples: int, change: Callable[[torch.Tensor], torch.Ten
         has_rows = tensor.is_floating_point() and _batch_dim(tensor, samples) is not None
         return change(tensor.detach()) if has_rows else tensor.detach()
 
-    return tree_map_only(torch.Tensor, changed, value)
+    return map_tensors(changed, value)
 
 
 def _sample_of(outputs: Any, samples: int, number: int) -> Any:
@@ -208,7 +208,7 @@ def _sample_of(outputs: Any, samples: int, number: int) -> Any:
         dim = _batch_dim(tensor, samples)
         return tensor if dim is None else tensor.narrow(dim, number, 1)
 
-    return tree_map_only(torch.Tensor, cut, outputs)
+    return map_tensors(cut, outputs)
 
 
 def _batch_dim(tensor: torch.Tensor, samples: int) -> int | None:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import IterableDataset, TensorDataset
 
 from ddp_sgd.data.fetching import EVAL_EPOCH, Collate, Fetcher, Request, Unreadable
@@ -30,6 +29,7 @@ from ddp_sgd.engine.model_check import (
     check_loss_parameters,
 )
 from ddp_sgd.engine.model_inputs import choose_spread
+from ddp_sgd.engine.output_tensors import list_tensors
 from ddp_sgd.engine.randomness import Randomness
 from ddp_sgd.engine.side_effects import Place, SideEffects, undo_side_effects
 from ddp_sgd.engine.step import backward
@@ -445,8 +445,5 @@ def _name_of(loss: Any) -> str:
 
 
 def _are_equal(one: Any, other: Any) -> bool:
-    first, second = tree_leaves(one), tree_leaves(other)
-    return len(first) == len(second) and all(
-        torch.equal(a, b) if isinstance(a, torch.Tensor) else True
-        for a, b in zip(first, second, strict=True)
-    )
+    first, second = list_tensors(one), list_tensors(other)
+    return len(first) == len(second) and all(map(torch.equal, first, second))
