@@ -155,9 +155,7 @@ def is_classification(outputs: Any, targets: Any) -> bool:
 def _widened(outputs: Any) -> Any:
     """Convert tensors of 16 bits to 32."""
     narrow = (torch.bfloat16, torch.float16)
-    return tree_map_only(
-        torch.Tensor, lambda t: t.detach().float() if t.dtype in narrow else t, outputs
-    )
+    return map_tensors(lambda t: t.detach().float() if t.dtype in narrow else t, outputs)
 
 
 def _normal(outputs: Any, samples: int, number: int, *, scale: float) -> Any:

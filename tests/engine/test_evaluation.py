@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
 from torch import nn
 
@@ -10,7 +11,9 @@ from ddp_sgd.data import Digits, InMemory
 from ddp_sgd.data.loading import EvalLoader
 from ddp_sgd.data.order import Chunks
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.evaluation import evaluate, is_classification
+from ddp_sgd.engine.evaluation import Interrupted, evaluate, evaluating
+from ddp_sgd.engine.loss_check import is_classification
+from ddp_sgd.engine.sanity_check import check_evaluation, read_batch
 from ddp_sgd.losses import Objective
 from ddp_sgd.models import MLP, ConvNet
 
@@ -168,3 +171,88 @@ def test_units_are_exact_whatever_numbers_a_user_prefers():
     finally:
         torch.set_default_dtype(torch.float32)
     assert metrics["eval/loss"] == pytest.approx(loss(scores, targets).item(), rel=1e-14)
+
+
+def test_scores_that_are_no_numbers_give_no_accuracy():
+    """argmax would take NaN for the largest score, and class 0 or so for the answer."""
+    inputs = torch.zeros(6, 4)
+    dataset = InMemory(inputs, torch.zeros(6, dtype=torch.int64))
+    model = MLP(4, [], 2)
+    assert "eval/accuracy" in score(Runtime(), dataset, model, nn.CrossEntropyLoss(), 4)
+    inputs[5] = torch.nan
+    metrics = score(Runtime(), dataset, model, nn.CrossEntropyLoss(), 4)
+    assert metrics.keys() == {"eval/loss", "eval/count"}
+    assert np.isnan(metrics["eval/loss"])
+    assert metrics["eval/count"] == 6
+
+
+def test_a_loss_of_no_classes_gives_no_accuracy():
+    def nearest(outputs, targets):
+        return (outputs - targets[:, None]).square().mean()
+
+    metrics = score(Runtime(), Digits("eval"), MLP(64, [], 10), nearest)
+    assert metrics.keys() == {"eval/loss", "eval/count"}
+
+
+class Merging(nn.Linear):
+    """Does more in ``train`` than set flags, as adapters that are merged for evaluation."""
+
+    def __init__(self):
+        super().__init__(64, 10)
+        self.merged = False
+
+    def train(self, mode=True):
+        self.merged = not mode
+        return super().train(mode)
+
+
+def test_a_model_comes_back_from_evaluation_by_its_own_method():
+    model = nn.Sequential(Merging(), nn.Dropout(), nn.BatchNorm1d(10))
+    model[2].eval()
+    with evaluating(model):
+        assert model[0].merged
+        assert not any(module.training for module in model.modules())
+    assert not model[0].merged
+    assert [module.training for module in model] == [True, True, False]
+
+
+class AllGathered(nn.Module):
+    """A loss over the samples of all ranks, which each of them must call."""
+
+    def forward(self, outputs, targets):
+        parts = [torch.empty_like(outputs) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, outputs)
+        return torch.stack(parts).mean() + outputs.square().mean()
+
+
+def score_together(runtime, stop_on):
+    """Nine chunks of four samples."""
+    dataset = InMemory(torch.ones(36, 4), torch.zeros(36, dtype=torch.int64))
+    torch.manual_seed(0)
+    model, loss = MLP(4, [], 2), AllGathered()
+    batch = read_batch(dataset, "data.eval", batch_size=4, collate=None)
+    facts = check_evaluation(model, loss, dataset, batch, runtime)
+    chunks = Chunks(
+        36,
+        batch_size=4,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        in_step=facts.communicates,
+    )
+    loader = EvalLoader(dataset, chunks, seed=0, workers=0, device=CPU)
+    asked = iter([False, False, runtime.rank == stop_on])
+
+    def interrupted():
+        return next(asked, False)
+
+    try:
+        metrics = evaluate(model, facts.objective, loader, runtime, interrupted=interrupted)
+    except Interrupted:
+        return "interrupted"
+    return metrics["eval/count"]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_loss_that_talks_to_other_ranks_is_called_equally_often(world_size):
+    assert run_ranks(world_size, score_together, None) == [36] * world_size
+    assert run_ranks(world_size, score_together, 1) == ["interrupted"] * world_size

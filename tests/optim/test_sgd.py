@@ -6,7 +6,7 @@ from torch import nn
 
 from ddp_sgd.errors import ConfigError
 from ddp_sgd.models import ConvNet
-from ddp_sgd.optim.sgd import build_sgd
+from ddp_sgd.optim.sgd import build_sgd, is_norm_or_bias
 
 
 class One(nn.Module):
@@ -117,3 +117,89 @@ def test_frozen_parameters_stay_out():
         ConfigError, match="model is Sequential without a parameter to train; name a module"
     ):
         build_sgd(model)
+
+
+def norm_or_bias(module):
+    named = module.named_parameters(recurse=False)
+    return {name for name, p in named if is_norm_or_bias(module, name, p)}
+
+
+class T5LayerNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 3))
+
+
+class NormalizedLinear(nn.Linear):
+    """No normalization layer: its weight decays."""
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gamma, self.table = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(1, 3))
+
+
+@pytest.mark.parametrize(
+    ("module", "spared"),
+    [
+        (nn.LayerNorm((2, 3, 4)), {"weight", "bias"}),
+        (nn.GroupNorm(1, 2), {"weight", "bias"}),
+        (nn.RMSNorm((2, 3)), {"weight"}),
+        (nn.BatchNorm2d(3), {"weight", "bias"}),
+        (T5LayerNorm(), {"weight"}),
+        (nn.Linear(2, 3), {"bias"}),
+        (NormalizedLinear(2, 3), {"bias"}),
+        (
+            nn.MultiheadAttention(4, 2, add_bias_kv=True),
+            {"in_proj_bias", "bias_k", "bias_v"},
+        ),
+        (nn.LSTM(2, 3), {"bias_ih_l0", "bias_hh_l0"}),
+        (nn.Bilinear(2, 2, 2), {"bias"}),
+        (Scaled(), {"gamma"}),
+        (nn.Embedding(3, 2), set()),
+    ],
+)
+def test_normalization_and_biases_are_told_by_type_and_name(module, spared):
+    assert norm_or_bias(module) == spared
+    decaying = [group for group in build_sgd(module, weight_decay=0.1).groups if group.weight_decay]
+    decayed = {p for group in decaying for p in group.parameters}
+    own = module.named_parameters(recurse=False)
+    assert {name for name, p in own if p not in decayed} == spared
+
+
+def replaced(tensor):
+    return tensor.clone()
+
+
+def turned(tensor):
+    return tensor.t().contiguous().t()
+
+
+@pytest.mark.parametrize("change", [replaced, turned])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_storage_and_layout_may_change_between_steps(change, momentum):
+    torch.manual_seed(0)
+    ours, theirs = nn.Linear(5, 4), nn.Linear(5, 4)
+    theirs.load_state_dict(ours.state_dict())
+    mine = build_sgd(ours, momentum=momentum)
+    other = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=momentum)
+    for _ in range(3):
+        ours.weight.data = change(ours.weight.data)
+        inputs = torch.randn(4, 5)
+        for model, step in ((ours, lambda: mine.step(0.1)), (theirs, other.step)):
+            model.zero_grad()
+            (model(inputs) ** 2).sum().backward()
+            step()
+    # Three steps of float32, a unit of 6e-8 for each product and sum.
+    assert (ours.weight - theirs.weight).abs().max() <= 1e-6
+    for parameter, velocity in mine.velocities.items():
+        assert velocity.stride() == parameter.stride()
+
+
+def test_a_gradient_of_another_layout_is_read_by_its_indices():
+    model = nn.Linear(2, 3, bias=False)
+    before, gradient = model.weight.detach().clone(), torch.arange(6.0).reshape(2, 3).t()
+    model.weight.grad = gradient
+    build_sgd(model).step(0.5)
+    assert torch.equal(model.weight.detach(), before - 0.5 * gradient)
