@@ -131,7 +131,9 @@ class OptimConfig(Section):
     """Factor of the weight that is added to its gradient, at least 0."""
 
     decay_norm_and_bias: StrictBool = False
-    """Decay biases and the scales of normalization layers as well. Source: He et al. 2019,
+    """Decay biases and the parameters of normalization layers as well. These are told by type and
+    name: torch's normalization layers and classes named like one, parameters whose name begins or
+    ends with bias, and all with fewer than two dimensions. Source: He et al. 2019,
     arXiv:1812.01187."""
 
     clip_norm: Positive | None = None

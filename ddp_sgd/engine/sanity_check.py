@@ -18,8 +18,9 @@ from torch.utils.data import IterableDataset, TensorDataset
 
 from ddp_sgd.data.fetching import EVAL_EPOCH, Collate, Fetcher, Request, Unreadable
 from ddp_sgd.data.loading import move
+from ddp_sgd.distributed.collectives import gather_over_ranks
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.buffers import TrainingBuffers, statistics_of
+from ddp_sgd.engine.buffers import TrainingBuffers, buffers_by_name, statistics_of
 from ddp_sgd.engine.evaluation import evaluating
 from ddp_sgd.engine.loss_check import examine_loss
 from ddp_sgd.engine.model_check import (
@@ -176,10 +177,13 @@ def check_training(
         changed = effects.changed_buffers()
         read = _read_in_training(check, effects, randomness, changed, runtime)
         objective, notes = check.judge(outputs)
-    statistics = statistics_of(whole)
+    named = buffers_by_name({"": model, **{f"loss: {k}": each for k, each in modules.items()}})
+    kept = set(changed).union(statistics_of(whole))
     return TrainingFacts(
         objective=objective,
-        buffers=TrainingBuffers(list(dict.fromkeys([*changed, *statistics])), read, runtime),
+        buffers=TrainingBuffers(
+            _on_any_rank(kept, named, runtime), _on_any_rank(set(read), named, runtime), runtime
+        ),
         randomness=randomness,
         notes=notes,
     )
@@ -362,6 +366,13 @@ def _read_in_training(
                 module.get_buffer(name).add_(change)
             outputs.append(check.call_model())
     return others if _are_equal(*outputs) else changed
+
+
+def _on_any_rank(places: set[Place], named: Mapping[str, Place], runtime: Runtime) -> list[Place]:
+    """Take what any rank has found, in one order: ranks may have begun with other weights."""
+    mine = [name for name, place in named.items() if place in places]
+    found = {name for names in gather_over_ranks(mine, runtime) for name in names}
+    return [place for name, place in named.items() if name in found]
 
 
 def listed_targets(dataset: Any, batch: Batch) -> torch.Tensor | None:
