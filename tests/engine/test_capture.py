@@ -14,7 +14,15 @@ from ddp_sgd.checkpointing.packing import write_checkpoint
 from ddp_sgd.checkpointing.reading import read_tensors
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data.permutation import ORDER
-from ddp_sgd.engine.capture import capture, describe_loss, refuse_foreign, velocities
+from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.engine.buffers import TrainingBuffers
+from ddp_sgd.engine.capture import (
+    capture,
+    capture_others,
+    describe_loss,
+    refuse_foreign,
+    velocities,
+)
 from ddp_sgd.engine.state import State
 from ddp_sgd.errors import ConfigError, ExitCode
 from ddp_sgd.optim.sgd import build_sgd
@@ -203,3 +211,25 @@ ENTROPY = "torch.nn.modules.loss.CrossEntropyLoss"
 )
 def test_a_loss_is_named_by_what_it_is_and_the_shapes_that_it_holds(loss, described):
     assert describe_loss(loss) == described
+
+
+class Counting(nn.Module):
+    """A persistent buffer, one that steps change and the state lacks, and one that stays."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("saved", torch.zeros(1))
+        self.register_buffer("moving", torch.zeros(2), persistent=False)
+        self.register_buffer("table", torch.ones(3), persistent=False)
+
+
+def test_buffers_that_the_state_of_the_model_lacks():
+    model, loss = nn.Sequential(Counting()), nn.CrossEntropyLoss(weight=torch.ones(4))
+    places = [(model[0], "saved"), (model[0], "moving")]
+    others = capture_others(model, {"loss": loss}, TrainingBuffers(places, [], Runtime()))
+    assert others == {
+        "buffers": {"0.moving": model[0].moving},
+        "loss_buffers": {"loss.weight": loss.weight},
+    }
+    none = TrainingBuffers([], [], Runtime())
+    assert capture_others(model, {"loss": nn.CrossEntropyLoss()}, none) == {}

@@ -3,11 +3,15 @@ import torch
 from torch import nn
 
 from ddp_sgd.config import RunConfig
+from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.engine.buffers import TrainingBuffers
 from ddp_sgd.engine.capture import capture, describe_loss, velocities
 from ddp_sgd.engine.restoring import (
+    model_misfits,
     plan_from,
     refuse_misfit,
     restore,
+    restore_buffers,
     restore_velocities,
     state_from,
 )
@@ -162,3 +166,69 @@ def test_weights_and_velocities_come_back_bit_by_bit():
         assert name == same
         assert torch.equal(was, now)
         assert was.abs().sum() > 0
+
+
+class Ranges(nn.Module):
+    """Buffers that get their size in use, as those of observers do."""
+
+    def __init__(self, size=0):
+        super().__init__()
+        self.register_buffer("low", torch.arange(float(size)))
+        self.register_buffer("moving", torch.full((2,), float(size)), persistent=False)
+
+
+class Resizing(nn.Linear):
+    """Loads its scale in its own way, as torch's fake quantization does."""
+
+    def __init__(self, size=1):
+        super().__init__(2, 2)
+        self.register_buffer("scale", torch.full((size,), 3.0))
+
+    def _load_from_state_dict(self, state_dict, prefix, *arguments):
+        self.scale.resize_(state_dict[f"{prefix}scale"].shape)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+
+def saved_state(model, **others):
+    return {"model": model.state_dict(), "cursor": {"step": 7}, **others}
+
+
+@pytest.mark.parametrize("kind", [Ranges, Resizing])
+def test_a_buffer_that_gets_its_size_in_use_comes_back(kind):
+    was, now = nn.Sequential(kind(4)), nn.Sequential(kind())
+    assert model_misfits(was.state_dict(), now) == []
+    restore(now, saved_state(was))
+    assert all(map(torch.equal, was.state_dict().values(), now.state_dict().values()))
+
+
+def test_a_module_that_does_not_take_its_state_back():
+    class Stubborn(Resizing):
+        def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, *rest):
+            rest[2].append("no, thank you")
+
+    with pytest.raises(RefusedError, match=r"of step 7 is of another run: .*no, thank you"):
+        restore(Stubborn(), saved_state(Stubborn()))
+
+
+def restored(saved, model, loss, places):
+    buffers = TrainingBuffers(places, [], Runtime())
+    restore_buffers(model, {"loss": loss}, buffers, saved_state(model, **saved))
+
+
+def test_buffers_that_the_state_lacks_come_back():
+    model, loss = Ranges(), nn.CrossEntropyLoss(weight=torch.ones(2))
+    saved = {"buffers": {"moving": torch.ones(2), "gone": torch.ones(1)}}
+    restored(saved, model, loss, [(model, "moving")])
+    assert model.moving.tolist() == [1, 1]
+    restored({}, model, loss, [(model, "moving")])  # of a release that did not save them
+    assert model.moving.tolist() == [1, 1]
+
+
+def test_a_loss_with_other_values_is_another_one():
+    model, loss = Ranges(), nn.CrossEntropyLoss(weight=torch.ones(2))
+    saved = {"loss_buffers": {"loss.weight": torch.tensor([1.0, 2.0])}}
+    with pytest.raises(RefusedError, match=r"step 7 is .*loss.weight of the loss had other values"):
+        restored(saved, model, loss, [])
+    restored(saved, model, loss, [(loss, "weight")])  # a state that steps change
+    assert loss.weight.tolist() == [1, 2]
+    restored(saved, model, loss, [])
