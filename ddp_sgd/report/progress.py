@@ -39,7 +39,7 @@ class Progress:
         for line in plan_lines(record.plan, record.config["schedule"]["milestones"]):
             self.say(line)
         for note in record.notes:
-            self.say(f"note: {note}")
+            self.say(f"note      {note}")
         self.say(f"results in {record.folder}")
         if sys.stderr.isatty():
             self._bar = tqdm(
