@@ -27,12 +27,12 @@ from ddp_sgd.engine.model_check import check_model
 from ddp_sgd.engine.model_inputs import choose_spread
 from ddp_sgd.engine.normalization import check_normalization
 from ddp_sgd.engine.restoring import (
+    broadcast_state,
     plan_from,
     refuse_misfit,
     restore,
     restore_buffers,
     restore_velocities,
-    share_other_state,
     state_from,
 )
 from ddp_sgd.engine.resume import Past
@@ -249,6 +249,8 @@ def assemble(config: RunConfig, parts: Parts, runtime: Runtime, past: Past) -> J
     plan = plan_from(config, past.header, samples=samples, world_size=runtime.world_size)
     state, skip = state_from(past.header, plan)
     model, modules = _on_device(parts, runtime)
+    if past.header:  # before the check, which has to find the same on every rank
+        broadcast_state(model, runtime)
     check_normalization(model, plan, step=state.step, skip=skip, device=runtime.device)
     facts = check_training(model, parts.loss, parts.train_set, parts.batch, plan, runtime)
     optimizer = _optimizer(config, model)
@@ -260,7 +262,6 @@ def assemble(config: RunConfig, parts: Parts, runtime: Runtime, past: Past) -> J
     others = (module.get_buffer(own) for module, own in buffers_by_name(modules).values())
     broadcast_over_ranks(others, runtime)
     if past.header:
-        share_other_state(model, runtime)
         broadcast_over_ranks((buffer for _, buffer in velocities(model, optimizer)), runtime)
         replica.remember(saved.get("compression") if saved else None)
     pulse, clip_norm = Pulse(), config.optim.clip_norm
@@ -390,5 +391,16 @@ def build_scorer(
         device=runtime.device,
         collate=collate,
     )
-    seed_chunk = partial(facts.randomness.seed_chunk, config.seed)
-    return partial(evaluate, model, facts.objective, loader, runtime, pulse, seed_chunk=seed_chunk)
+    begin_chunk = partial(facts.begin_chunk, config.seed)
+    score = partial(
+        evaluate, model, facts.objective, loader, runtime, pulse, seed_chunk=begin_chunk
+    )
+
+    def score_without_trace(*interrupted: Callable[[], bool]) -> Metrics:
+        facts.buffers.keep()
+        try:
+            return score(*interrupted)
+        finally:
+            facts.buffers.restore()
+
+    return score_without_trace

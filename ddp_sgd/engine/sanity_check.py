@@ -91,12 +91,26 @@ class EvaluationFacts:
     Args:
         objective: The loss, as the sum over units that it is made of.
         randomness: The generators that it draws from.
+        buffers: The buffers that it changes, such as those of observers.
         communicates: Whether model or loss talk to other ranks.
     """
 
     objective: Objective
     randomness: Randomness
+    buffers: TrainingBuffers
     communicates: bool
+
+    def begin_chunk(self, seed: int, chunk: int) -> None:
+        """Seed what is drawn for a chunk, and put the buffers back that those before it changed.
+
+        So no score depends on which chunks a rank has scored before.
+
+        Args:
+            seed: Seed of the run.
+            chunk: Number of the chunk, from 0.
+        """
+        self.buffers.restore()
+        self.randomness.seed_chunk(seed, chunk)
 
 
 def check_dataset(dataset: Any, where: str) -> None:
@@ -173,13 +187,15 @@ def check_training(
         check_gradients(model)
         check_changed_parameters(model, effects.changed_parameters(), plan)
         randomness.follow(effects)
-        changed = effects.changed_buffers()
+        changed, resized = effects.changed_buffers(), effects.resized_buffers()
         read = _read_in_training(check, effects, randomness, changed, runtime)
         objective, notes = check.judge(outputs)
     statistics = statistics_of(whole)
     return TrainingFacts(
         objective=objective,
-        buffers=TrainingBuffers(list(dict.fromkeys([*changed, *statistics])), read, runtime),
+        buffers=TrainingBuffers(
+            list(dict.fromkeys([*changed, *statistics])), read, runtime, resized
+        ),
         randomness=randomness,
         notes=notes,
     )
@@ -209,9 +225,14 @@ def check_evaluation(
         with watch:
             outputs, _ = check.forward()
         randomness.follow(effects)
+        changed = effects.changed_buffers()
         objective, _ = check.judge(outputs)
-    communicates = isinstance(watch, _CollectiveWatch) and watch.seen
-    return EvaluationFacts(objective=objective, randomness=randomness, communicates=communicates)
+    return EvaluationFacts(
+        objective=objective,
+        randomness=randomness,
+        buffers=TrainingBuffers(changed, [], runtime),
+        communicates=isinstance(watch, _CollectiveWatch) and watch.seen,
+    )
 
 
 class _CollectiveWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
