@@ -110,11 +110,13 @@ class TrainingBuffers:
         for (number, value), tensor, pointer in zip(
             values.items(), now, _pointers(now), strict=True
         ):
-            if tensor is self._before[number] and pointer == self._pointers[number]:
+            if tensor is not self._before[number]:
+                _set(self._places[number], value.clone())
+            elif pointer != self._pointers[number]:
+                tensor.data = value.clone()
+            else:
                 written.append(tensor.detach())
                 with_values.append(value)
-            else:
-                tensor.data = value.clone()
         if written:
             torch._foreach_copy_(written, with_values)
 
