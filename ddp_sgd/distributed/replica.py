@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp_sgd.distributed.buckets import settle_buckets
-from ddp_sgd.distributed.collectives import broadcast_over_ranks, sum_over_ranks
+from ddp_sgd.distributed.collectives import sum_over_ranks
 from ddp_sgd.distributed.compression import Hook
+from ddp_sgd.distributed.model_state import broadcast_buffers, broadcast_parameters
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.errors import ConfigError
 
@@ -83,11 +84,7 @@ class Replica:
 
     def sync_buffers(self) -> None:
         """Replace the buffers, such as running statistics, by those of rank 0."""
-        broadcast_over_ranks((buffer.detach() for buffer in self.inner.buffers()), self._runtime)
-
-    def _sync_parameters(self) -> None:
-        """Replace the parameters by those of rank 0."""
-        broadcast_over_ranks((p.detach() for p in self.inner.parameters()), self._runtime)
+        broadcast_buffers(self.inner, self._runtime)
 
     def memory(self) -> Mapping[str, Any]:
         """Gather what a resume needs besides weights; all ranks call this after the same step.
@@ -118,7 +115,7 @@ class FlatReplica(Replica):
 
     def __init__(self, model: nn.Module, runtime: Runtime) -> None:
         super().__init__(model, runtime)
-        self._sync_parameters()
+        broadcast_parameters(model, runtime)
         self.sync_buffers()
         self._buffers: list[torch.Tensor] = []
         self._views: list[torch.Tensor] = []
@@ -173,7 +170,7 @@ class WrappedReplica(Replica):
     ) -> None:
         super().__init__(model, runtime)
         self._hook = hook
-        self._sync_parameters()
+        broadcast_parameters(model, runtime)
         self._ddp = DistributedDataParallel(
             model,
             device_ids=None if runtime.device.type == "cpu" else [runtime.device],

@@ -28,12 +28,12 @@ from ddp_sgd.engine.model_check import check_model
 from ddp_sgd.engine.model_inputs import choose_spread
 from ddp_sgd.engine.normalization import check_normalization
 from ddp_sgd.engine.restoring import (
+    broadcast_state,
     plan_from,
     refuse_misfit,
     restore,
     restore_buffers,
     restore_velocities,
-    share_other_state,
     state_from,
 )
 from ddp_sgd.engine.resume import Past
@@ -269,6 +269,8 @@ def assemble(
     plan = plan_from(config, past.header, samples=samples, world_size=runtime.world_size)
     state, skip = state_from(past.header, plan)
     model, modules = _on_device(parts, runtime)
+    if past.header:  # before the check, which has to find the same on every rank
+        broadcast_state(model, runtime)
     check_normalization(model, plan, step=state.step, skip=skip, device=runtime.device)
     size = config.data.batch_size
     batch = read_batch(parts.train_set, "data.train", batch_size=size, collate=parts.collate)
@@ -282,7 +284,6 @@ def assemble(
     others = (module.get_buffer(own) for module, own in buffers_by_name(modules).values())
     broadcast_over_ranks(others, runtime)
     if past.header:
-        share_other_state(model, runtime)
         broadcast_over_ranks((buffer for _, buffer in velocities(model, optimizer)), runtime)
         replica.remember(saved.get("compression") if saved else None)
     pulse, clip_norm = Pulse(), config.optim.clip_norm
@@ -413,5 +414,16 @@ def build_scorer(
         device=runtime.device,
         collate=collate,
     )
-    seed_chunk = partial(facts.randomness.seed_chunk, config.seed)
-    return partial(evaluate, model, facts.objective, loader, runtime, pulse, seed_chunk=seed_chunk)
+    begin_chunk = partial(facts.begin_chunk, config.seed)
+    score = partial(
+        evaluate, model, facts.objective, loader, runtime, pulse, seed_chunk=begin_chunk
+    )
+
+    def score_without_trace(*interrupted: Callable[[], bool]) -> Metrics:
+        facts.buffers.keep()
+        try:
+            return score(*interrupted)
+        finally:
+            facts.buffers.restore()
+
+    return score_without_trace

@@ -1,12 +1,13 @@
 """Buffers that training changes: broadcast from rank 0 before a step, restored if it is skipped."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ddp_sgd.distributed.collectives import broadcast_over_ranks
+from ddp_sgd.distributed.collectives import broadcast_over_ranks, from_rank_0
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.side_effects import Place
 
@@ -24,18 +25,27 @@ class TrainingBuffers:
         places: The buffers that change.
         read: Those of them that a forward pass in training mode reads.
         runtime: This process.
+        resized: Those that were made or resized in use, whose shapes may differ between ranks.
 
     Attributes:
         synced: Whether there are buffers that must be the same on every rank before a step.
     """
 
-    def __init__(self, places: Sequence[Place], read: Sequence[Place], runtime: Runtime) -> None:
+    def __init__(
+        self,
+        places: Sequence[Place],
+        read: Sequence[Place],
+        runtime: Runtime,
+        resized: Sequence[Place] = (),
+    ) -> None:
         self._places = list(places)
-        self._read = list(read)
+        self._read = [place for place in read if place not in resized]
+        self._resized = [place for place in read if place in resized]
         self._runtime = runtime
-        self._before: list[torch.Tensor] = []
-        self._copies: list[torch.Tensor] = []
-        self.synced = bool(self._read) and not runtime.alone
+        self._before: list[torch.Tensor | None] = []
+        self._copies: list[torch.Tensor | None] = []
+        self._pointers: list[int] = []
+        self.synced = bool(read) and not runtime.alone
 
     def __bool__(self) -> bool:
         return bool(self._places)
@@ -44,18 +54,33 @@ class TrainingBuffers:
         return place in self._places
 
     def sync(self) -> None:
-        """Replace the buffers that training reads by those of rank 0, equal in shape."""
-        if self.synced:
-            broadcast_over_ranks((_buffer(place).detach() for place in self._read), self._runtime)
+        """Replace the buffers that training reads by those of rank 0."""
+        if not self.synced:
+            return
+        buffers = map(_buffer, self._read)
+        broadcast_over_ranks((b.detach() for b in buffers if b is not None), self._runtime)
+        if self._resized:
+            mine = [None if (b := _buffer(place)) is None else b.cpu() for place in self._resized]
+            device = self._runtime.device
+            for place, value in zip(self._resized, from_rank_0(mine, self._runtime), strict=True):
+                _set(place, None if value is None else value.to(device))
 
     def keep(self) -> None:
         """Remember the values before a step."""
         self._before = [_buffer(place) for place in self._places]
-        values = [tensor.detach() for tensor in self._before]
-        if [t.shape for t in values] == [t.shape for t in self._copies]:
-            torch._foreach_copy_(self._copies, values)
+        self._pointers = _pointers(self._before)
+        values = [tensor.detach() for tensor in self._before if tensor is not None]
+        if _are_alike(self._before, self._copies):
+            copies = [copy for copy in self._copies if copy is not None]
+            if copies:
+                torch._foreach_copy_(copies, values)
         else:
-            self._copies = [tensor.clone() for tensor in values]
+            self._copies = [None if t is None else t.detach().clone() for t in self._before]
+
+    def restore(self) -> None:
+        """Put the remembered values back."""
+        for number, copy in enumerate(self._copies):
+            self._put(number, copy)
 
     def restore_where(self, skipped: torch.Tensor) -> None:
         """Put the remembered values back if the step was skipped; nothing waits to find out.
@@ -64,33 +89,43 @@ class TrainingBuffers:
             skipped: Tensor without dimensions, on the device of the buffers; 1 if it was, else 0.
         """
         now = [_buffer(place) for place in self._places]
-        if [t.shape for t in now] != [t.shape for t in self._copies]:
-            self._restore_resized(skipped)
+        if not _are_alike(now, self._copies):
+            if bool(skipped):  # waits for the device, in a step that made memory anyway
+                self.restore()
             return
         is_skipped = skipped.bool()
-        for dtype in dict.fromkeys(tensor.dtype for tensor in now):
-            chosen = [number for number, tensor in enumerate(now) if tensor.dtype == dtype]
-            kept, new = ([all_of[n] for n in chosen] for all_of in (self._copies, now))
-            flat = torch.where(is_skipped, _flat(kept), _flat(new))
+        pairs = zip(self._copies, now, strict=True)
+        both = {n: (k, t) for n, (k, t) in enumerate(pairs) if k is not None and t is not None}
+        for kind in dict.fromkeys((tensor.dtype, tensor.device) for _, tensor in both.values()):
+            chosen = [n for n, (_, tensor) in both.items() if (tensor.dtype, tensor.device) == kind]
+            kept, new = ([both[n][side] for n in chosen] for side in (0, 1))
+            flat = torch.where(is_skipped.to(kind[1]), _flat(kept), _flat(new))
             parts = torch.split(flat, [tensor.numel() for tensor in new])
             values = [part.view(t.shape) for part, t in zip(parts, new, strict=True)]
-            self._write(dict(zip(chosen, values, strict=True)))
+            self._write(dict(zip(chosen, values, strict=True)), new)
 
-    def _write(self, values: dict[int, torch.Tensor]) -> None:
-        """Write in place; a buffer that was assigned may share its memory, and is assigned."""
-        places = {number: self._places[number] for number in values}
-        in_place = [n for n, place in places.items() if _buffer(place) is self._before[n]]
-        if in_place:
-            written = [_buffer(places[n]).detach() for n in in_place]
-            torch._foreach_copy_(written, [values[n] for n in in_place])
-        for number in values.keys() - set(in_place):
-            _set(places[number], values[number].clone())
+    def _write(self, values: dict[int, torch.Tensor], now: list[torch.Tensor]) -> None:
+        """Write in place, but for buffers that were given other memory, perhaps that of others."""
+        written, with_values = [], []
+        for (number, value), tensor, pointer in zip(
+            values.items(), now, _pointers(now), strict=True
+        ):
+            if tensor is not self._before[number]:
+                _set(self._places[number], value.clone())
+            elif pointer != self._pointers[number]:
+                tensor.data = value.clone()
+            else:
+                written.append(tensor.detach())
+                with_values.append(value)
+        if written:
+            torch._foreach_copy_(written, with_values)
 
-    def _restore_resized(self, skipped: torch.Tensor) -> None:
-        """Restore buffers of which some got another shape, such as at their first use."""
-        if bool(skipped):  # waits for the device, in a step that made memory anyway
-            for place, copy in zip(self._places, self._copies, strict=True):
-                _set(place, copy.clone())
+    def _put(self, number: int, value: torch.Tensor | None) -> None:
+        """Put a value back into the tensor that held it."""
+        before = self._before[number]
+        if before is not None and value is not None:
+            before.data = value.clone()
+        _set(self._places[number], before)
 
 
 def buffers_by_name(modules: Mapping[str, nn.Module]) -> dict[str, Place]:
@@ -106,6 +141,20 @@ def buffers_by_name(modules: Mapping[str, nn.Module]) -> dict[str, Place]:
                 if buffer is not None:
                     found.setdefault((module, name), ".".join(filter(None, (where, path, name))))
     return {name: place for place, name in found.items()}
+
+
+def unset_buffers(model: nn.Module) -> dict[str, Place]:
+    """List the buffers that are registered as None until a forward pass makes them.
+
+    Args:
+        model: Module with all that is below it.
+    """
+    return {
+        ".".join(filter(None, (path, name))): (module, name)
+        for path, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is None
+    }
 
 
 def is_saved(place: Place) -> bool:
@@ -130,17 +179,29 @@ def statistics_of(modules: Iterable[nn.Module]) -> list[Place]:
     ]
 
 
-def _buffer(place: Place) -> torch.Tensor:
+def _buffer(place: Place) -> torch.Tensor | None:
     module, name = place
-    buffer = module._buffers[name]
-    if buffer is None:
-        raise RuntimeError(f"the buffer {name} of {type(module).__name__} is gone")
-    return buffer
+    return module._buffers.get(name)
 
 
-def _set(place: Place, value: torch.Tensor) -> None:
+def _set(place: Place, value: torch.Tensor | None) -> None:
     module, name = place
     module._buffers[name] = value
+
+
+def _are_alike(some: Sequence[torch.Tensor | None], others: Sequence[torch.Tensor | None]) -> bool:
+    """Whether tensors have equal shapes, types and devices, so that one call can copy all."""
+    return [_form(tensor) for tensor in some] == [_form(tensor) for tensor in others] and all(
+        tensor is None or tensor.layout is torch.strided for tensor in some
+    )
+
+
+def _form(tensor: torch.Tensor | None) -> tuple[Any, ...]:
+    return () if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
+
+
+def _pointers(tensors: Iterable[torch.Tensor | None]) -> list[int]:
+    return [t.data_ptr() if t is not None and t.layout is torch.strided else 0 for t in tensors]
 
 
 def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ from ddp_sgd.building import build
 from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.checkpointing.reading import find_checkpoint, read_tensors
 from ddp_sgd.config import Component, RunConfig
-from ddp_sgd.distributed.collectives import broadcast_over_ranks, from_rank_0
+from ddp_sgd.distributed.collectives import from_rank_0
+from ddp_sgd.distributed.model_state import broadcast_buffers, broadcast_parameters
 from ddp_sgd.distributed.pulse import Pulse
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.assembly import (
@@ -106,7 +106,8 @@ def score_anew(saved: Saved, runtime: Runtime) -> tuple[Metrics, str]:
             _load(model, kept, read_tensors(saved.file), saved.config)
         for module in (model, *modules.values()):
             module.to(runtime.device)
-            _share(module, runtime)
+            broadcast_parameters(module, runtime)
+            broadcast_buffers(module, runtime)
         score = build_scorer(config, model, loss, eval_set, runtime, Pulse(), collate)
         return score(), weights_digest(model)
 
@@ -146,9 +147,3 @@ def _load(
         if name in places:
             module, own = places[name]
             module._buffers[own] = value
-
-
-def _share(model: nn.Module, runtime: Runtime) -> None:
-    """Replace the parameters and buffers of a module by those of rank 0."""
-    tensors = chain(model.parameters(), model.buffers())
-    broadcast_over_ranks((tensor.detach() for tensor in tensors), runtime)

@@ -14,7 +14,8 @@ from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.checkpointing.reading import read_tensors
 from ddp_sgd.config import RunConfig, rank_batch
 from ddp_sgd.data.permutation import ORDER
-from ddp_sgd.distributed.collectives import broadcast_over_ranks, from_rank_0
+from ddp_sgd.distributed.collectives import from_rank_0
+from ddp_sgd.distributed.model_state import broadcast_buffers, broadcast_parameters
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import TrainingBuffers, buffers_by_name
 from ddp_sgd.engine.capture import describe_loss, velocities
@@ -144,9 +145,7 @@ def hand_over(model: nn.Module, file: Path | None, runtime: Runtime) -> None:
         if differences := model_misfits(tensors["model"], model):
             raise _misfit(_step_of(tensors), differences)
         restore(model, tensors)
-    tensors_now = [value for value in model.state_dict().values() if torch.is_tensor(value)]
-    broadcast_over_ranks(tensors_now, runtime)
-    share_other_state(model, runtime)
+    broadcast_state(model, runtime)
 
 
 def restore(model: nn.Module, tensors: Mapping[str, Any]) -> None:
@@ -222,11 +221,10 @@ def restore_buffers(
                 raise _misfit(_step_of(tensors), [f"{name} of the loss had other values"])
 
 
-def share_other_state(model: nn.Module, runtime: Runtime) -> None:
-    """Give every rank the state of rank 0 that is neither parameter nor buffer.
-
-    Modules keep it by ``get_extra_state``; wrappers copy parameters and buffers only.
-    """
+def broadcast_state(model: nn.Module, runtime: Runtime) -> None:
+    """Give every rank the parameters, the buffers and the extra state of rank 0."""
+    broadcast_parameters(model, runtime)
+    broadcast_buffers(model, runtime)
     known = {
         name
         for named in (model.named_parameters, model.named_buffers)

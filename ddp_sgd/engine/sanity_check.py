@@ -92,12 +92,26 @@ class EvaluationFacts:
     Args:
         objective: The loss, as the sum over units that it is made of.
         randomness: The generators that it draws from.
+        buffers: The buffers that it changes, such as those of observers.
         communicates: Whether model or loss talk to other ranks.
     """
 
     objective: Objective
     randomness: Randomness
+    buffers: TrainingBuffers
     communicates: bool
+
+    def begin_chunk(self, seed: int, chunk: int) -> None:
+        """Seed what is drawn for a chunk, and put the buffers back that those before it changed.
+
+        So no score depends on which chunks a rank has scored before.
+
+        Args:
+            seed: Seed of the run.
+            chunk: Number of the chunk, from 0.
+        """
+        self.buffers.restore()
+        self.randomness.seed_chunk(seed, chunk)
 
 
 def check_dataset(dataset: Any, where: str) -> None:
@@ -174,7 +188,7 @@ def check_training(
         check_gradients(model)
         check_changed_parameters(model, effects.changed_parameters(), plan)
         randomness.follow(effects)
-        changed = effects.changed_buffers()
+        changed, resized = effects.changed_buffers(), effects.resized_buffers()
         read = _read_in_training(check, effects, randomness, changed, runtime)
         objective, notes = check.judge(outputs)
     named = buffers_by_name({"": model, **{f"loss: {k}": each for k, each in modules.items()}})
@@ -182,7 +196,10 @@ def check_training(
     return TrainingFacts(
         objective=objective,
         buffers=TrainingBuffers(
-            _on_any_rank(kept, named, runtime), _on_any_rank(set(read), named, runtime), runtime
+            _on_any_rank(kept, named, runtime),
+            _on_any_rank(set(read), named, runtime),
+            runtime,
+            _on_any_rank(set(resized), named, runtime),
         ),
         randomness=randomness,
         notes=notes,
@@ -213,9 +230,14 @@ def check_evaluation(
         with watch:
             outputs, _ = check.forward()
         randomness.follow(effects)
+        changed = effects.changed_buffers()
         objective, _ = check.judge(outputs)
-    communicates = isinstance(watch, _CollectiveWatch) and watch.seen
-    return EvaluationFacts(objective=objective, randomness=randomness, communicates=communicates)
+    return EvaluationFacts(
+        objective=objective,
+        randomness=randomness,
+        buffers=TrainingBuffers(changed, [], runtime),
+        communicates=isinstance(watch, _CollectiveWatch) and watch.seen,
+    )
 
 
 class _CollectiveWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]

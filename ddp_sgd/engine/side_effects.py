@@ -24,13 +24,23 @@ class _Memory(NamedTuple):
 
 
 class _Form(NamedTuple):
-    """A buffer as it was: the tensor, its version, and where it lies in its storage."""
+    """A parameter or buffer as it was: the tensor, its version, and another one on its memory."""
 
     tensor: torch.Tensor
     version: int
-    shape: torch.Size
-    strides: tuple[int, ...]
-    offset: int
+    data: torch.Tensor
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the tensor was resized, or given other memory, such as by ``p.data = ...``."""
+        now = self.tensor
+        if now.layout is not torch.strided or self.data.layout is not torch.strided:
+            return False
+        return (now.shape, now.stride(), now.data_ptr()) != (
+            self.data.shape,
+            self.data.stride(),
+            self.data.data_ptr(),
+        )
 
 
 @contextmanager
@@ -72,6 +82,7 @@ class SideEffects:
         self._classes = [type(module) for module in self._modules]  # lazy modules become others
         self._forms = {place: _form(place[0]._buffers[place[1]]) for place in self._places()}
         tensors = [p for m in self._modules for p in m._parameters.values() if p is not None]
+        self._parameters = {p: _form(p) for p in tensors}
         self._gradients = [(p, p.grad) for p in tensors]
         for parameter, _ in self._gradients:
             parameter.grad = None
@@ -101,13 +112,14 @@ class SideEffects:
             if place not in self._forms or self._is_changed(place, self._forms[place])
         ]
 
+    def resized_buffers(self) -> list[Place]:
+        """List the buffers that were made, removed or resized."""
+        places = dict.fromkeys([*self._forms, *self._places()])
+        return [place for place in places if self._is_resized(place)]
+
     def changed_parameters(self) -> list[nn.Parameter]:
         """List the parameters whose values differ."""
-        return [
-            p
-            for p, _ in self._gradients
-            if (memory := self._memory_of(p)) and not _equal(memory.storage, memory.content)
-        ]
+        return [p for p, form in self._parameters.items() if self._has_other_values(p, form)]
 
     def undo(self) -> None:
         """Put everything back."""
@@ -133,10 +145,9 @@ class SideEffects:
             if storage.nbytes() != content.nbytes():
                 storage.resize_(content.nbytes())
             storage.copy_(content)
-        for form in self._forms.values():
-            tensor = form.tensor
-            if tensor.shape != form.shape:
-                tensor.set_(tensor.untyped_storage(), form.offset, form.shape, form.strides)
+        for form in (*self._parameters.values(), *self._forms.values()):
+            if form.is_elsewhere:
+                form.tensor.data = form.data
 
     def _places(self) -> list[Place]:
         return [
@@ -148,10 +159,22 @@ class SideEffects:
 
     def _is_changed(self, place: Place, before: _Form) -> bool:
         now = place[0]._buffers[place[1]]
-        if now is not before.tensor or now.shape != before.shape or _version(now) != before.version:
+        if now is not before.tensor or before.is_elsewhere or _version(now) != before.version:
             return True
         memory = self._memory_of(now)  # writes through .data or numpy leave no version
         return memory is not None and not _equal(memory.storage, memory.content)
+
+    def _is_resized(self, place: Place) -> bool:
+        now = place[0]._buffers.get(place[1])
+        if now is None or place not in self._forms:
+            return True
+        return now.shape != self._forms[place].data.shape
+
+    def _has_other_values(self, parameter: nn.Parameter, form: _Form) -> bool:
+        memory = self._memory_of(form.data)
+        if memory is not None and not _equal(memory.storage, memory.content):
+            return True
+        return form.is_elsewhere and not torch.equal(parameter.data, form.data)
 
     def _keep(self, tensor: torch.Tensor) -> None:
         if tensor.layout is torch.strided and tensor.device.type != "meta":
@@ -172,17 +195,10 @@ def _is_lazy(module: nn.Module) -> bool:
     return any(tensor is not None and is_lazy(tensor) for tensor in own)
 
 
-def _form(buffer: torch.Tensor | None) -> _Form:
-    if buffer is None:
+def _form(tensor: torch.Tensor | None) -> _Form:
+    if tensor is None:
         raise RuntimeError("a place without a buffer")
-    is_strided = buffer.layout is torch.strided
-    return _Form(
-        buffer,
-        _version(buffer),
-        buffer.shape,
-        buffer.stride() if is_strided else (),
-        int(buffer.storage_offset()) if is_strided else 0,
-    )
+    return _Form(tensor, _version(tensor), tensor.data)
 
 
 def _version(tensor: torch.Tensor | None) -> int:

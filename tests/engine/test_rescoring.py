@@ -1,5 +1,4 @@
 import pytest
-import torch
 from ranks import run_ranks
 from saved_run import describe, files_of, train
 from torch import nn
@@ -9,7 +8,7 @@ from ddp_sgd.config import RunConfig, read_command_line
 from ddp_sgd.data import Digits
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.fit import fit
-from ddp_sgd.engine.rescoring import _share, look_up, score_anew
+from ddp_sgd.engine.rescoring import look_up, score_anew
 from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.report.journal import read_journal
 
@@ -70,18 +69,6 @@ def test_a_missing_checkpoint_is_told_by_rank_0(tmp_path):
     first, second = run_ranks(2, rescore, tmp_path, raises=True)
     assert (first.error, second.error) == ("DataError", "FaultElsewhereError")
     assert "holds no checkpoint that is whole" in str(first)
-
-
-def share_transposed(runtime):
-    layer = nn.Linear(4, 3)
-    layer.weight = nn.Parameter(torch.arange(12.0).reshape(4, 3).T + runtime.rank)
-    _share(layer, runtime)
-    return layer.weight.tolist(), layer.weight.stride()
-
-
-def test_weights_that_are_not_contiguous_are_shared_as_well():
-    first, second = run_ranks(2, share_transposed)
-    assert first == second == (torch.arange(12.0).reshape(4, 3).T.tolist(), (1, 3))
 
 
 class Linear(nn.Linear):

@@ -687,3 +687,24 @@ class Attention(nn.Module):
         inputs = inputs * self.scales["in"] + self.shifts[0]
         outputs = self.attention(inputs, inputs, inputs)[0].mean(dim=1)
         return self.last(outputs * self.scales["out"] + self.shifts[1])
+
+
+class Renormalized(nn.Module):
+    """Normalizes by running statistics in training as well, which each pass updates."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(WIDTH, 8), Running(8), nn.Linear(8, CLASSES)
+
+    def forward(self, inputs):
+        return self.last(self.norm(self.first(inputs)))
+
+
+class Running(nn.BatchNorm1d):
+    """Batch normalization by the statistics of all passes so far."""
+
+    def forward(self, inputs):
+        if self.training:
+            super().forward(inputs)
+        scale = (self.running_var + self.eps).rsqrt()
+        return (inputs - self.running_mean) * scale * self.weight + self.bias

@@ -5,6 +5,7 @@ import random
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,8 @@ class Case:
 
     Args:
         model: Builds the model.
-        data: Builds the data set, also the held-out one.
+        data: Builds the data set.
+        held_out: Builds the data set that is scored; None: the training set.
         loss: Builds the loss, the mean over samples or weighed targets.
         collate: Class of the collate function; None: torch's default_collate.
         dtype: Type of the parameters; None leaves them as they were built.
@@ -39,6 +41,7 @@ class Case:
     data: Callable[[], Any]
     loss: Callable[[], Any] = nn.CrossEntropyLoss
     collate: type | None = None
+    held_out: Callable[[], Any] | None = None
     dtype: torch.dtype | None = torch.float64
     changes: Mapping[str, Any] = field(default_factory=dict)
 
@@ -50,9 +53,10 @@ class Case:
         model = self.model()
         return model if self.dtype is None else model.to(self.dtype)
 
-    def batch(self, indices):
+    def batch(self, indices, data=None):
         """Form a batch of the samples with these indices."""
-        data, collate = self.data(), self.collate() if self.collate else default_collate
+        collate = self.collate() if self.collate else default_collate
+        data = data or self.data()
         return collate([data[int(index)] for index in indices])
 
 
@@ -99,17 +103,17 @@ def describe(case, folder, world_size, *, accumulate=1, **changes):
     return RunConfig(output_dir=str(folder), **basis | changes)
 
 
-def train(case, runtime, folder, *, accumulate=1, stop=None, scores=True, **changes):
-    """Train a case by ``fit``; with ``scores``, its own samples are the held-out ones, too."""
+def train(case, runtime, folder, *, accumulate=1, stop=None, **changes):
+    """Train a case by ``fit``."""
     model = case.build_model()
     # A run must not depend on what the process drew before.
-    torch.manual_seed(runtime.rank + 77), random.seed(runtime.rank), np.random.seed(runtime.rank)
+    seed_all(77 + runtime.rank)
     result = fit(
         describe(case, folder, runtime.world_size, accumulate=accumulate, **changes),
         runtime,
         model=model,
         train_set=case.data(),
-        eval_set=case.data() if scores else None,
+        eval_set=(case.held_out or case.data)(),
         loss=case.loss(),
         stop=stop,
     )
@@ -133,71 +137,77 @@ def whole_batches(case):
     return [[[range(len(case.data()))]]] * STEPS
 
 
-def micro_batches(case, world_size, *, accumulate=1, steps=STEPS, seed=0):
-    """List the indices of each micro-batch, by step and rank, in the order of a run."""
-    samples = len(case.data())
-    size = -(-samples // (world_size * accumulate))
+def micro_batches(case, config, world_size):
+    """List the indices of each micro-batch of a run, by step and rank."""
+    data = config.data
     orders = [
         Order(
-            samples,
-            global_batch=size * world_size * accumulate,
-            batch_size=size,
+            len(case.data()),
+            global_batch=data.batch_size * world_size * data.accumulate,
+            batch_size=data.batch_size,
             rank=rank,
             world_size=world_size,
-            seed=seed,
+            seed=config.seed,
             tail="exact",
         )
         for rank in range(world_size)
     ]
-    taken = []
-    for epoch in range(steps):
+    steps = []
+    for epoch in range(config.epochs):
         for order in orders:
             order.set_epoch(epoch)
-        taken.append([list(order) for order in orders])
-    return taken
+        batches = [iter(order) for order in orders]
+        for step in range(orders[0].steps_per_epoch):
+            counts = [len(order.share(step)[1]) for order in orders]
+            ranks = zip(batches, counts, strict=True)
+            steps.append([list(islice(own, count)) for own, count in ranks])
+    return steps
 
 
-def reference(case, steps, *, call=None, seed=0, skipped=()):
+def reference(case, steps, *, call=None, rate=None, skipped=()):
     """Take steps by ``torch.optim.SGD`` in this process, on the mean loss over samples.
 
     Args:
         case: Model, data and loss.
         steps: Indices of each micro-batch, by step and rank.
         call: Calls the model with inputs; None: with one argument.
-        seed: Seed of the run, from which the seeds of steps and ranks follow.
+        rate: Gives the learning rate of a step; None: the same for all.
         skipped: Numbers of the steps to leave out.
     """
     model, loss_function = case.build_model(), case.loss()
     if type(model).train is not nn.Module.train:  # it freezes parts of itself
         model.train()
-    call = call or (lambda model, inputs: model(inputs))
-    options = {"momentum": MOMENTUM, "weight_decay": DECAY, "lr": LR} | case.changes.get(
-        "optim", {}
-    )
+    options = {"momentum": MOMENTUM, "weight_decay": DECAY, "lr": LR}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], **options)
     for number, ranks in enumerate(steps):
         if number in skipped:
             continue
+        for group in optimizer.param_groups if rate else ():
+            group["lr"] = rate(number)
         optimizer.zero_grad()
-        samples = sum(len(indices) for rank in ranks for indices in rank)
-        before = copy_buffers(model)
-        for rank, batches in enumerate(ranks):
-            put_buffers(model, before)  # every rank begins a step with those of rank 0
-            seed_all(seed_for("model", seed, number, rank))
-            for indices in batches:
-                inputs, targets = case.batch(indices)
-                loss = loss_function(call(model, inputs), targets)
-                loss.backward(torch.full_like(loss, len(indices) / samples))
-            if rank == 0:
-                after = copy_buffers(model)
-        put_buffers(model, after)
+        accumulate_gradients(case, model, loss_function, ranks, number, call=call)
         optimizer.step()
     return model
 
 
+def accumulate_gradients(case, model, loss_function, ranks, number, *, call=None):
+    """Run the passes of all ranks in a step; the buffers become those of rank 0."""
+    call = call or (lambda model, inputs: model(inputs))
+    samples = sum(len(indices) for rank in ranks for indices in rank)
+    before = copy_buffers(model)
+    for rank, batches in reversed(list(enumerate(ranks))):
+        put_buffers(model, before)
+        seed_all(seed_for("model", 0, number, rank))
+        for indices in batches:
+            inputs, targets = case.batch(indices)
+            loss = loss_function(call(model, inputs), targets)
+            loss.backward(torch.full_like(loss, len(indices) / samples))
+
+
 def score_of(case, model, *, call=None):
     """Compute the loss of all samples at once, in evaluation mode."""
-    inputs, targets = case.batch(range(len(case.data())))
+    data = (case.held_out or case.data)()
+    inputs, targets = case.batch(range(len(data)), data)
     call = call or (lambda model, inputs: model(inputs))
     model.eval()
     with torch.no_grad():
@@ -208,7 +218,7 @@ def outcome_of(model, **known):
     """Copy the parameters and buffers of a model."""
     return Outcome(
         parameters={name: p.detach().clone() for name, p in model.named_parameters()},
-        buffers={name: buffer.detach().clone() for name, buffer in model.named_buffers()},
+        buffers={name: b.detach().to_dense().clone() for name, b in model.named_buffers()},
         **known,
     )
 
@@ -246,6 +256,6 @@ def _distance(tensor, expected):
     if not tensor.numel():
         return 0.0
     kind = torch.complex128 if tensor.is_complex() else torch.float64
-    number, other = (each.to_dense().to(kind) for each in (tensor, expected))
+    number, other = (each.to(kind) for each in (tensor, expected))
     far = (number - other).norm() / other.norm().clamp(min=1.0)
     return float("inf") if far.isnan() else float(far)
