@@ -153,7 +153,7 @@ def train(work: dict[str, Any], runtime: Any, folder: Path) -> tuple[int, list[f
 
     from ddp_sgd import RunConfig, fit
     from ddp_sgd.data.in_memory import InMemory
-    from ddp_sgd.engine.assembly import ready_model
+    from ddp_sgd.engine.components import ready_model
 
     sections = {
         "output_dir": str(folder),

@@ -160,7 +160,7 @@ def _workload(config: RunConfig, options: Mapping[str, Any]) -> Workload:
 
 
 def _gradient_bytes(config: RunConfig) -> int:
-    from ddp_sgd.engine.assembly import ready_model
+    from ddp_sgd.engine.components import ready_model
 
     sizes = [p.nbytes for p in ready_model(config).parameters() if p.requires_grad]
     if not sizes:

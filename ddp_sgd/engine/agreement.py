@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.distributed.collectives import from_rank_0, gather_over_ranks
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.assembly import Parts
+from ddp_sgd.engine.components import Parts
 from ddp_sgd.errors import ConfigError, DataError, UserError
 from ddp_sgd.examination.comparing import tell_apart
 from ddp_sgd.examination.fingerprint import (

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddp_sgd.building import build
 from ddp_sgd.checkpointing.reading import read_tensors
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.data.fetching import Collate
@@ -20,12 +19,10 @@ from ddp_sgd.distributed.replica import Replica
 from ddp_sgd.distributed.replication import replicate
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import TrainingBuffers, buffers_by_name
-from ddp_sgd.engine.capture import describe_loss, velocities
+from ddp_sgd.engine.capture import velocities
+from ddp_sgd.engine.components import Parts, mark_training_set
 from ddp_sgd.engine.data_marks import Marks, refuse_other_data
 from ddp_sgd.engine.evaluation import Metrics, Score, evaluate
-from ddp_sgd.engine.lazy_modules import is_materialized, materialize
-from ddp_sgd.engine.model_check import check_model
-from ddp_sgd.engine.model_inputs import choose_spread
 from ddp_sgd.engine.normalization import check_normalization
 from ddp_sgd.engine.restoring import (
     broadcast_state,
@@ -37,44 +34,15 @@ from ddp_sgd.engine.restoring import (
     state_from,
 )
 from ddp_sgd.engine.resume import Past
-from ddp_sgd.engine.sanity_check import (
-    Batch,
-    check_dataset,
-    check_evaluation,
-    check_training,
-    read_batch,
-)
+from ddp_sgd.engine.sample_batch import read_batch
+from ddp_sgd.engine.sanity_check import check_evaluation, check_training
 from ddp_sgd.engine.state import State
 from ddp_sgd.engine.step import Stepper
 from ddp_sgd.engine.time_shares import TimeShares
-from ddp_sgd.errors import ConfigError, DataError
-from ddp_sgd.examination.fingerprint import mark_samples
-from ddp_sgd.losses import LossFunction, Objective, as_module, loss_modules
+from ddp_sgd.losses import LossFunction, loss_modules
 from ddp_sgd.optim.schedule import Schedule, build_schedule
 from ddp_sgd.optim.sgd import SGD, build_sgd
 from ddp_sgd.plan import Plan
-from ddp_sgd.seeds import seed_for
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parts:
-    """What the user brings: a model, a loss and data, on the host.
-
-    Args:
-        model: Module to train.
-        loss: Module or function of (outputs, targets).
-        loss_name: What the loss is, from ``describe_loss``.
-        train_set: Map-style data set of (input, target).
-        eval_set: The same, held out; None trains without evaluation.
-        collate: Function from a list of samples to a batch; None: torch's default_collate.
-    """
-
-    model: nn.Module
-    loss: LossFunction
-    loss_name: str
-    train_set: Any
-    eval_set: Any | None
-    collate: Collate | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,122 +92,6 @@ class Job:
     def rate(self, step: int) -> float:
         """Return the learning rate of a step."""
         return self.plan.peak_lr * self.schedule(step)
-
-
-def gather_parts(
-    config: RunConfig,
-    model: nn.Module | None,
-    loss: LossFunction | None,
-    train_set: Any,
-    eval_set: Any,
-) -> Parts:
-    """Take what is given, build the rest from the configuration.
-
-    A given training set without a held-out set means that there is none.
-
-    Raises:
-        ConfigError: Something is of the wrong kind.
-        DataError: A data set cannot be opened, or is empty.
-    """
-    if train_set is None:
-        train_set = build(config.data.train, "data.train", failure=DataError)
-        if eval_set is None and config.data.eval is not None:
-            eval_set = build(config.data.eval, "data.eval", failure=DataError)
-    check_dataset(train_set, "data.train")
-    if eval_set is not None:
-        check_dataset(eval_set, "data.eval")
-    model, loss = ready_model(config, model), ready_loss(config, loss)
-    collate = ready_collate(config)
-    if not is_materialized(model):
-        size = config.data.batch_size
-        batch = read_batch(train_set, "data.train", batch_size=size, collate=collate)
-        materialize_lazy(model, loss, batch, config.seed)
-    return Parts(
-        model=model,
-        loss=as_module(loss),  # of a function of torch, whose units are known
-        loss_name=describe_loss(loss),
-        train_set=train_set,
-        eval_set=eval_set,
-        collate=collate,
-    )
-
-
-def mark_training_set(config: RunConfig, train_set: Any) -> Marks:
-    """Mark some samples of a training set; see ``mark_samples``. None has no marks."""
-    if train_set is None:
-        return {}
-    return mark_samples(train_set, "data.train", config.seed, ready_collate(config))
-
-
-def materialize_lazy(model: nn.Module, loss: LossFunction, batch: Batch, seed: int) -> None:
-    """Give lazy modules their shapes, so that models can be compared and restored.
-
-    Args:
-        model: A model with lazy modules, on the host.
-        loss: The loss.
-        batch: Some samples.
-        seed: Seed of the run, from which the weights follow.
-
-    Raises:
-        ConfigError: A lazy module is left out by a forward pass.
-    """
-    spread = choose_spread(model, batch.inputs, len(batch.indices))
-    objective = Objective(loss, batch.targets, spread=spread)
-    materialize(model, batch.inputs, objective.outputs, seed_for("weights", seed))
-
-
-def ready_model(config: RunConfig, model: nn.Module | None = None) -> nn.Module:
-    """Take the model that is given, or build the one of the configuration.
-
-    Raises:
-        ConfigError: It is no module.
-    """
-    # The weights follow from the seed alone: not from what the data sets drew before.
-    torch.manual_seed(seed_for("weights", config.seed))
-    model = build(config.model, "model") if model is None else model
-    if not isinstance(model, nn.Module):
-        raise ConfigError(
-            f"model is a {type(model).__name__}; name a torch.nn.Module, or a function that "
-            "returns one."
-        )
-    check_model(model)
-    if not model.training:  # as pretrained models come; parts may stay frozen, the whole may not
-        model.train()
-    for module in model.modules():  # such as one that keeps its batch normalization frozen
-        if type(module).train is not nn.Module.train:
-            module.train(module.training)
-    return model
-
-
-def ready_loss(config: RunConfig, loss: LossFunction | None = None) -> LossFunction:
-    """Take the loss that is given, or build the one of the configuration.
-
-    Raises:
-        ConfigError: It cannot be called, or is a class, whose call would make a loss.
-    """
-    loss = build(config.loss, "loss") if loss is None else loss
-    if not callable(loss) or isinstance(loss, type):
-        raise ConfigError(
-            f"loss is a {type(loss).__name__}; name a module or function of (outputs, targets)."
-        )
-    return loss
-
-
-def ready_collate(config: RunConfig) -> Collate | None:
-    """Build the collate function of the configuration; None if it names none.
-
-    Raises:
-        ConfigError: It cannot be called.
-    """
-    if config.data.collate is None:
-        return None
-    collate = build(config.data.collate, "data.collate")
-    if not callable(collate):
-        raise ConfigError(
-            f"data.collate is a {type(collate).__name__}; name a function from a list of samples "
-            "to a batch (inputs, targets)."
-        )
-    return collate  # type: ignore[no-any-return]
 
 
 def assemble(

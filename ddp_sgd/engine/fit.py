@@ -12,8 +12,9 @@ from ddp_sgd.distributed.fate import shared_fate
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.distributed.watch import keep_watch
 from ddp_sgd.engine.agreement import require_agreement
-from ddp_sgd.engine.assembly import Job, assemble, gather_parts, mark_training_set
+from ddp_sgd.engine.assembly import Job, assemble
 from ddp_sgd.engine.checkpoint import open_checkpoints
+from ddp_sgd.engine.components import gather_parts, mark_training_set
 from ddp_sgd.engine.data_marks import refuse_data_of_another_run
 from ddp_sgd.engine.diagnosis import plain_faults
 from ddp_sgd.engine.heartbeat import Heartbeat

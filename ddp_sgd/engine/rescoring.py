@@ -15,21 +15,16 @@ from ddp_sgd.distributed.collectives import from_rank_0
 from ddp_sgd.distributed.model_state import broadcast_buffers, broadcast_parameters
 from ddp_sgd.distributed.pulse import Pulse
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.assembly import (
-    build_scorer,
-    materialize_lazy,
-    ready_collate,
-    ready_loss,
-    ready_model,
-)
+from ddp_sgd.engine.assembly import build_scorer
 from ddp_sgd.engine.buffers import buffers_by_name
 from ddp_sgd.engine.capture import describe_loss
+from ddp_sgd.engine.components import materialize_lazy, ready_collate, ready_loss, ready_model
 from ddp_sgd.engine.diagnosis import plain_faults
 from ddp_sgd.engine.digest import weights_digest
 from ddp_sgd.engine.evaluation import Metrics
 from ddp_sgd.engine.lazy_modules import is_materialized
 from ddp_sgd.engine.restoring import model_misfits, restore
-from ddp_sgd.engine.sanity_check import check_dataset, read_batch
+from ddp_sgd.engine.sample_batch import check_dataset, read_batch
 from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.losses import LossFunction, as_module, loss_modules
 

@@ -5,23 +5,21 @@ the units of the loss, the buffers that training changes, the random numbers tha
 """
 
 import warnings
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import IterableDataset, TensorDataset
 
-from ddp_sgd.data.fetching import EVAL_EPOCH, Collate, Fetcher, Request, Unreadable
 from ddp_sgd.data.loading import move
 from ddp_sgd.distributed.collectives import gather_over_ranks
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import TrainingBuffers, buffers_by_name, statistics_of
 from ddp_sgd.engine.evaluation import evaluating
+from ddp_sgd.engine.labels import check_labels, count_classes, listed_targets
 from ddp_sgd.engine.loss_check import examine_loss
 from ddp_sgd.engine.model_check import (
     check_changed_parameters,
@@ -32,9 +30,10 @@ from ddp_sgd.engine.model_check import (
 from ddp_sgd.engine.model_inputs import choose_spread
 from ddp_sgd.engine.output_tensors import list_tensors
 from ddp_sgd.engine.randomness import Randomness
+from ddp_sgd.engine.sample_batch import Batch
 from ddp_sgd.engine.side_effects import Place, SideEffects, undo_side_effects
 from ddp_sgd.engine.step import backward
-from ddp_sgd.errors import ConfigError, DataError
+from ddp_sgd.errors import ConfigError
 from ddp_sgd.losses import (
     LossFunction,
     Objective,
@@ -45,27 +44,8 @@ from ddp_sgd.losses import (
 )
 from ddp_sgd.plan import Plan
 
-_MOST_SAMPLES = 8
-"""Samples of the batch: enough for pairs of one class, few enough for any memory."""
-
 _SHOWN = 6
 """Parts of a container that an error describes."""
-
-
-class Batch(NamedTuple):
-    """A few samples, spread over a data set.
-
-    Args:
-        inputs: Inputs, on the host.
-        targets: Targets, on the host.
-        targets_of_one: Targets of each sample alone.
-        indices: Which samples.
-    """
-
-    inputs: Any
-    targets: Any
-    targets_of_one: list[Any]
-    indices: list[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,45 +92,6 @@ class EvaluationFacts:
         """
         self.buffers.restore()
         self.randomness.seed_chunk(seed, chunk)
-
-
-def check_dataset(dataset: Any, where: str) -> None:
-    """Refuse what is not a map-style data set with at least one sample.
-
-    Raises:
-        ConfigError: It has no length, or gives no sample for an index.
-        DataError: It is empty.
-    """
-    by_index = isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")
-    if not by_index or isinstance(dataset, IterableDataset):
-        raise ConfigError(
-            f"{where} is a {type(dataset).__name__}, which has no length or no samples by index; "
-            "name a map-style data set (streaming data sets are not supported)."
-        )
-    if len(dataset) == 0:
-        raise DataError(f"{where} is empty; name a data set with at least one sample.")
-
-
-def read_batch(dataset: Any, where: str, *, batch_size: int, collate: Collate | None) -> Batch:
-    """Read a few samples, spread over a data set, in the way of an evaluation.
-
-    Args:
-        dataset: Map-style data set with at least one sample.
-        where: Its key, for errors.
-        batch_size: Samples of a micro-batch.
-        collate: Function from a list of samples to a batch; None: torch's default_collate.
-
-    Raises:
-        DataError: The samples cannot be read.
-    """
-    samples = min(len(dataset), max(2, min(_MOST_SAMPLES, batch_size)))
-    indices = np.linspace(0, len(dataset) - 1, samples).astype(np.int64)
-    fetcher = Fetcher(dataset, where, 0, collate)
-    read = fetcher.read_with_singles(Request(EVAL_EPOCH, indices))
-    if isinstance(read, Unreadable):
-        raise DataError(read.message)
-    (inputs, targets), singles = read
-    return Batch(inputs, targets, [target for _, target in singles], indices.tolist())
 
 
 def check_training(
@@ -357,7 +298,7 @@ class _Check:
         return objective, notes
 
     def _check_labels(self, outputs: Any) -> None:
-        if classes := _classes(outputs, self._targets):
+        if classes := count_classes(outputs, self._targets):
             counted = self._labels[self._labels != self._objective.ignore_index]
             check_labels(counted, classes, self._where)
 
@@ -397,48 +338,6 @@ def _on_any_rank(places: set[Place], named: Mapping[str, Place], runtime: Runtim
     return [place for name, place in named.items() if name in found]
 
 
-def listed_targets(dataset: Any, batch: Batch) -> torch.Tensor | None:
-    """Return the targets of all samples, where a data set lists them as it gives them; else None.
-
-    The list counts only if it equals the targets that were read: a transform may change those.
-
-    Args:
-        dataset: Data set with an attribute ``targets``, as torchvision's have, or torch's own.
-        batch: Samples of it; only integer targets of shape (m,) are looked for.
-    """
-    listed = getattr(dataset, "targets", None)
-    targets = batch.targets
-    if isinstance(dataset, TensorDataset):
-        listed = dataset.tensors[-1]
-    is_changed = getattr(dataset, "target_transform", None) is not None
-    if listed is None or is_changed or not isinstance(targets, torch.Tensor):
-        return None
-    try:
-        labels = torch.as_tensor(listed)
-    except (TypeError, ValueError, RuntimeError):  # lists of something else than numbers
-        return None
-    fits = labels.shape == (len(dataset),) and not labels.is_floating_point()
-    if not fits or targets.is_floating_point() or targets.ndim != 1:
-        return None
-    return labels if torch.equal(labels[batch.indices].to(targets), targets) else None
-
-
-def check_labels(labels: torch.Tensor, classes: int, where: str) -> None:
-    """Refuse class labels that the model has no score for.
-
-    Raises:
-        DataError: A label is negative or too large.
-    """
-    if labels.numel() == 0:
-        return
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= classes:
-        raise DataError(
-            f"{where} has labels from {low} to {high} while the model gives {classes} scores; "
-            f"number the labels from 0, or give the model {max(high + 1, 2)} classes."
-        )
-
-
 def describe(value: Any) -> str:
     """Say what a value is, for an error: shape and type of tensors, else the class."""
     if isinstance(value, torch.Tensor):
@@ -454,15 +353,6 @@ def describe(value: Any) -> str:
         parts = []
     shown = ", ".join(parts[:_SHOWN]) + (", ..." if len(parts) > _SHOWN else "")
     return f"a {type(value).__name__} of ({shown})" if parts else f"a {type(value).__name__}"
-
-
-def _classes(outputs: Any, targets: Any) -> int | None:
-    """Count the classes of scores of shape (m, C, ...) for integer targets of shape (m, ...)."""
-    if not (isinstance(outputs, torch.Tensor) and isinstance(targets, torch.Tensor)):
-        return None
-    fits = outputs.ndim == targets.ndim + 1 and outputs.ndim > 1
-    is_of_pixels = fits and outputs.shape[2:] == targets.shape[1:] and outputs.shape[1] > 1
-    return outputs.shape[1] if is_of_pixels and not targets.is_floating_point() else None
 
 
 def _depends_on_split(loss: LossFunction) -> str:

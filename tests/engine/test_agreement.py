@@ -17,7 +17,7 @@ import ddp_sgd.engine.fit as whole_run
 from ddp_sgd.config import RunConfig
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.agreement import require_agreement
-from ddp_sgd.engine.assembly import gather_parts
+from ddp_sgd.engine.components import gather_parts
 from ddp_sgd.engine.fit import fit
 from ddp_sgd.errors import DataError
 from ddp_sgd.models import MLP

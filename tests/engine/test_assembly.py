@@ -6,46 +6,15 @@ from user_code import Pad
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data import Digits, InMemory
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.assembly import assemble, gather_parts
-from ddp_sgd.engine.digest import weights_digest
+from ddp_sgd.engine.assembly import assemble
+from ddp_sgd.engine.components import gather_parts
 from ddp_sgd.engine.resume import Past
-from ddp_sgd.errors import ConfigError, DataError
+from ddp_sgd.errors import ConfigError
 from ddp_sgd.models import MLP
 
 ANEW = Past(run_id="cafe0123")
 DATA = ("train", "eval", "collate")
 NOTHING = {"model": None, "loss": None, "train_set": None, "eval_set": None}
-
-
-def test_everything_from_the_configuration():
-    parts = gather_parts(RunConfig(), **NOTHING)
-    assert isinstance(parts.model, MLP)
-    assert isinstance(parts.loss, nn.CrossEntropyLoss)
-    assert (len(parts.train_set), len(parts.eval_set)) == (1437, 360)
-
-
-def test_weights_follow_from_the_seed_alone():
-    torch.manual_seed(99)
-    first = weights_digest(gather_parts(RunConfig(), **NOTHING).model)
-    torch.rand(3)
-    assert weights_digest(gather_parts(RunConfig(), **NOTHING).model) == first
-    assert weights_digest(gather_parts(RunConfig(seed=1), **NOTHING).model) != first
-
-
-def test_what_is_given_is_taken():
-    given = {
-        "model": MLP(64, [], 10),
-        "loss": nn.CrossEntropyLoss(),
-        "train_set": Digits(),
-        "eval_set": None,
-    }
-    parts = gather_parts(RunConfig(), **given)
-    assert (parts.model, parts.loss, parts.train_set) == (
-        given["model"],
-        given["loss"],
-        given["train_set"],
-    )
-    assert parts.eval_set is None  # the digits are not held out from somebody else's data
 
 
 def test_a_collate_function_is_built_once_and_tried_on_both_data_sets():
@@ -67,34 +36,6 @@ def test_evaluation_may_be_left_out():
     parts = gather_parts(config, **NOTHING)
     assert parts.eval_set is None
     assert assemble(config, parts, Runtime(), ANEW).score(lambda: False) == {}
-
-
-@pytest.mark.parametrize(
-    ("key", "component", "error", "message"),
-    [
-        ("model", "builtins.dict", ConfigError, "model is a dict; name a torch.nn.Module"),
-        ("loss", "builtins.object", ConfigError, "loss is a object; name a module or function"),
-        ("train", "builtins.object", ConfigError, "data.train is a object"),
-        ("eval", "builtins.list", DataError, "data.eval is empty"),
-        (
-            "collate",
-            "builtins.object",
-            ConfigError,
-            "data.collate is a object; name a function from a list of samples to a batch",
-        ),
-        (
-            "train",
-            "ddp_sgd.data.Nothing",
-            ConfigError,
-            "data.train.class_path is ddp_sgd.data.Nothing",
-        ),
-    ],
-)
-def test_the_wrong_kind_is_named(key, component, error, message):
-    section = {"class_path": component}
-    config = RunConfig(**({"data": {key: section}} if key in DATA else {key: section}))
-    with pytest.raises(error, match=message):
-        gather_parts(config, **NOTHING)
 
 
 def test_rates_follow_the_plan():

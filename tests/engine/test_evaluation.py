@@ -13,7 +13,8 @@ from ddp_sgd.data.order import Chunks
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.evaluation import Interrupted, evaluate, evaluating
 from ddp_sgd.engine.loss_check import is_classification
-from ddp_sgd.engine.sanity_check import check_evaluation, read_batch
+from ddp_sgd.engine.sample_batch import read_batch
+from ddp_sgd.engine.sanity_check import check_evaluation
 from ddp_sgd.losses import Objective
 from ddp_sgd.models import MLP, ConvNet
 

@@ -8,30 +8,19 @@ import torch
 from ranks import run_ranks
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import IterableDataset, TensorDataset
+from torch.utils.data import TensorDataset
 
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data import Digits, InMemory
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.sanity_check import (
-    Batch,
-    check_dataset,
-    check_evaluation,
-    check_training,
-    describe,
-    listed_targets,
-    read_batch,
-)
+from ddp_sgd.engine.labels import listed_targets
+from ddp_sgd.engine.sample_batch import read_batch
+from ddp_sgd.engine.sanity_check import check_evaluation, check_training, describe
 from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.models import MLP, ConvNet
 from ddp_sgd.plan import make_plan
 
 CE = nn.CrossEntropyLoss()
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter([(1, 2)])
 
 
 def batch_of(dataset, where="data.train", batch_size=32):
@@ -51,30 +40,6 @@ def train_check(model, loss, dataset, runtime=None, **data):
 def eval_check(model, loss, dataset):
     batch = batch_of(dataset, "data.eval")
     return check_evaluation(model, loss, dataset, batch, Runtime()).objective
-
-
-@pytest.mark.parametrize("dataset", [Stream(), 7, iter([1])])
-def test_only_map_style_data_sets(dataset):
-    with pytest.raises(
-        ConfigError, match=r"data.train is a .*; name a map-style data set \(streaming"
-    ):
-        check_dataset(dataset, "data.train")
-
-
-def test_no_empty_data_set():
-    with pytest.raises(DataError, match=r"data.eval is empty; name a data set"):
-        check_dataset(InMemory([], []), "data.eval")
-
-
-@pytest.mark.parametrize(
-    ("samples", "batch_size", "indices"),
-    [(1, 32, [0]), (3, 32, [0, 1, 2]), (100, 1, [0, 99]), (15, 32, [0, 2, 4, 6, 8, 10, 12, 14])],
-)
-def test_the_batch_is_spread_over_the_data_set(samples, batch_size, indices):
-    dataset = InMemory(torch.arange(samples)[:, None], torch.arange(samples))
-    batch = batch_of(dataset, batch_size=batch_size)
-    assert batch.indices == batch.targets.tolist() == indices
-    assert [target.tolist() for target in batch.targets_of_one] == [[index] for index in indices]
 
 
 class Tracked(nn.Module):
@@ -304,18 +269,6 @@ def test_a_list_of_targets_counts_where_it_is_what_samples_give(dataset, counts)
     assert (listed_targets(dataset, batch_of(dataset)) is not None) is counts
     objective = train_check(MLP(3, [], 2), CE, dataset).objective
     assert objective.counts_samples is counts  # else an ignored target may still come
-
-
-@pytest.mark.parametrize("listed", [None, ["a", "b"], [0.5, 1.5], [[0, 1], [1, 0]], [0]])
-def test_lists_of_something_else_are_left_alone(listed):
-    class Named:
-        targets = listed
-
-        def __len__(self):
-            return 2
-
-    batch = Batch(X[:2], torch.tensor([0, 1]), [], [0, 1])
-    assert listed_targets(Named(), batch) is None
 
 
 def pairs(outputs, targets):
