@@ -12,6 +12,9 @@ from ddp_sgd.tensor_bytes import bytes_of
 
 T = TypeVar("T")
 
+_PACKED_BYTES = 2**20
+"""Tensors that are sent together; a message takes as long as some 100 kB of it."""
+
 
 def sum_over_ranks(tensor: torch.Tensor, runtime: Runtime) -> torch.Tensor:
     """Replace a tensor by its sum over all ranks; every rank gets the same bits.
@@ -70,19 +73,34 @@ def broadcast_over_ranks(tensors: Iterable[torch.Tensor], runtime: Runtime) -> N
     """
     if runtime.alone:
         return
+    packed, size = list[torch.Tensor](), 0
     for tensor in tensors:
         if tensor.layout is not torch.strided or tensor.is_quantized:
             tensor.copy_(from_rank_0(tensor, runtime))
         elif tensor.numel():
-            _broadcast_bytes(_without_repeats(tensor))
+            packed.append(_without_repeats(tensor))
+            size += packed[-1].nbytes
+            if size > _PACKED_BYTES:
+                _broadcast_bytes(packed)
+                packed, size = [], 0
+    if packed:
+        _broadcast_bytes(packed)
 
 
-def _broadcast_bytes(tensor: torch.Tensor) -> None:
-    """Broadcast as bytes: backends lack number types, and send memory without regard to strides."""
-    packed = tensor.resolve_conj().resolve_neg().contiguous()
-    dist.broadcast(bytes_of(packed), src=0)
-    if packed is not tensor:
-        tensor.copy_(packed)
+def _broadcast_bytes(tensors: list[torch.Tensor]) -> None:
+    """Broadcast as bytes: backends lack number types, and send memory without regard to strides.
+
+    A large tensor comes alone, several small ones in one message.
+    """
+    contents = [bytes_of(tensor) for tensor in tensors]
+    message = contents[0] if len(contents) == 1 else torch.cat(contents)
+    dist.broadcast(message, src=0)
+    if len(tensors) == 1 and message.data_ptr() == tensors[0].data_ptr():
+        return
+    sizes = [len(content) for content in contents]
+    for tensor, content in zip(tensors, torch.split(message, sizes), strict=True):
+        # A copy begins where memory is aligned, as a view of another type has to.
+        tensor.copy_(content.clone().view(tensor.dtype).view(tensor.shape))
 
 
 def _without_repeats(tensor: torch.Tensor) -> torch.Tensor:
