@@ -27,6 +27,8 @@ from ddp_sgd.engine.model_check import (
     check_embeddings,
     check_gradients,
     check_loss_parameters,
+    check_registered,
+    list_registered,
 )
 from ddp_sgd.engine.model_inputs import choose_spread
 from ddp_sgd.engine.output_tensors import list_tensors
@@ -182,7 +184,9 @@ def check_training(
     with undo_side_effects(whole, randomness.generators) as effects:
         randomness.seed(0)
         check = _Check(model, loss, dataset, batch, runtime.device, "data.train")
+        registered = list_registered(model)
         outputs, value = check.forward()
+        check_registered(model, registered)
         check.backward(value)
         check_gradients(model)
         check_changed_parameters(model, effects.changed_parameters(), plan)

@@ -1,5 +1,4 @@
 import pytest
-import torch
 from ranks import run_ranks
 from saved_run import describe, files_of, train
 from torch import nn
