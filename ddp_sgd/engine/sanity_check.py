@@ -33,7 +33,7 @@ from ddp_sgd.engine.model_check import (
 from ddp_sgd.engine.model_inputs import choose_spread
 from ddp_sgd.engine.output_tensors import list_tensors
 from ddp_sgd.engine.randomness import Randomness
-from ddp_sgd.engine.side_effects import Place, SideEffects, undo_side_effects
+from ddp_sgd.engine.side_effects import Place, SideEffects, WriteWatch, undo_side_effects
 from ddp_sgd.engine.step import backward
 from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.losses import (
@@ -191,7 +191,8 @@ def check_training(
         check_gradients(model)
         check_changed_parameters(model, effects.changed_parameters(), plan)
         randomness.follow(effects)
-        changed, resized = effects.changed_buffers(), effects.resized_buffers()
+        changed = effects.changed_buffers(_written_in_a_pass(check, whole))
+        resized = effects.resized_buffers()
         read = _read_in_training(check, effects, randomness, changed, runtime)
         objective, notes = check.judge(outputs)
     statistics = statistics_of(whole)
@@ -229,7 +230,7 @@ def check_evaluation(
         with watch:
             outputs, _ = check.forward()
         randomness.follow(effects)
-        changed = effects.changed_buffers()
+        changed = effects.changed_buffers(_written_in_a_pass(check, whole))
         objective, _ = check.judge(outputs)
     return EvaluationFacts(
         objective=objective,
@@ -359,6 +360,15 @@ class _Check:
         if classes := _classes(outputs, self._targets):
             counted = self._labels[self._labels != self._objective.ignore_index]
             check_labels(counted, classes, self._where)
+
+
+def _written_in_a_pass(check: _Check, modules: list[nn.Module]) -> set[int]:
+    """Find out what memory another pass writes to; compiled modules are not compiled in it."""
+    watch = WriteWatch()
+    if any(True for module in modules for _ in module.buffers()):
+        with watch:
+            check.forward()
+    return watch.written
 
 
 def _read_in_training(

@@ -6,13 +6,6 @@ from functools import cache
 
 import pytest
 import torch
-from ranks import run_ranks
-from torch import nn
-
-from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.stopping import StopRequest
-from ddp_sgd.optim.schedule import build_schedule
-from ddp_sgd.plan import make_plan
 from models import networks, samples
 from models.training import (
     Case,
@@ -26,6 +19,13 @@ from models.training import (
     train,
     train_all,
 )
+from ranks import run_ranks
+from torch import nn
+
+from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.engine.stopping import StopRequest
+from ddp_sgd.optim.schedule import build_schedule
+from ddp_sgd.plan import make_plan
 
 TOLERANCE = 1e-12  # as in test_exact_models.py
 BROKEN, EPOCHS = 5, 2
@@ -49,7 +49,10 @@ def with_one_broken(whole):
     return build
 
 
-def case(model, whole=samples.rows(24), **options):
+ROWS = samples.rows(24)
+
+
+def case(model, whole=ROWS, **options):
     return Case(model=model, data=with_one_broken(whole), held_out=whole, changes=RUN, **options)
 
 
@@ -69,6 +72,7 @@ CASES = {
     "quantized": case(networks.quantized, samples.rows(24, torch.float32), dtype=None),
 }
 SCORED_BY_CHUNKS = {"quantized"}
+"""Observers run in evaluation as well, and see a chunk."""
 
 
 @cache
