@@ -92,6 +92,41 @@ def check_changed_parameters(model: nn.Module, changed: list[nn.Parameter], plan
         )
 
 
+def list_registered(model: nn.Module) -> dict[str, nn.Parameter | None]:
+    """List parameters by name, and the names of all buffers, also of those that are None."""
+    return {
+        f"{path}.{name}".lstrip("."): value if kind == "_parameters" else None
+        for path, module in model.named_modules()
+        for kind in ("_parameters", "_buffers")
+        for name, value in getattr(module, kind).items()
+    }
+
+
+def check_registered(model: nn.Module, before: Mapping[str, nn.Parameter | None]) -> None:
+    """Refuse parameters and saved buffers that a forward pass has registered.
+
+    Args:
+        model: The model, after a forward pass.
+        before: What ``list_registered`` gave before it.
+
+    Raises:
+        ConfigError: There is a new one, or a parameter was replaced.
+    """
+    for name, value in list_registered(model).items():
+        if value is not None and before.get(name) is not value:
+            raise ConfigError(
+                f"model.{name} is made by the forward pass, while SGD moves the parameters that "
+                "the model had before; make it in __init__, or by a lazy module such as "
+                "torch.nn.LazyLinear."
+            )
+        if name not in before and name in model.state_dict():
+            raise ConfigError(
+                f"model.{name} is registered by the forward pass, so that its checkpoints fit no "
+                "model that was just built; call register_buffer in __init__, with None if need "
+                "be, or pass persistent=False."
+            )
+
+
 def check_gradients(model: nn.Module) -> None:
     """Refuse sparse gradients, after a backward pass.
 

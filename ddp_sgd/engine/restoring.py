@@ -17,7 +17,7 @@ from ddp_sgd.data.permutation import ORDER
 from ddp_sgd.distributed.collectives import from_rank_0
 from ddp_sgd.distributed.model_state import broadcast_buffers, broadcast_parameters
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.buffers import TrainingBuffers, buffers_by_name
+from ddp_sgd.engine.buffers import TrainingBuffers, buffers_by_name, unset_buffers
 from ddp_sgd.engine.capture import describe_loss, velocities
 from ddp_sgd.engine.state import State
 from ddp_sgd.errors import RefusedError
@@ -162,6 +162,10 @@ def restore(model: nn.Module, tensors: Mapping[str, Any]) -> None:
         saved = tensors["model"].get(name)
         if isinstance(saved, torch.Tensor) and not module.get_buffer(own).numel():
             module.get_buffer(own).resize_(saved.shape)  # sized at its first use
+    for name, (module, own) in unset_buffers(model).items():
+        saved = tensors["model"].get(name)
+        if isinstance(saved, torch.Tensor):
+            module._buffers[own] = torch.empty_like(saved)  # made at its first use
     try:
         model.load_state_dict(tensors["model"])
     except RuntimeError as error:  # a module that loads its state in its own way
@@ -181,7 +185,7 @@ def model_misfits(saved: Mapping[str, Any], model: nn.Module) -> list[str]:
         name
         for name, (module, own) in buffers_by_name({"": model}).items()
         if not module.get_buffer(own).numel() or _loads_by_itself(module)
-    }
+    } | unset_buffers(model).keys()
     now = {name: value for name, value in model.state_dict().items() if name not in resized}
     return misfits({name: v for name, v in saved.items() if name not in resized}, now)
 
@@ -208,6 +212,8 @@ def restore_buffers(
     Raises:
         RefusedError: A buffer of the loss that steps do not change, such as class weights, differs.
     """
+    for name, saved in tensors.get("buffers", {}).items():
+        _register(model, name, saved)
     for key, modules in (("buffers", {"": model}), ("loss_buffers", loss_modules)):
         places = buffers_by_name(modules)
         for name, saved in tensors.get(key, {}).items():
@@ -219,6 +225,15 @@ def restore_buffers(
                 module._buffers[own] = saved.to(now.device)
             elif not torch.equal(saved, now.cpu()):
                 raise _misfit(_step_of(tensors), [f"{name} of the loss had other values"])
+
+
+def _register(model: nn.Module, name: str, saved: torch.Tensor) -> None:
+    """Register a buffer that steps made, and that no checkpoint of the model itself holds."""
+    path, _, own = name.rpartition(".")
+    module = dict(model.named_modules()).get(path)
+    if module is not None and getattr(module, own, None) is None:
+        device = next((p.device for p in model.parameters()), saved.device)
+        module.register_buffer(own, saved.to(device), persistent=False)
 
 
 def broadcast_state(model: nn.Module, runtime: Runtime) -> None:

@@ -26,12 +26,14 @@ from ddp_sgd.engine.model_check import (
     check_embeddings,
     check_gradients,
     check_loss_parameters,
+    check_registered,
+    list_registered,
 )
 from ddp_sgd.engine.model_inputs import choose_spread
 from ddp_sgd.engine.output_tensors import list_tensors
 from ddp_sgd.engine.randomness import Randomness
 from ddp_sgd.engine.sample_batch import Batch
-from ddp_sgd.engine.side_effects import Place, SideEffects, undo_side_effects
+from ddp_sgd.engine.side_effects import Place, SideEffects, WriteWatch, undo_side_effects
 from ddp_sgd.engine.step import backward
 from ddp_sgd.errors import ConfigError
 from ddp_sgd.losses import (
@@ -124,12 +126,15 @@ def check_training(
     with undo_side_effects(whole, randomness.generators) as effects:
         randomness.seed(0)
         check = _Check(model, loss, dataset, batch, runtime.device, "data.train")
+        registered = list_registered(model)
         outputs, value = check.forward()
+        check_registered(model, registered)
         check.backward(value)
         check_gradients(model)
         check_changed_parameters(model, effects.changed_parameters(), plan)
         randomness.follow(effects)
-        changed, resized = effects.changed_buffers(), effects.resized_buffers()
+        changed = effects.changed_buffers(_written_in_a_pass(check, whole))
+        resized = effects.resized_buffers()
         read = _read_in_training(check, effects, randomness, changed, runtime)
         objective, notes = check.judge(outputs)
     named = buffers_by_name({"": model, **{f"loss: {k}": each for k, each in modules.items()}})
@@ -171,7 +176,7 @@ def check_evaluation(
         with watch:
             outputs, _ = check.forward()
         randomness.follow(effects)
-        changed = effects.changed_buffers()
+        changed = effects.changed_buffers(_written_in_a_pass(check, whole))
         objective, _ = check.judge(outputs)
     return EvaluationFacts(
         objective=objective,
@@ -301,6 +306,15 @@ class _Check:
         if classes := count_classes(outputs, self._targets):
             counted = self._labels[self._labels != self._objective.ignore_index]
             check_labels(counted, classes, self._where)
+
+
+def _written_in_a_pass(check: _Check, modules: list[nn.Module]) -> set[int]:
+    """Find out what memory another pass writes to; compiled modules are not compiled in it."""
+    watch = WriteWatch()
+    if any(True for module in modules for _ in module.buffers()):
+        with watch:
+            check.forward()
+    return watch.written
 
 
 def _read_in_training(

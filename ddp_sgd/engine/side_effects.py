@@ -2,7 +2,7 @@
 
 import random
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from copy import copy
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Place = tuple[nn.Module, str]
 """A buffer by its module and its name there: assignments replace the tensor, not the place."""
@@ -67,6 +68,30 @@ def undo_side_effects(
         effects.undo()
 
 
+class WriteWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notices which memory the operators of torch write to, even where no value changes.
+
+    Some kernels, such as those of fused observers, do not count a write as a new version.
+
+    Attributes:
+        written: Addresses of storages.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.written: set[int] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        named = kwargs or {}
+        for value in _outputs_among(function, args, named):
+            for tensor in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided:
+                    self.written.add(tensor.untyped_storage().data_ptr())
+        return function(*args, **named)
+
+
 class SideEffects:
     """What passes have changed since this was made.
 
@@ -104,12 +129,16 @@ class SideEffects:
         moved = now["state"]["pos"] != before["state"]["pos"]
         return moved or bool((now["state"]["key"] != before["state"]["key"]).any())
 
-    def changed_buffers(self) -> list[Place]:
-        """List the buffers that were written, replaced or resized, even with equal values."""
+    def changed_buffers(self, written: Set[int] = frozenset()) -> list[Place]:
+        """List the buffers that were written, replaced or resized, even with equal values.
+
+        Args:
+            written: What a ``WriteWatch`` has noticed.
+        """
         return [
             place
             for place in self._places()
-            if place not in self._forms or self._is_changed(place, self._forms[place])
+            if place not in self._forms or self._is_changed(place, self._forms[place], written)
         ]
 
     def resized_buffers(self) -> list[Place]:
@@ -157,9 +186,11 @@ class SideEffects:
             if buffer is not None
         ]
 
-    def _is_changed(self, place: Place, before: _Form) -> bool:
+    def _is_changed(self, place: Place, before: _Form, written: Set[int]) -> bool:
         now = place[0]._buffers[place[1]]
         if now is not before.tensor or before.is_elsewhere or _version(now) != before.version:
+            return True
+        if now.layout is torch.strided and now.untyped_storage().data_ptr() in written:
             return True
         memory = self._memory_of(now)  # writes through .data or numpy leave no version
         return memory is not None and not _equal(memory.storage, memory.content)
@@ -188,6 +219,13 @@ class SideEffects:
         if tensor.layout is not torch.strided:
             return None
         return self._memory.get(tensor.untyped_storage().data_ptr())
+
+
+def _outputs_among(function: Any, args: Any, named: dict[str, Any]) -> Iterator[Any]:
+    """Yield the arguments that an operator writes to, as its schema says."""
+    for number, argument in enumerate(function._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            yield args[number] if number < len(args) else named.get(argument.name)
 
 
 def _is_lazy(module: nn.Module) -> bool:

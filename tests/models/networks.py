@@ -459,13 +459,13 @@ class Codebook(nn.Module):
     """Vector quantization; codes follow the features by a moving average.
 
     Args:
-        assigns: Replace the buffers instead of writing into them.
+        way: How the buffers change: ``in place``, ``assigned``, or by their ``data``.
         is_saved: Whether the codes belong to the ``state_dict``.
     """
 
-    def __init__(self, *, assigns, is_saved=True):
+    def __init__(self, way, *, is_saved=True):
         super().__init__()
-        self.assigns = assigns
+        self.way = way
         self.first, self.last = nn.Linear(WIDTH, 8), nn.Linear(8, CLASSES)
         self.register_buffer("codes", torch.randn(5, 8), persistent=is_saved)
         self.register_buffer("counts", torch.ones(5), persistent=is_saved)
@@ -482,11 +482,54 @@ class Codebook(nn.Module):
         counts = 0.9 * self.counts + 0.1 * chosen.sum(dim=0)
         means = chosen.T @ features / chosen.sum(dim=0).clamp(min=1)[:, None]
         codes = torch.where(chosen.any(dim=0)[:, None], 0.9 * self.codes + 0.1 * means, self.codes)
-        if self.assigns:
+        if self.way == "assigned":
             self.codes, self.counts = codes, counts
+        elif self.way == "data":
+            self.codes.data, self.counts.data = codes, counts
         else:
             self.codes.copy_(codes)
             self.counts.copy_(counts)
+
+
+class Centered(nn.Module):
+    """Keeps a mean of its features in a buffer that the first forward pass makes.
+
+    Args:
+        registers: Whether ``__init__`` registers it, as None; else the forward pass does.
+        is_saved: Whether it belongs to the ``state_dict``.
+    """
+
+    def __init__(self, *, registers=True, is_saved=True):
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, 8), nn.Linear(8, CLASSES)
+        self.is_saved = is_saved
+        if registers:
+            self.register_buffer("center", None, persistent=is_saved)
+
+    def forward(self, inputs):
+        features = self.first(inputs)
+        mean = features.detach().mean(dim=0)
+        if getattr(self, "center", None) is None:
+            self.register_buffer("center", mean, persistent=self.is_saved)
+        elif self.training:
+            self.center = 0.9 * self.center + 0.1 * mean
+        return self.last(features - self.center)
+
+
+class Rotary(nn.Module):
+    """Rotates features by position, with a cache for the longest sequence so far."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(WIDTH, CLASSES)
+        self.register_buffer("angles", torch.zeros(0, 1), persistent=False)
+
+    def forward(self, sequences):
+        longest = max(len(each) for each in sequences)
+        if longest > len(self.angles):
+            self.angles = torch.arange(longest, dtype=self.last.weight.dtype)[:, None] / 10
+        turned = [each * torch.cos(self.angles[: len(each)]) for each in sequences]
+        return self.last(torch.stack([each.mean(dim=0) for each in turned]))
 
 
 def quantized():

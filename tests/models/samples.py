@@ -74,6 +74,11 @@ def sentences():
     return made_by(lambda draw, n: (draw.numbers(1 + n % 3, WIDTH), label(n)))()
 
 
+def growing():
+    """Sequences of which each is longer than the one before, so that no two ranks see the same."""
+    return made_by(lambda draw, n: (draw.numbers(1 + n, WIDTH), label(n)), EVEN)()
+
+
 def masks():
     """Images and the class of each pixel; more pixels are unknown in some than in others."""
 

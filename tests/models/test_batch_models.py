@@ -46,10 +46,21 @@ CASES = {
     "statistics that training reads": Case(model=networks.Renormalized, data=ROWS),
     "spectral_norm": Case(model=networks.spectral, data=ROWS),
     "parametrized spectral_norm": Case(model=networks.spectral_parametrized, data=ROWS),
-    "codebook in place": Case(model=lambda: networks.Codebook(assigns=False), data=ROWS),
-    "codebook assigned": Case(model=lambda: networks.Codebook(assigns=True), data=ROWS),
+    "codebook in place": Case(model=lambda: networks.Codebook("in place"), data=ROWS),
+    "codebook assigned": Case(model=lambda: networks.Codebook("assigned"), data=ROWS),
+    "codebook given data": Case(model=lambda: networks.Codebook("data"), data=ROWS),
     "codebook that is not saved": Case(
-        model=lambda: networks.Codebook(assigns=True, is_saved=False), data=ROWS
+        model=lambda: networks.Codebook("assigned", is_saved=False), data=ROWS
+    ),
+    "buffer that begins as None": Case(model=networks.Centered, data=ROWS),
+    "buffer that is not saved, from None": Case(
+        model=lambda: networks.Centered(is_saved=False), data=ROWS
+    ),
+    "buffer that a pass registers": Case(
+        model=lambda: networks.Centered(registers=False, is_saved=False), data=ROWS
+    ),
+    "cache of any length": Case(
+        model=networks.Rotary, data=samples.growing, collate=samples.AsList
     ),
     "quantized": Case(model=networks.quantized, data=samples.rows(8, torch.float32), dtype=None),
     "dropout": Case(model=lambda: networks.mlp(nn.Tanh(), nn.Dropout(0.3)), data=ROWS),

@@ -233,7 +233,9 @@ def copy_buffers(model):
 
 
 def put_buffers(model, copies):
-    """Put copies of the buffers back."""
+    """Put copies of the buffers back; those that were made since are removed."""
+    for module in model.modules():
+        module._buffers.clear()
     for module, name, buffer in copies:
         module._buffers[name] = None if buffer is None else buffer.clone()
 
