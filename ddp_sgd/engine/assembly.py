@@ -23,7 +23,7 @@ from ddp_sgd.engine.buffers import TrainingBuffers, buffers_by_name
 from ddp_sgd.engine.capture import describe_loss, velocities
 from ddp_sgd.engine.evaluation import Metrics, Score, evaluate
 from ddp_sgd.engine.lazy_modules import is_materialized, materialize
-from ddp_sgd.engine.model_check import check_model
+from ddp_sgd.engine.model_check import check_loss_parameters, check_model
 from ddp_sgd.engine.model_inputs import choose_spread
 from ddp_sgd.engine.normalization import check_normalization
 from ddp_sgd.engine.restoring import (
@@ -145,6 +145,7 @@ def gather_parts(
     if eval_set is not None:
         check_dataset(eval_set, "data.eval")
     model, loss = ready_model(config, model), ready_loss(config, loss)
+    check_loss_parameters(loss_modules(loss, model))
     collate = ready_collate(config)
     size = config.data.batch_size
     batch = read_batch(train_set, "data.train", batch_size=size, collate=collate)
@@ -252,8 +253,8 @@ def assemble(config: RunConfig, parts: Parts, runtime: Runtime, past: Past) -> J
     if past.header:  # before the check, which has to find the same on every rank
         broadcast_state(model, runtime)
     check_normalization(model, plan, step=state.step, skip=skip, device=runtime.device)
-    facts = check_training(model, parts.loss, parts.train_set, parts.batch, plan, runtime)
     optimizer = _optimizer(config, model)
+    facts = check_training(model, parts.loss, parts.train_set, parts.batch, plan, runtime)
     velocity_of = optimizer.velocities
     if saved:
         restore_buffers(model, modules, facts.buffers, saved, step=step)
