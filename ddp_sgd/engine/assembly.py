@@ -1,7 +1,7 @@
 """The parts of a run, built from its description and checked against each other."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from ddp_sgd.checkpointing.reading import read_tensors
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.data.fetching import Collate
 from ddp_sgd.data.loading import EvalLoader, TrainLoader
+from ddp_sgd.data.open_files import OpenFiles
 from ddp_sgd.data.order import Chunks, Order
 from ddp_sgd.distributed.collectives import broadcast_over_ranks
 from ddp_sgd.distributed.pulse import Pulse
@@ -65,6 +66,7 @@ class Parts:
         eval_set: The same, held out; None trains without evaluation.
         batch: Some samples of the training set.
         collate: Function from a list of samples to a batch; None: torch's default_collate.
+        files: What the data sets have opened since nothing was read from them.
     """
 
     model: nn.Module
@@ -73,6 +75,7 @@ class Parts:
     eval_set: Any | None
     batch: Batch
     collate: Collate | None = None
+    files: OpenFiles = field(default_factory=OpenFiles)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +147,7 @@ def gather_parts(
     check_dataset(train_set, "data.train")
     if eval_set is not None:
         check_dataset(eval_set, "data.eval")
+    files = OpenFiles(train_set, eval_set)
     model, loss = ready_model(config, model), ready_loss(config, loss)
     check_loss_parameters(loss_modules(loss, model))
     collate = ready_collate(config)
@@ -157,6 +161,7 @@ def gather_parts(
         eval_set=eval_set,
         batch=batch,
         collate=collate,
+        files=files,
     )
 
 
@@ -266,7 +271,7 @@ def assemble(config: RunConfig, parts: Parts, runtime: Runtime, past: Past) -> J
         broadcast_over_ranks((buffer for _, buffer in velocities(model, optimizer)), runtime)
         replica.remember(saved.get("compression") if saved else None)
     pulse, clip_norm = Pulse(), config.optim.clip_norm
-    return Job(
+    job = Job(
         plan=plan,
         replica=replica,
         stepper=Stepper(
@@ -293,6 +298,9 @@ def assemble(config: RunConfig, parts: Parts, runtime: Runtime, past: Past) -> J
         loss_modules=modules,
         notes=facts.notes,
     )
+    if config.data.workers:
+        parts.files.close()
+    return job
 
 
 def _on_device(parts: Parts, runtime: Runtime) -> tuple[nn.Module, dict[str, nn.Module]]:

@@ -22,7 +22,7 @@ from ddp_sgd.errors import UserError
 
 
 def contrastive(outputs, targets):
-    """Match each output with its target among those of all ranks, of which all have equally many."""
+    """Match each output with its target among those of all ranks."""
     if dist.is_initialized():
         outputs, targets = (torch.cat(all_gather(each)) for each in (outputs, targets))
     scores = functional.normalize(outputs) @ functional.normalize(targets).T
