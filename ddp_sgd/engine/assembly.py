@@ -124,10 +124,10 @@ def assemble(
     if past.header:  # before the check, which has to find the same on every rank
         broadcast_state(model, runtime)
     check_normalization(model, plan, step=state.step, skip=skip, device=runtime.device)
+    optimizer = _optimizer(config, model)
     size = config.data.batch_size
     batch = read_batch(parts.train_set, "data.train", batch_size=size, collate=parts.collate)
     facts = check_training(model, parts.loss, parts.train_set, batch, plan, runtime)
-    optimizer = _optimizer(config, model)
     velocity_of = optimizer.velocities
     if saved:
         restore_buffers(model, modules, facts.buffers, saved)
@@ -139,7 +139,7 @@ def assemble(
         broadcast_over_ranks((buffer for _, buffer in velocities(model, optimizer)), runtime)
         replica.remember(saved.get("compression") if saved else None)
     pulse, clip_norm = Pulse(), config.optim.clip_norm
-    return Job(
+    job = Job(
         plan=plan,
         replica=replica,
         stepper=Stepper(
@@ -167,6 +167,9 @@ def assemble(
         notes=facts.notes,
         marks=marks or {},
     )
+    if config.data.workers:
+        parts.files.close()
+    return job
 
 
 def _on_device(parts: Parts, runtime: Runtime) -> tuple[nn.Module, dict[str, nn.Module]]:

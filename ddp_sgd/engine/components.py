@@ -1,6 +1,6 @@
 """The components of a run: model, loss and data, given or built from the configuration."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,15 +9,16 @@ from torch import nn
 from ddp_sgd.building import build
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.data.fetching import Collate
+from ddp_sgd.data.open_files import OpenFiles
 from ddp_sgd.engine.capture import describe_loss
 from ddp_sgd.engine.data_marks import Marks
 from ddp_sgd.engine.lazy_modules import is_materialized, materialize
-from ddp_sgd.engine.model_check import check_model
+from ddp_sgd.engine.model_check import check_loss_parameters, check_model
 from ddp_sgd.engine.model_inputs import choose_spread
 from ddp_sgd.engine.sample_batch import Batch, check_dataset, read_batch
 from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.examination.fingerprint import mark_samples
-from ddp_sgd.losses import LossFunction, Objective, as_module
+from ddp_sgd.losses import LossFunction, Objective, as_module, loss_modules
 from ddp_sgd.seeds import seed_for
 
 
@@ -32,6 +33,7 @@ class Parts:
         train_set: Map-style data set of (input, target).
         eval_set: The same, held out; None trains without evaluation.
         collate: Function from a list of samples to a batch; None: torch's default_collate.
+        files: What the data sets have opened since nothing was read from them.
     """
 
     model: nn.Module
@@ -40,6 +42,7 @@ class Parts:
     train_set: Any
     eval_set: Any | None
     collate: Collate | None = None
+    files: OpenFiles = field(default_factory=OpenFiles)
 
 
 def gather_parts(
@@ -64,7 +67,9 @@ def gather_parts(
     check_dataset(train_set, "data.train")
     if eval_set is not None:
         check_dataset(eval_set, "data.eval")
+    files = OpenFiles(train_set, eval_set)
     model, loss = ready_model(config, model), ready_loss(config, loss)
+    check_loss_parameters(loss_modules(loss, model))
     collate = ready_collate(config)
     if not is_materialized(model):
         size = config.data.batch_size
@@ -77,6 +82,7 @@ def gather_parts(
         train_set=train_set,
         eval_set=eval_set,
         collate=collate,
+        files=files,
     )
 
 

@@ -11,6 +11,7 @@ from ddp_sgd.building import build
 from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.checkpointing.reading import find_checkpoint, read_tensors
 from ddp_sgd.config import Component, RunConfig
+from ddp_sgd.data.open_files import OpenFiles
 from ddp_sgd.distributed.collectives import from_rank_0
 from ddp_sgd.distributed.model_state import broadcast_buffers, broadcast_parameters
 from ddp_sgd.distributed.pulse import Pulse
@@ -89,6 +90,7 @@ def score_anew(saved: Saved, runtime: Runtime) -> tuple[Metrics, str]:
     with plain_faults():
         eval_set = build(config.data.eval, "data.eval", failure=DataError)
         check_dataset(eval_set, "data.eval")
+        files = OpenFiles(eval_set)
         model = ready_model(config)
         loss, collate = as_module(_fitting_loss(saved)), ready_collate(config)
         if not is_materialized(model):
@@ -104,6 +106,8 @@ def score_anew(saved: Saved, runtime: Runtime) -> tuple[Metrics, str]:
             broadcast_parameters(module, runtime)
             broadcast_buffers(module, runtime)
         score = build_scorer(config, model, loss, eval_set, runtime, Pulse(), collate)
+        if config.data.workers:
+            files.close()
         return score(), weights_digest(model)
 
 

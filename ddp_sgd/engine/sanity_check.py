@@ -25,7 +25,6 @@ from ddp_sgd.engine.model_check import (
     check_changed_parameters,
     check_embeddings,
     check_gradients,
-    check_loss_parameters,
     check_registered,
     list_registered,
 )
@@ -119,7 +118,6 @@ def check_training(
         ConfigError: Model, loss and samples do not fit together, or cannot be trained exactly.
     """
     modules = loss_modules(loss, model)
-    check_loss_parameters(modules)
     check_embeddings(model, plan)
     randomness = Randomness(runtime.device)
     whole = [model, *modules.values()]

@@ -1,6 +1,7 @@
 """Models and losses as users write them."""
 
 import math
+import os
 import random
 import warnings
 from collections import OrderedDict
@@ -751,3 +752,120 @@ class Running(nn.BatchNorm1d):
             super().forward(inputs)
         scale = (self.running_var + self.eps).rsqrt()
         return (inputs - self.running_mean) * scale * self.weight + self.bias
+
+
+class MadeInForward(nn.Module):
+    """Builds a layer when it sees its first inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, 8), None
+
+    def forward(self, inputs):
+        features = self.first(inputs)
+        if self.last is None:
+            self.last = nn.Linear(8, CLASSES, dtype=inputs.dtype)
+        return self.last(features)
+
+
+class Replaced(nn.Linear):
+    """Keeps its weights in a ball, by a new parameter in every pass."""
+
+    def __init__(self):
+        super().__init__(WIDTH, CLASSES)
+
+    def forward(self, inputs):
+        self.weight = nn.Parameter(self.weight.detach().clamp(-0.3, 0.3))
+        return super().forward(inputs)
+
+
+class Clipped(nn.Linear):
+    """Keeps its weights in a ball.
+
+    Args:
+        by_data: Give the parameter other memory instead of writing to it.
+    """
+
+    def __init__(self, *, by_data):
+        super().__init__(WIDTH, CLASSES)
+        self.by_data = by_data
+
+    def forward(self, inputs):
+        if self.by_data:
+            self.weight.data = self.weight.data.clamp(-0.3, 0.3)
+        else:
+            with torch.no_grad():
+                self.weight.clamp_(-0.3, 0.3)
+        return super().forward(inputs)
+
+
+class FailsInTraining(nn.Module):
+    """Works in evaluation mode only."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = mlp()
+
+    def forward(self, inputs):
+        return self.layers(inputs)[:, :CLASSES] + (torch.zeros(3, 5) if self.training else 0)
+
+
+class OfWords(nn.Module):
+    """Scores a text by an embedding with options."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.embedding = nn.Embedding(10, 8, **options)
+        self.last = nn.Linear(8, 10)
+
+    def forward(self, ids):
+        return self.last(self.embedding(ids).mean(dim=1))
+
+
+class Unused(nn.Module):
+    """Has a layer that no gradient reaches."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.unused = mlp(), nn.Linear(2, 2)
+
+    def forward(self, inputs):
+        return self.layers(inputs)
+
+
+def with_gaps():
+    model = mlp()
+    model[0].weight = nn.Parameter(torch.randn(8, 2 * WIDTH)[:, ::2])
+    return model
+
+
+def detached(outputs, targets):
+    return functional.cross_entropy(outputs.detach(), targets)
+
+
+def as_mapping(outputs, targets):
+    return {"loss": functional.cross_entropy(outputs, targets)}
+
+
+def each_alone(outputs, targets):
+    return functional.cross_entropy(outputs, targets, reduction="none")
+
+
+def summed(outputs, targets):
+    return functional.cross_entropy(outputs, targets, reduction="sum")
+
+
+def summed_of_logits(outputs, targets):
+    return summed(outputs.logits, targets)
+
+
+class PerRank(nn.Module):
+    """Class weights that depend on the rank, as from the labels that each one sees."""
+
+    def __init__(self):
+        super().__init__()
+        rank = int(os.environ.get("RANK", "0"))
+        self.inner = nn.CrossEntropyLoss(torch.ones(CLASSES, dtype=torch.float64) + rank)
+
+    def forward(self, outputs, targets):
+        return self.inner(outputs, targets)
