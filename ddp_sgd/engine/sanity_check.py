@@ -19,7 +19,7 @@ from torch.utils.data import IterableDataset, TensorDataset
 from ddp_sgd.data.fetching import EVAL_EPOCH, Collate, Fetcher, Request, Unreadable
 from ddp_sgd.data.loading import move
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.buffers import TrainingBuffers, statistics_of
+from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, statistics_of
 from ddp_sgd.engine.evaluation import evaluating
 from ddp_sgd.engine.loss_check import examine_loss
 from ddp_sgd.engine.model_check import (
@@ -391,8 +391,8 @@ def _read_in_training(
         effects.undo()
         randomness.seed(0)
         with torch.no_grad():
-            for module, name in kept:
-                module.get_buffer(name).add_(change)
+            for place in kept:
+                buffer_at(place).add_(change)
             outputs.append(check.call_model())
     return others if _are_equal(*outputs) else changed
 
