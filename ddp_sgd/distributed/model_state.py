@@ -48,7 +48,7 @@ def _places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     return {
         f"{path}.{own}": (module, own)
         for path, module in model.named_modules()
-        for own in module._buffers
+        for own in module._buffers.keys()  # noqa: SIM118  # scripted modules have no iterator
     }
 
 

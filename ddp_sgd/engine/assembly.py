@@ -18,7 +18,7 @@ from ddp_sgd.distributed.pulse import Pulse
 from ddp_sgd.distributed.replica import Replica
 from ddp_sgd.distributed.replication import replicate
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.buffers import TrainingBuffers, buffers_by_name
+from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, buffers_by_name
 from ddp_sgd.engine.capture import velocities
 from ddp_sgd.engine.components import Parts, mark_training_set
 from ddp_sgd.engine.data_marks import Marks, refuse_other_data
@@ -133,7 +133,7 @@ def assemble(
         restore_buffers(model, modules, facts.buffers, saved)
         restore_velocities(model, optimizer, saved)
     replica = replicate(model, runtime, config.parallel, plan, velocity_of)  # as on rank 0 now
-    others = (module.get_buffer(own) for module, own in buffers_by_name(modules).values())
+    others = map(buffer_at, buffers_by_name(modules).values())
     broadcast_over_ranks(others, runtime)
     if past.header:
         broadcast_over_ranks((buffer for _, buffer in velocities(model, optimizer)), runtime)

@@ -157,6 +157,14 @@ def unset_buffers(model: nn.Module) -> dict[str, Place]:
     }
 
 
+def buffer_at(place: Place) -> torch.Tensor:
+    """Return a buffer that is not None; ``get_buffer`` fails for scripted modules."""
+    buffer = _buffer(place)
+    if buffer is None:
+        raise RuntimeError(f"the buffer {place[1]} of {type(place[0]).__name__} is not set")
+    return buffer
+
+
 def is_saved(place: Place) -> bool:
     """Whether a buffer belongs to the ``state_dict`` of its module."""
     module, name = place
@@ -181,7 +189,8 @@ def statistics_of(modules: Iterable[nn.Module]) -> list[Place]:
 
 def _buffer(place: Place) -> torch.Tensor | None:
     module, name = place
-    return module._buffers.get(name)
+    buffers = module._buffers
+    return buffers[name] if name in buffers else None  # noqa: SIM401  # scripted: no get()
 
 
 def _set(place: Place, value: torch.Tensor | None) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from ddp_sgd import __version__
 from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.data.permutation import ORDER
-from ddp_sgd.engine.buffers import TrainingBuffers, buffers_by_name, is_saved
+from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, buffers_by_name, is_saved
 from ddp_sgd.engine.state import State
 from ddp_sgd.errors import ConfigError
 from ddp_sgd.losses import LossFunction
@@ -94,7 +94,7 @@ def capture_others(
     }
     both = {"buffers": unsaved, "loss_buffers": buffers_by_name(loss_modules)}
     return {
-        key: {name: module.get_buffer(own) for name, (module, own) in places.items()}
+        key: {name: buffer_at(place) for name, place in places.items()}
         for key, places in both.items()
         if places
     }
@@ -121,6 +121,12 @@ def refuse_foreign(tree: Any, path: str = "model") -> None:
         raise ConfigError(
             f"the state {path} is a {type(tree).__name__}, which a checkpoint cannot hold; keep "
             "tensors and plain numbers, text, lists and mappings in the state of the model."
+        )
+    elif isinstance(tree, torch.Tensor) and tree.layout is not torch.strided:
+        layout = str(tree.layout).removeprefix("torch.")
+        raise ConfigError(
+            f"the state {path} has the layout {layout}, which a checkpoint cannot hold; pass "
+            "persistent=False to register_buffer, or make it dense with .to_dense()."
         )
 
 

@@ -17,7 +17,7 @@ from ddp_sgd.data.permutation import ORDER
 from ddp_sgd.distributed.collectives import from_rank_0
 from ddp_sgd.distributed.model_state import broadcast_buffers, broadcast_parameters
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.buffers import TrainingBuffers, buffers_by_name, unset_buffers
+from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, buffers_by_name, unset_buffers
 from ddp_sgd.engine.capture import describe_loss, velocities
 from ddp_sgd.engine.state import State
 from ddp_sgd.errors import RefusedError
@@ -158,10 +158,10 @@ def restore(model: nn.Module, tensors: Mapping[str, Any]) -> None:
     Raises:
         RefusedError: A module does not take its state back.
     """
-    for name, (module, own) in buffers_by_name({"": model}).items():
+    for name, place in buffers_by_name({"": model}).items():
         saved = tensors["model"].get(name)
-        if isinstance(saved, torch.Tensor) and not module.get_buffer(own).numel():
-            module.get_buffer(own).resize_(saved.shape)  # sized at its first use
+        if isinstance(saved, torch.Tensor) and not buffer_at(place).numel():
+            buffer_at(place).resize_(saved.shape)  # sized at its first use
     for name, (module, own) in unset_buffers(model).items():
         saved = tensors["model"].get(name)
         if isinstance(saved, torch.Tensor):
@@ -183,8 +183,8 @@ def model_misfits(saved: Mapping[str, Any], model: nn.Module) -> list[str]:
     """
     resized = {
         name
-        for name, (module, own) in buffers_by_name({"": model}).items()
-        if not module.get_buffer(own).numel() or _loads_by_itself(module)
+        for name, place in buffers_by_name({"": model}).items()
+        if not buffer_at(place).numel() or _loads_by_itself(place[0])
     } | unset_buffers(model).keys()
     now = {name: value for name, value in model.state_dict().items() if name not in resized}
     return misfits({name: v for name, v in saved.items() if name not in resized}, now)
@@ -220,7 +220,7 @@ def restore_buffers(
             if name not in places:
                 continue
             module, own = places[name]
-            now = module.get_buffer(own)
+            now = buffer_at((module, own))
             if (module, own) in buffers:
                 module._buffers[own] = saved.to(now.device)
             elif not torch.equal(saved, now.cpu()):

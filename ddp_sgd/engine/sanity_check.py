@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ddp_sgd.data.loading import move
 from ddp_sgd.distributed.collectives import gather_over_ranks
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.buffers import TrainingBuffers, buffers_by_name, statistics_of
+from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, buffers_by_name, statistics_of
 from ddp_sgd.engine.evaluation import evaluating
 from ddp_sgd.engine.labels import check_labels, count_classes, listed_targets
 from ddp_sgd.engine.loss_check import examine_loss
@@ -337,8 +337,8 @@ def _read_in_training(
         effects.undo()
         randomness.seed(0)
         with torch.no_grad():
-            for module, name in kept:
-                module.get_buffer(name).add_(change)
+            for place in kept:
+                buffer_at(place).add_(change)
             outputs.append(check.call_model())
     return others if _are_equal(*outputs) else changed
 

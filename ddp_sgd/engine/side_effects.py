@@ -196,10 +196,11 @@ class SideEffects:
         return memory is not None and not _equal(memory.storage, memory.content)
 
     def _is_resized(self, place: Place) -> bool:
-        now = place[0]._buffers.get(place[1])
-        if now is None or place not in self._forms:
+        module, name = place
+        if place not in self._forms or name not in module._buffers:
             return True
-        return now.shape != self._forms[place].data.shape
+        now = module._buffers[name]
+        return now is None or now.shape != self._forms[place].data.shape
 
     def _has_other_values(self, parameter: nn.Parameter, form: _Form) -> bool:
         memory = self._memory_of(form.data)

@@ -213,10 +213,10 @@ def compiled():
     return torch.compile(mlp(), backend="eager")
 
 
-def scripted():
+def scripted(*middle):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        return torch.jit.script(mlp())
+        return torch.jit.script(mlp(*middle))
 
 
 class Frozen(nn.Module):
@@ -615,6 +615,18 @@ class OddBuffers(nn.Module):
             self.seen += 1
         features = inputs * self.expanded * self.mask + self.strided
         return self.layers(torch.sparse.mm(self.graph.to(inputs.dtype), features.T).T)
+
+
+class OfGraph(nn.Module):
+    """Saves a sparse buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = mlp()
+        self.register_buffer("graph", torch.eye(WIDTH).to_sparse())
+
+    def forward(self, inputs):
+        return self.layers(torch.sparse.mm(self.graph, inputs.T).T)
 
 
 def sharing_buffers():

@@ -42,6 +42,7 @@ CASES = {
     "InstanceNorm": Case(
         model=lambda: networks.convnet(nn.InstanceNorm2d(4, track_running_stats=True)), data=IMAGES
     ),
+    "scripted BatchNorm": Case(model=lambda: networks.scripted(nn.BatchNorm1d(8)), data=ROWS),
     "shared statistics": Case(model=networks.sharing_buffers, data=ROWS),
     "statistics that training reads": Case(model=networks.Renormalized, data=ROWS),
     "spectral_norm": Case(model=networks.spectral, data=ROWS),

@@ -124,6 +124,11 @@ CASES = {
         (ALONE, TOGETHER),
         ("model.center is registered by the forward pass", "call register_buffer in __init__"),
     ),
+    "a sparse buffer that is saved": (
+        Case(model=networks.OfGraph, data=ROWS),
+        (ALONE,),
+        ("the state model.graph has the layout sparse_coo", "pass persistent=False"),
+    ),
     "weights with gaps": (
         Case(model=networks.with_gaps, data=ROWS, dtype=None),
         (ALONE,),

@@ -234,8 +234,11 @@ def copy_buffers(model):
 
 def put_buffers(model, copies):
     """Put copies of the buffers back; those that were made since are removed."""
+    known = {(module, name) for module, name, _ in copies}
     for module in model.modules():
-        module._buffers.clear()
+        for name in module._buffers.keys():  # noqa: SIM118  # scripted modules have no iterator
+            if (module, name) not in known:
+                module._buffers[name] = None
     for module, name, buffer in copies:
         module._buffers[name] = None if buffer is None else buffer.clone()
 
