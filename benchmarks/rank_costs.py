@@ -21,6 +21,7 @@ from ddp_sgd.distributed import collectives
 from ddp_sgd.distributed.pulse import Pulse
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine import assembly
+from ddp_sgd.engine.randomness import Randomness
 
 BATCH = 32
 WARM_UP, GETTING_WARM = 100, 50
@@ -81,19 +82,14 @@ class Meter:
         if due is not None:
             due()
 
-    def before_seeding(self, build: Callable[..., Callable[[int], None]]) -> Any:
+    def before_seeding(self, seed_step: Callable[..., None]) -> Callable[..., None]:
         """Look at every step, when its data have been read and the model is seeded."""
 
-        def build_watched(*arguments: Any) -> Callable[[int], None]:
-            seed_model = build(*arguments)
+        def look_and_seed(*arguments: Any, **options: Any) -> None:
+            self.look()
+            seed_step(*arguments, **options)
 
-            def look_and_seed(step: int) -> None:
-                self.look()
-                seed_model(step)
-
-            return look_and_seed
-
-        return build_watched
+        return look_and_seed
 
     def costs(self) -> Costs:
         """Return millionths a step."""
@@ -173,7 +169,7 @@ def work_as_rank(
     meter = Meter(clock, WARM_UP, WARM_UP + steps, turn)
     inputs = Tiled(torch.from_numpy(digits.inputs), samples)
     assembly.Pulse = lambda: meter.pulse  # type: ignore[assignment,misc]
-    assembly._model_seeder = meter.before_seeding(assembly._model_seeder)
+    Randomness.seed_step = meter.before_seeding(Randomness.seed_step)  # type: ignore[method-assign]
     sections = {"output_dir": folder, "epochs": 1, "wandb": {"mode": "disabled"}}
     config = RunConfig.model_validate({**sections, "data": {"batch_size": BATCH}})
     with (
