@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddp_sgd.data.loading import move
 from ddp_sgd.distributed.collectives import gather_over_ranks
@@ -32,7 +31,13 @@ from ddp_sgd.engine.model_inputs import choose_spread
 from ddp_sgd.engine.output_tensors import list_tensors
 from ddp_sgd.engine.randomness import Randomness
 from ddp_sgd.engine.sample_batch import Batch
-from ddp_sgd.engine.side_effects import Place, SideEffects, WriteWatch, undo_side_effects
+from ddp_sgd.engine.side_effects import (
+    OperatorWatch,
+    Place,
+    SideEffects,
+    WriteWatch,
+    undo_side_effects,
+)
 from ddp_sgd.engine.step import backward
 from ddp_sgd.errors import ConfigError
 from ddp_sgd.losses import (
@@ -184,7 +189,7 @@ def check_evaluation(
     )
 
 
-class _CollectiveWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _CollectiveWatch(OperatorWatch):
     """Notices collectives, such as those of a loss over the samples of all ranks."""
 
     def __init__(self) -> None:

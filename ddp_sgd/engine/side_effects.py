@@ -68,7 +68,16 @@ def undo_side_effects(
         effects.undo()
 
 
-class WriteWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class OperatorWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Looks at the operators of a pass; a subclass defines ``__torch_dispatch__``."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Leave torch's compiler alone: to tell it not to look, torch would import it, for 2 s."""
+        return False
+
+
+class WriteWatch(OperatorWatch):
     """Notices which memory the operators of torch write to, even where no value changes.
 
     Some kernels, such as those of fused observers, do not count a write as a new version.

@@ -1,6 +1,7 @@
 """The sanity check: what does not fit is named before step 1, and nothing is left behind."""
 
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -327,3 +328,16 @@ def test_statistics_are_synced_where_training_reads_them():
 def test_images_need_no_more_than_this():
     facts = train_check(ConvNet(batch_norm=True), CE, Digits(shape="image"))
     assert facts.notes == ()
+
+
+def imports_of_a_check(runtime):
+    model, dataset = ConvNet(batch_norm=True), Digits(shape="image")
+    train_check(model, CE, dataset, runtime)
+    check_evaluation(model, CE, dataset, batch_of(dataset), runtime)
+    return [name for name in ("torch._dynamo", "sympy") if name in sys.modules]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_compiler_of_torch_is_not_imported(world_size):
+    """It takes two seconds, longer than all else at the start of a run."""
+    assert run_ranks(world_size, imports_of_a_check) == [[]] * world_size
