@@ -199,6 +199,14 @@ def test_one_rank_whose_gradients_stay_where_they_are(name, tmp_path):
     compare(name, train(CASES[name], Runtime(), tmp_path, parallel={"replica": "ddp"}))
 
 
+@pytest.mark.parametrize("replica", ["flat", "ddp"])
+def test_memory_layouts_that_change_from_step_to_step(replica, tmp_path):
+    case = Case(model=lambda: networks.Moving(turns=True), data=ROWS)
+    outcome = train(case, Runtime(), tmp_path, parallel={"replica": replica})
+    expected = outcome_of(reference(CASES["moving storage"], whole_batches(case)))
+    assert distance(outcome.parameters, expected.parameters) <= TOLERANCE
+
+
 @pytest.mark.parametrize(
     ("name", "way"), [(name, "flat") for name in CASES] + [(name, "ddp") for name in LAYOUTS]
 )
