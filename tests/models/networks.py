@@ -75,15 +75,22 @@ class OfSentences(nn.Module):
 
 
 class Moving(nn.Module):
-    """Gives its parameters other memory, and another layout, in every pass."""
+    """Gives its parameters other memory in every pass.
 
-    def __init__(self):
+    Args:
+        turns: Between two memory layouts, too.
+    """
+
+    def __init__(self, *, turns=False):
         super().__init__()
-        self.layers = mlp()
+        self.layers, self.turns = mlp(), turns
 
     def forward(self, inputs):
         for p in self.layers.parameters():
-            p.data = p.data.t().clone().t() if p.ndim == 2 else p.data.clone()
+            if self.turns and p.ndim == 2 and p.is_contiguous():
+                p.data = p.data.t().contiguous().t()
+            else:
+                p.data = p.data.contiguous().clone()
         return self.layers(inputs)
 
 
