@@ -365,21 +365,22 @@ COMPONENTS = [
         "model for other inputs",
         ["--model.init_args.inputs=32"],
         CONFIG,
-        "model is MLP, which fails on inputs of float32 of shape (2, 64)",
+        "model is MLP, which fails on inputs of float32 of shape (8, 64) in training mode",
         "make model.init_args fit the data",
     ),
     case(
         "outputs that do not fit the targets",
         ["--loss.class_path=torch.nn.BCEWithLogitsLoss"],
         CONFIG,
-        "the model gives float32 of shape (2, 10), which does not fit targets of int64 of shape (2",
+        "the model gives float32 of shape (8, 10) in training mode",
+        "which does not fit targets of int64 of shape (8,)",
         "change the last layer",
     ),
     case(
         "two outputs",
         ["--model.class_path=user_code.TwoOutputs"],
         CONFIG,
-        "the model gives a tuple, which does not fit targets",
+        "the model gives a tuple of (float32 of shape (8, 10), float32 of shape (8, 10)) in",
     ),
     case(
         "loss of the wrong kind",
@@ -404,13 +405,13 @@ COMPONENTS = [
         "loss that gives a vector",
         ["--loss.class_path=user_code.vector_loss"],
         CONFIG,
-        "loss is function, which gives float32 of shape (2,); let it give the mean",
+        "loss is _per_sample, which gives float32 of shape (8,); let it give the mean",
     ),
     case(
         "loss that gives text",
         ["--loss.class_path=user_code.text_loss"],
         CONFIG,
-        "loss is function, which gives a str; let it give the mean",
+        "which gives a str; let it give the mean",
     ),
     case(
         "batch normalization of one sample",
@@ -422,8 +423,9 @@ COMPONENTS = [
     case(
         "model that fails in training",
         ["--model.class_path=user_code.FailsInTraining"],
-        INTERNAL,
-        "RuntimeError is unexpected: no luck; run again with --debug",
+        CONFIG,
+        "model is FailsInTraining, which fails on inputs of float32 of shape (8, 64) in training",
+        "RuntimeError: no luck",
     ),
 ]
 
@@ -464,7 +466,7 @@ DATA_SETS = [
         "held-out samples of another shape",
         ["--data.eval={class_path: user_code.Zeros, init_args: {width: 63}}"],
         CONFIG,
-        "model is MLP, which fails on inputs of float32 of shape (2, 63)",
+        "model is MLP, which fails on inputs of float32 of shape (8, 63)",
     ),
     case(
         "split that does not exist",
@@ -487,7 +489,7 @@ DATA_SETS = [
     ),
     case(
         "late label",
-        user_data("LateLabel"),
+        user_data("LateLabel", samples=64),
         DATA,
         "a batch has a label that the model has no score for: Target 99 is out of bounds",
         "number the labels from 0",

@@ -5,7 +5,7 @@ the units of the loss, the buffers that training changes, the random numbers tha
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from torch import nn
 from ddp_sgd.data.loading import move
 from ddp_sgd.distributed.collectives import gather_over_ranks
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, buffers_by_name, statistics_of
+from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, statistics_of
 from ddp_sgd.engine.evaluation import evaluating
 from ddp_sgd.engine.labels import check_labels, count_classes, listed_targets
 from ddp_sgd.engine.loss_check import examine_loss
@@ -140,15 +140,15 @@ def check_training(
         resized = effects.resized_buffers()
         read = _read_in_training(check, effects, randomness, changed, runtime)
         objective, notes = check.judge(outputs)
-    named = buffers_by_name({"": model, **{f"loss: {k}": each for k, each in modules.items()}})
-    kept = set(changed).union(statistics_of(whole))
+    roots = {"model": model, **{f"loss {name}": each for name, each in modules.items()}}
+    kept = [*changed, *statistics_of(whole)]
     return TrainingFacts(
         objective=objective,
         buffers=TrainingBuffers(
-            _on_any_rank(kept, named, runtime),
-            _on_any_rank(set(read), named, runtime),
+            _on_any_rank(kept, roots, runtime),
+            _on_any_rank(read, roots, runtime),
             runtime,
-            _on_any_rank(set(resized), named, runtime),
+            _on_any_rank(resized, roots, runtime),
         ),
         randomness=randomness,
         notes=notes,
@@ -348,11 +348,21 @@ def _read_in_training(
     return others if _are_equal(*outputs) else changed
 
 
-def _on_any_rank(places: set[Place], named: Mapping[str, Place], runtime: Runtime) -> list[Place]:
-    """Take what any rank has found, in one order: ranks may have begun with other weights."""
-    mine = [name for name, place in named.items() if place in places]
-    found = {name for names in gather_over_ranks(mine, runtime) for name in names}
-    return [place for name, place in named.items() if name in found]
+def _on_any_rank(
+    places: Iterable[Place], roots: Mapping[str, nn.Module], runtime: Runtime
+) -> list[Place]:
+    """Take what any rank has found, in one order: ranks may have begun with other weights.
+
+    A place may have no buffer yet, since a forward pass makes it.
+    """
+    paths: dict[nn.Module, tuple[str, str]] = {}
+    for where, root in roots.items():
+        for path, module in root.named_modules():
+            paths.setdefault(module, (where, path))
+    modules = {path: module for module, path in paths.items()}
+    mine = [(paths[module], name) for module, name in places if module in paths]
+    found = [place for each in gather_over_ranks(mine, runtime) for place in each]
+    return [(modules[path], name) for path, name in dict.fromkeys(found)]
 
 
 def describe(value: Any) -> str:
