@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
 
+from ddp_sgd.time_limits import scaled
+
 
 def life_of_job(environ: Mapping[str, str]) -> str | None:
     """Name one life of a job, such as ``1234.1`` after its first requeue; None outside of SLURM.
@@ -41,6 +43,8 @@ def _ask_for_end(job: str) -> float | None:
     """Ask for the end of a job; releases of SLURM before 23.02 do not put it into environments."""
     command = ["squeue", "--noheader", f"--jobs={job}", "--format=%e"]
     with suppress(OSError, subprocess.SubprocessError, ValueError):
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+        answer = subprocess.run(
+            command, capture_output=True, text=True, timeout=scaled(5.0), check=True
+        )
         return datetime.fromisoformat(answer.stdout.strip()).astimezone().timestamp()
     return None

@@ -9,6 +9,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from limits import WAIT_S, scaled
+
 from ddp_sgd.distributed.addresses import free_port
 from ddp_sgd.errors import DataError
 from ddp_sgd.report.journal import read_journal
@@ -16,7 +18,6 @@ from ddp_sgd.report.journal import read_journal
 ROOT = Path(__file__).parent.parent
 LOCAL = ROOT / "launch" / "local.sh"
 MULTINODE = ROOT / "launch" / "multinode.sh"
-DEADLINE_S = 150
 
 
 def environment(**extra):
@@ -95,7 +96,7 @@ class Launch:
     def result(self):
         return json.loads((self.run_folder / "result.json").read_text())
 
-    def wait_until(self, holds, *, deadline_s=DEADLINE_S):
+    def wait_until(self, holds, *, deadline_s=WAIT_S):
         deadline = time.monotonic() + deadline_s
         while not (found := holds()):
             assert self.script.poll() is None, self.said
@@ -103,7 +104,7 @@ class Launch:
             time.sleep(0.02)
         return found
 
-    def end(self, *, deadline_s=DEADLINE_S):
+    def end(self, *, deadline_s=WAIT_S):
         return self.script.wait(deadline_s)
 
     def clean_up(self):
@@ -112,7 +113,7 @@ class Launch:
             pids = [self.agent, *self.ranks.values()]
             self.script.send_signal(signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
-                self.script.wait(30)
+                self.script.wait(scaled(30))
             for pid in filter(None, [*pids, self.script.pid]):
                 kill(pid)
 

@@ -8,6 +8,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from limits import WAIT_S
+
 NAMESPACES = ("--mount", "--uts", "--ipc", "--pid", "--net")
 UNSHARE = ("unshare", *NAMESPACES, "--fork", "--kill-child", "--mount-proc")
 BOOT = """
@@ -54,7 +56,7 @@ class Machine:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=WAIT_S,
             check=False,
             **options,
         )
@@ -63,7 +65,7 @@ class Machine:
 
     def power_off(self):
         self._process.kill()
-        self._process.wait(20)
+        self._process.wait(WAIT_S)
         self._process.stdin.close()
         self._process.stdout.close()
 

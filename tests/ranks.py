@@ -8,6 +8,7 @@ import traceback
 from typing import Any
 
 import coverage
+from limits import WAIT_S, scaled
 
 from ddp_sgd.distributed.addresses import free_port
 
@@ -38,7 +39,7 @@ def rank_environment(rank, world_size, port):
     }
 
 
-def run_ranks(world_size, work, *args, timeout_s=60.0, raises=False, deadline_s=150.0):
+def run_ranks(world_size, work, *args, timeout_s=60.0, raises=False, deadline_s=WAIT_S):
     """Call ``work(runtime, *args)`` on every rank; return the values in order, or what each one
     raised.
     """
@@ -68,7 +69,7 @@ def run_ranks(world_size, work, *args, timeout_s=60.0, raises=False, deadline_s=
                 results.append(RankError(rank, "EOFError", "ended without a word"))
     finally:
         for process in processes:
-            process.join(5)
+            process.join(scaled(20))  # it may have to save its coverage
             if process.is_alive():
                 process.kill()
                 process.join()

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from limits import WAIT_S
 
 from ddp_sgd.distributed.addresses import free_port
 from ddp_sgd.errors import ExitCode
@@ -886,7 +887,7 @@ def test_ranks_fail_together_and_one_of_them_tells(argv, code, words, files, env
         for rank in ("0", "1")
     ]
     try:
-        said = [rank.communicate(timeout=150)[0] for rank in ranks]
+        said = [rank.communicate(timeout=WAIT_S)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
@@ -905,7 +906,7 @@ def test_under_torchrun_one_rank_tells(bench):
         capture_output=True,
         text=True,
         check=False,
-        timeout=150,
+        timeout=WAIT_S,
     )
     assert done.returncode == 1
     (line,) = (line for line in done.stderr.splitlines() if "ddp_sgd: error: " in line)

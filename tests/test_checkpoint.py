@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from limits import WAIT_S
 from ranks import run_ranks
 from safetensors.torch import load_file
 from saved_run import cut_short, files_of, flip_a_bit, plant_a_bomb, train, vouch_for
@@ -52,7 +53,7 @@ def test_ls_and_verify_are_fast_and_need_no_torch(run):
             [sys.executable, "-c", program, command, run],
             capture_output=True,
             check=True,
-            timeout=60,
+            timeout=WAIT_S,
         )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         # CPU time, which a busy machine does not stretch.
@@ -203,7 +204,7 @@ def test_module_runs_as_a_command(run):
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=WAIT_S,
     )
     assert done.returncode == 65
     assert done.stderr.startswith("ddp_sgd: error: ")

@@ -5,6 +5,7 @@ import sys
 from contextlib import contextmanager
 
 import pytest
+from limits import WAIT_S
 
 from ddp_sgd.companion import start_companion
 
@@ -35,7 +36,7 @@ def companion(tmp_path, monkeypatch, **options):
         yield process
     finally:
         process.stdin.close()
-        process.wait(60)
+        process.wait(WAIT_S)
         process.stdout.close()
 
 
@@ -60,7 +61,7 @@ def test_it_ends_as_soon_as_the_rank_is_gone_though_it_is_not_listening(tmp_path
     with companion(tmp_path, monkeypatch) as process:
         assert ask(process, b"sleep\n") == b"SLEEP\n"
         process.stdin.close()
-        assert process.wait(60) == 1
+        assert process.wait(WAIT_S) == 1
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"])

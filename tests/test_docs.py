@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from limits import WAIT_S
 
 from ddp_sgd.config import load_config
 
@@ -139,7 +140,7 @@ class Reader:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=300,
+            timeout=WAIT_S,
             check=False,
         )
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from limits import WAIT_S
 from ranks import rank_environment
 
 from ddp_sgd.distributed.addresses import free_port
@@ -43,7 +44,7 @@ def run_as_ranks(environment, *per_rank, world_size=None):
         for rank, own in enumerate(per_rank)
     ]
     try:
-        said = [rank.communicate(timeout=120) for rank in ranks]
+        said = [rank.communicate(timeout=WAIT_S) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
@@ -72,7 +73,7 @@ def test_two_ranks_under_torchrun(environment):
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=WAIT_S,
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -101,7 +102,7 @@ def test_two_tasks_under_srun(environment):
         for task in range(2)
     ]
     try:
-        said = [task.communicate(timeout=120)[0] for task in tasks]
+        said = [task.communicate(timeout=WAIT_S)[0] for task in tasks]
     finally:
         for task in tasks:
             task.kill()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from limits import WAIT_S
 from ranks import rank_environment, run_ranks
 from saved_run import cut_short, files_of, flip_a_bit, plant_a_bomb, train
 
@@ -41,7 +42,7 @@ def torchrun(ranks, *arguments):
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=WAIT_S,
     )
 
 
@@ -155,7 +156,7 @@ def test_a_wrong_key_is_answered_before_torch_is_imported():
         "sys.exit(99 if 'torch' in sys.modules else code)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=WAIT_S
     )
     assert done.returncode == 64
     assert done.stderr == "ddp_sgd: error: unknown key optim.lrr; did you mean optim.lr?\n"

@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+from limits import WAIT_S
 
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.errors import ExitCode
@@ -210,7 +211,7 @@ def test_command_answers_fast_and_without_torch():
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=WAIT_S,
     )
     assert done.stdout == _scaled(world_size=64, workload={"gradient_bytes": MIB // 2})
     assert done.stderr == ""
@@ -225,7 +226,7 @@ def test_module_runs_as_a_command():
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=WAIT_S,
     )
     assert done.returncode == ExitCode.CONFIG
     assert done.stderr.startswith("ddp_sgd: error: --world_size is 0; ")

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 from launching import LOCAL, MULTINODE, ROOT, environment
+from limits import WAIT_S
 
 from ddp_sgd.distributed.addresses import free_port
 from ddp_sgd.errors import ExitCode
 
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
-DEADLINE_S = 80
 STARTED = []
 ENDLESS = ("--epochs=100000", "--eval.every_epochs=100000", "--log.every_steps=1")
 
@@ -39,12 +39,12 @@ def _nothing_is_left_behind():
     for process in STARTED:
         if process.poll() is None:
             process.terminate()  # the script ends its ranks; if it were killed, they would go on
-            process.communicate(timeout=DEADLINE_S)
+            process.communicate(timeout=WAIT_S)
     STARTED.clear()
 
 
 def _end(process):
-    out, err = process.communicate(timeout=DEADLINE_S)
+    out, err = process.communicate(timeout=WAIT_S)
     return process.returncode, out, err
 
 
@@ -57,7 +57,7 @@ def _result(folder, name="digits"):
 
 
 def _wait_until(holds, process):
-    deadline = time.monotonic() + DEADLINE_S
+    deadline = time.monotonic() + WAIT_S
     while not holds():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline

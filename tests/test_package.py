@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from limits import WAIT_S
 
 import ddp_sgd
 
@@ -29,7 +30,7 @@ def _loaded_by(program):
         ],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=WAIT_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -6,6 +6,7 @@ import sys
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from limits import WAIT_S
 
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.errors import ConfigError, DataError
@@ -274,4 +275,4 @@ def test_a_place_in_the_tail_that_is_dropped_belongs_to_the_next_epoch():
 
 def test_plan_needs_no_torch():
     program = "import ddp_sgd.plan, sys; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=WAIT_S)

@@ -125,6 +125,20 @@ class FailsInTraining(nn.Linear):
         return super().forward(inputs)
 
 
+class FailsLater(nn.Linear):
+    """A model whose forward passes fail from the tenth one in training on."""
+
+    def __init__(self):
+        super().__init__(64, 10)
+        self._passes = 0
+
+    def forward(self, inputs):
+        self._passes += self.training
+        if self._passes >= 10:
+            raise RuntimeError("no luck")
+        return super().forward(inputs)
+
+
 class TwoOutputs(nn.Linear):
     def __init__(self):
         super().__init__(64, 10)

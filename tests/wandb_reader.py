@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from limits import WAIT_S
+
 
 def inspect_offline_run(folder: Path) -> list[dict[str, Any]]:
     """Give the rows of the offline run below a run folder, without wandb's own columns.
@@ -47,4 +49,6 @@ def offline_folders(folder: Path) -> list[Path]:
 
 def _leet(*arguments: str | Path) -> str:
     command = [sys.executable, "-m", "wandb", "leet", "inspect", *map(str, arguments)]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=WAIT_S
+    ).stdout

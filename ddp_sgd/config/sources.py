@@ -11,6 +11,7 @@ from ddp_sgd.config.sections import Component
 from ddp_sgd.config.yaml_events import MAX_DEPTH
 from ddp_sgd.config.yaml_text import read_value, read_words, read_yaml_file
 from ddp_sgd.errors import ConfigError
+from ddp_sgd.time_limits import FACTOR, timeout_factor
 
 PREFIX = "DDP_SGD_"
 _BESIDE_CLASS_PATH = Component.model_fields.keys() - {"class_path"}
@@ -39,21 +40,24 @@ def gather(
 
     Args:
         files: YAML files.
-        environ: Variables such as ``DDP_SGD_OPTIM__LR``; those without the prefix are left alone.
+        environ: Variables such as ``DDP_SGD_OPTIM__LR``; those without the prefix are left alone,
+            and so is ``DDP_SGD_TIMEOUT_FACTOR``, which is no key.
         overrides: Dotted keys, without dashes, and their values as YAML; but for a key that is
             text, the words as they are.
 
     Raises:
-        ConfigError: A file or a value cannot be read, or two settings of one layer contradict each
-            other.
+        ConfigError: A file or a value cannot be read, two settings of one layer contradict each
+            other, or the factor of the timeouts is out of range.
     """
+    if timeout_factor(environ) is None:
+        raise ConfigError(f"{FACTOR} is {environ[FACTOR]!r}; choose a number in [1, 1000].")
     sources = Sources(RunConfig().model_dump(mode="python"))
     for file in files:
         sources = lay_over(sources, _leaves_of(read_yaml_file(file), str(file)))
     variables = [
         (name.removeprefix(PREFIX).lower().replace("__", "."), text, name)
         for name, text in sorted(environ.items())
-        if name.startswith(PREFIX)
+        if name.startswith(PREFIX) and name != FACTOR
     ]
     flags = [(key, text, f"--{key}") for key, text in overrides]
     for settings in (variables, flags):

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import TypeVar, cast
 
@@ -36,3 +37,14 @@ def call_within(limit_s: float, work: Callable[[], T]) -> T:
     if error:
         raise error
     return cast("T", value)
+
+
+def run_within(limit_s: float, work: Callable[[], object]) -> None:
+    """Do some work as far as it goes; an error is dropped, and work that takes too long left alone.
+
+    Args:
+        limit_s: Longest wait, in seconds.
+        work: Called in a thread.
+    """
+    with suppress(Exception):
+        call_within(limit_s, work)

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -14,6 +15,7 @@ from ddp_sgd.distributed.board import NOTE_S
 from ddp_sgd.distributed.bounded import call_within
 from ddp_sgd.distributed.meeting import Attendance
 from ddp_sgd.errors import ExitCode, FaultElsewhereError, PeerError, UserError
+from ddp_sgd.time_limits import scaled
 
 _LOST_PEER = re.compile(
     r"Connection (closed|reset|refused)|Broken pipe|Timed out waiting|pair closure|Socket Timeout"
@@ -21,20 +23,30 @@ _LOST_PEER = re.compile(
     re.IGNORECASE,
 )
 _SILENT_PEER = re.compile(r"Timed out|timeout|No route|unreachable", re.IGNORECASE)
-_PATIENCE_S = 5.0
+_PATIENCE_S = scaled(5.0)
 """Longest wait for a store, before its host counts as gone."""
 _FIRST_FAULT = "ddp_sgd/first_fault"
 
 
 class Fate(Protocol):
-    """What becomes of an error, given those of the other ranks."""
+    """What becomes of an error, given those of the other ranks.
+
+    Attributes:
+        before_exit: Called with the error, in a thread, before a process is ended whose main thread
+            does not come back: the place to write a result. None calls nothing.
+    """
+
+    before_exit: Callable[[Exception], None] | None
 
     def judge(self, error: Exception) -> Exception:
         """Return the error that this rank should end with."""
 
 
 class OwnFate:
-    """The fate of a process that is alone: its errors are its own."""
+    """The fate of a process that is alone: its errors are its own, and nothing else ends it."""
+
+    def __init__(self) -> None:
+        self.before_exit: Callable[[Exception], None] | None = None
 
     def judge(self, error: Exception) -> Exception:
         """Return the error unchanged."""
@@ -57,6 +69,8 @@ class SharedFate:
 
     Attributes:
         is_store_silent: Whether the host of the store has been found gone.
+        has_judged: Set as soon as this rank has found an error, of its own or of another rank.
+        before_exit: See ``Fate``.
     """
 
     def __init__(self, store: Store, rank: int, attendance: Attendance, timeout_s: float) -> None:
@@ -65,6 +79,24 @@ class SharedFate:
         self._hosts, self._store_host = attendance
         self._timeout_s = timeout_s
         self.is_store_silent = False
+        self.has_judged = threading.Event()
+        self.before_exit: Callable[[Exception], None] | None = None
+
+    def find_remote(self, store: Store) -> FaultElsewhereError | None:
+        """Return the first error of the run, if another rank reported it.
+
+        Args:
+            store: Client of the same store, for the calling thread alone.
+
+        Raises:
+            RuntimeError: The store is gone.
+        """
+        if not store.check([_FIRST_FAULT]):
+            return None
+        first = json.loads(store.get(_FIRST_FAULT))
+        if first["rank"] == self._rank:
+            return None
+        return FaultElsewhereError(first["message"], first["code"])
 
     def judge(self, error: Exception) -> Exception:
         """Return the error that this rank should end with.
@@ -76,6 +108,7 @@ class SharedFate:
             The error itself if this rank failed first, as a ``PeerError`` if it is a lost
             connection; ``FaultElsewhereError`` if another rank failed before.
         """
+        self.has_judged.set()
         if isinstance(error, FaultElsewhereError) or self.is_store_silent:
             return error
         wait_s = 3 * NOTE_S if is_lost_peer(error) and _SILENT_PEER.search(str(error)) else 0.0

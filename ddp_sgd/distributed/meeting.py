@@ -16,10 +16,11 @@ from ddp_sgd.distributed.addresses import whereabouts
 from ddp_sgd.distributed.bounded import call_within
 from ddp_sgd.distributed.ranks import Ranks
 from ddp_sgd.errors import PeerError, UserError
+from ddp_sgd.time_limits import scaled
 
-_INTRODUCTION_S = 10.0
+_INTRODUCTION_S = scaled(10.0)
 """Longest wait of a rank for the name of the run whose store it has reached."""
-_GRACE_S = 2.0
+_GRACE_S = scaled(2.0)
 """What a thread may take beyond its timeout before nobody waits for it any more."""
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from ddp_sgd.distributed.bounded import call_within
 from ddp_sgd.distributed.cpus import batch_scheduling, usable_cpus
+from ddp_sgd.distributed.error_watch import abort_group, watch_errors
 from ddp_sgd.distributed.fate import Fate, OwnFate, SharedFate, shared_fate
 from ddp_sgd.distributed.meeting import (
     could_not_join,
@@ -23,10 +25,13 @@ from ddp_sgd.distributed.meeting import (
 )
 from ddp_sgd.distributed.ranks import Ranks, may_be_rank_0, read_ranks, told_by
 from ddp_sgd.errors import ConfigError
+from ddp_sgd.time_limits import scaled
 
-_FAREWELL_S = 5.0
+_FAREWELL_S = scaled(5.0)
 """Longest wait of the store's host for the others to read of a fault."""
-_GRACE_S = 2.0
+_DEVICE_GRACE_S = scaled(60.0)
+"""What a collective on a device may take beyond its timeout."""
+_GRACE_S = scaled(2.0)
 """What connecting may take beyond its timeout before it counts as hung."""
 
 
@@ -116,11 +121,13 @@ def _joined(
         store=notes,
     )
     try:
-        with shared_fate(fate):
+        farewell = partial(_say_farewell, notes, ranks)
+        with watch_errors(fate, notes.clone(), device, farewell=farewell), shared_fate(fate):
             _connect(runtime, ranks, store, attendance.hosts, timeout_s)
             yield runtime
     except Exception as error:
         _forget_locals(error)
+        abort_group()
         _leave_group()  # first of all, so that the others stop waiting for this rank
         if not fate.is_store_silent:
             _say_farewell(notes, ranks)
@@ -201,16 +208,29 @@ def _connect(
             store=PrefixStore("group", store),
             rank=ranks.rank,
             world_size=ranks.world_size,
-            timeout=timedelta(seconds=timeout_s),
+            timeout=timedelta(seconds=timeout_s + _collective_grace_s(runtime.device)),
             device_id=None if runtime.device.type == "cpu" else runtime.device,
         )
         dist.barrier()  # a rank that fails at once must not leave while others are still connecting
 
+    if runtime.backend == "nccl":
+        # Else NCCL's watchdog ends the process by SIGABRT: no line, no code, no result. See
+        # ``error_watch`` for what ends it instead.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     try:
         call_within(timeout_s + _GRACE_S, connect)
     except (OSError, RuntimeError, ValueError) as error:  # torch's own classes are RuntimeErrors
         remedy = _find_way(hosts, runtime.backend or "")
         raise could_not_join(ranks, timeout_s, error, remedy) from error
+
+
+def _collective_grace_s(device: torch.device) -> float:
+    """What a collective may take beyond the timeout, in seconds.
+
+    On a device the timeout of torch does not raise, so ours come first: the hang watch, which names
+    the rank.
+    """
+    return 0.0 if device.type == "cpu" else _DEVICE_GRACE_S
 
 
 def _leave_group() -> None:

@@ -15,23 +15,25 @@ from typing import NoReturn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from ddp_sgd.distributed.board import NOTE_S, Board
+from ddp_sgd.distributed.bounded import run_within
 from ddp_sgd.distributed.collectives import gather_over_ranks
 from ddp_sgd.distributed.pulse import Pulse
 from ddp_sgd.distributed.ranks import is_orphaned
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.distributed.verdict import Note, Place, Verdict, describe_hang, find_culprits
 from ddp_sgd.errors import ExitCode, PeerError
+from ddp_sgd.time_limits import scaled
 
 _ORPHAN_POLL_S = 1.0
-_LAST_CALL_S = 2.0
+_LAST_CALL_S = scaled(2.0)
 """Longest wait for a store whose host was just woken."""
 _PATIENCE_S = 0.5
 """Longest wait for a store that should answer at once, and for each part of leaving."""
-_FAREWELL_S = 5.0
+_FAREWELL_S = scaled(5.0)
 """Longest wait of the store's host for the others to read the verdict."""
-_WRITE_S = 5.0
+_WRITE_S = scaled(5.0)
 """Longest wait for the stacks, and for the line: what hangs may be the disk, or a full pipe."""
-_LAST_WORDS_S = 60.0
+_LAST_WORDS_S = scaled(60.0)
 """Longest wait for ``on_hang``."""
 _SILENT_POLLS = 5
 """Unanswered polls in a row after which the host of the store counts as frozen."""
@@ -219,12 +221,12 @@ class _Watch:
         self._is_ending = True
         try:
             self._wake(verdict.culprits)  # so that they read the verdict, too
-            _try_within(_WRITE_S, self._write_stacks)
+            run_within(_WRITE_S, self._write_stacks)
             if self._board:
                 self._board.exchange(self._note(left=True), _LAST_CALL_S)
             if verdict.teller == self._rank:
-                _try_within(_WRITE_S, lambda: _say(verdict.message))
-            _try_within(_LAST_WORDS_S, lambda: self._on_hang(PeerError(verdict.message)))
+                run_within(_WRITE_S, lambda: _say(verdict.message))
+            run_within(_LAST_WORDS_S, lambda: self._on_hang(PeerError(verdict.message)))
             if self._board and self._rank == self._store_rank:
                 self._board.outlast_others(_FAREWELL_S, _LAST_CALL_S)
         finally:
@@ -246,16 +248,6 @@ class _Watch:
             self._stacks.mkdir(parents=True, exist_ok=True)
             with (self._stacks / f"stack-rank-{self._rank}.txt").open("w") as file:
                 faulthandler.dump_traceback(file)
-
-
-def _try_within(limit_s: float, work: Callable[[], None]) -> None:
-    def quietly() -> None:
-        with suppress(Exception):
-            work()
-
-    thread = threading.Thread(target=quietly, name="ddp_sgd-last-words", daemon=True)
-    thread.start()
-    thread.join(limit_s)
 
 
 def _say(message: str) -> None:

@@ -25,8 +25,9 @@ from ddp_sgd.examination.links import Link, Timing, time_all_ranks, time_pairs
 from ddp_sgd.examination.shared_folder import leave_token
 from ddp_sgd.examination.store import reach_store
 from ddp_sgd.examination.tables import facts_table, link_table, timing_table
+from ddp_sgd.time_limits import scaled
 
-_REPORTS_S = 5.0
+_REPORTS_S = scaled(5.0)
 """Longest wait for the others' reports once rank 0 has its own."""
 _SHOWN_REPORTS = 3
 

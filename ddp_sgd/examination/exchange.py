@@ -13,12 +13,13 @@ from ddp_sgd.errors import ConfigError, PeerError
 from ddp_sgd.examination.facts import Facts
 from ddp_sgd.examination.shared_folder import sees_token
 from ddp_sgd.examination.store import is_there, needs_store, read_key
+from ddp_sgd.time_limits import scaled
 
 _ROUNDS = 5
 """Round trips from which the shortest tells of a clock."""
-_ANSWER_S = 5.0
+_ANSWER_S = scaled(5.0)
 """Longest wait for a rank that is there and has been asked."""
-_GRACE_S = 60.0
+_GRACE_S = scaled(60.0)
 """What rank 0 may take beyond the timeout for questions and reports."""
 
 

@@ -233,11 +233,14 @@ def open_report(
     else:
         sinks = Sinks(_sinks(config))
         report = Reporter(folder.path, folder, sinks, config, runtime.world_size, origin)
+    runtime.fate.before_exit = report.fail
     try:
         yield report
     except BaseException as error:
         report.fail(error)
         raise
+    finally:
+        runtime.fate.before_exit = None
 
 
 def tell_of_the_end(result: Row, folder: RunFolder | None) -> None:

@@ -14,11 +14,12 @@ from ddp_sgd.config import RunConfig, dump_yaml
 from ddp_sgd.errors import OutputError, RefusedError
 from ddp_sgd.report.failures import note_failure
 from ddp_sgd.report.sink import EventRow, RunRecord
+from ddp_sgd.time_limits import scaled
 
 if TYPE_CHECKING:  # commands that need no torch come here, too
     from ddp_sgd.distributed.runtime import Runtime
 
-_PATIENCE_S = 10.0
+_PATIENCE_S = scaled(10.0)
 """Longest wait for another run to leave the folder: a rank that lost its launcher saves first."""
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddp_sgd.config.sections import WandbConfig
 from ddp_sgd.report.sink import RunRecord
+from ddp_sgd.time_limits import scaled
 
 if TYPE_CHECKING:
     import wandb
@@ -87,7 +88,9 @@ def git_commit() -> str | None:
     """Return the commit of the working directory, ``+changes`` appended if files differ."""
     command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     with suppress(OSError, subprocess.SubprocessError):
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+        answer = subprocess.run(
+            command, capture_output=True, text=True, timeout=scaled(5.0), check=False
+        )
         return answer.stdout.strip() or None
     return None
 

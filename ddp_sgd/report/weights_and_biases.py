@@ -21,15 +21,16 @@ from ddp_sgd.companion import start_companion
 from ddp_sgd.config.sections import WandbConfig
 from ddp_sgd.report.sink import EventRow, RunRecord
 from ddp_sgd.report.wandb_process import Opening
+from ddp_sgd.time_limits import scaled
 
-INIT_TIMEOUT_S = 10.0
+INIT_TIMEOUT_S = scaled(10.0)
 """How long wandb may try its server, which takes under a second on a good link, before the run goes
 offline."""
 
-UPLOAD_TIMEOUT_S = 20.0
+UPLOAD_TIMEOUT_S = scaled(20.0)
 """How long wandb may go on uploading at the end."""
 
-FINISH_TIMEOUT_S = 30.0
+FINISH_TIMEOUT_S = scaled(30.0)
 """How long ``finish`` waits for the process: an upload that runs into its limit (20 s), or a run
 that ends while its server is still being tried (10 s, 2 s to give up, 1 s to go offline), and room
 for the rows still on their way."""

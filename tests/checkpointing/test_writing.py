@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from limits import WAIT_S
 from saving import fill, flip, names, small_disk, write
 
 from ddp_sgd.checkpointing import packing, writing
@@ -41,7 +42,7 @@ class Saving:
         return self
 
     def __exit__(self, *_):
-        self._server.communicate(timeout=20)
+        self._server.communicate(timeout=WAIT_S)
 
     def kill_at(self, first_step, saves, moment_s):
         """Kill a process that saves, so long after it began a save.

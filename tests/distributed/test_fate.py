@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from limits import WAIT_S
 from ranks import run_ranks
 from torch.distributed import HashStore, TCPStore
 
@@ -110,7 +111,7 @@ def frozen_store():
     host.send_signal(signal.SIGSTOP)
     yield store
     host.send_signal(signal.SIGCONT)
-    host.communicate("", timeout=60)
+    host.communicate("", timeout=WAIT_S)
 
 
 HOSTS = ["node1", "node1", "node2", "node2"]

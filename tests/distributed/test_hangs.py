@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from limits import WAIT_S
 
 from ddp_sgd.distributed.addresses import free_port
 
@@ -54,7 +55,7 @@ def start(folder, rank):
         environ = os.environ | {
             "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2",
             "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE),
+            "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}:{HERE.parent}",
         }  # fmt: skip
         ranks.append(
             subprocess.Popen(
@@ -65,7 +66,7 @@ def start(folder, rank):
                 text=True,
             )
         )
-    said = [rank.communicate(timeout=120) for rank in ranks]
+    said = [rank.communicate(timeout=WAIT_S) for rank in ranks]
     return [rank.returncode for rank in ranks], "".join(errors for _, errors in said)
 
 

@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
+from limits import WAIT_S
 
 from ddp_sgd.distributed.addresses import free_port
 from ddp_sgd.distributed.meeting import (
@@ -182,7 +183,7 @@ def join_anew(store, others, word):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(WAIT_S)
     return [told[rank].add(word, 0) for rank in others]
 
 

@@ -13,6 +13,7 @@ import time
 import coverage
 import pytest
 import torch
+from limits import WAIT_S
 from ranks import run_ranks
 
 from ddp_sgd.distributed.collectives import sum_over_ranks
@@ -67,7 +68,7 @@ def all_ended(results, folder):
 
 
 def read_a_disk_that_is_gone():
-    threading.Event().wait(60)
+    threading.Event().wait(WAIT_S)
 
 
 def a_step(runtime, pulse, step):
@@ -321,7 +322,7 @@ def test_off_there_is_no_board_and_errors_of_callbacks_do_not_matter(monkeypatch
         Runtime(), Pulse(), hang_s=None, stacks=None, on_hang=print, on_orphaned=on_orphaned
     ):
         monkeypatch.setattr(os, "getppid", lambda: 0)
-        assert asked.wait(60)
+        assert asked.wait(WAIT_S)
         names = [thread.name for thread in threading.enumerate()]
     assert "ddp_sgd-watch" in names
     assert "ddp_sgd-board" not in names

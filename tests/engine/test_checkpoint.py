@@ -2,6 +2,7 @@ import threading
 
 import pytest
 import torch
+from limits import WAIT_S
 from ranks import run_ranks
 from saved_training import Training, save_steps, until_over
 from saving import fill, names, small_disk, write
@@ -37,7 +38,7 @@ class Gate:
         self.now += 1
         self.most = max(self.most, self.now)
         self.reached.set()
-        assert self.open.wait(60)
+        assert self.open.wait(WAIT_S)
         try:
             return self._write(*args, **kwargs)
         finally:
@@ -78,7 +79,7 @@ def test_what_is_saved_is_the_moment_of_the_save(training, gate):
         weight = training.model.weight.detach().clone()
         velocity = training.optimizer.velocities[training.model.weight].clone()
         checkpoints.save(training.state, {})
-        assert gate.reached.wait(60)
+        assert gate.reached.wait(WAIT_S)
         for _ in range(5):
             training.step()
             checkpoints.poll()
@@ -100,12 +101,12 @@ def test_a_save_waits_for_the_one_before(training, gate):
         training.step()
         second = threading.Thread(target=checkpoints.save, args=(training.state, {}))
         second.start()
-        assert gate.reached.wait(60)
+        assert gate.reached.wait(WAIT_S)
         second.join(0.1)
         assert second.is_alive()
         assert training.captured == [0, 1]
         gate.open.set()
-        second.join(60)
+        second.join(WAIT_S)
         assert training.captured == [0, 1, 2]
         checkpoints.finish()
     assert [step for step, row in training.told if "file" in row] == [1, 2]
@@ -133,11 +134,11 @@ def test_leaving_waits_for_the_save_that_is_going_on(failing, training, gate):
 
     thread = threading.Thread(target=run)
     thread.start()
-    assert gate.reached.wait(60)
+    assert gate.reached.wait(WAIT_S)
     thread.join(0.1)
     assert ended == []
     gate.open.set()
-    thread.join(60)
+    thread.join(WAIT_S)
     assert ended == ["failed", "left"][not failing :]
     assert training.saved()["cursor"]["step"] == 1
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from limits import WAIT_S
 from saved_training import Training, save_steps
 from saving import header, names, tensors
 
@@ -43,7 +44,7 @@ def pid_of(writer):
 
 
 def until(is_so):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + WAIT_S
     while not is_so():
         assert time.monotonic() < deadline
         time.sleep(0.001)

@@ -5,6 +5,7 @@ from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
+from limits import WAIT_S
 
 from ddp_sgd.errors import ConfigError, PeerError
 from ddp_sgd.examination.exchange import Clock, Desk, Visitor
@@ -44,7 +45,7 @@ class Visits:
 
     def join(self):
         for thread in self.threads:
-            thread.join(60)
+            thread.join(WAIT_S)
             assert not thread.is_alive()
 
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from limits import WAIT_S
 
 from ddp_sgd.distributed.addresses import whereabouts
 from ddp_sgd.examination.routes import address_toward, interface_of, is_loopback, resolve
@@ -58,7 +59,7 @@ def test_a_host_without_a_network():
         ["unshare", "--net", sys.executable, "-c", NO_WAY],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=WAIT_S,
         check=True,
     )
     assert done.stdout in ("None None\n", "None 127.0.0.1\n")

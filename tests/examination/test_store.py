@@ -5,6 +5,7 @@ import socket
 import threading
 
 import pytest
+from limits import WAIT_S
 from ranks import rank_environment, run_ranks
 
 from ddp_sgd.distributed.addresses import free_port
@@ -50,7 +51,7 @@ def test_a_rank_waits_for_rank_0():
     early = threading.Thread(target=lambda: found.append(reach_store(rank(1, port), 30.0, {})))
     early.start()
     host = reach_store(rank(0, port), 20.0, {})
-    early.join(30)
+    early.join(WAIT_S)
     found[0].set("key", "value")
     assert read_key(host, "key", 10.0) == b"value"
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 
 import pytest
 from launching import MULTINODE, environment
+from limits import WAIT_S
 from machines import Machine, what_is_missing
 
 NAMES = ("node1", "node2")
@@ -47,7 +48,7 @@ class Network:
                 self.hosts.append(Host(index, folder))
             ends = [("name", "eth0", "netns", str(host.pid)) for host in self.hosts]
             add = ["ip", "link", "add", *ends[0], "type", "veth", "peer", *ends[1]]
-            subprocess.run(add, check=True, timeout=20)
+            subprocess.run(add, check=True, timeout=WAIT_S)
             for host in self.hosts:
                 host.run("ip", "address", "add", f"{host.address}/24", "dev", "eth0")
             self.mend()
@@ -127,14 +128,14 @@ class Run:
     def result(self):
         return result_in(self.run_folder)
 
-    def wait_until(self, holds, *, deadline_s=100):
+    def wait_until(self, holds, *, deadline_s=WAIT_S):
         deadline = time.monotonic() + deadline_s
         while not holds():
             assert self.process.poll() is None, self.said
             assert time.monotonic() < deadline, self.said
             time.sleep(0.02)
 
-    def end(self, *, deadline_s=100):
+    def end(self, *, deadline_s=WAIT_S):
         try:
             return self.process.wait(deadline_s)
         except subprocess.TimeoutExpired:
@@ -143,7 +144,7 @@ class Run:
     def clean_up(self):
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGKILL)
-        self.process.wait(20)
+        self.process.wait(WAIT_S)
 
 
 def result_in(run_folder):

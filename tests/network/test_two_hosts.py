@@ -6,11 +6,12 @@ import time
 
 import pytest
 from launching import LOCAL, environment
+from limits import WAIT_S
 from network.hosts import Run, result_in, two_hosts
 
 from ddp_sgd.errors import ExitCode
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(900)
 TIMEOUT_S = 10
 START_S = 60  # that scripts, torchrun and ranks may take to start and to end, on a busy machine
 LENGTH = ("--epochs=1", "--log.every_steps=1")
@@ -49,7 +50,7 @@ def digest_of_one_host(tmp_path_factory):
                 cwd=folder,
                 env=environment(),
                 check=True,
-                timeout=100,
+                timeout=WAIT_S,
                 capture_output=True,
             )
             known[ranks] = result_in(folder / "runs" / "digits")["weights_digest"]

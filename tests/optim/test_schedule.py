@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from limits import WAIT_S
 from torch.optim import lr_scheduler
 
 from ddp_sgd.config.schema import RunConfig
@@ -275,4 +276,4 @@ def test_one_rank_at_its_own_batch_needs_no_warm_up():
 
 def test_schedules_need_no_torch():
     program = "import ddp_sgd.optim.schedule, sys; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=WAIT_S)

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from limits import WAIT_S
 
 from ddp_sgd.config import RunConfig, dump_yaml
 from ddp_sgd.distributed.runtime import Runtime
@@ -147,7 +148,7 @@ def test_a_loader_process_that_outlives_its_rank_does_not_hold_the_folder(tmp_pa
         [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as rank:
         child = int(rank.stdout.readline())
-        rank.wait(20)
+        rank.wait(WAIT_S)
         os.kill(child, 0)  # it lives
         RunFolder(describe(tmp_path)).release()
         rank.stdin.close()

@@ -3,6 +3,7 @@
 import threading
 
 import pytest
+from limits import WAIT_S
 
 from ddp_sgd.report import scribe as module
 from ddp_sgd.report.scribe import Scribe
@@ -40,7 +41,7 @@ def test_notes_are_written_unasked_by_another_thread():
     book = Book()
     scribe = Scribe(book.write)
     scribe.put(1)
-    assert book.written.wait(60)
+    assert book.written.wait(WAIT_S)
     assert book.notes == [1]
     assert book.writers[0] is not threading.current_thread()
     scribe.close()
@@ -85,7 +86,7 @@ def test_a_failure_of_the_other_thread_comes_up_in_a_put():
     book = Book(fails_at=1)
     scribe = Scribe(book.write)
     scribe.put(1)
-    assert book.written.wait(60)
+    assert book.written.wait(WAIT_S)
     with scribe._turn:  # the burst is over
         pass
     with pytest.raises(OSError, match="no room for 1"):

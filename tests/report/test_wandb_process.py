@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from limits import WAIT_S
 
 from ddp_sgd.report import wandb_process as module
 from ddp_sgd.report.wandb_process import _numbers, _read, _reason
@@ -17,7 +18,7 @@ def test_it_leaves_with_the_rank():
     process = subprocess.Popen(START, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     process.stdin.close()
     assert process.stdout.read() == b""
-    assert process.wait(60) == 1
+    assert process.wait(WAIT_S) == 1
     process.stdout.close()
 
 

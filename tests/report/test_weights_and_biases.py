@@ -10,6 +10,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
+from limits import WAIT_S
 from wandb_reader import (
     inspect_offline_run,
     offline_folder,
@@ -45,6 +46,14 @@ def home(tmp_path, monkeypatch):
     folder = tmp_path / "home"
     isolate_wandb(monkeypatch, folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch):
+    """A busy machine may take longer than users should wait for."""
+    monkeypatch.setattr(weights_and_biases, "INIT_TIMEOUT_S", WAIT_S / 4)
+    monkeypatch.setattr(weights_and_biases, "UPLOAD_TIMEOUT_S", WAIT_S / 2)
+    monkeypatch.setattr(weights_and_biases, "FINISH_TIMEOUT_S", WAIT_S)
 
 
 @pytest.fixture
@@ -283,7 +292,7 @@ def test_a_server_that_never_answers_holds_nobody(record, said, monkeypatch):
     with WandbStub(hold=True) as server:
         _use(monkeypatch, server.url)
         sink.start(record)
-        assert server.asked.wait(60)
+        assert server.asked.wait(WAIT_S)
         sink.write(ROWS)  # the server holds the request until the `with` ends
         sink.finish(RESULT)
         assert not server.operations  # it has answered nothing
@@ -298,7 +307,7 @@ def test_a_server_that_falls_silent_does_not_hold_the_end(stub, record, said, mo
     opened = threading.Event()
     sink = WeightsAndBiases(WandbConfig(), say=lambda line: (said.append(line), opened.set()))
     sink.start(record)
-    assert opened.wait(60)
+    assert opened.wait(WAIT_S)
     stub.hold = True
     sink.write(ROWS)
     sink.finish(RESULT)
@@ -338,7 +347,7 @@ def test_the_command_that_is_said_sends_an_offline_run(stub, record, said):
     program, *arguments = command.split()
     assert program == "wandb"
     subprocess.run(
-        [sys.executable, "-m", "wandb", *arguments], check=True, capture_output=True, timeout=60
+        [sys.executable, "-m", "wandb", *arguments], check=True, capture_output=True, timeout=WAIT_S
     )
     (rows,) = stub.rows.values()
     assert [row["step"] for row in rows] == [row["step"] for row in LOGGED]
@@ -359,7 +368,7 @@ def _start(record, said, config=OFFLINE):
     sink = WeightsAndBiases(config, say=lambda line: (said.append(line), opened.set()))
     sink.start(record)
     process = sink._process.pid
-    assert opened.wait(60)
+    assert opened.wait(WAIT_S)
     (helper,) = _children(process)
     return sink, process, helper
 
@@ -647,7 +656,7 @@ def test_offline_lives_are_sent_as_one_run(stub, record, said):
     _report(record, said, OFFLINE, rows=_rows(10, 40), result=STOPPED)
     _report(replace(record, resumed=True), said, OFFLINE, rows=_rows(30, 60))
     command = [sys.executable, "-m", "wandb", "sync", *map(str, offline_folders(record.folder))]
-    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    subprocess.run(command, check=True, capture_output=True, timeout=WAIT_S)
     assert "RunResumeStatus" in stub.operations  # else the second one would start the run anew
     assert list(stub.rows) == ["cafe0123"]
     assert _places(stub.rows["cafe0123"]) == EACH_ONCE

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 from launching import ROOT, environment
+from limits import WAIT_S
 from machines import Machine, what_is_missing
 
 TOOLS = {"munged": "munge", "slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "ip": "iproute2"}
@@ -104,7 +105,7 @@ class Cluster:
         here = ["name", port, "netns", str(self._head.pid)]
         there = ["name", "eth0", "netns", str(node.pid)]
         cable = ["ip", "link", "add", *here, "type", "veth", "peer", *there]
-        subprocess.run(cable, check=True, timeout=20)
+        subprocess.run(cable, check=True, timeout=WAIT_S)
         self._head.run("ip", "link", "set", port, "master", "br0", "up")
         node.run("ip", "address", "add", f"{NETWORK}.{index}/24", "dev", "eth0")
         node.run("ip", "link", "set", "eth0", "up")
@@ -118,7 +119,7 @@ class Cluster:
         for machine in [*self._machines.values(), self._head]:
             machine.power_off()
         for daemon in self._daemons:
-            daemon.wait(20)
+            daemon.wait(WAIT_S)
 
     def run(self, *words, **options):
         """Return what a command prints on the head node."""
@@ -183,7 +184,7 @@ class Cluster:
             )
         self._daemons.append(daemon)
 
-    def _until(self, holds, *, deadline_s=60):
+    def _until(self, holds, *, deadline_s=WAIT_S):
         deadline = time.monotonic() + deadline_s
         while not holds():
             assert time.monotonic() < deadline, (self._folder / "daemons.out").read_text()
@@ -219,14 +220,14 @@ class Job:
     def signal(self, *options):
         self._cluster.run("scancel", *options, str(self.number))
 
-    def wait_until(self, holds, *, deadline_s=150):
+    def wait_until(self, holds, *, deadline_s=WAIT_S):
         deadline = time.monotonic() + deadline_s
         while not (found := holds()):
             assert time.monotonic() < deadline, f"{self.facts()}\n{self.said}"
             time.sleep(0.05)
         return found
 
-    def end(self, task=None, *, deadline_s=180):
+    def end(self, task=None, *, deadline_s=WAIT_S):
         """Return the final state, and how often it was requeued."""
 
         def final():

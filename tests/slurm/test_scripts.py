@@ -16,7 +16,7 @@ BATCH = sorted(SCRIPTS.glob("*.sbatch"))
 SHELL = [*BATCH, *SCRIPTS.glob("*.sh")]
 GPUS = "--gpus-per-node=2"
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")

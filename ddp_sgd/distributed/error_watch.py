@@ -1,0 +1,121 @@
+"""Error propagation where collectives do not raise: a thread polls the first reported error.
+
+A collective of gloo raises as soon as a peer leaves. One on a GPU does not: the host waits for the
+device, in ``tolist`` or in a copy, and the device waits for a peer that will not come.
+"""
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import ErrorType
+from torch.distributed.distributed_c10d import Store
+
+from ddp_sgd.distributed.bounded import run_within
+from ddp_sgd.distributed.fate import SharedFate
+from ddp_sgd.errors import ExitCode, FaultElsewhereError, UserError
+from ddp_sgd.time_limits import scaled
+
+_POLL_S = 1.0
+"""Time between two looks at the store, in seconds."""
+_GRACE_S = scaled(3.0)
+"""Time for the training thread to raise an error of its own, once another rank reported one."""
+_WRITE_S = scaled(5.0)
+"""Longest wait for the line: what hangs may be the terminal."""
+_RESULT_S = scaled(60.0)
+"""Longest wait for what has to be written before the process ends."""
+_ABORT_S = scaled(2.0)
+"""Longest wait for the communicator to be aborted."""
+_LEAVE_S = 0.5
+"""Longest wait for this thread, where the host of the store is silent."""
+
+
+@contextmanager
+def watch_errors(
+    fate: SharedFate,
+    store: Store,
+    device: torch.device,
+    *,
+    farewell: Callable[[], None],
+) -> Iterator[None]:
+    """End this process soon after another rank failed, even if its main thread waits for ever.
+
+    The main thread has a few seconds to find the error by itself, which it does wherever a
+    collective raises. Else ``fate.before_exit`` is called with the error, the communicator is
+    aborted, and the process ends with the code of the rank that failed first, without a word: that
+    rank has reported it. An error of the communicator itself, such as that of NCCL, counts too.
+
+    Args:
+        fate: Knows the first error, and whether this rank has found one.
+        store: Client of the store for this thread alone.
+        device: Where the group computes.
+        farewell: Called before the process ends: lets the others read what the store holds.
+    """
+    over = threading.Event()
+
+    def run() -> None:
+        is_store_there = True
+        while not over.wait(_POLL_S):
+            error: Exception | None = None
+            if is_store_there:
+                try:
+                    error = fate.find_remote(store)
+                except Exception:  # the host of the store is gone: what follows is others' to say
+                    is_store_there = False
+            error = error or _communicator_error(device)
+            if error:
+                if not (fate.has_judged.wait(_GRACE_S) or over.is_set()):
+                    _end(fate.judge(error), fate, farewell)
+                return
+
+    thread = threading.Thread(target=run, name="ddp_sgd-errors", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(_LEAVE_S)
+
+
+def _communicator_error(device: torch.device) -> Exception | None:
+    """Return what the library that carries tensors has run into, where it tells."""
+    if device.type == "cpu" or not dist.is_initialized():
+        return None
+    with suppress(Exception):  # a backend that does not tell
+        error = dist.group.WORLD._get_backend(device).get_error()  # type: ignore[union-attr]
+        if error != ErrorType.SUCCESS:
+            return RuntimeError(f"{dist.get_backend()} reports {error}, watchdog")
+    return None
+
+
+def _end(error: Exception, fate: SharedFate, farewell: Callable[[], None]) -> NoReturn:
+    code = error.exit_code if isinstance(error, UserError) else ExitCode.INTERNAL
+    try:
+        if not isinstance(error, FaultElsewhereError):
+            run_within(_WRITE_S, lambda: _print(str(error)))
+        if fate.before_exit:
+            run_within(_RESULT_S, partial(fate.before_exit, error))
+        farewell()
+        run_within(_ABORT_S, abort_group)
+    finally:
+        os._exit(code)
+
+
+def abort_group() -> None:
+    """Abort the communicators of all groups, if there are any and their library can be aborted.
+
+    Unlike ``destroy_process_group`` this does not wait for what is under way on the device.
+    """
+    if dist.is_initialized() and dist.get_backend() == dist.Backend.NCCL:
+        dist.distributed_c10d._abort_process_group()
+
+
+def _print(message: str) -> None:
+    sys.stdout.flush()
+    print(f"ddp_sgd: error: {message}", file=sys.stderr, flush=True)  # noqa: T201
