@@ -15,6 +15,7 @@ from ddp_sgd.config.faults import show
 from ddp_sgd.config.fields import all_keys
 from ddp_sgd.config.sections import Component
 from ddp_sgd.errors import ConfigError, UserError
+from ddp_sgd.out_of_memory import Use, refuse_out_of_memory
 
 _ONLY_BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
 
@@ -48,11 +49,16 @@ def build(component: Component, where: str, *, failure: type[UserError] = Config
     except UserError:
         raise
     except Exception as error:
+        refuse_out_of_memory(error, _use_of(where), where)
         keys = f"{where}.args and {where}.init_args" if args else f"{where}.init_args"
         raise failure(
             f"{where} is {component.class_path}, which failed with {type(error).__name__}: "
             f"{error}; check {keys}, it accepts ({_accepted(named)})."
         ) from error
+
+
+def _use_of(where: str) -> Use:
+    return Use.DATA if where.startswith("data.") else Use.MODEL
 
 
 def _find(path: str, where: str) -> Any:

@@ -61,6 +61,12 @@ class OutputError(UserError):
     exit_code = ExitCode.OUTPUT
 
 
+class DeviceError(UserError):
+    """The accelerator failed; the cause may lie in an earlier operation."""
+
+    exit_code = ExitCode.INTERNAL
+
+
 class DivergedError(UserError):
     """The gradients stopped being finite."""
 

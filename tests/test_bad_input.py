@@ -428,6 +428,27 @@ COMPONENTS = [
         "model is FailsInTraining, which fails on inputs of float32 of shape (8, 64) in training",
         "RuntimeError: no luck",
     ),
+    *(
+        case(
+            f"too little memory in pass {first} of {mode}",
+            [f"--model={{class_path: user_code.Hungry, init_args: {{{mode}: {first}}}}}"],
+            CONFIG,
+            f"data.batch_size is too large{words} for the memory of the host: ",
+            "lower data.batch_size and raise data.accumulate by the same factor",
+        )
+        for mode, words in (("training", ""), ("evaluation", ", in an evaluation,"))
+        for first in (1, 10)
+    ),
+    case(
+        "too little memory for the model",
+        [
+            "--model={class_path: torch.nn.Linear, init_args: {in_features: 64, "
+            "out_features: 1000000000000}}"
+        ],
+        CONFIG,
+        "model is too large for the memory of the host: ",
+        "make it smaller, start fewer ranks on a host, or take one with more memory.",
+    ),
 ]
 
 DATA_SETS = [

@@ -139,6 +139,20 @@ class FailsLater(nn.Linear):
         return super().forward(inputs)
 
 
+class Hungry(nn.Linear):
+    """A model that needs 128 TiB from some forward pass on, in one mode; never without one."""
+
+    def __init__(self, training=0, evaluation=0):
+        super().__init__(64, 10)
+        self._left = {True: training, False: evaluation}
+
+    def forward(self, inputs):
+        self._left[self.training] -= 1
+        if self._left[self.training] == 0:
+            torch.empty(2**45)
+        return super().forward(inputs)
+
+
 class TwoOutputs(nn.Linear):
     def __init__(self):
         super().__init__(64, 10)

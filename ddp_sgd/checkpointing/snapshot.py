@@ -1,4 +1,4 @@
-"""A copy of the state on the host, in memory that is kept, so that training stalls for the copy."""
+"""A copy of the state in host memory that is kept, so that training stalls for the copy alone."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,12 +11,15 @@ _Key = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
 class Snapshot:
     """Host memory as large as the state, page-locked where the state is on an accelerator.
 
+    Where no page-locked memory is to be had, pageable memory takes its place.
+
     Args:
         device: Where the state is.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._pin = device.type in ("cuda", "xpu")
         self._kept: dict[_Key, torch.Tensor] = {}
         self._before: dict[_Key, torch.Tensor] = {}
         self._copied: torch.Event | None = None
@@ -69,8 +72,12 @@ class Snapshot:
         return self._kept[key]
 
     def _like(self, tensor: torch.Tensor) -> torch.Tensor:
-        pinned = self._device.type in ("cuda", "xpu")
-        return torch.empty_like(tensor.detach(), device="cpu", pin_memory=pinned)
+        if self._pin:
+            try:
+                return torch.empty_like(tensor.detach(), device="cpu", pin_memory=True)
+            except RuntimeError:  # the system lets no more memory be locked: copies take longer
+                self._pin = False
+        return torch.empty_like(tensor.detach(), device="cpu")
 
 
 def _has_memory(tensor: torch.Tensor) -> bool:

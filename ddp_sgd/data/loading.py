@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,6 +27,13 @@ from ddp_sgd.data.fetching import (
 from ddp_sgd.data.order import Chunks, Order
 from ddp_sgd.errors import DataError
 from ddp_sgd.seeds import seed_for
+
+_LOST_WORKER = re.compile(
+    r"DataLoader worker|Pin memory thread|Too many open files|shared memory"
+    r"|unable to (open|mmap|resize)",
+    re.IGNORECASE,
+)
+"""What torch says where a loader process ended, or its batch got lost."""
 
 
 class MicroBatch(NamedTuple):
@@ -276,16 +284,29 @@ def _flag_of_leaving() -> Any:
 def _next(batches: Iterator[Any]) -> tuple[Any, Any]:
     try:
         batch = next(batches)
-    except (RuntimeError, OSError, EOFError) as error:  # a loader process was killed
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(
-            f"data.workers lost a process: {cause}; lower data.workers, or give the job more "
-            "memory."
-        ) from error
+    except (RuntimeError, OSError, EOFError) as error:
+        if lost := lost_worker(error):
+            raise lost from error
+        raise
     if isinstance(batch, Unreadable):
         raise DataError(batch.message)
     inputs, targets = batch
     return inputs, targets
+
+
+def lost_worker(error: Exception) -> DataError | None:
+    """Return what to tell of an error that says that a loader process was killed; else None.
+
+    torch raises that in whatever the main thread is doing. A process that is killed while it sends
+    a batch shows as a broken connection.
+    """
+    is_lost = isinstance(error, (EOFError, ConnectionError)) or _LOST_WORKER.search(str(error))
+    if not is_lost:
+        return None
+    cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return DataError(
+        f"data.workers lost a process: {cause}; lower data.workers, or give the job more memory."
+    )
 
 
 def move(value: Any, device: torch.device) -> Any:

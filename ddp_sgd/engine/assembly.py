@@ -42,6 +42,7 @@ from ddp_sgd.engine.time_shares import TimeShares
 from ddp_sgd.losses import LossFunction, loss_modules
 from ddp_sgd.optim.schedule import Schedule, build_schedule
 from ddp_sgd.optim.sgd import SGD, build_sgd
+from ddp_sgd.out_of_memory import Use, memory_for
 from ddp_sgd.plan import Plan
 
 
@@ -132,7 +133,8 @@ def assemble(
     if saved:
         restore_buffers(model, modules, facts.buffers, saved)
         restore_velocities(model, optimizer, saved)
-    replica = replicate(model, runtime, config.parallel, plan, velocity_of)  # as on rank 0 now
+    with memory_for(Use.MODEL):  # whose gradients need room, too
+        replica = replicate(model, runtime, config.parallel, plan, velocity_of)  # as on rank 0 now
     others = map(buffer_at, buffers_by_name(modules).values())
     broadcast_over_ranks(others, runtime)
     if past.header:
@@ -174,21 +176,23 @@ def assemble(
 
 def _on_device(parts: Parts, runtime: Runtime) -> tuple[nn.Module, dict[str, nn.Module]]:
     """Move the model, and the modules of the loss, to the device of this rank."""
-    model = parts.model.to(runtime.device)
-    modules = loss_modules(parts.loss, model)
-    for module in modules.values():
-        module.to(runtime.device)
+    with memory_for(Use.MODEL):
+        model = parts.model.to(runtime.device)
+        modules = loss_modules(parts.loss, model)
+        for module in modules.values():
+            module.to(runtime.device)
     return model, modules
 
 
 def _optimizer(config: RunConfig, model: nn.Module) -> SGD:
-    return build_sgd(
-        model,
-        momentum=config.optim.momentum,
-        nesterov=config.optim.nesterov,
-        weight_decay=config.optim.weight_decay,
-        decay_norm_and_bias=config.optim.decay_norm_and_bias,
-    )
+    with memory_for(Use.MOMENTUM):
+        return build_sgd(
+            model,
+            momentum=config.optim.momentum,
+            nesterov=config.optim.nesterov,
+            weight_decay=config.optim.weight_decay,
+            decay_norm_and_bias=config.optim.decay_norm_and_bias,
+        )
 
 
 def _train_loader(config: RunConfig, plan: Plan, parts: Parts, runtime: Runtime) -> TrainLoader:
@@ -277,7 +281,8 @@ def build_scorer(
     def score_without_trace(*interrupted: Callable[[], bool]) -> Metrics:
         facts.buffers.keep()
         try:
-            return score(*interrupted)
+            with memory_for(Use.EVALUATION):
+                return score(*interrupted)
         finally:
             facts.buffers.restore()
 

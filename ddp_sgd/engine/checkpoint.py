@@ -17,6 +17,7 @@ from ddp_sgd.engine.data_marks import with_marks
 from ddp_sgd.engine.state import State
 from ddp_sgd.engine.writers import Writer, build_writer, bytes_of
 from ddp_sgd.errors import OutputError
+from ddp_sgd.out_of_memory import Use, describe_out_of_memory
 from ddp_sgd.report.reporter import Reporter
 from ddp_sgd.report.run_folder import RunFolder, unwritable
 from ddp_sgd.report.sink import Row
@@ -189,10 +190,9 @@ class SavedCheckpoints:
 
     def _unsaved(self) -> OutputError:
         times = f", {self._failures} times in a row" if self._failures > 1 else ""
-        return OutputError(
-            f"{self._folder.path} does not take a checkpoint{times}: {_reason(self._failure)}; "
-            "make room on its disk, or set output_dir to another, and start again."
-        )
+        remedy = "make room on its disk, or set output_dir to another, and start again"
+        text = _out_of_memory(self._failure) or f"{_reason(self._failure)}; {remedy}"
+        return OutputError(f"{self._folder.path} does not take a checkpoint{times}: {text}.")
 
 
 @contextmanager
@@ -251,6 +251,12 @@ def _capture(job: Job, state: State, **others: Any) -> tuple[Header, Tree]:
     return header, {**tree, **capture_others(job.replica.inner, job.loss_modules, job.buffers)}
 
 
+def _out_of_memory(error: Exception | None) -> str | None:
+    return describe_out_of_memory(error, Use.SNAPSHOT) if error else None
+
+
 def _reason(error: Exception | None) -> str:
+    if text := _out_of_memory(error):
+        return text
     strerror = getattr(error, "strerror", None)
     return strerror or (str(error).strip() or type(error).__name__).splitlines()[0]

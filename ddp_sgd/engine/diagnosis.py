@@ -6,8 +6,10 @@ from contextlib import contextmanager
 
 import torch
 
+from ddp_sgd.data.loading import lost_worker
 from ddp_sgd.distributed.replica import unused_parameters
-from ddp_sgd.errors import ConfigError, DataError, DivergedError
+from ddp_sgd.errors import DataError, DeviceError, DivergedError
+from ddp_sgd.out_of_memory import Use, refuse_out_of_memory
 
 _PATIENCE = 10
 """Steps in a row without a finite gradient that end a run."""
@@ -26,24 +28,28 @@ def plain_faults() -> Iterator[None]:
     """Translate the errors that a configuration can mend; others pass unchanged.
 
     Raises:
-        ConfigError: Parameters without a gradient, or too little memory on the device.
-        DataError: A label out of range, or an index that an embedding lacks.
+        ConfigError: Parameters without a gradient, or too little memory.
+        DataError: A label out of range, an index that an embedding lacks, or a loader process that
+            was killed.
+        DeviceError: The device reports another error.
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(
-            f"data.batch_size is too large for the memory of the device: {_first_line(error)}; "
-            "lower data.batch_size and raise data.accumulate by the same factor: the steps stay "
-            "the same."
-        ) from error
-    except (RuntimeError, IndexError) as error:
+    except (RuntimeError, IndexError, MemoryError) as error:
+        refuse_out_of_memory(error, Use.STEP)
         if "finished reduction in the prior iteration" in str(error):
             raise unused_parameters() from error
         if _LABEL.search(str(error)):
             raise _label_out_of_range(error) from error
         if "index out of range in self" in str(error):
             raise _index_out_of_range() from error
+        if lost := lost_worker(error):
+            raise lost from error
+        if isinstance(error, torch.AcceleratorError):
+            raise DeviceError(
+                f"the device reports: {_first_line(error)}; set CUDA_LAUNCH_BLOCKING=1 and run "
+                "again with --debug, which then shows where."
+            ) from error
         raise
 
 

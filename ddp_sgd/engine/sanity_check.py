@@ -32,7 +32,7 @@ from ddp_sgd.engine.output_tensors import list_tensors
 from ddp_sgd.engine.randomness import Randomness
 from ddp_sgd.engine.sample_batch import Batch
 from ddp_sgd.engine.side_effects import (
-    OperatorWatch,
+    CollectiveWatch,
     Place,
     SideEffects,
     WriteWatch,
@@ -48,6 +48,7 @@ from ddp_sgd.losses import (
     is_of_classes,
     loss_modules,
 )
+from ddp_sgd.out_of_memory import Use, refuse_out_of_memory
 from ddp_sgd.plan import Plan
 
 _SHOWN = 6
@@ -173,7 +174,7 @@ def check_evaluation(
     """
     whole = [model, *loss_modules(loss, model).values()]
     randomness = Randomness(runtime.device)
-    watch = nullcontext() if runtime.alone else _CollectiveWatch()
+    watch = nullcontext() if runtime.alone else CollectiveWatch()
     with undo_side_effects(whole, randomness.generators) as effects, evaluating(model):
         check = _Check(model, loss, dataset, batch, runtime.device, "data.eval")
         with watch:
@@ -185,22 +186,8 @@ def check_evaluation(
         objective=objective,
         randomness=randomness,
         buffers=TrainingBuffers(changed, [], runtime),
-        communicates=isinstance(watch, _CollectiveWatch) and watch.seen,
+        communicates=isinstance(watch, CollectiveWatch) and watch.seen,
     )
-
-
-class _CollectiveWatch(OperatorWatch):
-    """Notices collectives, such as those of a loss over the samples of all ranks."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.seen = False
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        self.seen = self.seen or function.namespace in ("c10d", "_c10d_functional")
-        return function(*args, **(kwargs or {}))
 
 
 class _Check:
@@ -225,6 +212,7 @@ class _Check:
         self._spread = choose_spread(model, self._inputs, len(batch.indices))
         self._objective = Objective(loss, batch.targets, spread=self._spread)
         self._mode = " in training mode" if model.training else ""
+        self._use = Use.STEP if model.training else Use.EVALUATION
 
     def forward(self) -> tuple[Any, torch.Tensor]:
         """Call the model and the loss; gives what both return."""
@@ -244,6 +232,7 @@ class _Check:
         try:
             return self._objective.outputs(self._model, self._inputs)
         except Exception as error:  # whatever a user's model raises
+            refuse_out_of_memory(error, self._use)
             raise ConfigError(
                 f"model is {type(self._model).__name__}, which fails on inputs of "
                 f"{describe(self._inputs)}{self._mode}, {type(error).__name__}: {error}; make "
@@ -257,6 +246,7 @@ class _Check:
                 warnings.filterwarnings("error", message="Using a target size")
                 return self._loss(outputs, self._targets)
         except Exception as error:  # whatever a user's loss raises
+            refuse_out_of_memory(error, self._use)
             if isinstance(error, IndexError):
                 self._check_labels(outputs)
             raise ConfigError(
@@ -275,6 +265,7 @@ class _Check:
         try:
             backward(value, torch.ones_like(value))
         except Exception as error:  # whatever a user's function raises
+            refuse_out_of_memory(error, self._use)
             raise ConfigError(
                 f"model is {type(self._model).__name__}, whose backward pass fails, "
                 f"{type(error).__name__}: {error}; change what cannot be differentiated."

@@ -77,6 +77,20 @@ class OperatorWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return False
 
 
+class CollectiveWatch(OperatorWatch):
+    """Notices collectives, such as those of a loss over the samples of all ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen = False
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.seen = self.seen or function.namespace in ("c10d", "_c10d_functional")
+        return function(*args, **(kwargs or {}))
+
+
 class WriteWatch(OperatorWatch):
     """Notices which memory the operators of torch write to, even where no value changes.
 

@@ -89,9 +89,14 @@ class ThreadWriter:
 
     def begin(self, header: Header, tensors: Tree) -> None:
         """Copy the state."""
-        self._reserved.result()
-        copy = self._snapshot.take(tensors)
-        self._writing = self._thread.submit(self._write, header, copy)
+        self._reserved.exception()  # what could not be reserved is tried again
+        try:
+            copy = self._snapshot.take(tensors)
+        except Exception as error:  # too little memory, most likely: ``wait`` reports it
+            self._writing = Future()
+            self._writing.set_exception(error)
+        else:
+            self._writing = self._thread.submit(self._write, header, copy)
 
     def is_over(self) -> bool:
         """Whether the thread is done."""

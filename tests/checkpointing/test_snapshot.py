@@ -133,6 +133,19 @@ def test_memory_is_reserved_beforehand():
     assert torch.equal(copy["model"]["weight"], tree["model"]["weight"])
 
 
+def test_pageable_memory_takes_the_place_of_page_locked_memory_that_is_not_to_be_had():
+    """As on a machine without a device, where torch locks no memory."""
+    if torch.accelerator.is_available():
+        pytest.skip("memory can be locked here")
+    with pytest.raises(RuntimeError):
+        torch.empty(3, pin_memory=True)
+    tree = {"a": torch.randn(5), "b": torch.randn(7)}
+    Snapshot(torch.device("cuda")).reserve(tree)
+    copy = Snapshot(torch.device("cuda"))._copy(tree)
+    assert torch.equal(copy["a"], tree["a"])
+    assert torch.equal(copy["b"], tree["b"])
+
+
 def test_what_went_away_is_forgotten_and_what_is_new_is_copied():
     snapshot = Snapshot(CPU)
     first, second = torch.randn(10), torch.randn(20)

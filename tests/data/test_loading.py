@@ -10,7 +10,15 @@ from ranks import run_ranks
 from torch import nn
 
 from ddp_sgd.data import InMemory
-from ddp_sgd.data.loading import EvalLoader, TrainLoader, _for_movable, _pin, move
+from ddp_sgd.data.loading import (
+    EvalLoader,
+    TrainLoader,
+    _for_movable,
+    _next,
+    _pin,
+    lost_worker,
+    move,
+)
 from ddp_sgd.data.order import Chunks, Order
 from ddp_sgd.errors import DataError
 
@@ -126,6 +134,25 @@ def test_an_unreadable_sample_is_one_line(workers):
     ) as caught:
         list(loader(Sulking(), workers=workers).from_step(0))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: device-side assert triggered"),
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        OSError(5, "Input/output error"),
+    ],
+)
+def test_an_error_that_no_lost_process_explains_passes_unchanged(error):
+    def batches():
+        raise error
+        yield
+
+    assert lost_worker(error) is None
+    with pytest.raises(type(error)) as caught:
+        _next(batches())
+    assert caught.value is error
 
 
 def kill_a_worker(runtime):

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from ddp_sgd.engine.diagnosis import plain_faults, refuse_divergence
-from ddp_sgd.errors import ConfigError, DataError, DivergedError, ExitCode
+from ddp_sgd.errors import ConfigError, DataError, DeviceError, DivergedError, ExitCode
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,21 @@ from ddp_sgd.errors import ConfigError, DataError, DivergedError, ExitCode
             "a label that the model has no score for: Class values",
         ),
         (IndexError("index out of range in self"), DataError, "set num_embeddings of the embed"),
+        (
+            RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel errors might be"),
+            DataError,
+            "a label that the model has no score for: CUDA error: device-side assert triggered",
+        ),
+        (
+            torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore"),
+            DeviceError,
+            "the device reports: CUDA error: an illegal memory access was encountered; set CUDA_",
+        ),
+        (
+            RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. "),
+            DataError,
+            "data.workers lost a process: DataLoader worker .pid 12. is killed by signal: Killed",
+        ),
     ],
 )
 def test_torch_s_errors_in_the_words_of_the_configuration(error, kind, message):

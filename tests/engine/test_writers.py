@@ -70,6 +70,17 @@ def test_a_process_writes_what_is_small_and_on_the_host(device, size, kind, fold
         assert type(writer) is kind
 
 
+def test_a_copy_for_which_there_is_no_memory_is_a_failed_save(folder):
+    huge = {"model": {"x": torch.zeros(1).expand(2**45)}}
+    with closing(ThreadWriter(folder, CPU, keep=3, before=lambda: None, tensors=huge)) as writer:
+        writer.begin(header(1), huge)
+        assert writer.is_over()
+        with pytest.raises(RuntimeError, match="can't allocate memory"):
+            writer.wait()
+        writer.begin(header(2), tensors(2))
+        assert writer.wait().file == "step-00000002.pt"
+
+
 def test_both_ways_write_the_same_bytes(tmp_path):
     written = []
     for way in (ProcessWriter, ThreadWriter):
