@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddp_sgd.distributed.ranks import may_be_rank_0, told_by
-from ddp_sgd.errors import ExitCode, FaultElsewhereError, UserError
+from ddp_sgd.engine.stopping import print_stop
+from ddp_sgd.errors import ExitCode, FaultElsewhereError, StoppedError, UserError
 
 if TYPE_CHECKING:
     from ddp_sgd.config import CommandLine, Option
@@ -78,6 +79,9 @@ def exit_code_of(work: Callable[[], int | None], *, debug: bool) -> int:
     try:
         return work() or ExitCode.DONE
     except FaultElsewhereError as error:
+        return error.exit_code
+    except StoppedError as error:
+        print_stop(error)
         return error.exit_code
     except UserError as error:
         _tell(str(error), debug=debug)

@@ -49,6 +49,10 @@ class DataError(UserError):
     exit_code = ExitCode.DATA
 
 
+class LostWorkerError(DataError):
+    """A process that reads samples was killed."""
+
+
 class PeerError(UserError):
     """Another rank, or the meeting point of the ranks, cannot be reached."""
 
@@ -77,6 +81,38 @@ class RefusedError(UserError):
     """Going on could harm something of the user's."""
 
     exit_code = ExitCode.REFUSED
+
+
+class StoppedError(UserError):
+    """A run was stopped on request before its first step; it is no failure."""
+
+    exit_code = ExitCode.STOPPED
+
+
+class StopInterrupt(BaseException):
+    """Raised in the main thread by a signal before the first step.
+
+    Like KeyboardInterrupt it is no ``Exception``, so that code which handles the errors of a data
+    set or a model does not take it for one. ``as_error`` gives what the run ends with.
+
+    Args:
+        reason: Name of the signal.
+
+    Attributes:
+        is_caught: Whether somebody has begun to end the run.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.is_caught = False
+        self._reason = reason
+
+    def as_error(self) -> StoppedError:
+        """Return the error that the run ends with."""
+        self.is_caught = True
+        return StoppedError(
+            f"stopped by {self._reason} before the first step; start again to go on."
+        )
 
 
 class RepeatedFailureError(UserError):

@@ -65,11 +65,11 @@ def train(line: CommandLine) -> int:
         read_ranks(os.environ)
     keep_freed_memory()
     # A signal that comes while torch is being imported would end the process: listen first.
-    with stop_on_signal() as stop, batch_scheduling():
+    with stop_on_signal(owns_process=True) as stop, batch_scheduling():
         if may_be_rank_0(os.environ):
             start_ahead(config.wandb)
         is_first = "torch" not in sys.modules
-        with uncollected():
+        with told_by(this_one=may_be_rank_0(os.environ)), uncollected():
             from ddp_sgd.distributed.runtime import start_runtime
             from ddp_sgd.engine.fit import fit
 

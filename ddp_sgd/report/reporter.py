@@ -156,10 +156,14 @@ class Reporter:
         self._close(result)
 
     def fail(self, error: BaseException) -> None:
-        """Write down that the run failed, and why; what cannot be written then is lost."""
+        """Write down that the run failed, or was stopped before its first step, and why.
+
+        What cannot be written then is lost.
+        """
         code = error.exit_code if isinstance(error, UserError) else ExitCode.INTERNAL
+        status = "stopped" if code == ExitCode.STOPPED else "failed"
         result = {
-            "status": "failed",
+            "status": status,
             "exit_code": int(code),
             **self._place(),
             "world_size": self._world_size,
@@ -169,7 +173,7 @@ class Reporter:
             self.flush()
         with suppress(OutputError):
             if self._plan:
-                self._write("end", {"status": "failed", "error": result["error"]})
+                self._write("end", {"status": status, "error": result["error"]})
                 self.flush()
         with suppress(OutputError):
             self._close(result)
