@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ddp_sgd.distributed.ranks import may_be_rank_0, told_by
 from ddp_sgd.engine.stopping import print_stop
 from ddp_sgd.errors import ExitCode, FaultElsewhereError, StoppedError, UserError
+from ddp_sgd.masking import mask
 
 if TYPE_CHECKING:
     from ddp_sgd.config import CommandLine, Option
@@ -88,7 +89,7 @@ def exit_code_of(work: Callable[[], int | None], *, debug: bool) -> int:
         return error.exit_code
     except Exception as error:  # a defect of ours, or in the user's code
         _tell(
-            f"{type(error).__name__} is unexpected: {' '.join(str(error).split())}; "
+            f"{type(error).__name__} is unexpected: {mask(' '.join(str(error).split()))}; "
             "run again with --debug to see where it comes from.",
             debug=debug,
         )

@@ -2,6 +2,8 @@
 
 from enum import IntEnum
 
+from ddp_sgd.masking import mask
+
 
 class ExitCode(IntEnum):
     """How a command ended; part of the contract with launch and batch scripts.
@@ -33,8 +35,8 @@ class UserError(Exception):
     exit_code = ExitCode.INTERNAL
 
     def __init__(self, message: str) -> None:
-        """Fold the message onto one line, since that is what a log collector keeps together."""
-        super().__init__(" ".join(message.split()))
+        """Fold the message onto one line, which a log collector keeps together; mask secrets."""
+        super().__init__(mask(" ".join(message.split())))
 
 
 class ConfigError(UserError):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 from ddp_sgd.config import RunConfig
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.errors import ExitCode, OutputError, UserError
+from ddp_sgd.masking import mask
 from ddp_sgd.plan import Plan
 from ddp_sgd.report.journal import Journal
 from ddp_sgd.report.progress import Progress, last_line
@@ -167,7 +168,7 @@ class Reporter:
             "exit_code": int(code),
             **self._place(),
             "world_size": self._world_size,
-            "error": str(error) or type(error).__name__,
+            "error": mask(str(error)) or type(error).__name__,
         }
         with suppress(OutputError):
             self.flush()
