@@ -1,7 +1,7 @@
 """Signals before the first step: the run ends within moments, by code 75.
 
-``RESTARTS=20 python -m pytest tests/test_early_stops.py`` sends forty at random moments, instead of
-six; ``make soak`` does so.
+``RESTARTS=20 python -m pytest tests/test_early_stops.py`` sends forty at random moments instead of
+four; ``make soak`` does so.
 """
 
 import json
@@ -21,7 +21,7 @@ from ranks import rank_environment
 from ddp_sgd.distributed.addresses import free_port
 from ddp_sgd.errors import ExitCode
 
-MOMENTS = 40 if "RESTARTS" in os.environ else 6
+MOMENTS = 40 if "RESTARTS" in os.environ else 4
 HONOURED_S = scaled(2.0)
 GONE_S = scaled(5.0)
 LINE = "ddp_sgd: stopped by {} before the first step; start again to go on.\n"
