@@ -15,8 +15,8 @@ from ddp_sgd.checkpointing.folder import FOLDER_NAME, CheckpointFolder
 from ddp_sgd.command import run_command
 from ddp_sgd.config import CommandLine, Option
 from ddp_sgd.errors import DataError, ExitCode, OutputError
+from ddp_sgd.files import replace_file
 from ddp_sgd.report.journal import read_journal
-from ddp_sgd.report.run_folder import replace_file
 from ddp_sgd.slurm import life_of_job, times_requeued
 
 _OPTIONS = (
