@@ -223,7 +223,9 @@ def test_a_folder_that_another_run_took_over_is_left_to_it(tmp_path, monkeypatch
     owner = tmp_path / "x" / OWNER_NAME
     owner.write_text(owner.read_text().replace('"pid": ', '"pid": 1'))
     deadline = time.monotonic() + 60
-    with pytest.raises(RefusedError, match="took it over when this process did not renew") as caught:
+    with pytest.raises(
+        RefusedError, match="took it over when this process did not renew"
+    ) as caught:
         while time.monotonic() < deadline:
             folder.write([])
     assert caught.value.exit_code == ExitCode.REFUSED
