@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,7 @@ def shell(folder, line, **variables):
         ["bash", "-c", script, "bash", sys.executable],
         cwd=folder,
         env=environment(**variables),
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+        capture_output=True,
         stdin=subprocess.DEVNULL,
         text=True,
         check=False,
@@ -131,6 +131,16 @@ def test_output_that_does_not_arrive_is_an_error(command, where, why, place):
         "file on a disk with room.\n"
     )
     assert "Traceback" not in done.stderr
+
+
+def test_ranks_do_not_wait_for_one_that_cannot_print(tmp_path):
+    line = '"$@" -m torch.distributed.run --standalone --nproc_per_node=2 -m ddp_sgd.doctor'
+    start = time.monotonic()
+    codes, done = shell(tmp_path, f"{line} --runtime.timeout_s=1000 > /dev/full")
+    assert codes == [1]  # torchrun's own, whatever it was
+    assert "ddp_sgd: error: stdout is not writable: No space left on device; send" in done.stderr
+    assert "exitcode  : 73" in done.stderr
+    assert time.monotonic() - start < LIMIT_S
 
 
 @pytest.mark.parametrize("where", ["2> /dev/full", "2>&-", "2>&1 | true", ">&- 2>&-"])

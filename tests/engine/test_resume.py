@@ -368,7 +368,7 @@ def test_a_copy_is_on_the_disk_before_anything_builds_on_it(tmp_path, monkeypatc
     synced, sync = [], os.fsync
 
     def note(descriptor):
-        synced.append(os.stat(descriptor).st_ino)
+        synced.append(os.fstat(descriptor).st_ino)
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", note)

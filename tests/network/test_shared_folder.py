@@ -25,9 +25,7 @@ class Start:
         words.append(f"--model={{class_path: user_code.Slow, init_args: {patience}}}")
         self.folder = folder / "runs" / "x"
         self._process = subprocess.Popen(
-            host.command(
-                "env", f"--chdir={folder}", sys.executable, "-m", "ddp_sgd.train", *words
-            ),
+            host.command("env", f"--chdir={folder}", sys.executable, "-m", "ddp_sgd.train", *words),
             env=environment(**variables),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
