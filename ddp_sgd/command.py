@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ddp_sgd.console import deliver, say_error, settle
 from ddp_sgd.distributed.ranks import may_be_rank_0, told_by
 from ddp_sgd.engine.stopping import print_stop
 from ddp_sgd.errors import ExitCode, FaultElsewhereError, StoppedError, UserError
@@ -58,7 +59,7 @@ def run_command(
                 argument=argument,
             )
         if line.text is not None:
-            sys.stdout.write(line.text)
+            deliver(line.text)
             return ExitCode.DONE
         return work(line)
 
@@ -94,6 +95,8 @@ def exit_code_of(work: Callable[[], int | None], *, debug: bool) -> int:
             debug=debug,
         )
         return ExitCode.INTERNAL
+    finally:
+        settle()
 
 
 def _tell_the_launcher(code: int) -> None:
@@ -110,6 +113,5 @@ def _tell_the_launcher(code: int) -> None:
 
 def _tell(message: str, *, debug: bool) -> None:
     if debug:
-        traceback.print_exc()
-    sys.stdout.flush()
-    print(f"ddp_sgd: error: {message}", file=sys.stderr, flush=True)  # noqa: T201
+        say_error(traceback.format_exc().rstrip("\n"))
+    say_error(f"ddp_sgd: error: {message}")

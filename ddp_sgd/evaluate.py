@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ddp_sgd.checkpointing.listing import epochs_of
 from ddp_sgd.command import run_command
 from ddp_sgd.config import CommandLine, Option, dump_yaml
+from ddp_sgd.console import deliver
 from ddp_sgd.distributed.ranks import may_be_rank_0, read_ranks, told_by
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def evaluate(line: CommandLine) -> int:
     ) as runtime:
         lines = _work(line, runtime)
     if runtime.rank == 0:
-        sys.stdout.write("".join(f"{text}\n" for text in lines))
+        deliver("".join(f"{text}\n" for text in lines))
     return 0
 
 

@@ -5,7 +5,6 @@ device, in ``tolist`` or in a copy, and the device waits for a peer that will no
 """
 
 import os
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import ErrorType
 from torch.distributed.distributed_c10d import Store
 
+from ddp_sgd.console import say_error
 from ddp_sgd.distributed.bounded import run_within
 from ddp_sgd.distributed.fate import Fate, SharedFate
 from ddp_sgd.errors import ExitCode, FaultElsewhereError, StoppedError, UserError
@@ -122,5 +122,4 @@ def abort_group() -> None:
 
 def _print(error: Exception) -> None:
     kind = "" if isinstance(error, StoppedError) else "error: "
-    sys.stdout.flush()
-    print(f"ddp_sgd: {kind}{error}", file=sys.stderr, flush=True)  # noqa: T201
+    say_error(f"ddp_sgd: {kind}{error}")

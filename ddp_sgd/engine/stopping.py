@@ -6,13 +6,13 @@ sets a flag, which is read between steps. No torch: it listens before.
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import FrameType
 from typing import Protocol
 
+from ddp_sgd.console import say_error
 from ddp_sgd.errors import ExitCode, StopInterrupt, StoppedError
 from ddp_sgd.time_limits import scaled
 
@@ -205,5 +205,4 @@ def _end(request: StopRequest, name: str) -> None:
 
 def print_stop(error: StoppedError) -> None:
     """Print the line of a run that was stopped before its first step."""
-    with suppress(OSError, ValueError):
-        print(f"ddp_sgd: {error}", file=sys.stderr, flush=True)  # noqa: T201
+    say_error(f"ddp_sgd: {error}")

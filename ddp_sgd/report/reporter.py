@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 from ddp_sgd.config import RunConfig
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.errors import ExitCode, OutputError, UserError
+from ddp_sgd.errors import ExitCode, UserError
 from ddp_sgd.masking import mask
 from ddp_sgd.plan import Plan
 from ddp_sgd.report.journal import Journal
@@ -170,13 +170,13 @@ class Reporter:
             "world_size": self._world_size,
             "error": mask(str(error)) or type(error).__name__,
         }
-        with suppress(OutputError):
+        with suppress(UserError):
             self.flush()
-        with suppress(OutputError):
+        with suppress(UserError):
             if self._plan:
                 self._write("end", {"status": status, "error": result["error"]})
                 self.flush()
-        with suppress(OutputError):
+        with suppress(UserError):
             self._close(result)
 
     def _close(self, result: Mapping[str, Any]) -> None:
