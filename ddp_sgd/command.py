@@ -42,6 +42,9 @@ def run_command(
         The exit code of the contract. An error of the user's is one line on stderr, from one rank.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if "--debug" not in argv:
+        # torch reads it when it is imported. Else each rank shows the C++ frames of a lost store.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
     def read_and_work() -> int | None:
         from ddp_sgd.config import read_command_line
