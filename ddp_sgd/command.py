@@ -4,11 +4,10 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ddp_sgd.console import deliver, say_error, settle
+from ddp_sgd.distributed.launcher_files import leave_for_launcher
 from ddp_sgd.distributed.ranks import may_be_rank_0, told_by
 from ddp_sgd.engine.stopping import print_stop
 from ddp_sgd.errors import ExitCode, FaultElsewhereError, StoppedError, UserError
@@ -18,8 +17,20 @@ if TYPE_CHECKING:
     from ddp_sgd.config import CommandLine, Option
 
 
-LAUNCHER_READS = "LAUNCH_EXIT_CODE_FILE"
-"""Variable that names the file in which a launch script looks for the exit code of a rank."""
+class _End(NamedTuple):
+    """How some work ended.
+
+    Args:
+        code: Exit code of the contract.
+        line: What there is to say of a code above 0, on one line.
+        traceback: Where an error comes from, if somebody asked; else empty.
+        is_first: Whether this process ran into it first.
+    """
+
+    code: int
+    line: str = ""
+    traceback: str = ""
+    is_first: bool = True
 
 
 def run_command(
@@ -45,6 +56,9 @@ def run_command(
         The exit code of the contract. An error of the user's is one line on stderr, from one rank.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if "--debug" not in argv:
+        # torch reads it when it is imported. Else each rank shows the C++ frames of a lost store.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
     def read_and_work() -> int | None:
         from ddp_sgd.config import read_command_line
@@ -63,9 +77,9 @@ def run_command(
             return ExitCode.DONE
         return work(line)
 
-    code = exit_code_of(read_and_work, debug="--debug" in argv)
-    _tell_the_launcher(code)
-    return code
+    end = _do(read_and_work, debug="--debug" in argv)
+    leave_for_launcher(end.code, end.line, traceback=end.traceback, is_first=end.is_first)
+    return end.code
 
 
 def exit_code_of(work: Callable[[], int | None], *, debug: bool) -> int:
@@ -78,40 +92,33 @@ def exit_code_of(work: Callable[[], int | None], *, debug: bool) -> int:
     Returns:
         The exit code of the contract. An error of the user's is one line on stderr, from one rank.
     """
+    return _do(work, debug=debug).code
+
+
+def _do(work: Callable[[], int | None], *, debug: bool) -> _End:
     try:
-        return work() or ExitCode.DONE
+        code = work() or ExitCode.DONE
     except FaultElsewhereError as error:
-        return error.exit_code
+        return _End(error.exit_code, str(error), is_first=False)
     except StoppedError as error:
         print_stop(error)
-        return error.exit_code
+        return _End(error.exit_code, str(error))
     except UserError as error:
-        _tell(str(error), debug=debug)
-        return error.exit_code
+        return _tell(error.exit_code, str(error), debug=debug)
     except Exception as error:  # a defect of ours, or in the user's code
-        _tell(
+        line = (
             f"{type(error).__name__} is unexpected: {mask(' '.join(str(error).split()))}; "
-            "run again with --debug to see where it comes from.",
-            debug=debug,
+            "run again with --debug to see where it comes from."
         )
-        return ExitCode.INTERNAL
+        return _tell(ExitCode.INTERNAL, line, debug=debug)
     finally:
         settle()
+    if code == ExitCode.STOPPED:
+        return _End(code, "the run was stopped on request; start it again, it goes on from there.")
+    return _End(code, f"the command ended with code {int(code)}; see what it printed.")
 
 
-def _tell_the_launcher(code: int) -> None:
-    """Leave the code for launch scripts: torchrun exits with 1 whatever it was.
-
-    The first rank of each host does so, since rank 0 may be on another, without a shared disk. A
-    run that was refused leaves no ``result.json``: that would be somebody else's.
-    """
-    path = os.environ.get(LAUNCHER_READS)
-    if path and (may_be_rank_0(os.environ) or os.environ.get("LOCAL_RANK") == "0"):
-        with suppress(OSError):
-            Path(path).write_text(f"{int(code)}\n")
-
-
-def _tell(message: str, *, debug: bool) -> None:
-    if debug:
-        say_error(traceback.format_exc().rstrip("\n"))
-    say_error(f"ddp_sgd: error: {message}")
+def _tell(code: int, line: str, *, debug: bool) -> _End:
+    origin = traceback.format_exc() if debug else ""
+    say_error(f"{origin}ddp_sgd: error: {line}")
+    return _End(code, line, origin)

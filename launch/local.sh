@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on this machine, with one process for each GPU.
+# Train on this machine, with one process for each GPU: of NVIDIA, AMD (ROCm) or Intel (XPU).
 #
 # usage: launch/local.sh [--nproc N] [--max-restarts N] [--] [--key=value of ddp_sgd.train]...
 #

@@ -30,14 +30,37 @@ count_cpus() {
 
 # One process for each GPU. Without any: two, since that is what these scripts are for, but not more than CPUs.
 count_processes() {
-    local gpus=0 cpus
-    if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
-        gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '^[0-9GM]' || true)
-    elif command -v nvidia-smi >/dev/null; then
-        gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
-    fi
+    local gpus cpus
+    gpus=$(count_gpus)
     cpus=$(count_cpus)
     echo $((gpus > 0 ? gpus : cpus < 2 ? 1 : 2))
+}
+
+# count_gpus: those that this shell may use, of NVIDIA (CUDA), AMD (ROCm) or Intel (XPU).
+count_gpus() {
+    local name named gpus=''
+    # SLURM sets all of these, whatever the GPUs are, and a user narrows one of them: the least counts.
+    for name in CUDA_VISIBLE_DEVICES HIP_VISIBLE_DEVICES ROCR_VISIBLE_DEVICES ZE_AFFINITY_MASK; do
+        [[ -n ${!name+set} ]] || continue
+        named=$(tr ',' '\n' <<<"${!name}" | grep -c '^[0-9GM]' || true)
+        if [[ ! $gpus ]] || ((named < gpus)); then gpus=$named; fi
+    done
+    if [[ ! $gpus ]] && command -v nvidia-smi >/dev/null; then
+        gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+        ((gpus)) || gpus='' # its driver is missing, or the GPUs are others
+    fi
+    # Tools of the others differ by release; torch knows what it can use, but takes seconds to import.
+    if [[ ! $gpus ]] && may_have_gpus; then
+        gpus=$("$PYTHON" -c 'import torch; print(torch.accelerator.device_count())' 2>/dev/null | tail -n 1) || true
+    fi
+    [[ $gpus =~ ^[0-9]+$ ]] || gpus=0
+    echo "$gpus"
+}
+
+# may_have_gpus: whether there is a driver of ROCm or XPU, or a tool of theirs.
+may_have_gpus() {
+    [[ -e /dev/kfd ]] || compgen -G '/dev/dri/renderD*' >/dev/null ||
+        command -v rocm-smi amd-smi rocminfo xpu-smi sycl-ls >/dev/null
 }
 
 # run_torchrun FLAG...: run it to its end, and set code. Reads folder and logs; sets signalled.

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from ddp_sgd.command import exit_code_of, run_command
@@ -154,3 +156,28 @@ def test_output_comes_before_the_error(capfd):
 def test_wish_to_leave_is_not_an_error(error):
     with pytest.raises(type(error)):
         _command(_raising(error))
+
+
+@pytest.mark.parametrize(
+    ("work", "code", "line"),
+    [
+        (_raising(DataError("x is y; z.")), 65, "x is y; z."),
+        (_raising(FaultElsewhereError("told by rank 0.", 69)), 69, "told by rank 0."),
+        (_raising(ValueError("odd")), 70, "ValueError is unexpected: odd; run again with --debug"),
+        (lambda line: 75, 75, "the run was stopped on request; start it again"),
+        (lambda line: 77, 77, "the command ended with code 77; see what it printed."),
+    ],
+)
+@pytest.mark.parametrize("debug", [False, True])
+def test_launcher_finds_the_code_and_the_line(work, code, line, debug, tmp_path, monkeypatch):
+    monkeypatch.setenv("LAUNCH_EXIT_CODE_FILE", str(tmp_path / "code"))
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    _command(work, ["--debug"] if debug else [])
+    assert (tmp_path / "code").read_text() == f"{code}\n"
+    message = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert message["errorCode"] == code
+    assert message["message"].startswith(line)
+    shown = message["extraInfo"]["py_callstack"]
+    has_traceback = debug and code in {65, 70}
+    assert shown.startswith("Traceback") if has_traceback else shown == message["message"]
+    assert shown.endswith(message["message"])

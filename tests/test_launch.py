@@ -129,13 +129,25 @@ def test_output_of_every_rank_ends_up_in_the_run_folder(finished):
         ({"CUDA_VISIBLE_DEVICES": "-1", "CPUS": "64"}, 2),
         ({"GPUS": "8"}, 8),
         ({"GPUS": "0", "CPUS": "64"}, 2),
+        ({"HIP_VISIBLE_DEVICES": "0,2,5"}, 3),
+        ({"ROCR_VISIBLE_DEVICES": "GPU-1b,GPU-2c,3,4"}, 4),
+        ({"ROCR_VISIBLE_DEVICES": "0,1,2,3", "HIP_VISIBLE_DEVICES": "0,1,3"}, 3),
+        ({"ROCR_VISIBLE_DEVICES": "", "CPUS": "1"}, 1),
+        ({"ZE_AFFINITY_MASK": "0.0,0.1,1.0"}, 3),
+        ({"CUDA_VISIBLE_DEVICES": "3", "ROCR_VISIBLE_DEVICES": "0,1,2,3"}, 1),  # SLURM sets both
+        ({"TORCH_FINDS": "4"}, 4),
+        ({"TORCH_FINDS": "0", "CPUS": "64"}, 2),
+        ({"TORCH_FINDS": "4", "GPUS": "8"}, 8),
+        ({"TORCH_FINDS": "no GPU", "CPUS": "1"}, 1),
     ],
 )
 def test_number_of_processes(variables, processes, tmp_path):
     programs = {
         "nproc": "echo ${CPUS:-4}",
         "nvidia-smi": 'for i in $(seq ${GPUS:-0}); do echo "GPU $i: x (UUID: y)"; done',
+        "rocm-smi": "",
         "python": "if [[ $* == *print_folder* ]]; then printf 'runs/x\\n7\\n'; exit; fi\n"
+        "if [[ $* == *device_count* ]]; then echo $TORCH_FINDS; exit; fi\n"
         'echo $OMP_NUM_THREADS "$*"',
     }
     for name, text in programs.items():

@@ -1,10 +1,12 @@
 import os
 import stat
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
-from ddp_sgd.slurm import end_of_job, life_of_job, times_requeued
+from ddp_sgd.slurm import end_of_job, find_lone_shell, life_of_job, times_requeued
 
 
 @pytest.mark.parametrize(
@@ -54,3 +56,40 @@ def test_an_older_slurm_is_asked(environ, asked, answer, expected, tmp_path, mon
 def test_a_slurm_that_does_not_answer_sets_no_end(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert end_of_job({"SLURM_JOB_ID": "17"}) is None
+
+
+@pytest.mark.parametrize(
+    ("environ", "found"),
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "17"}, None),  # of which somebody kept the variables
+        ({"SLURM_TASK_PID": "1"}, "the batch script"),
+        ({"SLURM_TASK_PID": "1", "SLURM_STEP_ID": "0"}, None),
+        ({"SLURM_TASK_PID": "1", "SLURM_STEPID": "0"}, None),
+        ({"SLURM_TASK_PID": "1", "SLURM_STEP_ID": "4294967290"}, "an interactive shell"),
+        ({"SLURM_TASK_PID": "?", "SLURM_STEP_ID": "0", "SLURM_PTY_PORT": "9"}, None),
+    ],
+)
+def test_shell_is_known_by_its_variables(environ, found):
+    assert find_lone_shell(environ) == found
+
+
+@pytest.mark.parametrize(
+    ("command", "found"),
+    [
+        (["bash"], "an interactive shell"),
+        (["sh"], "an interactive shell"),
+        (["bash", "--norc"], "an interactive shell"),
+        (["bash", "-c", "read line; exit"], None),
+        (["cat"], None),
+    ],
+)
+def test_shell_of_a_terminal_is_known_by_its_command(command, found):
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as task:
+        while not Path(f"/proc/{task.pid}/cmdline").read_text():
+            time.sleep(0.01)  # the kernel fills it in a bit after the start
+        environ = {"SLURM_TASK_PID": str(task.pid), "SLURM_STEP_ID": "0", "SLURM_PTY_PORT": "9"}
+        assert find_lone_shell(environ) == found
+        del environ["SLURM_PTY_PORT"]
+        assert find_lone_shell(environ) is None
+        task.stdin.close()

@@ -1,9 +1,11 @@
 """Batches on the way from the data set to the device."""
 
 import atexit
+import multiprocessing
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -218,12 +220,26 @@ def _build_reader(
         batch_sampler=requests,  # type: ignore[arg-type]  # torch types it as lists of indices
         num_workers=workers,
         collate_fn=_Departure(workers, fetcher.where),
+        multiprocessing_context=_start_method(),
         pin_memory=pinned,
         persistent_workers=True,
         worker_init_fn=partial(_leave_signals_to_the_rank, _flag_of_leaving()),
         # Its own: making an iterator draws a number, and the global generator is the model's.
         generator=torch.Generator().manual_seed(seed_for("loader", seed)),
     )
+
+
+def _start_method() -> str:
+    """Say how loader processes start: as on Linux before Python 3.14, unless somebody chose.
+
+    A forked process has the data set as it is. That of a fork server, Python 3.14's default, or one
+    that is spawned has what a pickle of it holds, if there can be one, and imports torch again.
+    """
+    chosen = multiprocessing.get_start_method(allow_none=True)
+    own = multiprocessing.get_all_start_methods()[0]  # a process that was started may have set it
+    if chosen is not None and chosen != own:
+        return chosen
+    return "fork" if sys.platform == "linux" else "spawn"
 
 
 class _Departure:

@@ -19,6 +19,7 @@ from torch.distributed.distributed_c10d import Store
 from ddp_sgd.console import say_error
 from ddp_sgd.distributed.bounded import run_within
 from ddp_sgd.distributed.fate import Fate, SharedFate
+from ddp_sgd.distributed.launcher_files import leave_for_launcher
 from ddp_sgd.errors import ExitCode, FaultElsewhereError, StoppedError, UserError
 from ddp_sgd.time_limits import scaled
 
@@ -27,7 +28,7 @@ _POLL_S = 1.0
 _GRACE_S = scaled(3.0)
 """Time for the training thread to raise an error of its own, once another rank reported one."""
 _WRITE_S = scaled(5.0)
-"""Longest wait for the line: what hangs may be the terminal."""
+"""Longest wait for the line, and for the launcher's files: what hangs may be the terminal."""
 _RESULT_S = scaled(60.0)
 """Longest wait for what has to be written before the process ends."""
 _ABORT_S = scaled(2.0)
@@ -88,9 +89,11 @@ def end_process(error: Exception, fate: Fate) -> NoReturn:
     """
     error = fate.judge(error)
     code = error.exit_code if isinstance(error, UserError) else ExitCode.INTERNAL
+    is_first = not isinstance(error, FaultElsewhereError)
     try:
-        if not isinstance(error, FaultElsewhereError):
+        if is_first:
             run_within(_WRITE_S, partial(_print, error))
+        run_within(_WRITE_S, partial(leave_for_launcher, code, str(error), is_first=is_first))
         if fate.before_exit:
             run_within(_RESULT_S, partial(fate.before_exit, error))
         if fate.farewell:

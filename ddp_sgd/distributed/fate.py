@@ -1,6 +1,7 @@
 """One fate for all ranks: the first fault of any rank is the one that the user reads, once."""
 
 import json
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from torch.distributed.distributed_c10d import Store
 from ddp_sgd.distributed.absence import describe_absence, find_absent
 from ddp_sgd.distributed.board import NOTE_S
 from ddp_sgd.distributed.bounded import call_within
-from ddp_sgd.distributed.meeting import Attendance
+from ddp_sgd.distributed.meeting import Attendance, is_agent_store
 from ddp_sgd.errors import (
     ExitCode,
     FaultElsewhereError,
@@ -68,7 +69,8 @@ class SharedFate:
     A rank that fails leaves the group, so that collectives of the others fail within moments; they
     find the first fault on the board and end with its code, in silence.
 
-    If a host is gone, and takes the store along or not, each side names the other.
+    If a host is gone, and takes the store along or not, each side names the other. Without a store
+    ranks cannot agree on who tells, so it is one of each host: the lowest that can be there.
 
     Args:
         store: Key-value store of the group.
@@ -130,7 +132,7 @@ class SharedFate:
             self.is_store_silent = True
             return self._judge_in_silence(error)
         except (DistError, RuntimeError):  # the store went down with its host
-            return self._lost_peer(error) if is_lost_peer(error) else error
+            return self._tell_once(self._lost_store(error)) if is_lost_peer(error) else error
 
     def _judge(self, error: Exception, wait_s: float) -> Exception:
         """Look for ranks that are absent, if that may be the cause, and for the first fault."""
@@ -156,19 +158,46 @@ class SharedFate:
         here = self._hosts[self._rank]
         gone = [rank for rank, host in enumerate(self._hosts) if host == self._store_host]
         if not gone or here == self._store_host:
-            return self._lost_peer(error)
+            return self._tell_once(self._lost_peer(error))
         message = describe_absence(gone, self._hosts, self._timeout_s + _PATIENCE_S)
-        if self._rank == self._hosts.index(here):
-            return PeerError(message)
-        return FaultElsewhereError(message, ExitCode.PEER)
+        return self._tell_once(PeerError(message))
+
+    def _tell_once(self, error: PeerError) -> UserError:
+        """Let one rank of a host tell of an error that all have, without asking anybody.
+
+        A rank that hosts the store is not among them: it is what the others miss.
+        """
+        store_rank = None if is_agent_store(os.environ) else 0
+        here = self._hosts[self._rank]
+        near = (rank for rank, host in enumerate(self._hosts) if host == here)
+        if self._rank in (
+            store_rank,
+            min((rank for rank in near if rank != store_rank), default=0),
+        ):
+            return error
+        return FaultElsewhereError(str(error), error.exit_code)
+
+    def _lost_store(self, error: Exception) -> PeerError:
+        """Say that the store is gone; with it, the rank that hosts it."""
+        if is_agent_store(os.environ):
+            return self._lost_peer(error)
+        return PeerError(
+            f"rank 0 of {len(self._hosts)} on host {self._hosts[0]} is gone, and with it the store "
+            f"of the ranks: {_cause_of(error)}; look at what became of that process, then start "
+            "again."
+        )
 
     def _lost_peer(self, error: Exception) -> PeerError:
-        cause = re.sub(r"^\[[^\]]*\]\s*", "", str(error).strip().splitlines()[0])
-        cause = re.split(r"\.\s+(?=[A-Z])", cause)[0].rstrip(".")  # gloo goes on to chat
         return PeerError(
-            f"rank {self._rank} of {len(self._hosts)} is cut off: {cause}; look for the first "
-            "error in the logs of the other ranks, then start again."
+            f"rank {self._rank} of {len(self._hosts)} is cut off: {_cause_of(error)}; look for the "
+            "first error in the logs of the other ranks, then start again."
         )
+
+
+def _cause_of(error: Exception) -> str:
+    """Return what an error of gloo says, without where and the chat that follows."""
+    cause = re.sub(r"^\[[^\]]*\]\s*", "", str(error).strip().splitlines()[0])
+    return re.split(r"\.\s+(?=[A-Z])", cause)[0].rstrip(".")
 
 
 def is_lost_peer(error: Exception) -> bool:

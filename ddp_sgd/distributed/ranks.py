@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ddp_sgd.errors import ConfigError, FaultElsewhereError, StopInterrupt, StoppedError
+from ddp_sgd.slurm import find_lone_shell
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _SRUN = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
@@ -163,6 +164,7 @@ def _in_batch_shell(environ: Mapping[str, str]) -> bool:
 def _from_srun(environ: Mapping[str, str]) -> Ranks:
     _refuse_half_set(environ, _SRUN, "srun", alone_without=_SRUN[:1])
     world_size = _number(environ, "SLURM_NTASKS", least=1)
+    _refuse_lone_shell(environ, world_size)
     address, port = ("localhost", 0) if world_size == 1 else _srun_meeting_point(environ)
     return Ranks(
         rank=_number(environ, "SLURM_PROCID", most=world_size - 1),
@@ -173,6 +175,16 @@ def _from_srun(environ: Mapping[str, str]) -> Ranks:
         address=address,
         port=port,
     )
+
+
+def _refuse_lone_shell(environ: Mapping[str, str], world_size: int) -> None:
+    """Refuse to wait for tasks that nobody has started."""
+    if world_size > 1 and (shell := find_lone_shell(environ)):
+        raise ConfigError(
+            f"SLURM_NTASKS is {world_size}, but this process was started alone, from {shell}; "
+            f"start all with srun --overlap --ntasks={world_size} in front of the command, or "
+            "unset SLURM_PROCID to run one process."
+        )
 
 
 def _srun_meeting_point(environ: Mapping[str, str]) -> tuple[str, int]:

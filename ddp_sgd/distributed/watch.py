@@ -17,6 +17,7 @@ from ddp_sgd.console import say_error
 from ddp_sgd.distributed.board import NOTE_S, Board
 from ddp_sgd.distributed.bounded import run_within
 from ddp_sgd.distributed.collectives import gather_over_ranks
+from ddp_sgd.distributed.launcher_files import leave_for_launcher
 from ddp_sgd.distributed.pulse import Pulse
 from ddp_sgd.distributed.ranks import is_orphaned
 from ddp_sgd.distributed.runtime import Runtime
@@ -226,11 +227,16 @@ class _Watch:
                 self._board.exchange(self._note(left=True), _LAST_CALL_S)
             if verdict.teller == self._rank:
                 run_within(_WRITE_S, lambda: _say(verdict.message))
+            run_within(_WRITE_S, lambda: self._leave_for_launcher(verdict))
             run_within(_LAST_WORDS_S, lambda: self._on_hang(PeerError(verdict.message)))
             if self._board and self._rank == self._store_rank:
                 self._board.outlast_others(_FAREWELL_S, _LAST_CALL_S)
         finally:
             os._exit(ExitCode.PEER)
+
+    def _leave_for_launcher(self, verdict: Verdict) -> None:
+        is_first = self._rank in (verdict.culprits or [verdict.teller])
+        leave_for_launcher(ExitCode.PEER, verdict.message, is_first=is_first)
 
     def _note(self, *, left: bool = False) -> Note:
         pulse = self._pulse

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Protocol
 
 from ddp_sgd.console import say_error
+from ddp_sgd.distributed.launcher_files import leave_for_launcher
 from ddp_sgd.errors import ExitCode, StopInterrupt, StoppedError
 from ddp_sgd.time_limits import scaled
 
@@ -199,6 +200,7 @@ def _end(request: StopRequest, name: str) -> None:
             request.force(error)
         else:
             print_stop(error)
+            leave_for_launcher(ExitCode.STOPPED, str(error))
     finally:
         os._exit(ExitCode.STOPPED)
 

@@ -1,5 +1,7 @@
+import multiprocessing
 import os
 import signal
+import sys
 from collections import UserDict
 from itertools import chain
 from typing import NamedTuple
@@ -16,6 +18,7 @@ from ddp_sgd.data.loading import (
     _for_movable,
     _next,
     _pin,
+    _start_method,
     lost_worker,
     move,
 )
@@ -95,6 +98,41 @@ def test_starting_late_gives_the_same_batches(start):
 
 def test_worker_processes_change_nothing():
     assert read(loader(Augmented(), workers=2).from_step(0)) == read(
+        loader(Augmented()).from_step(0)
+    )
+
+
+@pytest.fixture
+def as_in_python_3_14(monkeypatch):
+    """Make a fork server the default, which somebody has used, so that it seems chosen."""
+    methods = ["forkserver", "fork", "spawn"]
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: methods)
+    _choose_start_method(monkeypatch, "forkserver")
+
+
+def _choose_start_method(monkeypatch, method):
+    context = multiprocessing.get_context(method)
+    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", context)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other platforms start by spawn")
+@pytest.mark.usefixtures("workers_may_be_forked", "as_in_python_3_14")
+def test_data_set_that_no_pickle_holds_is_read_by_workers_on_linux():
+    class Local(Augmented):
+        pass
+
+    assert read(loader(Local(), workers=2).from_step(0)) == read(loader(Local()).from_step(0))
+
+
+def test_start_method_that_somebody_chose_is_kept(monkeypatch):
+    _choose_start_method(monkeypatch, "spawn")
+    assert _start_method() == "spawn"
+
+
+@pytest.mark.usefixtures("workers_may_be_forked")
+def test_workers_that_are_spawned_change_nothing(monkeypatch):
+    _choose_start_method(monkeypatch, "spawn")
+    assert read(loader(Augmented(), workers=1).from_step(0)) == read(
         loader(Augmented()).from_step(0)
     )
 

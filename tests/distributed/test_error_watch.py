@@ -48,12 +48,19 @@ def test_survivors_end_with_the_code_of_the_rank_that_failed(tmp_path):
         "--name=x", f"--output_dir={tmp_path}", "--wandb.mode=disabled", "--runtime.device=cpu",
         "--model={class_path: test_error_watch.StuckInTheStep}",
     ]  # fmt: skip
-    mark = {"PYTHONPATH": f"{HERE}:{HERE.parent}", "FAILED_AT": str(tmp_path / "failed_at")}
+    mark = {
+        "PYTHONPATH": f"{HERE}:{HERE.parent}",
+        "FAILED_AT": str(tmp_path / "failed_at"),
+        "LAUNCH_EXIT_CODE_FILE": str(tmp_path / "code"),
+    }
     with said.open("w") as errors:
         ranks = [
             subprocess.Popen(
                 [sys.executable, "-m", "ddp_sgd.train", *options],
-                env=os.environ | rank_environment(rank, 3, port) | mark,
+                env=os.environ
+                | rank_environment(rank, 3, port)
+                | mark
+                | {"TORCHELASTIC_ERROR_FILE": str(tmp_path / f"error-{rank}.json")},
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
             )
@@ -66,6 +73,10 @@ def test_survivors_end_with_the_code_of_the_rank_that_failed(tmp_path):
     assert (result["status"], result["exit_code"]) == ("failed", 65)
     assert result["error"] == "data.train[7] is bad; remove it."
     assert took_s < scaled(10.0)
+    assert (tmp_path / "code").read_text() == "65\n"
+    for rank in range(3):
+        report = json.loads((tmp_path / f"error-{rank}.json").read_text())
+        assert report["message"]["message"] == "data.train[7] is bad; remove it."
 
 
 def fail_while_another_builds(runtime):

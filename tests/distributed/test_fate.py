@@ -5,13 +5,16 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
+from launching import environment
 from limits import WAIT_S
-from ranks import run_ranks
+from ranks import rank_environment, run_ranks
 from torch.distributed import HashStore, TCPStore
 
+from ddp_sgd.distributed.addresses import free_port
 from ddp_sgd.distributed.collectives import sum_over_ranks
 from ddp_sgd.distributed.fate import OwnFate, SharedFate, is_lost_peer, shared_fate
 from ddp_sgd.distributed.meeting import Attendance
@@ -62,9 +65,45 @@ def test_a_lost_rank_is_a_peer_error_told_by_one():
     assert "then start again." in told.text
 
 
-def test_a_lost_host_of_the_store_is_a_peer_error_on_all():
-    results = run_ranks(3, vanish, 0, raises=True)
-    assert {result.error for result in results[1:]} == {"PeerError"}
+def test_a_lost_host_of_the_store_is_a_peer_error_told_by_one():
+    results = run_ranks(4, vanish, 0, raises=True)
+    assert [result.error for result in results[1:]] == ["PeerError", *2 * ["FaultElsewhereError"]]
+    assert "rank 0 of 4 on host " in results[1].text
+    assert "is gone, and with it the store of the ranks: " in results[1].text
+
+
+def start_by_hand(folder, world_size):
+    options = [
+        "--name=x", f"--output_dir={folder}", "--epochs=100000", "--eval.every_epochs=100000",
+        "--log.every_steps=1", "--runtime.device=cpu",
+    ]  # fmt: skip
+    port = free_port()
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "ddp_sgd.train", *options],
+            env=environment(**rank_environment(rank, world_size, port)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+
+
+def test_rank_0_that_is_killed_without_a_launcher_is_told_of_once(tmp_path):
+    ranks = start_by_hand(tmp_path, 3)
+    journal = tmp_path / "x" / "metrics.jsonl"
+    deadline = time.monotonic() + WAIT_S
+    while not (journal.exists() and '"event": "train"' in journal.read_text()):
+        assert all(rank.poll() is None for rank in ranks)
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    ranks[0].kill()
+    said = [rank.communicate(timeout=WAIT_S)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks[1:]] == [ExitCode.PEER, ExitCode.PEER]
+    (line,) = "".join(said).splitlines()
+    assert line.startswith("ddp_sgd: error: rank 0 of 3 on host ")
+    assert "is gone, and with it the store of the ranks" in line
 
 
 def test_alone_errors_stay_what_they_are():

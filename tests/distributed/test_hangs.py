@@ -56,6 +56,8 @@ def start(folder, rank):
             "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2",
             "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}:{HERE.parent}",
+            "LAUNCH_EXIT_CODE_FILE": str(folder / "code"),
+            "TORCHELASTIC_ERROR_FILE": str(folder / f"error-{number}.json"),
         }  # fmt: skip
         ranks.append(
             subprocess.Popen(
@@ -76,6 +78,9 @@ def test_a_rank_that_waits_for_its_data_for_ever(tmp_path):
     (line,) = [line for line in errors.splitlines() if line.startswith("ddp_sgd: error:")]
     assert "rank 1 of 2 on host" in line
     assert 'in phase "reading data" of step' in line
+    assert (tmp_path / "code").read_text() == "69\n"
+    reports = [json.loads((tmp_path / f"error-{n}.json").read_text())["message"] for n in (0, 1)]
+    assert [f"ddp_sgd: error: {report['message']}" for report in reports] == [line, line]
     stacks = {n: (tmp_path / "x" / "logs" / f"stack-rank-{n}.txt").read_text() for n in (0, 1)}
     assert "_wait_for_the_disk" in stacks[1]
     assert "engine/fit.py" in stacks[0]  # in a step, or on its way out since the other has left

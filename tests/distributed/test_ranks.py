@@ -70,6 +70,15 @@ def test_a_batch_shell_is_alone():
     )
 
 
+def test_a_shell_for_several_tasks_is_refused():
+    shell = SRUN | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_TASK_PID": "1"}
+    match = "^SLURM_NTASKS is 8, but this process was started alone, from the batch script; start"
+    with pytest.raises(ConfigError, match=match):
+        read_ranks(shell)
+    assert read_ranks(shell | {"SLURM_NTASKS": "1"}).alone
+    assert read_ranks(shell | {"SLURM_STEP_ID": "0"}).world_size == 8
+
+
 @pytest.mark.parametrize(
     ("counts", "node", "expected"),
     [("4(x2)", "1", 4), ("2,3(x2)", "2", 3), ("1,7", "0", 1), ("", "0", 8), ("4", "9", 8)],

@@ -56,6 +56,8 @@ JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 CommunicationParameters=NoCtldInAddrAny
+# the shell of salloc runs on a node, as sites with login nodes have it
+LaunchParameters=use_interactive_step
 PartitionName=DEFAULT Nodes=ALL MaxTime=INFINITE State=UP
 PartitionName=main Default=YES PriorityTier=10 PreemptMode=OFF
 PartitionName=high PriorityTier=100 PreemptMode=OFF
