@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -142,8 +143,10 @@ def test_a_rank_that_waits_for_the_others_ends(tmp_path):
 
 def _listens(pid):
     """Whether a process hosts the store."""
-    links = [link for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()]
-    targets = [str(link.readlink()) for link in links]
+    targets = []
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # it was closed meanwhile
+            targets.append(str(link.readlink()))
     sockets = {name.removeprefix("socket:[").rstrip("]") for name in targets if "socket:" in name}
     lines = [
         line.split()

@@ -109,7 +109,7 @@ def test_only_the_error_of_another_rank_is_found(reporter):
 
 def test_a_thread_that_is_not_needed_ends_with_the_block():
     before = threading.active_count()
-    with watch_errors(_fate(HashStore(), 0), HashStore(), torch.device("cpu"), farewell=print):
+    with watch_errors(_fate(HashStore(), 0), HashStore(), torch.device("cpu")):
         assert threading.active_count() == before + 1
     assert threading.active_count() == before
 
@@ -117,7 +117,7 @@ def test_a_thread_that_is_not_needed_ends_with_the_block():
 def test_a_main_thread_that_has_judged_is_left_alone():
     store = HashStore()
     fate = _fate(store, 0)
-    with watch_errors(fate, store, torch.device("cpu"), farewell=print):
+    with watch_errors(fate, store, torch.device("cpu")):
         _fate(store, 1).judge(DataError("x"))
         fate.judge(RuntimeError("Connection closed by peer"))
         (watch,) = (t for t in threading.enumerate() if t.name == "ddp_sgd-errors")
