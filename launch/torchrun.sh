@@ -56,7 +56,7 @@ count_gpus() {
 
 # may_have_gpus: whether there is a driver of ROCm or XPU, or a tool of theirs.
 may_have_gpus() {
-    [[ -e /dev/kfd ]] || compgen -G '/dev/dri/renderD*' >/dev/null ||
+    [[ -e /dev/kfd ]] || compgen -G '/dev/dri/render*' >/dev/null ||
         command -v rocm-smi amd-smi rocminfo xpu-smi sycl-ls >/dev/null
 }
 
