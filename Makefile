@@ -34,7 +34,7 @@ check: lint test ## All that CI runs.
 
 soak: $(TESTS) ## A hundred random faults, 20 restarts, machines that come and go: half an hour. ARGS="--faults=20 --seed=1".
 	$(BIN)/python -m benchmarks.soak $(ARGS)
-	RESTARTS=20 $(BIN)/python -m pytest tests/test_restarts.py -s --timeout 900
+	RESTARTS=20 $(BIN)/python -m pytest tests/test_restarts.py tests/test_early_stops.py -s --timeout 900
 
 bench: $(TESTS) ## The same training by ddp_sgd, by hand and by other frameworks: half an hour. ARGS="--workloads mlp --rounds 3".
 	$(BIN)/python -m benchmarks.peers --write benchmarks/results $(ARGS)

@@ -15,6 +15,7 @@ from ddp_sgd.config.faults import show
 from ddp_sgd.config.fields import all_keys
 from ddp_sgd.config.sections import Component
 from ddp_sgd.errors import ConfigError, UserError
+from ddp_sgd.masking import env_name, read_secret
 from ddp_sgd.out_of_memory import Use, refuse_out_of_memory
 
 _ONLY_BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
@@ -164,8 +165,13 @@ def _by_name(signature: inspect.Signature | None, name: str) -> inspect.Paramete
 
 
 def _resolve(value: Any, where: str, parameter: inspect.Parameter | None) -> Any:
-    """Turn plain data into what it describes; lists and mappings are searched in depth."""
+    """Turn plain data into what it describes; lists and mappings are searched in depth.
+
+    ``{env: NAME}`` becomes the value of an environment variable.
+    """
     if isinstance(value, Mapping):
+        if name := env_name(value):
+            return _from_environment(name, where)
         if "class_path" in value:
             return build(_as_component(value, where), where)
         return {key: _resolve(item, f"{where}.{key}", parameter) for key, item in value.items()}
@@ -178,6 +184,16 @@ def _resolve(value: Any, where: str, parameter: inspect.Parameter | None) -> Any
 
         dtype = getattr(torch, value.removeprefix("torch."), None)
         return dtype if isinstance(dtype, torch.dtype) else value
+    return value
+
+
+def _from_environment(name: str, where: str) -> str:
+    value = read_secret(name)
+    if value is None:
+        raise ConfigError(
+            f"{where} is {{env: {name}}}, but the variable {name} is not set; set it, or write the "
+            "value out."
+        )
     return value
 
 

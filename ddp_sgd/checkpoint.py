@@ -20,6 +20,7 @@ from ddp_sgd.checkpointing.listing import (
     listing_lines,
 )
 from ddp_sgd.command import exit_code_of
+from ddp_sgd.console import deliver
 from ddp_sgd.errors import ConfigError, DataError, ExitCode
 
 _PROGRAM = "python -m ddp_sgd.checkpoint"
@@ -53,6 +54,7 @@ def _run(argv: Sequence[str]) -> int:
     try:
         asked = _parser().parse_args(argv)
     except SystemExit:  # after --help
+        deliver("")
         return ExitCode.DONE
     return int(asked.work(asked))
 
@@ -151,7 +153,7 @@ def _settings(header: Any) -> dict[str, Any]:
 
 
 def _say(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
+    deliver(f"{line}\n")
 
 
 _Work = Callable[[argparse.Namespace], int]

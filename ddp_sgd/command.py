@@ -6,9 +6,12 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from ddp_sgd.console import deliver, say_error, settle
 from ddp_sgd.distributed.launcher_files import leave_for_launcher
 from ddp_sgd.distributed.ranks import may_be_rank_0, told_by
-from ddp_sgd.errors import ExitCode, FaultElsewhereError, UserError
+from ddp_sgd.engine.stopping import print_stop
+from ddp_sgd.errors import ExitCode, FaultElsewhereError, StoppedError, UserError
+from ddp_sgd.masking import mask
 
 if TYPE_CHECKING:
     from ddp_sgd.config import CommandLine, Option
@@ -70,7 +73,7 @@ def run_command(
                 argument=argument,
             )
         if line.text is not None:
-            sys.stdout.write(line.text)
+            deliver(line.text)
             return ExitCode.DONE
         return work(line)
 
@@ -97,14 +100,19 @@ def _do(work: Callable[[], int | None], *, debug: bool) -> _End:
         code = work() or ExitCode.DONE
     except FaultElsewhereError as error:
         return _End(error.exit_code, str(error), is_first=False)
+    except StoppedError as error:
+        print_stop(error)
+        return _End(error.exit_code, str(error))
     except UserError as error:
         return _tell(error.exit_code, str(error), debug=debug)
     except Exception as error:  # a defect of ours, or in the user's code
         line = (
-            f"{type(error).__name__} is unexpected: {' '.join(str(error).split())}; "
+            f"{type(error).__name__} is unexpected: {mask(' '.join(str(error).split()))}; "
             "run again with --debug to see where it comes from."
         )
         return _tell(ExitCode.INTERNAL, line, debug=debug)
+    finally:
+        settle()
     if code == ExitCode.STOPPED:
         return _End(code, "the run was stopped on request; start it again, it goes on from there.")
     return _End(code, f"the command ended with code {int(code)}; see what it printed.")
@@ -112,6 +120,5 @@ def _do(work: Callable[[], int | None], *, debug: bool) -> _End:
 
 def _tell(code: int, line: str, *, debug: bool) -> _End:
     origin = traceback.format_exc() if debug else ""
-    sys.stdout.flush()
-    print(f"{origin}ddp_sgd: error: {line}", file=sys.stderr, flush=True)  # noqa: T201
+    say_error(f"{origin}ddp_sgd: error: {line}")
     return _End(code, line, origin)

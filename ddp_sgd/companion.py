@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from threading import Thread
 
+from ddp_sgd.console import fill_descriptors, outlive_console
+
 _HELD_BACK = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """What a terminal or SLURM sends to all processes of a job; the rank says when it is over."""
 
@@ -31,6 +33,7 @@ def start_companion(
     Raises:
         OSError: The system has no process left for us.
     """
+    fill_descriptors()
     work = f"from {module} import main; main()"
     path = list(map(str, sys.path))
     command = f"import os, sys; os.nice({niceness}); sys.path[:] = {path}; {work}"
@@ -52,6 +55,7 @@ def serve_the_rank() -> tuple[int, int]:
     with Path(os.devnull).open() as nothing:
         os.dup2(nothing.fileno(), 0)
     os.dup2(2, 1)
+    outlive_console()
     Thread(target=_leave_with_the_rank, args=(held,), daemon=True).start()
     return said, told
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ddp_sgd.command import run_command
 from ddp_sgd.config import CommandLine
+from ddp_sgd.console import deliver
 from ddp_sgd.distributed.ranks import Ranks, may_be_rank_0, read_ranks, told_by
 from ddp_sgd.errors import ConfigError, FaultElsewhereError, PeerError
 
@@ -68,9 +69,8 @@ def _consult(line: CommandLine, ranks: Ranks) -> int:
 
 
 def _print(diagnosis: "Diagnosis") -> None:
-    sys.stdout.write("".join(f"{text}\n" for text in diagnosis.lines()))
-    sys.stdout.write(json.dumps(diagnosis.as_row(), allow_nan=False) + "\n")
-    sys.stdout.flush()
+    row = json.dumps(diagnosis.as_row(), allow_nan=False)
+    deliver("".join(f"{text}\n" for text in [*diagnosis.lines(), row]))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from enum import IntEnum
 
+from ddp_sgd.masking import mask
+
 
 class ExitCode(IntEnum):
     """How a command ended; part of the contract with launch and batch scripts.
@@ -33,8 +35,8 @@ class UserError(Exception):
     exit_code = ExitCode.INTERNAL
 
     def __init__(self, message: str) -> None:
-        """Fold the message onto one line, since that is what a log collector keeps together."""
-        super().__init__(" ".join(message.split()))
+        """Fold the message onto one line, which a log collector keeps together; mask secrets."""
+        super().__init__(mask(" ".join(message.split())))
 
 
 class ConfigError(UserError):
@@ -47,6 +49,10 @@ class DataError(UserError):
     """A data set cannot be read, is empty, or does not fit the model."""
 
     exit_code = ExitCode.DATA
+
+
+class LostWorkerError(DataError):
+    """A process that reads samples was killed."""
 
 
 class PeerError(UserError):
@@ -77,6 +83,38 @@ class RefusedError(UserError):
     """Going on could harm something of the user's."""
 
     exit_code = ExitCode.REFUSED
+
+
+class StoppedError(UserError):
+    """A run was stopped on request before its first step; it is no failure."""
+
+    exit_code = ExitCode.STOPPED
+
+
+class StopInterrupt(BaseException):
+    """Raised in the main thread by a signal before the first step.
+
+    Like KeyboardInterrupt it is no ``Exception``, so that code which handles the errors of a data
+    set or a model does not take it for one. ``as_error`` gives what the run ends with.
+
+    Args:
+        reason: Name of the signal.
+
+    Attributes:
+        is_caught: Whether somebody has begun to end the run.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.is_caught = False
+        self._reason = reason
+
+    def as_error(self) -> StoppedError:
+        """Return the error that the run ends with."""
+        self.is_caught = True
+        return StoppedError(
+            f"stopped by {self._reason} before the first step; start again to go on."
+        )
 
 
 class RepeatedFailureError(UserError):

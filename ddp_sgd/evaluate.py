@@ -13,11 +13,23 @@ from typing import TYPE_CHECKING, Any
 
 from ddp_sgd.checkpointing.listing import epochs_of
 from ddp_sgd.command import run_command
-from ddp_sgd.config import CommandLine, dump_yaml
+from ddp_sgd.config import CommandLine, Option, dump_yaml
+from ddp_sgd.console import deliver
 from ddp_sgd.distributed.ranks import may_be_rank_0, read_ranks, told_by
 
 if TYPE_CHECKING:
     from ddp_sgd.distributed.runtime import Runtime
+
+
+_OPTIONS = (
+    Option(
+        "trust",
+        bool,
+        "Build whatever the checkpoint names, which runs its code. Without it, classes outside of "
+        "ddp_sgd, torch, torchvision and timm must be named by the caller.",
+        default=False,
+    ),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "runs/digits/checkpoints/best, or a run folder, which stands for its newest whole "
         "checkpoint. Model, loss and data are those of the run, with the options that follow laid "
         "over them; runtime.* is of today alone.",
+        options=_OPTIONS,
         argument="CHECKPOINT",
     )
 
@@ -54,7 +67,7 @@ def evaluate(line: CommandLine) -> int:
     ) as runtime:
         lines = _work(line, runtime)
     if runtime.rank == 0:
-        sys.stdout.write("".join(f"{text}\n" for text in lines))
+        deliver("".join(f"{text}\n" for text in lines))
     return 0
 
 
@@ -63,7 +76,9 @@ def _work(line: CommandLine, runtime: "Runtime") -> list[str]:
     from ddp_sgd.engine.rescoring import look_up, score_anew
     from ddp_sgd.report.progress import last_line
 
-    saved = look_up(Path(line.argument), line.over, runtime)
+    is_trusted = line.options["trust"] or line.options["print_config"]
+    given = None if is_trusted else line.given.values
+    saved = look_up(Path(line.argument), line.over, runtime, given)
     if line.options["print_config"]:
         return [dump_yaml(saved.config).rstrip("\n")]
     scores, digest = score_anew(saved, runtime)

@@ -7,6 +7,7 @@ from typing import Any
 from ddp_sgd.building import build
 from ddp_sgd.command import run_command
 from ddp_sgd.config import CommandLine, Component, Option, RunConfig
+from ddp_sgd.console import deliver
 from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.optim.schedule import build_schedule
 from ddp_sgd.plan import Plan, make_plan
@@ -122,7 +123,7 @@ def explain(command_line: CommandLine) -> int:
             local_bandwidth_gbit=options["local_bandwidth_gbit"],
         )
         parts.append(scaling_table(plan_for, world_size, _workload(config, options), network))
-    print("\n\n".join(parts))  # noqa: T201
+    deliver("\n\n".join(parts) + "\n")
     return 0
 
 

@@ -14,9 +14,10 @@ from typing import Any
 from ddp_sgd.checkpointing.folder import FOLDER_NAME, CheckpointFolder
 from ddp_sgd.command import run_command
 from ddp_sgd.config import CommandLine, Option
+from ddp_sgd.console import say
 from ddp_sgd.errors import DataError, ExitCode, OutputError
+from ddp_sgd.files import replace_file
 from ddp_sgd.report.journal import read_journal
-from ddp_sgd.report.run_folder import replace_file
 from ddp_sgd.slurm import life_of_job, times_requeued
 
 _OPTIONS = (
@@ -99,7 +100,7 @@ def requeue(line: CommandLine) -> int:
     obstacle = why_not(life, max_requeues=asked["max_requeues"])
     end = _end(life, asked["launcher_code"])
     said = f"{end}: {f'not requeued, since {obstacle}' if obstacle else 'requeued'}"
-    print(f"ddp_sgd: {said}")  # noqa: T201
+    say(f"ddp_sgd: {said}")
     verdict = {"requeued": obstacle is None, "requeue_reason": said}
     if life.began_at is not None and not result:
         result = _result_without_a_word(name, rows)

@@ -14,6 +14,7 @@ from ddp_sgd.allocation import keep_freed_memory
 from ddp_sgd.building import uncollected
 from ddp_sgd.command import run_command
 from ddp_sgd.config import CommandLine, Option
+from ddp_sgd.console import deliver, outlive_console
 from ddp_sgd.distributed.cpus import batch_scheduling
 from ddp_sgd.distributed.ranks import may_be_rank_0, read_ranks, told_by
 from ddp_sgd.engine.stopping import leave_undisturbed, stop_on_signal
@@ -59,17 +60,18 @@ def train(line: CommandLine) -> int:
         "print_timeout": ceil(config.runtime.timeout_s),
     }
     if any(line.options[name] for name in answers):
-        sys.stdout.writelines(f"{answers[name]}\n" for name in answers if line.options[name])
+        deliver("".join(f"{answers[name]}\n" for name in answers if line.options[name]))
         return 0
     with told_by(this_one=may_be_rank_0(os.environ)):
         read_ranks(os.environ)
+    outlive_console()
     keep_freed_memory()
     # A signal that comes while torch is being imported would end the process: listen first.
-    with stop_on_signal() as stop, batch_scheduling():
+    with stop_on_signal(owns_process=True) as stop, batch_scheduling():
         if may_be_rank_0(os.environ):
             start_ahead(config.wandb)
         is_first = "torch" not in sys.modules
-        with uncollected():
+        with told_by(this_one=may_be_rank_0(os.environ)), uncollected():
             from ddp_sgd.distributed.runtime import start_runtime
             from ddp_sgd.engine.fit import fit
 

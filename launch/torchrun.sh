@@ -1,5 +1,8 @@
 # shellcheck shell=bash
-# What local.sh and multinode.sh have in common; they read it, it does nothing by itself.
+# What local.sh and multinode.sh have in common; they read it, it starts nothing by itself.
+
+# A console that is gone, as after "| head", must neither end the script nor change its exit code.
+trap '' PIPE
 
 PYTHON=${PYTHON:-python}
 RDZV_CONF=''                   # more settings of the rendezvous
@@ -7,7 +10,7 @@ MEETING='torchrun on one host' # who waits for whom, in an error
 REMEDY='start it again.'
 
 tell() {
-    printf 'ddp_sgd: error: %s\n' "$1" >&2
+    printf 'ddp_sgd: error: %s\n' "$1" >&2 || true
 }
 
 # fail MESSAGE: one line and the code of a wrong call.
@@ -209,7 +212,7 @@ train_under_torchrun() {
         run_torchrun "${flags[@]}" --max-restarts=$((restarts - lives)) -m ddp_sgd.train "$@"
         why=$(why_lost)
         if [[ ! $why ]] || ((++lives > restarts)); then break; fi
-        echo "$0: $why; it is started again ($lives of $restarts)" >&2
+        echo "$0: $why; it is started again ($lives of $restarts)" >&2 || true
         [[ ! $why =~ SIG ]] || let_ranks_leave # else torchrun has ended them
         touch "$logs/start"
         export LAUNCH_RESTART_COUNT=$lives
@@ -245,6 +248,6 @@ conclude() {
     elif ((code == 1)); then
         code=$(grep -os 'exitcode *: [1-9][0-9]*' "$logs/torchrun.json" | grep -om 1 '[0-9]*$' || echo 1)
     fi
-    ((code == 0)) || echo "$0: exit code $code; what every rank said is in $logs" >&2
+    ((code == 0)) || echo "$0: exit code $code; what every rank said is in $logs" >&2 || true
     exit "$code"
 }

@@ -382,3 +382,19 @@ def test_half_set_environment_of_multinode_is_one_line(variables, words, tmp_pat
     assert (code, out) == (ExitCode.CONFIG, "")
     assert err.startswith(f"ddp_sgd: error: {words}")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("where", ["2>&1 | true", "2> /dev/full > /dev/full", ">&- 2>&-"])
+@pytest.mark.parametrize(("option", "code"), [("--nproc=x", 64), ("--resume=must", 65)])
+def test_the_code_of_a_script_does_not_depend_on_its_console(option, code, where, tmp_path):
+    words = f"{LOCAL} --nproc=1 {option} {where}"
+    done = subprocess.run(
+        ["bash", "-c", f'{words}; echo "${{PIPESTATUS[0]}}" > code'],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        check=False,
+        timeout=WAIT_S,
+    )
+    assert done.returncode == 0
+    assert int((tmp_path / "code").read_text()) == code

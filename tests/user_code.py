@@ -139,6 +139,16 @@ class FailsLater(nn.Linear):
         return super().forward(inputs)
 
 
+class NeedsAToken(nn.Linear):
+    """A model that is fetched with a token, which must be the right one."""
+
+    def __init__(self, token, url="none"):
+        super().__init__(64, 10)
+        if token != "c4nary-0f-gold":
+            raise ValueError(f"cannot fetch it with {token}")
+        Path("built").touch()
+
+
 class Hungry(nn.Linear):
     """A model that needs 128 TiB from some forward pass on, in one mode; never without one."""
 

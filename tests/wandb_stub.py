@@ -19,6 +19,8 @@ from urllib.parse import unquote
 
 import pytest
 
+from ddp_sgd.time_limits import FACTOR
+
 ENTITY = "tester"
 KEY = "0123456789abcdef0123456789abcdef01234567"
 """A key of the form that wandb accepts: 40 characters."""
@@ -281,6 +283,7 @@ def isolate_wandb(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     for name in list(os.environ):
         if name.startswith("WANDB") or name == "NETRC":
             monkeypatch.delenv(name)
+    monkeypatch.setenv(FACTOR, "10")  # a busy machine takes longer than users should wait for
     home.mkdir(parents=True, exist_ok=True)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("NETRC", str(home / ".netrc"))

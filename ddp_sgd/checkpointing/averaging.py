@@ -16,6 +16,7 @@ from ddp_sgd.checkpointing.manifest import Manifest
 from ddp_sgd.checkpointing.packing import write_checkpoint
 from ddp_sgd.checkpointing.reading import find_checkpoint, read_tensors
 from ddp_sgd.errors import ConfigError, DataError, OutputError
+from ddp_sgd.files import sync_folder
 
 Found = tuple[Path, Manifest]
 
@@ -101,6 +102,7 @@ def write_average(chosen: Sequence[Found], output: Path) -> Path:
         raise OutputError(f"{output} is there already; choose another --output.")
     try:
         output.mkdir(parents=True)
+        sync_folder(output.parent)
         content = {**average_tensors(chosen), "mean_of": [str(file) for file, _ in chosen]}
         manifest = write_checkpoint(CheckpointFolder(output), header, content, keep=1)
     except OSError as error:

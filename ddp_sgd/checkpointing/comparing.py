@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ddp_sgd.checkpointing.table import columns
+from ddp_sgd.masking import MASK, is_secret
 from ddp_sgd.tensor_bytes import bytes_of
 
 _HEAD = ("tensor", "elements", "differ", "max abs", "relative L2", "")
@@ -66,7 +67,9 @@ def compare_plain(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[s
     one, other = dict(leaves(first)), dict(leaves(second))
     names = [*one, *(name for name in other if name not in one)]
     return [
-        f"{name}: {one.get(name, 'absent')} -> {other.get(name, 'absent')}"
+        f"{name}: differs, {MASK}"
+        if is_secret(name)
+        else f"{name}: {one.get(name, 'absent')} -> {other.get(name, 'absent')}"
         for name in names
         if one.get(name, leaves) != other.get(name, leaves)  # no value equals a function
     ]

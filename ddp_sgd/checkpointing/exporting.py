@@ -1,7 +1,6 @@
 """Weights for other programs: a safetensors file, with the configuration beside it."""
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +12,7 @@ from ddp_sgd.checkpointing.listing import epochs_of
 from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.config.yaml_text import write_yaml
 from ddp_sgd.errors import ConfigError, DataError, OutputError
+from ddp_sgd.files import sync_file, sync_folder
 
 ENDING = ".safetensors"
 
@@ -123,9 +123,9 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
     new = path.with_name(f".{path.name}.new")
     try:
         write(new)
-        with new.open("rb") as stream:
-            os.fsync(stream.fileno())
+        sync_file(new)
         new.replace(path)
+        sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OutputError(f"{path} cannot be written: {reason}; choose another place.") from error

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from ddp_sgd.checkpointing.folder import UNFINISHED, CheckpointFolder, fault_of
 from ddp_sgd.checkpointing.manifest import Header, Manifest
+from ddp_sgd.files import make_folder, sync_folder
 
 
 class Content(NamedTuple):
@@ -46,7 +47,7 @@ def write_content(
     Raises:
         OSError: It could not be written, or came back changed; what was there before is untouched.
     """
-    folder.path.mkdir(exist_ok=True)
+    make_folder(folder.path)
     file = folder.path / folder.name_for(header)
     new = file.with_name(f".{file.name}{UNFINISHED}")
     try:
@@ -62,7 +63,7 @@ def write_content(
         _refuse_change(new, manifest)
         new_told.replace(told)
         new.replace(file)
-        _sync_folder(folder.path)
+        sync_folder(folder.path)
     except BaseException:
         folder.clean_up()
         raise
@@ -131,14 +132,6 @@ def _sync(*files: Path) -> None:
             _let_go(stream.fileno())
         for stream in streams:
             os.fsync(stream.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _forget_cached(file: Path) -> None:

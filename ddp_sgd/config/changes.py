@@ -5,6 +5,7 @@ from typing import Any
 
 from ddp_sgd.config.places import without_places
 from ddp_sgd.config.schema import RunConfig
+from ddp_sgd.masking import MASK, is_secret
 
 _MATTERS = (
     *("seed", "model", "loss", "data.train", "data.collate", "data.tail", "optim"),
@@ -37,7 +38,11 @@ def changes_that_matter(before: Mapping[str, Any], now: RunConfig) -> list[str]:
         was, is_now = (values.get(key, default.get(key)) for values in (old, new))
         moved = without_places(key, was) == without_places(key, is_now)
         if was != is_now and not moved and key.startswith(_MATTERS):
-            changes.append(f"{key} was {was}, is {is_now}")
+            changes.append(
+                f"{key} was {MASK}, is {MASK}"
+                if is_secret(key)
+                else f"{key} was {was}, is {is_now}"
+            )
     if rank_batch(before) != rank_batch(now.model_dump()):
         was, is_now = rank_batch(before), rank_batch(now.model_dump())
         changes.append(f"data.batch_size x data.accumulate was {was}, is {is_now}")

@@ -69,7 +69,8 @@ class Component(Section):
     """Positional arguments of the call."""
 
     init_args: dict[str, Any] = {}
-    """Keyword arguments of the call."""
+    """Keyword arguments of the call. In them and in args, {env: NAME} stands for the value of an
+    environment variable, which is read when the object is built and is written down nowhere."""
 
     call: StrictBool = True
     """false: take what class_path names without calling it; with arguments, a functools.partial of

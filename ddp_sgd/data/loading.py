@@ -27,7 +27,7 @@ from ddp_sgd.data.fetching import (
     Unreadable,
 )
 from ddp_sgd.data.order import Chunks, Order
-from ddp_sgd.errors import DataError
+from ddp_sgd.errors import DataError, LostWorkerError
 from ddp_sgd.seeds import seed_for
 
 _LOST_WORKER = re.compile(
@@ -310,7 +310,7 @@ def _next(batches: Iterator[Any]) -> tuple[Any, Any]:
     return inputs, targets
 
 
-def lost_worker(error: Exception) -> DataError | None:
+def lost_worker(error: Exception) -> LostWorkerError | None:
     """Return what to tell of an error that says that a loader process was killed; else None.
 
     torch raises that in whatever the main thread is doing. A process that is killed while it sends
@@ -320,7 +320,7 @@ def lost_worker(error: Exception) -> DataError | None:
     if not is_lost:
         return None
     cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return DataError(
+    return LostWorkerError(
         f"data.workers lost a process: {cause}; lower data.workers, or give the job more memory."
     )
 

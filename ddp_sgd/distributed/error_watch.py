@@ -5,9 +5,8 @@ device, in ``tolist`` or in a copy, and the device waits for a peer that will no
 """
 
 import os
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import NoReturn
@@ -17,10 +16,11 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import ErrorType
 from torch.distributed.distributed_c10d import Store
 
+from ddp_sgd.console import say_error
 from ddp_sgd.distributed.bounded import run_within
-from ddp_sgd.distributed.fate import SharedFate
+from ddp_sgd.distributed.fate import Fate, SharedFate
 from ddp_sgd.distributed.launcher_files import leave_for_launcher
-from ddp_sgd.errors import ExitCode, FaultElsewhereError, UserError
+from ddp_sgd.errors import ExitCode, FaultElsewhereError, StoppedError, UserError
 from ddp_sgd.time_limits import scaled
 
 _POLL_S = 1.0
@@ -38,25 +38,18 @@ _LEAVE_S = 0.5
 
 
 @contextmanager
-def watch_errors(
-    fate: SharedFate,
-    store: Store,
-    device: torch.device,
-    *,
-    farewell: Callable[[], None],
-) -> Iterator[None]:
+def watch_errors(fate: SharedFate, store: Store, device: torch.device) -> Iterator[None]:
     """End this process soon after another rank failed, even if its main thread waits for ever.
 
     The main thread has a few seconds to find the error by itself, which it does wherever a
-    collective raises. Else ``fate.before_exit`` is called with the error, the communicator is
-    aborted, and the process ends with the code of the rank that failed first, without a word: that
-    rank has reported it. An error of the communicator itself, such as that of NCCL, counts too.
+    collective raises. Else ``end_process`` ends the process with the code of the rank that failed
+    first, without a word: that rank has reported it. An error of the communicator itself, such as
+    that of NCCL, counts too.
 
     Args:
         fate: Knows the first error, and whether this rank has found one.
         store: Client of the store for this thread alone.
         device: Where the group computes.
-        farewell: Called before the process ends: lets the others read what the store holds.
     """
     over = threading.Event()
 
@@ -72,7 +65,7 @@ def watch_errors(
             error = error or _communicator_error(device)
             if error:
                 if not (fate.has_judged.wait(_GRACE_S) or over.is_set()):
-                    _end(fate.judge(error), fate, farewell)
+                    end_process(error, fate)
                 return
 
     thread = threading.Thread(target=run, name="ddp_sgd-errors", daemon=True)
@@ -82,6 +75,32 @@ def watch_errors(
     finally:
         over.set()
         thread.join(_LEAVE_S)
+
+
+def end_process(error: Exception, fate: Fate) -> NoReturn:
+    """End a process whose main thread does not come back, with the code of the first error.
+
+    The line is printed, unless another rank has reported the error; ``fate.before_exit`` is called
+    with it, and the communicator is aborted.
+
+    Args:
+        error: Why it ends.
+        fate: Of this rank.
+    """
+    error = fate.judge(error)
+    code = error.exit_code if isinstance(error, UserError) else ExitCode.INTERNAL
+    is_first = not isinstance(error, FaultElsewhereError)
+    try:
+        if is_first:
+            run_within(_WRITE_S, partial(_print, error))
+        run_within(_WRITE_S, partial(leave_for_launcher, code, str(error), is_first=is_first))
+        if fate.before_exit:
+            run_within(_RESULT_S, partial(fate.before_exit, error))
+        if fate.farewell:
+            fate.farewell()
+        run_within(_ABORT_S, abort_group)
+    finally:
+        os._exit(code)
 
 
 def _communicator_error(device: torch.device) -> Exception | None:
@@ -95,22 +114,6 @@ def _communicator_error(device: torch.device) -> Exception | None:
     return None
 
 
-def _end(error: Exception, fate: SharedFate, farewell: Callable[[], None]) -> NoReturn:
-    code = error.exit_code if isinstance(error, UserError) else ExitCode.INTERNAL
-    is_first = not isinstance(error, FaultElsewhereError)
-    leave = partial(leave_for_launcher, code, str(error), is_first=is_first)
-    try:
-        if is_first:
-            run_within(_WRITE_S, lambda: _print(str(error)))
-        run_within(_WRITE_S, leave)
-        if fate.before_exit:
-            run_within(_RESULT_S, partial(fate.before_exit, error))
-        farewell()
-        run_within(_ABORT_S, abort_group)
-    finally:
-        os._exit(code)
-
-
 def abort_group() -> None:
     """Abort the communicators of all groups, if there are any and their library can be aborted.
 
@@ -120,6 +123,6 @@ def abort_group() -> None:
         dist.distributed_c10d._abort_process_group()
 
 
-def _print(message: str) -> None:
-    sys.stdout.flush()
-    print(f"ddp_sgd: error: {message}", file=sys.stderr, flush=True)  # noqa: T201
+def _print(error: Exception) -> None:
+    kind = "" if isinstance(error, StoppedError) else "error: "
+    say_error(f"ddp_sgd: {kind}{error}")

@@ -15,7 +15,13 @@ from ddp_sgd.distributed.absence import describe_absence, find_absent
 from ddp_sgd.distributed.board import NOTE_S
 from ddp_sgd.distributed.bounded import call_within
 from ddp_sgd.distributed.meeting import Attendance, is_agent_store
-from ddp_sgd.errors import ExitCode, FaultElsewhereError, PeerError, UserError
+from ddp_sgd.errors import (
+    ExitCode,
+    FaultElsewhereError,
+    PeerError,
+    StopInterrupt,
+    UserError,
+)
 from ddp_sgd.time_limits import scaled
 
 _LOST_PEER = re.compile(
@@ -35,9 +41,11 @@ class Fate(Protocol):
     Attributes:
         before_exit: Called with the error, in a thread, before a process is ended whose main thread
             does not come back: the place to write a result. None calls nothing.
+        farewell: Called after that, so that other ranks can read of the error.
     """
 
     before_exit: Callable[[Exception], None] | None
+    farewell: Callable[[], None] | None
 
     def judge(self, error: Exception) -> Exception:
         """Return the error that this rank should end with."""
@@ -48,6 +56,7 @@ class OwnFate:
 
     def __init__(self) -> None:
         self.before_exit: Callable[[Exception], None] | None = None
+        self.farewell: Callable[[], None] | None = None
 
     def judge(self, error: Exception) -> Exception:
         """Return the error unchanged."""
@@ -73,6 +82,7 @@ class SharedFate:
         is_store_silent: Whether the host of the store has been found gone.
         has_judged: Set as soon as this rank has found an error, of its own or of another rank.
         before_exit: See ``Fate``.
+        farewell: Called before this process ends: lets the others read what the store holds.
     """
 
     def __init__(self, store: Store, rank: int, attendance: Attendance, timeout_s: float) -> None:
@@ -83,6 +93,7 @@ class SharedFate:
         self.is_store_silent = False
         self.has_judged = threading.Event()
         self.before_exit: Callable[[Exception], None] | None = None
+        self.farewell: Callable[[], None] | None = None
 
     def find_remote(self, store: Store) -> FaultElsewhereError | None:
         """Return the first error of the run, if another rank reported it.
@@ -206,6 +217,8 @@ def shared_fate(fate: Fate) -> Iterator[None]:
     """Let every error that leaves the block be judged in the light of those of the other ranks."""
     try:
         yield
+    except StopInterrupt as interrupt:
+        raise fate.judge(interrupt.as_error()) from None
     except Exception as error:
         judged = fate.judge(error)
         if judged is error:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from ddp_sgd.errors import ConfigError, FaultElsewhereError
+from ddp_sgd.errors import ConfigError, FaultElsewhereError, StopInterrupt, StoppedError
 from ddp_sgd.slurm import find_lone_shell
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -62,17 +62,21 @@ def read_ranks(environ: Mapping[str, str]) -> Ranks:
 
 @contextmanager
 def told_by(*, this_one: bool) -> Iterator[None]:
-    """Let one process alone tell of a wrong configuration, which every one finds by itself.
+    """Let one process alone tell of what every one finds by itself: a wrong configuration, a stop.
 
     Args:
         this_one: Whether this process tells.
 
     Raises:
-        FaultElsewhereError: In place of a ``ConfigError``, on the others.
+        FaultElsewhereError: In place of a ``ConfigError`` or a ``StoppedError``, on the others.
+        StoppedError: A signal came before the first step.
     """
     try:
-        yield
-    except ConfigError as error:
+        try:
+            yield
+        except StopInterrupt as interrupt:
+            raise interrupt.as_error() from None
+    except (ConfigError, StoppedError) as error:
         if this_one:
             raise
         raise FaultElsewhereError(str(error), error.exit_code) from error

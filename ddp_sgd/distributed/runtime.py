@@ -107,7 +107,8 @@ def _joined(
 ) -> Iterator[Runtime]:
     """Join the other ranks, and leave them whatever happens."""
     _share_cpus(ranks)
-    store = open_store(ranks, timeout_s)
+    with told_by(this_one=ranks.rank == 0):
+        store = open_store(ranks, timeout_s)
     attendance = read_attendance(store)
     notes = PrefixStore("fate", store)
     fate = SharedFate(notes, ranks.rank, attendance, timeout_s)
@@ -121,8 +122,8 @@ def _joined(
         store=notes,
     )
     try:
-        farewell = partial(_say_farewell, notes, ranks)
-        with watch_errors(fate, notes.clone(), device, farewell=farewell), shared_fate(fate):
+        fate.farewell = partial(_say_farewell, notes, ranks)
+        with watch_errors(fate, notes.clone(), device), shared_fate(fate):
             _connect(runtime, ranks, store, attendance.hosts, timeout_s)
             yield runtime
     except Exception as error:

@@ -4,7 +4,6 @@ import faulthandler
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from typing import NoReturn
 
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
+from ddp_sgd.console import say_error
 from ddp_sgd.distributed.board import NOTE_S, Board
 from ddp_sgd.distributed.bounded import run_within
 from ddp_sgd.distributed.collectives import gather_over_ranks
@@ -257,5 +257,4 @@ class _Watch:
 
 
 def _say(message: str) -> None:
-    sys.stdout.flush()
-    print(f"ddp_sgd: error: {message}", file=sys.stderr, flush=True)  # noqa: T201
+    say_error(f"ddp_sgd: error: {message}")

@@ -17,6 +17,7 @@ from ddp_sgd.engine.data_marks import with_marks
 from ddp_sgd.engine.state import State
 from ddp_sgd.engine.writers import Writer, build_writer, bytes_of
 from ddp_sgd.errors import OutputError
+from ddp_sgd.files import make_folder
 from ddp_sgd.out_of_memory import Use, describe_out_of_memory
 from ddp_sgd.report.reporter import Reporter
 from ddp_sgd.report.run_folder import RunFolder, unwritable
@@ -216,7 +217,7 @@ def open_checkpoints(
         return
     saved = CheckpointFolder(folder.path / FOLDER_NAME)
     try:
-        saved.path.mkdir(exist_ok=True)
+        make_folder(saved.path)
     except OSError as error:
         raise unwritable(saved.path, error) from error
     with SavedCheckpoints(

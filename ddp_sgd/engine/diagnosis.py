@@ -8,7 +8,14 @@ import torch
 
 from ddp_sgd.data.loading import lost_worker
 from ddp_sgd.distributed.replica import unused_parameters
-from ddp_sgd.errors import DataError, DeviceError, DivergedError
+from ddp_sgd.engine.stopping import StopRequest
+from ddp_sgd.errors import (
+    DataError,
+    DeviceError,
+    DivergedError,
+    LostWorkerError,
+    StoppedError,
+)
 from ddp_sgd.out_of_memory import Use, refuse_out_of_memory
 
 _PATIENCE = 10
@@ -24,17 +31,22 @@ _LABEL = re.compile(
 
 
 @contextmanager
-def plain_faults() -> Iterator[None]:
+def plain_faults(stop: StopRequest | None = None) -> Iterator[None]:
     """Translate the errors that a configuration can mend; others pass unchanged.
+
+    Args:
+        stop: A request to stop; a loader process that ends along with it is no error.
 
     Raises:
         ConfigError: Parameters without a gradient, or too little memory.
         DataError: A label out of range, an index that an embedding lacks, or a loader process that
             was killed.
         DeviceError: The device reports another error.
+        StoppedError: A loader process was killed, and this one asked to stop.
     """
     try:
-        yield
+        with _lost_workers(stop):
+            yield
     except (RuntimeError, IndexError, MemoryError) as error:
         refuse_out_of_memory(error, Use.STEP)
         if "finished reduction in the prior iteration" in str(error):
@@ -43,14 +55,29 @@ def plain_faults() -> Iterator[None]:
             raise _label_out_of_range(error) from error
         if "index out of range in self" in str(error):
             raise _index_out_of_range() from error
-        if lost := lost_worker(error):
-            raise lost from error
         if isinstance(error, torch.AcceleratorError):
             raise DeviceError(
                 f"the device reports: {_first_line(error)}; set CUDA_LAUNCH_BLOCKING=1 and run "
                 "again with --debug, which then shows where."
             ) from error
         raise
+
+
+@contextmanager
+def _lost_workers(stop: StopRequest | None) -> Iterator[None]:
+    """Tell a loader process that was killed from one that a stop has ended, too."""
+    try:
+        yield
+    except (RuntimeError, LostWorkerError) as error:
+        lost = error if isinstance(error, LostWorkerError) else lost_worker(error)
+        if lost is None:
+            raise
+        if stop is None or stop.reason is None:
+            raise lost from error
+        raise StoppedError(
+            f"stopped by {stop.reason}, which ended a loader process in the middle of a step; "
+            "start again to go on from the newest checkpoint."
+        ) from error
 
 
 def refuse_divergence(skipped: tuple[int, int, int], lr: float) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ddp_sgd.config.schema import RunConfig
+from ddp_sgd.distributed.error_watch import end_process
 from ddp_sgd.distributed.fate import shared_fate
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.distributed.watch import keep_watch
@@ -22,7 +23,7 @@ from ddp_sgd.engine.loop import Loop
 from ddp_sgd.engine.restoring import hand_over, refuse_other_parts
 from ddp_sgd.engine.result import RunResult, conclude
 from ddp_sgd.engine.resume import look_back
-from ddp_sgd.engine.stopping import StopRequest, stop_on_signal
+from ddp_sgd.engine.stopping import HasReason, StopRequest, stop_on_signal
 from ddp_sgd.engine.timetable import Deadline, Timetable
 from ddp_sgd.losses import LossFunction
 from ddp_sgd.report.reporter import open_report, tell_of_the_end
@@ -37,7 +38,7 @@ def fit(
     train_set: Any = None,
     eval_set: Any = None,
     loss: LossFunction | None = None,
-    stop: StopRequest | None = None,
+    stop: HasReason | None = None,
 ) -> RunResult:
     """Train a model by data-parallel SGD; every rank calls this with equal arguments.
 
@@ -52,23 +53,25 @@ def fit(
             given.
         loss: Module or function of (outputs, targets) that gives the mean; None builds
             ``config.loss``.
-        stop: A wish to stop that somebody else hears; None listens to SIGTERM, SIGINT and SIGUSR1
-            itself.
+        stop: Object with a ``reason`` that is read between steps: None, or why the run is to stop;
+            None listens to SIGTERM, SIGINT and SIGUSR1.
 
     Returns:
         How the run ended, equal on all ranks.
 
     Raises:
         UserError: A subclass says what the user can mend.
+        StoppedError: A signal came before the first step.
 
     Example:
         >>> with start_runtime() as runtime:  # doctest: +SKIP
         ...     fit(RunConfig(epochs=3), runtime).scores["eval/accuracy"]
     """
     with (
-        nullcontext(stop) if stop else stop_on_signal() as wish,
+        nullcontext(_stop_request(stop)) if stop else stop_on_signal() as wish,
         claim_run_folder(config, runtime) as folder,
     ):
+        wish.force = partial(end_process, fate=runtime.fate)
         past = look_back(config, folder, runtime)
         if past.ending:
             refuse_other_parts(past.header, train_set, loss)
@@ -80,7 +83,7 @@ def fit(
         with (
             open_report(config, runtime, folder, past.origin) as report,
             shared_fate(runtime.fate),
-            plain_faults(),
+            plain_faults(wish),
         ):
             parts = gather_parts(config, model, loss, train_set, eval_set)
             marks = require_agreement(config, parts, runtime)
@@ -100,10 +103,15 @@ def fit(
                 deadline = Deadline(past.deadline)
                 heartbeat = _heartbeat(config, job, runtime, wish, deadline)
                 every = config.eval.every_epochs
+                wish.defer()  # from here on a stop waits for the end of a step
                 Loop(job, heartbeat, checkpoints, report, deadline, score_every=every).run()
                 ending = conclude(job.state, job.plan, job.replica, job.shares, runtime)
             report.end(ending.as_row())
             return ending
+
+
+def _stop_request(stop: HasReason) -> StopRequest:
+    return stop if isinstance(stop, StopRequest) else StopRequest(stop)
 
 
 def _heartbeat(

@@ -28,6 +28,7 @@ from ddp_sgd.engine.restoring import model_misfits, restore
 from ddp_sgd.engine.sample_batch import check_dataset, read_batch
 from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.losses import LossFunction, as_module, loss_modules
+from ddp_sgd.trust import refuse_untrusted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +47,10 @@ class Saved:
 
 
 def look_up(
-    path: Path, resolve: Callable[[Mapping[str, Any]], RunConfig], runtime: Runtime
+    path: Path,
+    resolve: Callable[[Mapping[str, Any]], RunConfig],
+    runtime: Runtime,
+    given: Mapping[str, Any] | None = None,
 ) -> Saved:
     """Find and verify a checkpoint on rank 0, and tell the others.
 
@@ -54,17 +58,29 @@ def look_up(
         path: A checkpoint, a link to one, or a run folder.
         resolve: Lays today's changes over the configuration of the run.
         runtime: This process.
+        given: What the caller has set by himself, whose class paths may be built, besides those of
+            ddp_sgd, torch, torchvision and timm; None: all may.
 
     Raises:
         DataError: There is none, or it is damaged.
         ConfigError: The changes do not fit.
+        RefusedError: The checkpoint names other class paths.
     """
     saved = None
     if runtime.rank == 0:
         file, manifest = find_checkpoint(path)
         config = resolve(manifest.header.config)
+        if given is not None:
+            refuse_untrusted(_components(config), given, str(file))
         saved = Saved(file=file, header=manifest.header, config=config)
     return from_rank_0(saved, runtime)
+
+
+def _components(config: RunConfig) -> list[Any]:
+    """What a score builds, as plain data."""
+    data = config.data
+    built = (config.model, config.loss, data.eval, data.collate)
+    return [component.model_dump() for component in built if component]
 
 
 def score_anew(saved: Saved, runtime: Runtime) -> tuple[Metrics, str]:

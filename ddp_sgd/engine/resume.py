@@ -18,10 +18,14 @@ from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.result import RunResult, read_result
 from ddp_sgd.engine.timetable import read_deadline
 from ddp_sgd.errors import ConfigError, DataError, RefusedError
+from ddp_sgd.files import replace_file, sync_file, sync_folder
 from ddp_sgd.report.failures import refuse_endless_failure
 from ddp_sgd.report.journal import first_row, has_journal
 from ddp_sgd.report.run_folder import RunFolder, unwritable
 from ddp_sgd.report.sink import Origin
+
+_ADOPTING = ".adopting#"
+"""Ending of the folder in which a checkpoint of another run is copied; no run has such a name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,17 +141,20 @@ def _adopt(config: RunConfig, folder: RunFolder) -> bool:
     if before and before.get("resume") == config.resume:
         return False
     file, named = find_checkpoint(Path(config.resume))
-    staging = folder.path.with_name(f".{folder.path.name}.{token_hex(4)}")
+    staging = folder.path.with_name(f".{folder.path.name}{_ADOPTING}")
     copies = CheckpointFolder(staging)
     manifest = replace(named, file=copies.name_for(named.header))
+    shutil.rmtree(staging, ignore_errors=True)  # of a start that was killed; the lock is ours
     try:
         staging.mkdir()
         copy = retry(lambda: shutil.copyfile(file, staging / manifest.file))
-        copy.with_suffix(".json").write_text(manifest.to_text())
+        sync_file(copy)
+        replace_file(copy.with_suffix(".json"), manifest.to_text())
         if fault := copies.fault_of(manifest):
             raise DataError(f"the copy of {file} {fault}; look at the disk of {staging.parent}.")
         folder.renew()
         staging.rename(folder.path / FOLDER_NAME)
+        sync_folder(folder.path)
     except OSError as error:
         raise unwritable(staging, error) from error
     finally:

@@ -1,60 +1,210 @@
-"""A wish to stop, made by a signal, granted between steps. No torch: it listens before."""
+"""Graceful shutdown: a signal stops a run at once before its first step, and later between steps.
 
+Before the first step a handler raises ``StopInterrupt`` in the main thread. From ``defer`` on it
+sets a flag, which is read between steps. No torch: it listens before.
+"""
+
+import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Protocol
+
+from ddp_sgd.console import say_error
+from ddp_sgd.distributed.launcher_files import leave_for_launcher
+from ddp_sgd.errors import ExitCode, StopInterrupt, StoppedError
+from ddp_sgd.time_limits import scaled
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_INTERRUPTED = 128 + signal.SIGINT
+"""Exit code of a process that a second Ctrl-C ends: what a shell gives for a death by SIGINT."""
+_GRACE_S = scaled(1.5)
+"""Time for the main thread to raise what a signal asks for: it may be in a call of a C library."""
+
+
+class HasReason(Protocol):
+    """What a user's own stop object needs: a ``reason``, None as long as the run is to go on."""
+
+    @property
+    def reason(self) -> str | None:
+        """Why the run is to stop."""
 
 
 class StopRequest:
     """Whether this process was asked to stop, and by what.
 
+    Args:
+        other: Another one who may ask, such as the stop object of a user.
+
     Attributes:
-        reason: Name of the first signal, such as ``SIGTERM``; None as long as there was none.
+        interrupt: What the handler has raised, once it has.
+        force: Ends this process where the main thread does not, given the error to end with; called
+            in another thread.
     """
 
-    def __init__(self) -> None:
-        self.reason: str | None = None
+    def __init__(self, other: HasReason | None = None) -> None:
+        self.interrupt: StopInterrupt | None = None
+        self.force: Callable[[StoppedError], None] | None = None
+        self._reason: str | None = None
+        self._other = other
+        self._is_deferred = False
+
+    @property
+    def reason(self) -> str | None:
+        """Who asked first, such as ``SIGTERM``; None as long as nobody did."""
+        return self._reason or (self._other.reason if self._other else None)
 
     def ask(self, reason: str) -> None:
-        """Ask to stop; the first reason is kept."""
-        self.reason = self.reason or reason
+        """Ask to stop between two steps; the first reason is kept."""
+        self._reason = self._reason or reason
+
+    def defer(self) -> None:
+        """From here on a signal is honoured between steps, by whoever reads ``reason``.
+
+        Raises:
+            StopInterrupt: There was a signal before, and somebody caught what it raised.
+        """
+        self._is_deferred = True
+        if self.interrupt and not self.interrupt.is_caught:
+            raise self.interrupt
+
+    def ask_now(self, reason: str) -> None:
+        """Ask to stop at once, as a handler does in the main thread.
+
+        Raises:
+            StopInterrupt: The run has not come to its first step, and this is the first request.
+        """
+        is_first = self._reason is None
+        self.ask(reason)
+        if is_first and not self._is_deferred:
+            self.interrupt = StopInterrupt(reason)
+            raise self.interrupt
+
+    def is_unanswered(self) -> bool:
+        """Whether a signal came before the first step, and the main thread goes on regardless."""
+        caught = self.interrupt is not None and self.interrupt.is_caught
+        return not self._is_deferred and not caught
 
 
 def leave_undisturbed() -> None:
     """Let no signal end a process that is about to end by itself, with its own exit code."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
-def stop_on_signal(
-    *signals: signal.Signals,
-) -> Iterator[StopRequest]:
+def stop_on_signal(*signals: signal.Signals, owns_process: bool = False) -> Iterator[StopRequest]:
     """Turn signals into a request to stop, and restore their handlers at the end.
 
-    A handler only takes a note: no collective, no file, no lock. Outside the main thread Python
-    allows no handlers; then the request stays empty unless somebody asks.
+    The first signal raises before ``defer``, and is a flag from then on. A second SIGINT ends the
+    process at once if it is ours, and raises KeyboardInterrupt if it is the user's. A handler does
+    nothing else: no collective, no file, no lock. Outside the main thread Python allows no
+    handlers; then the request stays empty unless somebody asks.
 
     Args:
         signals: Which ones; none means SIGTERM, SIGINT and SIGUSR1.
+        owns_process: Whether the process is there for this run alone. Then it ends soon, even if
+            the main thread is in a call that does not come back.
 
     Yields:
         The request.
+
+    Raises:
+        StoppedError: A signal came before ``defer``.
     """
     request = StopRequest()
-
-    def note(number: int, _: FrameType | None) -> None:
-        request.ask(signal.Signals(number).name)
-
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    chosen = signals or (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    before = {number: signal.signal(number, note) for number in chosen}
+
+    interrupts = 0
+
+    def note(number: int, _: FrameType | None) -> None:
+        nonlocal interrupts
+        interrupts += number == signal.SIGINT
+        if number == signal.SIGINT and interrupts > 1:
+            if owns_process:
+                os._exit(_INTERRUPTED)
+            raise KeyboardInterrupt
+        request.ask_now(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, note) for number in signals or SIGNALS}
     try:
-        yield request
+        if owns_process:
+            with _watch_signals(request, before):
+                yield request
+        else:
+            yield request
+    except StopInterrupt as interrupt:
+        raise interrupt.as_error() from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _watch_signals(request: StopRequest, signals: Iterable[int]) -> Iterator[None]:
+    """Hear signals in a thread as well: handlers have to wait for what the main thread calls."""
+    global _is_watching  # noqa: PLW0603
+    hears, tells = os.pipe()
+    os.set_blocking(tells, False)
+    before = signal.set_wakeup_fd(tells, warn_on_full_buffer=False)
+    _is_watching = True
+    thread = threading.Thread(
+        target=_answer, args=(hears, request, set(signals)), name="ddp_sgd-signals", daemon=True
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        _is_watching = False
+        signal.set_wakeup_fd(before)
+        os.close(tells)  # which ends the thread
+        thread.join()
+        os.close(hears)
+
+
+def _hear_nothing() -> None:
+    """Let go of the pipe in a loader process that is forked: its signals are none of ours."""
+    if _is_watching:
+        signal.set_wakeup_fd(-1)
+
+
+_is_watching = False
+os.register_at_fork(after_in_child=_hear_nothing)
+
+
+def _answer(hears: int, request: StopRequest, signals: set[int]) -> None:
+    """Read the numbers of signals, and end the process where the main thread does not."""
+    interrupts, first = 0, True
+    while numbers := os.read(hears, 64):
+        interrupts += numbers.count(signal.SIGINT)
+        if interrupts > 1:
+            os._exit(_INTERRUPTED)
+        if first and request.is_unanswered() and not signals.isdisjoint(numbers):
+            first = False
+            name = next(signal.Signals(n).name for n in numbers if n in signals)
+            threading.Thread(target=_end, args=(request, name), daemon=True).start()
+
+
+def _end(request: StopRequest, name: str) -> None:
+    """End the process if the main thread has not begun to do so after a while."""
+    threading.Event().wait(_GRACE_S)
+    if not request.is_unanswered():
+        return
+    error = StopInterrupt(name).as_error()
+    try:
+        if request.force:
+            request.force(error)
+        else:
+            print_stop(error)
+            leave_for_launcher(ExitCode.STOPPED, str(error))
+    finally:
+        os._exit(ExitCode.STOPPED)
+
+
+def print_stop(error: StoppedError) -> None:
+    """Print the line of a run that was stopped before its first step."""
+    say_error(f"ddp_sgd: {error}")

@@ -127,9 +127,11 @@ def preside(config: RunConfig, ranks: Ranks, mine: Facts, tell: Callable[[Diagno
     diagnosis.findings += judge_surroundings(answers, None if token else cause)
     if desk:
         _try_links(config, diagnosis, desk)
-    tell(diagnosis)
-    if desk:
-        desk.dismiss(diagnosis.exit_code)
+    try:
+        tell(diagnosis)
+    finally:  # the others must not wait, whatever became of the output
+        if desk:
+            desk.dismiss(diagnosis.exit_code)
     return diagnosis.exit_code
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ddp_sgd.errors import DataError
+from ddp_sgd.files import replace_file
 from ddp_sgd.report.run_folder import unwritable
 from ddp_sgd.report.sink import EventRow, RunRecord
 
@@ -108,13 +109,8 @@ def _cut_back(path: Path, samples: int, *, is_scored: bool) -> None:
         if row["samples"] < samples
         or (row["samples"] == samples and (is_scored or row["event"] != "eval"))
     ]
-    new = path.with_name(f".{path.name}.new")
     try:
-        with new.open("w") as stream:
-            stream.writelines(f"{json.dumps(row)}\n" for row in rows)
-            stream.flush()
-            os.fsync(stream.fileno())
-        new.replace(path)
+        replace_file(path, "".join(f"{json.dumps(row)}\n" for row in rows))
     except OSError as error:
         raise unwritable(path, error) from error
 

@@ -2,11 +2,13 @@
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from tqdm import tqdm
 
+from ddp_sgd.console import is_terminal, say, silence
 from ddp_sgd.report.plan_table import plan_lines
 from ddp_sgd.report.sink import EventRow, Row, RunRecord
 
@@ -27,11 +29,21 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Print a line without breaking the bar."""
-        if self._bar is not None:
-            self._bar.write(line, file=sys.stdout)
-        else:
-            print(line, flush=True)  # noqa: T201
+        self._draw(lambda bar: bar.clear())
+        say(line)
+        self._draw(lambda bar: bar.refresh())
         self._last_line = time.monotonic()
+
+    def _draw(self, change: Callable[["tqdm[Any]"], object]) -> None:
+        """Change the bar, if there is one; it goes with its terminal, and the run stays."""
+        if self._bar is None:
+            return
+        try:
+            change(self._bar)
+        except Exception:  # whatever the terminal or tqdm makes of it
+            self._bar.disable = True  # else it would try again when it is deleted
+            self._bar = None
+            silence(sys.stderr)
 
     def start(self, record: RunRecord) -> None:
         """Print the plan, and open the bar on a terminal."""
@@ -41,10 +53,11 @@ class Progress:
         for note in record.notes:
             self.say(f"note      {note}")
         self.say(f"results in {record.folder}")
-        if sys.stderr.isatty():
-            self._bar = tqdm(
-                total=record.plan.total_steps, unit="step", dynamic_ncols=True, leave=False
-            )
+        if is_terminal(sys.stderr):
+            with suppress(Exception):  # a terminal that is gone by now
+                self._bar = tqdm(
+                    total=record.plan.total_steps, unit="step", dynamic_ncols=True, leave=False
+                )
 
     def write(self, rows: Sequence[EventRow]) -> None:
         """Move the bar; print a line at the end of each epoch, for each score, and now and then."""
@@ -66,9 +79,8 @@ class Progress:
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Close the bar and print the last line."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        self._draw(lambda bar: bar.close())
+        self._bar = None
         if self._record is None or result["status"] == "failed":
             return
         for line in _time_lines(result):
@@ -79,9 +91,7 @@ class Progress:
     def _show_training(self, row: Mapping[str, Any]) -> None:
         self._loss.add(row["train/loss"], row["samples"])
         epoch_ends = row["epoch"] == int(row["epoch"])
-        if self._bar is not None:
-            self._bar.update(row["step"] - self._bar.n)
-            self._bar.set_postfix_str(f"loss {_text(row['train/loss'])} lr {row['train/lr']:.4g}")
+        self._draw(lambda bar: _move(bar, row))
         if epoch_ends or (self._bar is None and time.monotonic() - self._last_line > _SILENCE_S):
             self.say(self._line(row))
         if epoch_ends:
@@ -136,6 +146,11 @@ def _origin_lines(row: Row) -> Iterator[str]:
         yield f"going on from step {row['step']}, epoch {row['epoch']:.4g} ({row['file']})"
     else:
         yield "beginning again at step 0: nothing was saved before"
+
+
+def _move(bar: "tqdm[Any]", row: Mapping[str, Any]) -> None:
+    bar.update(row["step"] - bar.n)
+    bar.set_postfix_str(f"loss {_text(row['train/loss'])} lr {row['train/lr']:.4g}")
 
 
 class _Mean:

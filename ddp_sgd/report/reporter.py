@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, Protocol
 
 from ddp_sgd.config import RunConfig
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.errors import ExitCode, OutputError, UserError
+from ddp_sgd.errors import ExitCode, UserError
+from ddp_sgd.masking import mask
 from ddp_sgd.plan import Plan
 from ddp_sgd.report.journal import Journal
 from ddp_sgd.report.progress import Progress, last_line
@@ -156,22 +157,26 @@ class Reporter:
         self._close(result)
 
     def fail(self, error: BaseException) -> None:
-        """Write down that the run failed, and why; what cannot be written then is lost."""
+        """Write down that the run failed, or was stopped before its first step, and why.
+
+        What cannot be written then is lost.
+        """
         code = error.exit_code if isinstance(error, UserError) else ExitCode.INTERNAL
+        status = "stopped" if code == ExitCode.STOPPED else "failed"
         result = {
-            "status": "failed",
+            "status": status,
             "exit_code": int(code),
             **self._place(),
             "world_size": self._world_size,
-            "error": str(error) or type(error).__name__,
+            "error": mask(str(error)) or type(error).__name__,
         }
-        with suppress(OutputError):
+        with suppress(UserError):
             self.flush()
-        with suppress(OutputError):
+        with suppress(UserError):
             if self._plan:
-                self._write("end", {"status": "failed", "error": result["error"]})
+                self._write("end", {"status": status, "error": result["error"]})
                 self.flush()
-        with suppress(OutputError):
+        with suppress(UserError):
             self._close(result)
 
     def _close(self, result: Mapping[str, Any]) -> None:

@@ -1,9 +1,7 @@
 """The run folder: one run at a time writes into it, and nothing in it is overwritten."""
 
-import fcntl
 import json
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -12,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from ddp_sgd.config import RunConfig, dump_yaml
 from ddp_sgd.errors import OutputError, RefusedError
+from ddp_sgd.files import make_folder, replace_file
 from ddp_sgd.report.failures import note_failure
+from ddp_sgd.report.folder_lock import LOCK_NAME, OWNER_NAME, FolderLock
 from ddp_sgd.report.sink import EventRow, RunRecord
-from ddp_sgd.time_limits import scaled
 
 if TYPE_CHECKING:  # commands that need no torch come here, too
     from ddp_sgd.distributed.runtime import Runtime
 
-_PATIENCE_S = scaled(10.0)
-"""Longest wait for another run to leave the folder: a rank that lost its launcher saves first."""
+_WRITTEN_INTO = ("checkpoints", "logs", "wandb", "tensorboard")
+"""Folders of a run folder in which files are made."""
 
 
 class RunFolder:
@@ -43,32 +42,43 @@ class RunFolder:
     def __init__(self, config: RunConfig) -> None:
         self.path = Path(config.output_dir) / config.name
         self._config_text = dump_yaml(config)
-        self._lock: int | None = None
+        self._lock: FolderLock | None = None
         # A forked loader process would hold the lock for as long as it outlives a killed rank.
         os.register_at_fork(after_in_child=self.release)
         with _saying_what_cannot_be_written(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.is_dir() and not self.path.is_symlink():
-                self._lock = _lock(self.path)
-            if config.resume == "never":
-                self.renew()
-                return
+            try:
+                self._enter(config)
+            except BaseException:
+                self.release()
+                raise
+
+    def _enter(self, config: RunConfig) -> None:
+        """Lock what is there, and make what is not."""
+        if _is_real_folder(self.path):
+            self._lock = FolderLock(self.path)
+        if config.resume != "never":
             _refuse_links(self.path)
-            if not self.path.is_dir():
-                self.renew()
-            elif self._lock is None:
-                self._lock = _lock(self.path)
+        if config.resume == "never" or not self.path.is_dir():
+            self.renew()
+        elif self._lock is None:
+            self._lock = FolderLock(self.path)
 
     def renew(self) -> None:
         """Move what is there aside, to NAME.1, NAME.2, ..., and begin with an empty folder."""
         with _saying_what_cannot_be_written(self.path):
-            if self._lock is not None and not any(self.path.iterdir()):
-                return
-            if self.path.exists() or self.path.is_symlink():
-                self.path.rename(_free_name(self.path))
-            self.release()
-            self.path.mkdir()
-            self._lock = _lock(self.path)
+            while self._lock is None or not _is_empty(self.path):
+                before = self._lock
+                # Another start may have made the folder just now: that one is not ours to move.
+                if os.path.lexists(self.path) and (before or not _is_real_folder(self.path)):
+                    aside = _free_name(self.path)
+                    self.path.rename(aside)
+                    if before:
+                        before.follow(aside)
+                make_folder(self.path)
+                self._lock = FolderLock(self.path)
+                if before:
+                    before.release()
 
     def start(self, record: RunRecord) -> None:
         """Write what was asked for and what follows from it; an earlier result is none any more."""
@@ -77,12 +87,25 @@ class RunFolder:
         with _saying_what_cannot_be_written(self.path / "result.json"):
             (self.path / "result.json").unlink(missing_ok=True)
 
-    def write(self, rows: Sequence[EventRow]) -> None:
-        """Do nothing: rows are the journal's."""
+    def write(self, rows: Sequence[EventRow]) -> None:  # noqa: ARG002
+        """Look whether the folder is still this run's; the rows are the journal's.
+
+        Raises:
+            RefusedError: Another run took it over.
+        """
+        if self._lock is not None:
+            self._lock.check()
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Write how the run ended, and give the folder free."""
+        """Write how the run ended, and give the folder free.
+
+        Raises:
+            OutputError: It cannot be written.
+            RefusedError: Another run took the folder over; nothing is written then.
+        """
         try:
+            if self._lock is not None:
+                self._lock.check()
             self._write("result.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
             if result.get("status") == "failed":
                 with _saying_what_cannot_be_written(self.path):
@@ -93,24 +116,13 @@ class RunFolder:
     def release(self) -> None:
         """Give the folder free."""
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.release()
             self._lock = None
 
     def _write(self, name: str, text: str) -> None:
         path = self.path / name
         with _saying_what_cannot_be_written(path):
             replace_file(path, text)
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Replace a file whole, so that a reader never sees half of it.
-
-    Raises:
-        OSError: It cannot be written.
-    """
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(text)
-    new.replace(path)
 
 
 @contextmanager
@@ -150,7 +162,7 @@ def _saying_what_cannot_be_written(path: Path) -> Iterator[None]:
 def _refuse_links(folder: Path) -> None:
     """Refuse to write where a link leads out of the folder."""
     inside = [folder]
-    for place in (folder, folder / "checkpoints"):
+    for place in (folder, *(folder / name for name in _WRITTEN_INTO)):
         with suppress(FileNotFoundError, NotADirectoryError):
             inside += sorted(place.iterdir())
     home = folder.parent.resolve() / folder.name
@@ -169,30 +181,10 @@ def _free_name(folder: Path) -> Path:
     return aside
 
 
-def _lock(folder: Path) -> int | None:
-    """Lock a folder for this process; None where the file system has no locks.
+def _is_real_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
-    Raises:
-        RefusedError: Another run has it and does not give it up.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    deadline = time.monotonic() + _PATIENCE_S
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() < deadline:
-                time.sleep(0.05)
-                continue
-            os.close(descriptor)
-            raise RefusedError(
-                f"{folder} is in use by a run that is going on; wait for its end, or choose "
-                "another name."
-            ) from None
-        except OSError:
-            os.close(descriptor)
-            return None
-        if os.path.samestat(os.fstat(descriptor), folder.stat()):
-            return descriptor
-        os.close(descriptor)  # another run has moved that folder aside meanwhile
-        descriptor = os.open(folder, os.O_RDONLY)
+
+def _is_empty(folder: Path) -> bool:
+    """Whether nothing is in a folder but what keeps other runs out of it."""
+    return {path.name for path in folder.iterdir()} <= {LOCK_NAME, OWNER_NAME}

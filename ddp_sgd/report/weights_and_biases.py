@@ -23,14 +23,14 @@ from ddp_sgd.report.sink import EventRow, RunRecord
 from ddp_sgd.report.wandb_process import Opening
 from ddp_sgd.time_limits import scaled
 
-INIT_TIMEOUT_S = scaled(10.0)
+INIT_TIMEOUT_S = 10.0
 """How long wandb may try its server, which takes under a second on a good link, before the run goes
 offline."""
 
-UPLOAD_TIMEOUT_S = scaled(20.0)
+UPLOAD_TIMEOUT_S = 20.0
 """How long wandb may go on uploading at the end."""
 
-FINISH_TIMEOUT_S = scaled(30.0)
+FINISH_TIMEOUT_S = 30.0
 """How long ``finish`` waits for the process: an upload that runs into its limit (20 s), or a run
 that ends while its server is still being tried (10 s, 2 s to give up, 1 s to go offline), and room
 for the rows still on their way."""
@@ -88,8 +88,8 @@ class WeightsAndBiases:
             record=record,
             rank_pid=os.getpid(),
             argv=sys.argv,
-            init_timeout_s=INIT_TIMEOUT_S,
-            upload_timeout_s=UPLOAD_TIMEOUT_S,
+            init_timeout_s=scaled(INIT_TIMEOUT_S),
+            upload_timeout_s=scaled(UPLOAD_TIMEOUT_S),
         )
         try:
             self._process = _ahead.pop() if _ahead else _start_process()
@@ -119,7 +119,8 @@ class WeightsAndBiases:
         """Close the run, and wait for that at most ``FINISH_TIMEOUT_S``."""
         if self._process is None:
             return
-        until = time.monotonic() + FINISH_TIMEOUT_S
+        limit_s = scaled(FINISH_TIMEOUT_S)
+        until = time.monotonic() + limit_s
         poll = select.poll()
         poll.register(_stdin(self._process), select.POLLOUT)
         self._waiting += pickle.dumps(("end", dict(result)))
@@ -129,7 +130,7 @@ class WeightsAndBiases:
         self._listener.join(max(0.0, until - time.monotonic()))
         if self._listener.is_alive():
             sync = f"wandb sync {self._folder / 'latest-run'}"
-            self._say(f"not finished after {FINISH_TIMEOUT_S:g} s; send the rest: {sync}")
+            self._say(f"not finished after {limit_s:g} s; send the rest: {sync}")
             self._kill()
         else:
             _stdin(self._process).close()

@@ -48,7 +48,7 @@ def test_a_run_leaves_what_the_contract_says(tmp_path):
     result = fit(describe(tmp_path), Runtime(), model=model)
     folder = tmp_path / "digits"
     assert {path.name for path in folder.iterdir()} == {
-        "checkpoints", "config.yaml", "metrics.jsonl", "plan.json", "result.json",
+        ".lock", "checkpoints", "config.yaml", "metrics.jsonl", "plan.json", "result.json",
     }  # fmt: skip
     assert load_config(["--config", str(folder / "config.yaml")], environ={}) == describe(tmp_path)
     assert json.loads((folder / "plan.json").read_text())["total_steps"] == 90

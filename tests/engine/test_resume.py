@@ -3,7 +3,10 @@
 import errno
 import json
 import os
+import resource
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +21,7 @@ from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.fit import fit
 from ddp_sgd.engine.resume import look_back
 from ddp_sgd.engine.stopping import StopRequest
-from ddp_sgd.errors import DataError, ExitCode, RefusedError
+from ddp_sgd.errors import DataError, ExitCode, OutputError, RefusedError
 from ddp_sgd.models import MLP
 from ddp_sgd.report.journal import read_journal
 from ddp_sgd.report.run_folder import claim_run_folder
@@ -357,6 +360,60 @@ def test_a_path_that_stopped_goes_on_from_its_own_checkpoints(tmp_path):
     path = str(tmp_path / "x" / "checkpoints" / "step-00000002.pt")
     run(tmp_path, name="y", resume=path, stop=True)
     assert look(tmp_path, name="y", resume=path).header.step == 3
+
+
+def test_a_copy_is_on_the_disk_before_anything_builds_on_it(tmp_path, monkeypatch):
+    """The real calls, noted by the file or folder that they sync."""
+    run(tmp_path, stop=True)
+    synced, sync = [], os.fsync
+
+    def note(descriptor):
+        synced.append(os.fstat(descriptor).st_ino)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    look(tmp_path, name="y", resume=str(tmp_path / "x"))
+    copies = tmp_path / "y" / "checkpoints"
+    inodes = [copies / "step-00000001.pt", copies / "step-00000001.json", copies, copies.parent]
+    assert {path.stat().st_ino for path in inodes} <= set(synced)
+    assert synced.index(inodes[0].stat().st_ino) < len(synced) - 1
+    assert synced[-1] == copies.parent.stat().st_ino
+
+
+def test_a_copy_that_finds_no_room_leaves_nothing_behind(tmp_path):
+    run(tmp_path, stop=True)
+    before = content(tmp_path / "x")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # room for the owner note alone
+    try:
+        with pytest.raises(OutputError, match="cannot be written: File too large; set output_dir"):
+            look(tmp_path, name="y", resume=str(tmp_path / "x"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name for path in tmp_path.iterdir()} == {"x", "y"}
+    assert [path.name for path in (tmp_path / "y").iterdir()] == [".lock"]
+    assert content(tmp_path / "x") == before
+    assert look(tmp_path, name="y", resume=str(tmp_path / "x")).header.step == 1
+
+
+def test_a_start_that_was_killed_as_it_copied_leaves_nothing_for_long(tmp_path):
+    run(tmp_path, stop=True)
+    code = (
+        "import os, sys\n"
+        "from ddp_sgd.config import RunConfig\n"
+        "from ddp_sgd.distributed.runtime import Runtime\n"
+        "from ddp_sgd.engine import resume\n"
+        "from ddp_sgd.report.run_folder import claim_run_folder\n"
+        "config = RunConfig(output_dir=sys.argv[1], name='y', resume=sys.argv[1] + '/x')\n"
+        "resume.sync_file = lambda _: os.kill(os.getpid(), 9)\n"
+        "with claim_run_folder(config, Runtime()) as folder: resume.look_back(config, folder, 0)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False, timeout=120)
+    assert killed.returncode == -9
+    (left,) = tmp_path.glob(".y*")
+    assert [path.name for path in left.iterdir()] == ["step-00000001.pt"]
+    assert look(tmp_path, name="y", resume=str(tmp_path / "x")).header.step == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"x", "y"}
 
 
 @pytest.mark.parametrize("path", ["gone", "empty", "text"])

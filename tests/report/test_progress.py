@@ -1,3 +1,5 @@
+import errno
+import io
 import os
 import pty
 import re
@@ -10,6 +12,7 @@ import pytest
 from ddp_sgd.config import RunConfig
 from ddp_sgd.plan import make_plan
 from ddp_sgd.report import progress as module
+from ddp_sgd.report.journal import read_journal
 from ddp_sgd.report.progress import Progress
 from ddp_sgd.report.sink import RunRecord
 
@@ -126,6 +129,58 @@ def test_a_failure_leaves_the_word_to_the_error(record, capsys, result):
     capsys.readouterr()
     progress.finish(result)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_terminal_that_hangs_up_does_not_end_a_run(tmp_path):
+    main, child = pty.openpty()
+    command = [
+        sys.executable,
+        "-m",
+        "ddp_sgd.train",
+        "--epochs=2",
+        "--log.every_steps=1",
+        "--wandb.mode=disabled",
+        f"--output_dir={tmp_path}",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=child, stderr=child, env=environment)
+    os.close(child)
+    seen = b""
+    while b"results in" not in seen:
+        seen += os.read(main, 65536)
+    os.close(main)
+    assert process.wait(150) == 0
+    rows = read_journal(tmp_path / "digits" / "metrics.jsonl")
+    assert (rows[-1]["event"], rows[-1]["step"]) == ("end", 90)
+
+
+class _Gone(io.StringIO):
+    """A terminal, until it is gone."""
+
+    is_gone = False
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        if self.is_gone:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().write(text)
+
+
+def test_a_bar_goes_with_its_terminal_and_lines_stay(record, capsys, monkeypatch):
+    terminal = _Gone()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    progress = Progress()
+    progress.start(record)
+    progress.write([("train", train_row(1, 4.0))])
+    assert "/4 [" in terminal.getvalue()
+    terminal.is_gone = True
+    progress.write([("train", train_row(2, 4.0))])
+    progress.finish(END)
+    out = capsys.readouterr().out
+    assert "epoch      1/2  step       2" in out
+    assert "finished: 4 steps" in out
 
 
 def test_a_bar_on_a_real_terminal(tmp_path):

@@ -77,7 +77,7 @@ def test_a_failure_before_the_plan_is_recorded(tmp_path):
     with pytest.raises(DataError), reporting(tmp_path):
         raise DataError("x is empty; fill it.")
     assert {path.name for path in (tmp_path / "x").iterdir()} == {
-        "result.json", "failures.jsonl",
+        ".lock", "result.json", "failures.jsonl",
     }  # fmt: skip
     written = result(tmp_path)
     assert written.pop("wall_s") >= 0

@@ -45,15 +45,8 @@ LOGGED = [{key: value for key, value in row.items() if key != "time"} for _, row
 def home(tmp_path, monkeypatch):
     folder = tmp_path / "home"
     isolate_wandb(monkeypatch, folder)
+    monkeypatch.setattr(weights_and_biases, "_NICENESS", 0)  # other tests take the CPUs
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _patience(monkeypatch):
-    """A busy machine may take longer than users should wait for."""
-    monkeypatch.setattr(weights_and_biases, "INIT_TIMEOUT_S", WAIT_S / 4)
-    monkeypatch.setattr(weights_and_biases, "UPLOAD_TIMEOUT_S", WAIT_S / 2)
-    monkeypatch.setattr(weights_and_biases, "FINISH_TIMEOUT_S", WAIT_S)
 
 
 @pytest.fixture
@@ -312,7 +305,7 @@ def test_a_server_that_falls_silent_does_not_hold_the_end(stub, record, said, mo
     sink.write(ROWS)
     sink.finish(RESULT)
     (folder,) = (record.folder / "wandb").glob("run-*")
-    assert said[1:] == [f"W&B: not all sent after 1 s; the rest: wandb sync {folder}"]
+    assert said[1:] == [f"W&B: not all sent after 10 s; the rest: wandb sync {folder}"]
 
 
 def test_a_wrong_key_leads_offline(stub, record, said, home, monkeypatch):
@@ -512,7 +505,7 @@ def test_what_hangs_does_not_hold_the_end(record, said, monkeypatch, stuck):
     sink.finish(RESULT)
     (folder,) = offline_folders(record.folder)
     sync = record.folder / "wandb" / "latest-run"
-    assert said[1:] == [f"W&B: not finished after 0.5 s; send the rest: wandb sync {sync}"]
+    assert said[1:] == [f"W&B: not finished after 5 s; send the rest: wandb sync {sync}"]
     assert sync.resolve() == folder
     if stuck == "helper":
         os.kill(helper, signal.SIGCONT)
@@ -680,6 +673,7 @@ def test_its_process_steps_back_where_cpus_are_short(monkeypatch):
         asked.append(niceness)
         raise OSError
 
+    monkeypatch.undo()
     monkeypatch.setattr(weights_and_biases, "start_companion", refuse)
     start_ahead(OFFLINE)
     assert asked == [10]

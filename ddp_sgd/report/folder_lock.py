@@ -1,0 +1,315 @@
+"""Exclusive use of a run folder: a file lock, and an owner note for hosts that it does not reach.
+
+``flock`` on a folder is local to one host on NFS, and some network file systems have no locks at
+all or keep them on each host. So a regular file is locked, and beside it lies a note that says who
+owns the folder. The owner renews the note; a start on another host watches whether it does.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from secrets import token_hex
+from typing import NamedTuple, Self
+
+from ddp_sgd.checkpointing.retrying import is_missing, retry
+from ddp_sgd.errors import RefusedError
+from ddp_sgd.slurm import times_requeued
+from ddp_sgd.time_limits import scaled
+
+LOCK_NAME = ".lock"
+"""File that is locked. It stays, empty: whoever removes a lock file may remove another's."""
+
+OWNER_NAME = ".owner.json"
+"""The owner note; removed at the end of a run."""
+
+RENEW_S = 5.0
+"""Time between two renewals of the owner note."""
+
+SILENT_RENEWALS = 3
+"""Renewals that must fail to come before the owner of a note counts as dead."""
+
+_PATIENCE_S = scaled(10.0)
+"""Longest wait for another run to leave the folder: a rank that lost its launcher saves first."""
+
+_POLL_S = 0.05
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Owner(NamedTuple):
+    """A process that has a run folder for itself.
+
+    Args:
+        host: Name of its host.
+        boot: Identity of the running kernel, for hosts of one name; empty where there is none.
+        pid: Number of the process.
+        job: Its SLURM job; None outside of SLURM.
+        restarts: How often that job was requeued before.
+        token: Tells this use of the folder from every other.
+    """
+
+    host: str
+    boot: str
+    pid: int
+    job: str | None
+    restarts: int
+    token: str
+
+    @classmethod
+    def here(cls, environ: Mapping[str, str]) -> Self:
+        """Describe this process.
+
+        Args:
+            environ: The environment, such as ``os.environ``.
+        """
+        boot = ""
+        with suppress(OSError):
+            boot = _BOOT_ID.read_text().strip()
+        job = environ.get("SLURM_JOB_ID") or None
+        restarts, token = times_requeued(environ), token_hex(4)
+        return cls(socket.gethostname(), boot, os.getpid(), job, restarts, token)
+
+    def shares_locks_with(self, other: "Owner") -> bool:
+        """Whether both run under one kernel, so that neither misses a lock of the other."""
+        return (self.host, self.boot) == (other.host, other.boot)
+
+    def succeeds(self, other: "Owner") -> bool:
+        """Whether this is a later life of the same SLURM job, which has only one at a time."""
+        return self.job is not None and self.job == other.job and self.restarts > other.restarts
+
+    def __str__(self) -> str:
+        return f"process {self.pid}{f' of job {self.job}' if self.job else ''} on {self.host}"
+
+
+class FolderLock:
+    """Keeps other runs out of a folder, from its making to ``release``.
+
+    The system takes the lock back if this process dies. The note stays then: a start under the same
+    kernel knows better by the lock, and so does the next life of the same SLURM job; any other
+    waits ``SILENT_RENEWALS * RENEW_S`` for the note to be renewed before it takes over.
+
+    Args:
+        folder: An existing folder.
+
+    Raises:
+        RefusedError: Another run has it and does not give it up, or a link is in the way.
+        OSError: The folder cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._owner = Owner.here(os.environ)
+        self._usurper: Owner | None = None
+        self._over = threading.Event()
+        self._descriptor = _lock(folder)
+        try:
+            _wait_for_owner(folder, self._owner, is_locked=self._descriptor is not None)
+            with suppress(FileNotFoundError):
+                (folder / OWNER_NAME).unlink()
+            self._write(os.O_CREAT | os.O_EXCL)
+        except BaseException:
+            self._close()
+            raise
+        self._thread = threading.Thread(
+            target=self._keep_renewing, name="ddp_sgd-owner-note", daemon=True
+        )
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise if another run took the folder over, since the note was not renewed in time.
+
+        Raises:
+            RefusedError: The folder is no longer that of this process, which was suspended, or cut
+                off from the disk, for too long.
+        """
+        if self._usurper is not None:
+            raise RefusedError(
+                f"{self._folder} is in use by {self._usurper} now, which took it over when this "
+                "process did not renew its owner note; let that run end, or choose another name."
+            )
+
+    def follow(self, folder: Path) -> None:
+        """Take note that the folder was renamed; it is renewed no more.
+
+        Args:
+            folder: Its new name.
+        """
+        self._stop()
+        self._folder = folder
+
+    def release(self) -> None:
+        """Give the folder free. In a process that was forked this only closes its descriptor."""
+        if os.getpid() == self._owner.pid and self._descriptor != -1:
+            self._stop()
+            with suppress(OSError):
+                if self._usurper is None and self._is_ours(_read(self._folder)):
+                    (self._folder / OWNER_NAME).unlink()
+        self._close()
+
+    def _stop(self) -> None:
+        self._over.set()
+        self._thread.join(RENEW_S)  # a disk that hangs holds up the thread, not the end of the run
+
+    def _close(self) -> None:
+        """Close the lock file; ``-1`` marks a lock that was released."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor is not None and descriptor != -1:
+            os.close(descriptor)
+
+    def _keep_renewing(self) -> None:
+        while not self._over.wait(RENEW_S):
+            with suppress(OSError):  # the next time is soon enough
+                self._renew()
+
+    def _renew(self) -> None:
+        note = _read(self._folder)
+        if note is not None and note.owner is not None and not self._is_ours(note):
+            self._usurper = note.owner
+            self._over.set()
+            return
+        self._write(os.O_CREAT)
+
+    def _is_ours(self, note: "_Note | None") -> bool:
+        return note is not None and note.owner == self._owner
+
+    def _write(self, flags: int) -> None:
+        """Write the note in place, by its name: that is what others read."""
+        text = json.dumps({**self._owner._asdict(), "renewed": round(time.time(), 3)}) + "\n"
+        path = self._folder / OWNER_NAME
+        descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | flags, 0o666)
+        try:
+            os.pwrite(descriptor, text.encode(), 0)
+            os.ftruncate(descriptor, len(text.encode()))
+        finally:
+            os.close(descriptor)  # on NFS this is what sends it to the server
+
+
+class _Note(NamedTuple):
+    """An owner note as it was read; without an owner where it is no JSON object of ours."""
+
+    text: bytes
+    owner: Owner | None
+
+
+def _read(folder: Path) -> _Note | None:
+    """Read the owner note; None if there is none.
+
+    Raises:
+        OSError: It cannot be read.
+        RefusedError: It is a link.
+    """
+    try:
+        text = retry(lambda: _content(folder / OWNER_NAME))
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise _is_link(folder / OWNER_NAME) from error
+        if is_missing(error):
+            return None
+        raise
+    try:
+        fields = json.loads(text)
+        owner = Owner(*(fields[name] for name in Owner._fields))
+    except (ValueError, KeyError, TypeError):
+        owner = None
+    return _Note(text, owner)
+
+
+def _content(path: Path) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    with open(descriptor, "rb") as stream:  # noqa: PTH123  a path cannot refuse links
+        return stream.read(4096)
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock the lock file of a folder; None where the file system has no locks.
+
+    Raises:
+        RefusedError: Another run has it and does not give it up, or it is a link.
+    """
+    path = folder / LOCK_NAME
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        descriptor = _open(path)
+        try:
+            # On NFS this is a lock of the server, which needs a file that is open for writing.
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(descriptor)
+                raise _in_use(folder) from None
+        except OSError as error:
+            # Another run has moved that folder aside meanwhile; all else means no locks.
+            if not isinstance(error, FileNotFoundError) and error.errno != errno.ESTALE:
+                os.close(descriptor)
+                return None
+        os.close(descriptor)
+        time.sleep(_POLL_S)
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise _is_link(path) from error
+        raise
+
+
+def _wait_for_owner(folder: Path, here: Owner, *, is_locked: bool) -> None:
+    """Wait until the owner whom the note names has left, or has ceased to renew it.
+
+    Nothing depends on clocks, which differ between hosts: only changes of the note count.
+
+    Args:
+        folder: The run folder.
+        here: This process.
+        is_locked: Whether this process has the lock, which excludes others of the same kernel.
+
+    Raises:
+        RefusedError: The note was renewed meanwhile, and its owner does not leave.
+    """
+    start = changed = time.monotonic()
+    before: _Note | None = None
+    renewals = 0
+    while (note := _read(folder)) is not None:
+        owner = note.owner
+        if owner and (here.succeeds(owner) or (is_locked and here.shares_locks_with(owner))):
+            return
+        now = time.monotonic()
+        if before and note.text != before.text:
+            renewals, changed = renewals + 1, now
+        if now - changed >= SILENT_RENEWALS * RENEW_S:
+            return
+        if renewals and now - start >= _PATIENCE_S:
+            raise _in_use(folder)
+        before = note
+        time.sleep(_POLL_S)
+
+
+def _in_use(folder: Path) -> RefusedError:
+    note = _read(folder)
+    who = f"{note.owner}{_last_seen(folder)}" if note and note.owner else "a run that is going on"
+    return RefusedError(f"{folder} is in use by {who}; wait for its end, or choose another name.")
+
+
+def _last_seen(folder: Path) -> str:
+    """Say how long ago the note was renewed, by the clock of the file server; empty if unknown."""
+    try:
+        os.utime(folder / LOCK_NAME, follow_symlinks=False)
+        now = (folder / LOCK_NAME).lstat().st_mtime
+        return f", last seen {max(0.0, now - (folder / OWNER_NAME).lstat().st_mtime):.0f} s ago"
+    except OSError:
+        return ""
+
+
+def _is_link(path: Path) -> RefusedError:
+    return RefusedError(f"{path} is a link; remove it, or choose another name.")
