@@ -24,8 +24,9 @@ usage() {
     sed -n '2,/^$/s/^#\( \|$\)//p' "$1"
 }
 
+# nproc counts no more CPUs than OMP_NUM_THREADS says.
 count_cpus() {
-    nproc 2>/dev/null || getconf _NPROCESSORS_ONLN
+    env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || getconf _NPROCESSORS_ONLN
 }
 
 # One process for each GPU. Without any: two, since that is what these scripts are for, but not more than CPUs.
