@@ -24,8 +24,9 @@ usage() {
     sed -n '2,/^$/s/^#\( \|$\)//p' "$1"
 }
 
+# nproc counts no more CPUs than OMP_NUM_THREADS says.
 count_cpus() {
-    nproc 2>/dev/null || getconf _NPROCESSORS_ONLN
+    env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || getconf _NPROCESSORS_ONLN
 }
 
 # One process for each GPU. Without any: two, since that is what these scripts are for, but not more than CPUs.
@@ -59,7 +60,7 @@ count_gpus() {
 
 # may_have_gpus: whether there is a driver of ROCm or XPU, or a tool of theirs.
 may_have_gpus() {
-    [[ -e /dev/kfd ]] || compgen -G '/dev/dri/renderD*' >/dev/null ||
+    [[ -e /dev/kfd ]] || compgen -G '/dev/dri/render*' >/dev/null ||
         command -v rocm-smi amd-smi rocminfo xpu-smi sycl-ls >/dev/null
 }
 

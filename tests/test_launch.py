@@ -129,6 +129,7 @@ def test_output_of_every_rank_ends_up_in_the_run_folder(finished):
         ({"CUDA_VISIBLE_DEVICES": "-1", "CPUS": "64"}, 2),
         ({"GPUS": "8"}, 8),
         ({"GPUS": "0", "CPUS": "64"}, 2),
+        ({"OMP_NUM_THREADS": "1", "CPUS": "64"}, 2),
         ({"HIP_VISIBLE_DEVICES": "0,2,5"}, 3),
         ({"ROCR_VISIBLE_DEVICES": "GPU-1b,GPU-2c,3,4"}, 4),
         ({"ROCR_VISIBLE_DEVICES": "0,1,2,3", "HIP_VISIBLE_DEVICES": "0,1,3"}, 3),
@@ -143,7 +144,7 @@ def test_output_of_every_rank_ends_up_in_the_run_folder(finished):
 )
 def test_number_of_processes(variables, processes, tmp_path):
     programs = {
-        "nproc": "echo ${CPUS:-4}",
+        "nproc": "echo ${OMP_NUM_THREADS:-${CPUS:-4}}",  # as the real one
         "nvidia-smi": 'for i in $(seq ${GPUS:-0}); do echo "GPU $i: x (UUID: y)"; done',
         "rocm-smi": "",
         "python": "if [[ $* == *print_folder* ]]; then printf 'runs/x\\n7\\n'; exit; fi\n"
@@ -159,14 +160,15 @@ def test_number_of_processes(variables, processes, tmp_path):
         "PYTHON": "python",
         "OMP_NUM_THREADS": "",
     }
-    code, out, err = _run(tmp_path, LOCAL, **environment, **variables)
+    code, out, err = _run(tmp_path, LOCAL, **(environment | variables))
     assert (code, err) == (0, "")
     threads, _, flags = out.partition(" ")
     assert (
         f"--standalone --nproc-per-node={processes} --rdzv-conf=join_timeout=7,read_timeout=4,"
         in flags
     )
-    assert int(threads) == max(1, int(variables.get("CPUS", "4")) // processes)
+    fair = max(1, int(variables.get("CPUS", "4")) // processes)
+    assert threads == variables.get("OMP_NUM_THREADS", str(fair))
 
 
 def test_options_of_local_come_first_and_the_rest_is_the_runs(tmp_path):

@@ -132,7 +132,7 @@ class SharedFate:
             self.is_store_silent = True
             return self._judge_in_silence(error)
         except (DistError, RuntimeError):  # the store went down with its host
-            return self._tell_once(self._lost_store(error)) if is_lost_peer(error) else error
+            return self._tell_once(self._lost_store(error) if is_lost_peer(error) else error)
 
     def _judge(self, error: Exception, wait_s: float) -> Exception:
         """Look for ranks that are absent, if that may be the cause, and for the first fault."""
@@ -154,7 +154,7 @@ class SharedFate:
     def _judge_in_silence(self, error: Exception) -> Exception:
         """Blame the host of the store; of each other host one rank tells."""
         if not is_lost_peer(error):
-            return error
+            return self._tell_once(error)
         here = self._hosts[self._rank]
         gone = [rank for rank, host in enumerate(self._hosts) if host == self._store_host]
         if not gone or here == self._store_host:
@@ -162,11 +162,14 @@ class SharedFate:
         message = describe_absence(gone, self._hosts, self._timeout_s + _PATIENCE_S)
         return self._tell_once(PeerError(message))
 
-    def _tell_once(self, error: PeerError) -> UserError:
-        """Let one rank of a host tell of an error that all have, without asking anybody.
+    def _tell_once(self, error: Exception) -> Exception:
+        """Let one rank of a host tell of a lost peer, which all miss, without asking anybody.
 
-        A rank that hosts the store is not among them: it is what the others miss.
+        A rank that hosts the store is not among them: it is what the others miss. Any other error
+        is told by the rank that has it.
         """
+        if not isinstance(error, PeerError):
+            return error
         store_rank = None if is_agent_store(os.environ) else 0
         here = self._hosts[self._rank]
         near = (rank for rank, host in enumerate(self._hosts) if host == here)

@@ -136,8 +136,8 @@ def test_a_lost_peer_is_told_of_without_the_chatter_of_gloo():
 
 
 @pytest.fixture
-def frozen_store():
-    """Client of a store whose host stands still."""
+def store_and_host():
+    """Client of a store, and the process that hosts it."""
     code = (
         "from torch.distributed import TCPStore;"
         "store = TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False);"
@@ -147,10 +147,26 @@ def frozen_store():
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     store = TCPStore("127.0.0.1", int(host.stdout.readline()), wait_for_workers=False)
-    host.send_signal(signal.SIGSTOP)
-    yield store
+    yield store, host
     host.send_signal(signal.SIGCONT)
     host.communicate("", timeout=WAIT_S)
+
+
+@pytest.fixture
+def frozen_store(store_and_host):
+    """Client of a store whose host stands still."""
+    store, host = store_and_host
+    host.send_signal(signal.SIGSTOP)
+    return store
+
+
+@pytest.fixture
+def lost_store(store_and_host):
+    """Client of a store whose host was killed."""
+    store, host = store_and_host
+    host.kill()
+    host.wait(WAIT_S)
+    return store
 
 
 HOSTS = ["node1", "node1", "node2", "node2"]
@@ -174,6 +190,24 @@ def test_host_of_a_silent_store_is_named_by_one_rank_of_a_host(
     assert type(judged) is error
     assert words in str(judged)
     assert fate.judge(judged) is judged
+
+
+NOT_JOINED = PeerError("rank 1 of 4 could not join; start again.")
+
+
+@pytest.mark.parametrize("agent", ["False", "True"])
+@pytest.mark.parametrize("error", [SILENCE, NOT_JOINED])
+def test_lost_store_is_told_of_by_one_rank_of_a_host(agent, error, lost_store, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", agent)
+    tellers = [
+        rank
+        for rank in range(4)
+        if isinstance(
+            SharedFate(lost_store, rank, Attendance(HOSTS, "node1"), 9.0).judge(error), PeerError
+        )
+    ]
+    # Where torchrun hosts the store, rank 0 does not, and is as cut off as the others.
+    assert tellers == ([0, 2] if agent == "True" else [0, 1, 2])
 
 
 def test_fault_of_ones_own_is_told_though_the_store_is_silent(frozen_store, monkeypatch):
