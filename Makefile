@@ -7,9 +7,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS := $(VENV)/.installed
 TESTS := $(VENV)/.installed-for-tests
+LOWEST := .venv-lowest
+NEWER := .venv-newer
 SHELL_FILES := $(wildcard .ci/run launch/*.sh slurm/*.sh slurm/*.sbatch)
 
-.PHONY: help train test lint check soak bench docs clean
+.PHONY: help train test lint lowest newer check soak bench docs clean
 
 help: ## Print this list.
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 14
@@ -24,13 +26,21 @@ lint: $(TESTS) ## Check style, types, imports, shell scripts, spelling and depen
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --platform darwin
 	$(BIN)/lint-imports
 	$(BIN)/shellcheck $(SHELL_FILES)
 	$(BIN)/shfmt -d -i 4 $(SHELL_FILES)
 	$(BIN)/codespell
 	$(BIN)/deptry .
 
-check: lint test ## All that CI runs.
+lowest: $(LOWEST)/.installed ## Run some tests with the lowest versions that pyproject.toml promises, but for torch.
+	$(LOWEST)/bin/python tests/lowest_versions.py --check
+	$(LOWEST)/bin/python -m pytest -n 2 --dist loadfile $(LOWEST_TESTS) $(ARGS)
+
+newer: $(NEWER)/.installed ## Run the tests that need no torch; PYTHON=python3.13 names a newer interpreter.
+	$(NEWER)/bin/python -m pytest $(NEWER_TESTS) $(ARGS)
+
+check: lint test lowest ## All that CI runs.
 
 soak: $(TESTS) ## A hundred random faults, 20 restarts, machines that come and go: half an hour. ARGS="--faults=20 --seed=1".
 	$(BIN)/python -m benchmarks.soak $(ARGS)
@@ -59,6 +69,24 @@ $(RUNS): pyproject.toml constraints.txt | $(BIN)/python
 $(TESTS): $(RUNS)
 	@echo "installing the tools for tests into $(VENV)"
 	@$(INSTALL) --editable '.[dev,bench]'
+	@touch $@
+
+# What takes long with the pinned versions is left out: these are to touch every package once.
+LOWEST_TESTS := tests/config tests/data tests/test_building.py tests/test_models.py \
+	tests/test_plan.py tests/test_platforms.py tests/report/test_journal.py tests/report/test_tensorboard.py \
+	tests/report/test_wandb_arguments.py tests/report/test_run_folder.py tests/checkpointing/test_exporting.py \
+	tests/report/test_weights_and_biases.py::test_the_configuration_the_plan_the_commit_and_the_world_size_are_recorded
+
+# torch, torchvision and what has no promise are found behind the packages of this environment.
+$(LOWEST)/.installed: $(TESTS) tests/lowest_versions.py
+	@echo "installing the lowest versions into $(LOWEST)"
+	@rm -rf $(LOWEST)
+	@$(BIN)/python -m venv $(LOWEST)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		>"$$($(LOWEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/behind.pth"
+	@$(BIN)/python tests/lowest_versions.py >$(LOWEST)/constraints.txt
+	@PIP_CONSTRAINT=$(LOWEST)/constraints.txt $(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check \
+		--editable '.[test]'
 	@touch $@
 
 $(BIN)/python:
