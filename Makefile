@@ -38,7 +38,7 @@ lowest: $(LOWEST)/.installed ## Run some tests with the lowest versions that pyp
 	$(LOWEST)/bin/python -m pytest -n 2 --dist loadfile $(LOWEST_TESTS) $(ARGS)
 
 newer: $(NEWER)/.installed ## Run the tests that need no torch; PYTHON=python3.13 names a newer interpreter.
-	$(NEWER)/bin/python -m pytest $(NEWER_TESTS) $(ARGS)
+	PYTHONPATH=$(CURDIR) $(NEWER)/bin/python -m pytest $(NEWER_TESTS) $(ARGS)
 
 check: lint test lowest ## All that CI runs.
 
@@ -87,6 +87,26 @@ $(LOWEST)/.installed: $(TESTS) tests/lowest_versions.py
 	@$(BIN)/python tests/lowest_versions.py >$(LOWEST)/constraints.txt
 	@PIP_CONSTRAINT=$(LOWEST)/constraints.txt $(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check \
 		--editable '.[test]'
+	@touch $@
+
+# Of the torch-free part of the package: what its tests import, too, needs no torch.
+NEWER_TESTS := tests/config --ignore=tests/config/test_reference.py tests/test_plan.py tests/test_seeds.py \
+	tests/test_scaling.py tests/test_explain.py --deselect=tests/test_explain.py::test_the_model_gives_the_size_of_its_gradients \
+	--deselect=tests/test_explain.py::test_a_model_that_is_frozen_has_no_gradients tests/test_requeue.py tests/test_slurm.py \
+	tests/test_time_limits.py tests/test_command.py tests/test_companion.py tests/checkpointing/test_retrying.py \
+	tests/checkpointing/test_table.py tests/examination/test_comparing.py tests/report/test_curve.py \
+	tests/report/test_failures.py tests/report/test_journal.py tests/report/test_plan_table.py \
+	tests/report/test_row_mark.py tests/report/test_scaling_table.py tests/report/test_wandb_arguments.py \
+	tests/engine/test_timetable.py tests/distributed/test_verdict.py tests/data/test_digits.py
+
+$(NEWER)/.installed: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || { echo \
+		"$(PYTHON) is missing or older than 3.12; name a newer one: make newer PYTHON=python3.13" >&2; exit 1; }
+	@echo "installing what needs no torch into $(NEWER)"
+	@rm -rf $(NEWER)
+	@$(PYTHON) -m venv $(NEWER)
+	@PIP_CONSTRAINT=constraints.txt $(NEWER)/bin/python -m pip install -qq --disable-pip-version-check \
+		numpy pyyaml pydantic tqdm pytest pytest-timeout hypothesis
 	@touch $@
 
 $(BIN)/python:
