@@ -7,9 +7,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS := $(VENV)/.installed
 TESTS := $(VENV)/.installed-for-tests
+LOWEST := .venv-lowest
+NEWER := .venv-newer
 SHELL_FILES := $(wildcard .ci/run launch/*.sh slurm/*.sh slurm/*.sbatch)
 
-.PHONY: help train test lint check soak bench docs clean
+.PHONY: help train test lint lowest newer check soak bench docs clean
 
 help: ## Print this list.
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 14
@@ -24,13 +26,21 @@ lint: $(TESTS) ## Check style, types, imports, shell scripts, spelling and depen
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --platform darwin
 	$(BIN)/lint-imports
 	$(BIN)/shellcheck $(SHELL_FILES)
 	$(BIN)/shfmt -d -i 4 $(SHELL_FILES)
 	$(BIN)/codespell
 	$(BIN)/deptry .
 
-check: lint test ## All that CI runs.
+lowest: $(LOWEST)/.installed ## Run some tests with the lowest versions that pyproject.toml promises, but for torch.
+	$(LOWEST)/bin/python tests/lowest_versions.py --check
+	$(LOWEST)/bin/python -m pytest -n 2 --dist loadfile $(LOWEST_TESTS) $(ARGS)
+
+newer: $(NEWER)/.installed ## Run the tests that need no torch; PYTHON=python3.13 names a newer interpreter.
+	PYTHONPATH=$(CURDIR) $(NEWER)/bin/python -m pytest $(NEWER_TESTS) $(ARGS)
+
+check: lint test lowest ## All that CI runs.
 
 soak: $(TESTS) ## A hundred random faults, 20 restarts, machines that come and go: half an hour. ARGS="--faults=20 --seed=1".
 	$(BIN)/python -m benchmarks.soak $(ARGS)
@@ -59,6 +69,44 @@ $(RUNS): pyproject.toml constraints.txt | $(BIN)/python
 $(TESTS): $(RUNS)
 	@echo "installing the tools for tests into $(VENV)"
 	@$(INSTALL) --editable '.[dev,bench]'
+	@touch $@
+
+# What takes long with the pinned versions is left out: these are to touch every package once.
+LOWEST_TESTS := tests/config tests/data tests/test_building.py tests/test_models.py \
+	tests/test_plan.py tests/test_platforms.py tests/report/test_journal.py tests/report/test_tensorboard.py \
+	tests/report/test_wandb_arguments.py tests/report/test_run_folder.py tests/checkpointing/test_exporting.py \
+	tests/report/test_weights_and_biases.py::test_the_configuration_the_plan_the_commit_and_the_world_size_are_recorded
+
+# torch, torchvision and what has no promise are found behind the packages of this environment.
+$(LOWEST)/.installed: $(TESTS) tests/lowest_versions.py
+	@echo "installing the lowest versions into $(LOWEST)"
+	@rm -rf $(LOWEST)
+	@$(BIN)/python -m venv $(LOWEST)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		>"$$($(LOWEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/behind.pth"
+	@$(BIN)/python tests/lowest_versions.py >$(LOWEST)/constraints.txt
+	@PIP_CONSTRAINT=$(LOWEST)/constraints.txt $(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check \
+		--editable '.[test]'
+	@touch $@
+
+# Of the torch-free part of the package: what its tests import, too, needs no torch.
+NEWER_TESTS := tests/config --ignore=tests/config/test_reference.py tests/test_plan.py tests/test_seeds.py \
+	tests/test_scaling.py tests/test_explain.py --deselect=tests/test_explain.py::test_the_model_gives_the_size_of_its_gradients \
+	--deselect=tests/test_explain.py::test_a_model_that_is_frozen_has_no_gradients tests/test_requeue.py tests/test_slurm.py \
+	tests/test_time_limits.py tests/test_command.py tests/test_companion.py tests/checkpointing/test_retrying.py \
+	tests/checkpointing/test_table.py tests/examination/test_comparing.py tests/report/test_curve.py \
+	tests/report/test_failures.py tests/report/test_journal.py tests/report/test_plan_table.py \
+	tests/report/test_row_mark.py tests/report/test_scaling_table.py tests/report/test_wandb_arguments.py \
+	tests/engine/test_timetable.py tests/distributed/test_verdict.py tests/data/test_digits.py
+
+$(NEWER)/.installed: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || { echo \
+		"$(PYTHON) is missing or older than 3.12; name a newer one: make newer PYTHON=python3.13" >&2; exit 1; }
+	@echo "installing what needs no torch into $(NEWER)"
+	@rm -rf $(NEWER)
+	@$(PYTHON) -m venv $(NEWER)
+	@PIP_CONSTRAINT=constraints.txt $(NEWER)/bin/python -m pip install -qq --disable-pip-version-check \
+		numpy pyyaml pydantic tqdm pytest pytest-timeout hypothesis
 	@touch $@
 
 $(BIN)/python:

@@ -40,7 +40,8 @@ while (($#)); do
 done
 
 [[ $nnodes ]] || fail "NNODES is not set; set it to the number of machines, such as NNODES=2."
-[[ $nnodes =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] ||
+number='^[1-9][0-9]*(:[1-9][0-9]*)?$' # in a variable, since bash 3.2 of macOS takes no ( in place of it
+[[ $nnodes =~ $number ]] ||
     fail "NNODES is '$nnodes'; set a number of machines, such as NNODES=2, or MIN:MAX, such as NNODES=2:4."
 [[ ${MASTER_ADDR:-} ]] ||
     fail "MASTER_ADDR is not set; set it, on every machine, to the name of the one where all meet, such as node1."

@@ -21,7 +21,7 @@ fail() {
 
 # usage FILE: the comment at the head of a script.
 usage() {
-    sed -n '2,/^$/s/^#\( \|$\)//p' "$1"
+    sed -n '2,/^$/s/^# \{0,1\}//p' "$1"
 }
 
 # nproc counts no more CPUs than OMP_NUM_THREADS says.
@@ -66,7 +66,8 @@ may_have_gpus() {
 
 # run_torchrun FLAG...: run it to its end, and set code. Reads folder and logs; sets signalled.
 run_torchrun() {
-    local watcher again=yes
+    local watcher again=yes begun
+    begun=$(count_attempts)
     touch "$logs/life"
     rm -f "$logs/torchrun.json" "$logs/exit_code" "$logs/stuck" "$logs/spare" "$logs/entered"
     # In a process group of its own torchrun gets a signal once, from here, and not a second time from the terminal.
@@ -114,9 +115,16 @@ watch_torchrun() {
     done
 }
 
-# is_spare: whether torchrun waits for others, though the number of machines is fixed.
+# is_spare: whether torchrun waits for others, though the number of machines is fixed. It counts, since an attempt may begin
+# in the same second, which is all that bash 3.2 sees of the age of a file.
 is_spare() {
-    [[ -e $logs/entered && ${nnodes:-} != *:* ]] && ! has_begun_after "$logs/entered"
+    [[ -e $logs/entered && ${nnodes:-} != *:* ]] && (($(count_attempts) <= begun))
+}
+
+# count_attempts: how many attempts of this script have begun.
+count_attempts() {
+    local attempts=("$logs"/*/attempt_*/)
+    if [[ -d ${attempts[0]} ]]; then echo "${#attempts[@]}"; else echo 0; fi
 }
 
 # has_left PID: whether the processes of a torchrun have ended with an error, and no others were started.
@@ -156,7 +164,7 @@ why_lost() {
     ((code <= 128)) || name=$(kill -l "$code")
     if [[ -e $logs/stuck ]]; then
         echo "torchrun lost the machine where all meet"
-    elif [[ $name && $name != @(HUP|INT|QUIT|USR1|TERM) ]]; then
+    elif [[ $name && " HUP INT QUIT USR1 TERM " != *" $name "* ]]; then
         echo "torchrun was ended by SIG$name"
     elif has_begun_after "$logs/life" && grep -qs RendezvousConnectionError "$logs/torchrun.json"; then
         echo "torchrun lost the machine where all meet"
@@ -173,6 +181,17 @@ let_ranks_leave() {
     done
 }
 
+# asks_only OPTION...: whether the options ask for a text, and for no training.
+asks_only() {
+    local option
+    for option; do
+        case $option in
+        -h | --help | --print_config | -h=* | --help=* | --print_config=*) return 0 ;;
+        esac
+    done
+    return 1
+}
+
 # train_under_torchrun NPROC RESTARTS [FLAG OF TORCHRUN]... -- [OPTION OF ddp_sgd.train]...: train, and exit with the
 # run's code. If torchrun is killed, it is started again, RESTARTS times at most; and so it starts the processes.
 train_under_torchrun() {
@@ -182,7 +201,7 @@ train_under_torchrun() {
     shift 2
     [[ $nproc =~ ^[1-9][0-9]*$ ]] || fail "the number of processes is '$nproc'; set NPROC=2, for example."
     [[ $restarts =~ ^[0-9]+$ ]] || fail "--max-restarts is '$restarts'; give a number, such as --max-restarts=3."
-    if [[ " $* " =~ \ (-h|--help|--print_config)[=\ ] ]]; then exec "$PYTHON" -m ddp_sgd.train "$@"; fi
+    if asks_only "$@"; then exec "$PYTHON" -m ddp_sgd.train "$@"; fi
     folder=$("$PYTHON" -m ddp_sgd.train --print_folder --print_timeout "$@") # a wrong configuration ends here
     timeout_s=${folder##*$'\n'} folder=${folder%$'\n'*}
 

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -89,6 +90,53 @@ def test_scripts_are_clean(command):
         [_tool(name), *flags, *SCRIPTS], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+NOT_IN_BASH_3_2 = {
+    "a pattern list outside extglob": r"[!=]= *[@+?*!]\(",
+    "a group in a regular expression that is no variable": r"=~ [^\"$ ]*\(",
+    "a list of lines": r"\b(mapfile|readarray|coproc)\b",
+    "an associative array": r"(declare|local) -[gAn]",
+    "upper and lower case": r"\$\{\w+(\[.\])?(,|\^)",
+    "a quoted value": r"\$\{\w+@[A-Za-z]\}",
+    "a wait for any": r"\bwait -",
+    "a variable that is set": r"\[\[ (! )?-v ",
+    "redirection of both to the end, or into a pipe": r"&>>|\|&",
+    "the last of an array": r"\[-\d+\]",
+    "a case that goes on": r";;?&",
+    "the time": r"%\([^)]*\)T|EPOCH(SECONDS|REALTIME)|BASHPID",
+}
+ONLY_GNU = {
+    "sed": r"\bsed .*(\\\||\\\+|\\\?| -i|--)",
+    "a tool that macOS lacks": r"(^|[ (|])(timeout|setsid|tac|flock|taskset|stat|realpath) ",
+    "an option": r"readlink -f|grep -\w*P|xargs -r|head -n -|date .*%N|(cp|ls|mktemp) --|sort -V",
+}
+
+
+@pytest.mark.parametrize("what", [*NOT_IN_BASH_3_2, *ONLY_GNU])
+def test_scripts_keep_to_what_macos_has(what):
+    """Its bash is 3.2, its tools are those of BSD."""
+    pattern = re.compile((NOT_IN_BASH_3_2 | ONLY_GNU)[what])
+    lines = [
+        f"{script.name}:{number}: {line}"
+        for script in SCRIPTS
+        for number, line in enumerate(script.read_text().splitlines(), 1)
+        if pattern.search(re.sub(r"(^|\s)#.*", "", line))
+    ]
+    assert lines == []
+
+
+@pytest.mark.parametrize(("attempts", "spare"), [(1, True), (2, False)])
+def test_an_attempt_of_the_same_second_is_none_that_waits(attempts, spare, tmp_path):
+    """bash 3.2 compares the age of files by the second: so no file here is older than another."""
+    for number in range(attempts):
+        (tmp_path / "run" / f"attempt_{number}").mkdir(parents=True)
+    (tmp_path / "entered").touch()
+    for path in [tmp_path / "entered", *tmp_path.glob("run/*")]:
+        os.utime(path, (1e9, 1e9))
+    program = f"source '{ROOT}/launch/torchrun.sh'; logs=$1 nnodes=2 begun=1; is_spare"
+    done = subprocess.run(["bash", "-c", program, "bash", tmp_path], check=False, timeout=WAIT_S)
+    assert (done.returncode == 0) is spare
 
 
 @pytest.mark.parametrize("script", [LOCAL, MULTINODE])

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import io
 import os
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -116,6 +117,8 @@ class _Hashed(io.RawIOBase):
 
 
 def _reserve(descriptor: int, size: int) -> None:
+    if not hasattr(os, "posix_fallocate"):  # macOS: the write itself fails, if it must
+        return
     try:
         os.posix_fallocate(descriptor, 0, size)
     except OSError as error:
@@ -142,6 +145,6 @@ def _forget_cached(file: Path) -> None:
 
 def _let_go(descriptor: int) -> None:
     """Have the system write out what is not on the disk, without a wait, and forget what is."""
-    if hasattr(os, "posix_fadvise"):
+    if sys.platform != "darwin" and hasattr(os, "posix_fadvise"):
         with suppress(OSError):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

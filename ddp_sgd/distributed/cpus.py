@@ -1,8 +1,9 @@
 """The CPUs of this machine: how many this process may use, and how it shares them. No torch."""
 
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 def usable_cpus() -> int:
@@ -37,10 +38,9 @@ def leave_batch_scheduling() -> None:
 
 def _change_policy(before: str, after: str) -> bool:
     """Change the policy of this thread, if it is as expected; False where that cannot be done."""
-    try:
-        if os.sched_getscheduler(0) == getattr(os, before):
-            os.sched_setscheduler(0, getattr(os, after), os.sched_param(0))
-            return True
-    except (OSError, AttributeError):  # forbidden in a container; elsewhere than on Linux
-        pass
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # forbidden in a container, or another C library
+            if os.sched_getscheduler(0) == getattr(os, before):
+                os.sched_setscheduler(0, getattr(os, after), os.sched_param(0))
+                return True
     return False

@@ -200,8 +200,9 @@ class _Process:
     def __init__(self, destination: Destination) -> None:
         hears, self._messages = Pipe(duplex=False)
         self._answers, says = Pipe(duplex=False)
-        with suppress(OSError, AttributeError):  # else a message may wait until it is read
-            fcntl.fcntl(self._messages.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        if hasattr(fcntl, "F_SETPIPE_SZ"):
+            with suppress(OSError):  # else, as on macOS, a message may wait until it is read
+                fcntl.fcntl(self._messages.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         with hears, says:
             self.process = start_companion(
                 "ddp_sgd.checkpointing.writer_process", hears=hears.fileno(), says=says.fileno()
