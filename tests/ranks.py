@@ -39,7 +39,9 @@ def rank_environment(rank, world_size, port):
     }
 
 
-def run_ranks(world_size, work, *args, timeout_s=60.0, raises=False, deadline_s=WAIT_S):
+def run_ranks(
+    world_size, work, *args, timeout_s=60.0, raises=False, deadline_s=WAIT_S, device="cpu"
+):
     """Call ``work(runtime, *args)`` on every rank; return the values in order, or what each one
     raised.
     """
@@ -52,7 +54,7 @@ def run_ranks(world_size, work, *args, timeout_s=60.0, raises=False, deadline_s=
         if world_size > 1:
             environment |= rank_environment(rank, world_size, port)
         process = _CONTEXT.Process(
-            target=_rank, args=(send, environment, rank, timeout_s, work, args)
+            target=_rank, args=(send, environment, rank, device, timeout_s, work, args)
         )
         process.start()
         send.close()
@@ -80,7 +82,15 @@ def run_ranks(world_size, work, *args, timeout_s=60.0, raises=False, deadline_s=
     return results
 
 
-def _rank(send, environment: dict[str, str], rank: int, timeout_s: float, work: Any, args: Any):
+def _rank(
+    send: Any,
+    environment: dict[str, str],
+    rank: int,
+    device: str,
+    timeout_s: float,
+    work: Any,
+    args: Any,
+):
     os.environ.clear()
     os.environ.update(environment)
     measured = coverage.Coverage.current()
@@ -93,7 +103,7 @@ def _rank(send, environment: dict[str, str], rank: int, timeout_s: float, work: 
 
     torch.set_num_threads(1)
     try:
-        with start_runtime(device="cpu", timeout_s=timeout_s) as runtime:
+        with start_runtime(device=device, timeout_s=timeout_s) as runtime:
             value = work(runtime, *args)
     except Exception as error:
         value = RankError(rank, type(error).__name__, "".join(traceback.format_exception(error)))

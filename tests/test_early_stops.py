@@ -184,6 +184,33 @@ def test_a_second_interrupt_ends_a_process_that_is_stuck(tmp_path):
     assert took_s < scaled(1.0)
 
 
+def test_plain_torchrun_has_the_stop_in_its_error_files(tmp_path):
+    port = free_port()
+    launch = ["--nproc-per-node=2", f"--master-port={port}", f"--log-dir={tmp_path}/logs"]
+    options = [f"--output_dir={tmp_path}/runs", *_stuck("model", "StuckForward", "python")]
+    agent = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *launch, "-m", "ddp_sgd.train", *options],
+        cwd=tmp_path,
+        env=environment(MARK=str(tmp_path / "mark")),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    STARTED.append(agent)
+    wait_for(tmp_path / "mark", [agent])
+    ranks = children(agent.pid)
+    since = time.monotonic()
+    agent.send_signal(signal.SIGTERM)
+    (code,), said, took_s = end([agent], since)
+    assert code == 1, said
+    assert took_s < GONE_S
+    assert not any(map(is_alive, ranks))
+    reports = [json.loads(path.read_text()) for path in tmp_path.glob("logs/*/*/*/error.json")]
+    assert [report["message"]["errorCode"] for report in reports] == [75, 75]
+    for report in reports:
+        assert report["message"]["message"].startswith("stopped by SIGTERM before the first step")
+
+
 def test_a_loader_process_that_ends_along_with_a_stop_belongs_to_it(tmp_path):
     options = _stuck("data.train", "StuckLater", "python")[1:]
     data = ("--data.train.class_path=stuck_code.StuckLater", "--data.workers=1")
