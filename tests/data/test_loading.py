@@ -199,7 +199,7 @@ def kill_a_worker(runtime):
 
 def test_a_killed_worker_is_told_plainly():
     (error,) = run_ranks(1, kill_a_worker, raises=True)
-    assert error.error == "DataError"
+    assert error.error == "LostWorkerError"
     assert "data.workers lost a process" in error.text
 
 
