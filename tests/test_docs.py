@@ -111,6 +111,7 @@ class Reader:
             "examples",
             "launch",
             "pyproject.toml",
+            "tests",
         ):
             if (ROOT / name).exists():
                 (self.folder / name).symlink_to(ROOT / name)

@@ -2,12 +2,17 @@
 
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ddp_sgd.errors import ConfigError, FaultElsewhereError, StopInterrupt, StoppedError
 from ddp_sgd.slurm import find_lone_shell
+from ddp_sgd.time_limits import scaled
+
+_HEAD_START_S = scaled(2.0)
+"""How long a rank whose error another one reports leaves that one the time to do so."""
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _SRUN = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
@@ -79,6 +84,8 @@ def told_by(*, this_one: bool) -> Iterator[None]:
     except (ConfigError, StoppedError) as error:
         if this_one:
             raise
+        if isinstance(error, ConfigError) and "TORCHELASTIC_RUN_ID" in os.environ:
+            time.sleep(_HEAD_START_S)  # torchrun ends all others as soon as one has ended
         raise FaultElsewhereError(str(error), error.exit_code) from error
 
 
