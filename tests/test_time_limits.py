@@ -17,7 +17,7 @@ def test_a_timeout_is_multiplied_by_the_factor_of_the_environment(monkeypatch, f
 
 
 def test_the_factor_reaches_the_timeouts_of_the_package():
-    code = "from ddp_sgd.distributed.meeting import _INTRODUCTION_S as value; print(value)"
+    code = "from ddp_sgd.report.folder_lock import _PATIENCE_S as value; print(value)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
