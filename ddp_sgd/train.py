@@ -71,7 +71,7 @@ def train(line: CommandLine) -> int:
         if may_be_rank_0(os.environ):
             start_ahead(config.wandb)
         is_first = "torch" not in sys.modules
-        with told_by(this_one=may_be_rank_0(os.environ)), uncollected():
+        with told_by(this_one=may_be_rank_0(os.environ)), stop.hold(), uncollected():
             from ddp_sgd.distributed.runtime import start_runtime
             from ddp_sgd.engine.fit import fit
 

@@ -49,7 +49,7 @@ class StopRequest:
         self.force: Callable[[StoppedError], None] | None = None
         self._reason: str | None = None
         self._other = other
-        self._is_deferred = False
+        self._is_deferred = self._is_held = False
 
     @property
     def reason(self) -> str | None:
@@ -70,6 +70,25 @@ class StopRequest:
         if self.interrupt and not self.interrupt.is_caught:
             raise self.interrupt
 
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Let a signal raise at the end of the block, or end the process if that takes too long.
+
+        An exception that comes up in C++ code which expects none, as in the import of torch, would
+        abort the process.
+
+        Raises:
+            StopInterrupt: There was a signal.
+        """
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
+        if self._reason is not None and not self._is_deferred:
+            self.interrupt = StopInterrupt(self._reason)
+            raise self.interrupt
+
     def ask_now(self, reason: str) -> None:
         """Ask to stop at once, as a handler does in the main thread.
 
@@ -78,7 +97,7 @@ class StopRequest:
         """
         is_first = self._reason is None
         self.ask(reason)
-        if is_first and not self._is_deferred:
+        if is_first and not (self._is_deferred or self._is_held):
             self.interrupt = StopInterrupt(reason)
             raise self.interrupt
 

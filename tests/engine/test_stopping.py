@@ -37,6 +37,16 @@ def test_a_signal_during_the_steps_becomes_a_flag(number):
         assert stop.reason == number.name  # the first reason stays
 
 
+def test_a_signal_that_is_held_raises_at_the_end_of_the_block():
+    with pytest.raises(StoppedError, match="SIGTERM"), stop_on_signal() as stop:
+        with stop.hold():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.is_unanswered()
+        pytest.fail("it goes on")
+    with stop_on_signal() as stop, stop.hold():
+        assert stop.reason is None
+
+
 def test_a_signal_that_somebody_caught_raises_at_the_first_step():
     with pytest.raises(StoppedError), stop_on_signal() as stop:
         try:
