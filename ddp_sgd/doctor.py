@@ -8,13 +8,13 @@ environment of one is wrong; 69 ranks did not come, or cannot join; 73 output_di
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ddp_sgd.command import run_command
 from ddp_sgd.config import CommandLine
 from ddp_sgd.console import deliver
+from ddp_sgd.distributed.bounded import leave
 from ddp_sgd.distributed.ranks import Ranks, may_be_rank_0, read_ranks, told_by
 from ddp_sgd.errors import ConfigError, FaultElsewhereError, PeerError
 
@@ -74,4 +74,4 @@ def _print(diagnosis: "Diagnosis") -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -6,7 +6,6 @@ Usage: ``torchrun --nproc_per_node=4 -m ddp_sgd.evaluate runs/digits/checkpoints
 import json
 import math
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from ddp_sgd.checkpointing.listing import epochs_of
 from ddp_sgd.command import run_command
 from ddp_sgd.config import CommandLine, Option, dump_yaml
 from ddp_sgd.console import deliver
+from ddp_sgd.distributed.bounded import leave
 from ddp_sgd.distributed.ranks import may_be_rank_0, read_ranks, told_by
 
 if TYPE_CHECKING:
@@ -105,4 +105,4 @@ def _plain(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -15,6 +15,7 @@ from ddp_sgd.building import uncollected
 from ddp_sgd.command import run_command
 from ddp_sgd.config import CommandLine, Option
 from ddp_sgd.console import deliver, outlive_console
+from ddp_sgd.distributed.bounded import leave
 from ddp_sgd.distributed.cpus import batch_scheduling
 from ddp_sgd.distributed.ranks import may_be_rank_0, read_ranks, told_by
 from ddp_sgd.engine.stopping import leave_undisturbed, stop_on_signal
@@ -87,4 +88,4 @@ def train(line: CommandLine) -> int:
 if __name__ == "__main__":
     code = main()
     leave_undisturbed()
-    sys.exit(code)
+    leave(code)

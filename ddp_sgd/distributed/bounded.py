@@ -1,10 +1,14 @@
 """Calls that end in time, whatever the one who is called does."""
 
+import os
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
-from typing import TypeVar, cast
+from typing import NoReturn, TypeVar, cast
+
+from ddp_sgd.console import settle
 
 T = TypeVar("T")
 
@@ -48,3 +52,21 @@ def run_within(limit_s: float, work: Callable[[], object]) -> None:
     """
     with suppress(Exception):
         call_within(limit_s, work)
+
+
+def leave(code: int) -> NoReturn:
+    """Exit with a code, whatever threads of this package are still in a call.
+
+    The interpreter ends a daemon thread that comes back from C++ by unwinding its stack, which
+    aborts the process: exit code -6 in place of the run's. Where there is such a thread, exit hooks
+    are left out.
+
+    Args:
+        code: Exit code of the contract.
+    """
+    if any(
+        thread.daemon and thread.name.startswith("ddp_sgd-") for thread in threading.enumerate()
+    ):
+        settle()
+        os._exit(code)
+    sys.exit(code)
