@@ -6,10 +6,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from ddp_sgd.console import deliver, say_error, settle
+from ddp_sgd.console import deliver, report_error, settle
 from ddp_sgd.distributed.launcher_files import leave_for_launcher
 from ddp_sgd.distributed.ranks import may_be_rank_0, told_by
-from ddp_sgd.engine.stopping import print_stop
 from ddp_sgd.errors import ExitCode, FaultElsewhereError, StoppedError, UserError
 from ddp_sgd.masking import mask
 
@@ -101,16 +100,16 @@ def _do(work: Callable[[], int | None], *, debug: bool) -> _End:
     except FaultElsewhereError as error:
         return _End(error.exit_code, str(error), is_first=False)
     except StoppedError as error:
-        print_stop(error)
+        report_error(error)
         return _End(error.exit_code, str(error))
     except UserError as error:
-        return _tell(error.exit_code, str(error), debug=debug)
+        return _report(error.exit_code, str(error), debug=debug)
     except Exception as error:  # a defect of ours, or in the user's code
         line = (
             f"{type(error).__name__} is unexpected: {mask(' '.join(str(error).split()))}; "
             "run again with --debug to see where it comes from."
         )
-        return _tell(ExitCode.INTERNAL, line, debug=debug)
+        return _report(ExitCode.INTERNAL, line, debug=debug)
     finally:
         settle()
     if code == ExitCode.STOPPED:
@@ -118,7 +117,7 @@ def _do(work: Callable[[], int | None], *, debug: bool) -> _End:
     return _End(code, f"the command ended with code {int(code)}; see what it printed.")
 
 
-def _tell(code: int, line: str, *, debug: bool) -> _End:
+def _report(code: int, line: str, *, debug: bool) -> _End:
     origin = traceback.format_exc() if debug else ""
-    say_error(f"{origin}ddp_sgd: error: {line}")
+    report_error(line, origin)
     return _End(code, line, origin)

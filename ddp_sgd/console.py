@@ -1,4 +1,4 @@
-"""Console output: prints that never end a run, and output that a command owes its caller. No torch.
+"""Console output: prints that never end a run, and output that a command is called for. No torch.
 
 A reader of a pipe leaves (``| head``), a connection is closed, the disk below a log is full, or
 there is no console at all (``>&-``). What a run prints is for people, and the run goes on without
@@ -13,7 +13,7 @@ import sys
 from contextlib import suppress
 from typing import Any, TextIO
 
-from ddp_sgd.errors import OutputError
+from ddp_sgd.errors import OutputError, StoppedError
 
 
 def say(line: str) -> None:
@@ -25,6 +25,17 @@ def say_error(line: str) -> None:
     """Print a line on stderr after what is on its way to stdout; nothing is raised."""
     _print(sys.stdout, "")
     _print(sys.stderr, f"{line}\n")
+
+
+def report_error(error: object, origin: str = "") -> None:
+    """Print the one line of an error on stderr; nothing is raised.
+
+    Args:
+        error: What was raised, or its message. A run that was stopped on request is no error.
+        origin: Traceback that is printed above it.
+    """
+    kind = "" if isinstance(error, StoppedError) else "error: "
+    say_error(f"{origin}ddp_sgd: {kind}{error}")
 
 
 def settle() -> None:
@@ -138,7 +149,7 @@ def _write(stream: TextIO | None, text: str) -> None:
         OSError: It cannot be written.
         ValueError: The stream is closed.
     """
-    if stream is None:  # so Python tells of a descriptor that was closed when it started
+    if stream is None:  # the descriptor was closed when Python started
         raise ValueError("it is closed")
     encoding = getattr(stream, "encoding", None) or "utf-8"
     stream.write(text.encode(encoding, "backslashreplace").decode(encoding))

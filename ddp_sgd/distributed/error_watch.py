@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import ErrorType
 from torch.distributed.distributed_c10d import Store
 
-from ddp_sgd.console import say_error
+from ddp_sgd.console import report_error
 from ddp_sgd.distributed.bounded import run_within
 from ddp_sgd.distributed.fate import Fate, SharedFate
 from ddp_sgd.distributed.launcher_files import leave_for_launcher
-from ddp_sgd.errors import ExitCode, FaultElsewhereError, StoppedError, UserError
+from ddp_sgd.errors import ExitCode, FaultElsewhereError, UserError
 from ddp_sgd.time_limits import scaled
 
 _POLL_S = 1.0
@@ -60,7 +60,7 @@ def watch_errors(fate: SharedFate, store: Store, device: torch.device) -> Iterat
             if is_store_there:
                 try:
                     error = fate.find_remote(store)
-                except Exception:  # the host of the store is gone: what follows is others' to say
+                except Exception:  # the store is gone with its host, which others report
                     is_store_there = False
             error = error or _communicator_error(device)
             if error:
@@ -92,7 +92,7 @@ def end_process(error: Exception, fate: Fate) -> NoReturn:
     is_first = not isinstance(error, FaultElsewhereError)
     try:
         if is_first:
-            run_within(_WRITE_S, partial(_print, error))
+            run_within(_WRITE_S, partial(report_error, error))
         run_within(_WRITE_S, partial(leave_for_launcher, code, str(error), is_first=is_first))
         if fate.before_exit:
             run_within(_RESULT_S, partial(fate.before_exit, error))
@@ -104,13 +104,13 @@ def end_process(error: Exception, fate: Fate) -> NoReturn:
 
 
 def _communicator_error(device: torch.device) -> Exception | None:
-    """Return what the library that carries tensors has run into, where it tells."""
+    """Return the error that the backend reports; None if there is none, or it reports nothing."""
     if device.type == "cpu" or not dist.is_initialized():
         return None
-    with suppress(Exception):  # a backend that does not tell
+    with suppress(Exception):  # a backend without get_error
         error = dist.group.WORLD._get_backend(device).get_error()  # type: ignore[union-attr]
         if error != ErrorType.SUCCESS:
-            return RuntimeError(f"{dist.get_backend()} reports {error}, watchdog")
+            return dist.DistNetworkError(f"{dist.get_backend()} reports {error.name}")
     return None
 
 
@@ -121,8 +121,3 @@ def abort_group() -> None:
     """
     if dist.is_initialized() and dist.get_backend() == dist.Backend.NCCL:
         dist.distributed_c10d._abort_process_group()
-
-
-def _print(error: Exception) -> None:
-    kind = "" if isinstance(error, StoppedError) else "error: "
-    say_error(f"ddp_sgd: {kind}{error}")

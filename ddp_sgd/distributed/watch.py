@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from ddp_sgd.console import say_error
+from ddp_sgd.console import report_error
 from ddp_sgd.distributed.board import NOTE_S, Board
 from ddp_sgd.distributed.bounded import run_within
 from ddp_sgd.distributed.collectives import gather_over_ranks
@@ -226,7 +226,7 @@ class _Watch:
             if self._board:
                 self._board.exchange(self._note(left=True), _LAST_CALL_S)
             if verdict.teller == self._rank:
-                run_within(_WRITE_S, lambda: _say(verdict.message))
+                run_within(_WRITE_S, lambda: report_error(verdict.message))
             run_within(_WRITE_S, lambda: self._leave_for_launcher(verdict))
             run_within(_LAST_WORDS_S, lambda: self._on_hang(PeerError(verdict.message)))
             if self._board and self._rank == self._store_rank:
@@ -254,7 +254,3 @@ class _Watch:
             self._stacks.mkdir(parents=True, exist_ok=True)
             with (self._stacks / f"stack-rank-{self._rank}.txt").open("w") as file:
                 faulthandler.dump_traceback(file)
-
-
-def _say(message: str) -> None:
-    say_error(f"ddp_sgd: error: {message}")

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Protocol
 
-from ddp_sgd.console import say_error
+from ddp_sgd.console import report_error
 from ddp_sgd.distributed.launcher_files import leave_for_launcher
 from ddp_sgd.errors import ExitCode, StopInterrupt, StoppedError
 from ddp_sgd.time_limits import scaled
@@ -85,9 +85,8 @@ class StopRequest:
             yield
         finally:
             self._is_held = False
-        if self._reason is not None and not self._is_deferred:
-            self.interrupt = StopInterrupt(self._reason)
-            raise self.interrupt
+        if self._reason is not None:
+            self._raise(self._reason)
 
     def ask_now(self, reason: str) -> None:
         """Ask to stop at once, as a handler does in the main thread.
@@ -97,7 +96,11 @@ class StopRequest:
         """
         is_first = self._reason is None
         self.ask(reason)
-        if is_first and not (self._is_deferred or self._is_held):
+        if is_first and not self._is_held:
+            self._raise(reason)
+
+    def _raise(self, reason: str) -> None:
+        if not self._is_deferred:
             self.interrupt = StopInterrupt(reason)
             raise self.interrupt
 
@@ -165,65 +168,66 @@ def stop_on_signal(*signals: signal.Signals, owns_process: bool = False) -> Iter
 
 @contextmanager
 def _watch_signals(request: StopRequest, signals: Iterable[int]) -> Iterator[None]:
-    """Hear signals in a thread as well: handlers have to wait for what the main thread calls."""
+    """Receive signals in a thread as well: a handler waits for what the main thread has called."""
     global _is_watching  # noqa: PLW0603
-    hears, tells = os.pipe()
-    os.set_blocking(tells, False)
-    before = signal.set_wakeup_fd(tells, warn_on_full_buffer=False)
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    before = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     _is_watching = True
+    over = threading.Event()
     thread = threading.Thread(
-        target=_answer, args=(hears, request, set(signals)), name="ddp_sgd-signals", daemon=True
+        target=_read_signals,
+        args=(read_end, request, set(signals), over),
+        name="ddp_sgd-signals",
+        daemon=True,
     )
     thread.start()
     try:
         yield
     finally:
+        over.set()
         _is_watching = False
         signal.set_wakeup_fd(before)
-        os.close(tells)  # which ends the thread
+        os.close(write_end)  # which ends the thread
         thread.join()
-        os.close(hears)
+        os.close(read_end)
 
 
-def _hear_nothing() -> None:
-    """Let go of the pipe in a loader process that is forked: its signals are none of ours."""
+def _leave_pipe_to_parent() -> None:
+    """Reset the wakeup descriptor in a loader process that is forked: the pipe is its parent's."""
     if _is_watching:
         signal.set_wakeup_fd(-1)
 
 
 _is_watching = False
-os.register_at_fork(after_in_child=_hear_nothing)
+os.register_at_fork(after_in_child=_leave_pipe_to_parent)
 
 
-def _answer(hears: int, request: StopRequest, signals: set[int]) -> None:
+def _read_signals(
+    read_end: int, request: StopRequest, signals: set[int], over: threading.Event
+) -> None:
     """Read the numbers of signals, and end the process where the main thread does not."""
     interrupts, first = 0, True
-    while numbers := os.read(hears, 64):
+    while numbers := os.read(read_end, 64):
         interrupts += numbers.count(signal.SIGINT)
         if interrupts > 1:
             os._exit(_INTERRUPTED)
         if first and request.is_unanswered() and not signals.isdisjoint(numbers):
             first = False
             name = next(signal.Signals(n).name for n in numbers if n in signals)
-            threading.Thread(target=_end, args=(request, name), daemon=True).start()
+            threading.Thread(target=_end, args=(request, name, over), daemon=True).start()
 
 
-def _end(request: StopRequest, name: str) -> None:
+def _end(request: StopRequest, name: str, over: threading.Event) -> None:
     """End the process if the main thread has not begun to do so after a while."""
-    threading.Event().wait(_GRACE_S)
-    if not request.is_unanswered():
+    if over.wait(_GRACE_S) or not request.is_unanswered():
         return
     error = StopInterrupt(name).as_error()
     try:
         if request.force:
             request.force(error)
         else:
-            print_stop(error)
+            report_error(error)
             leave_for_launcher(ExitCode.STOPPED, str(error))
     finally:
         os._exit(ExitCode.STOPPED)
-
-
-def print_stop(error: StoppedError) -> None:
-    """Print the line of a run that was stopped before its first step."""
-    say_error(f"ddp_sgd: {error}")
