@@ -13,7 +13,7 @@ _SHORTEST = 4
 """Characters of a value that is looked for in messages: shorter ones are parts of many words."""
 
 _NAME = (
-    r"(?:\w*_)?(?:tokens?|passw(?:or)?d|pwd|passphrase|secret|api_?key|access_?key|private_?key"
+    r"(?:\w*_)?(?:token|passw(?:or)?d|pwd|passphrase|secret|api_?key|access_?key|private_?key"
     r"|credentials?|auth)"
 )
 _LEAF = re.compile(rf"^{_NAME}$", re.IGNORECASE)

@@ -13,7 +13,16 @@ def test_keys_of_secrets(key):
 
 
 @pytest.mark.parametrize(
-    "key", ["optim.lr", "tokenizer", "key", "sort_key", "author", "secretary", "max_tokens_left"]
+    "key",
+    [
+        "optim.lr",
+        "num_tokens",
+        "tokenizer",
+        "key",
+        "sort_key",
+        "author",
+        "secretary",
+    ],
 )
 def test_other_keys(key):
     assert not is_secret(key)

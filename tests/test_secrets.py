@@ -82,6 +82,23 @@ def test_a_value_that_was_written_out_is_masked_in_an_error(tmp_path):
     assert "gold-2" not in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(
+    ("option", "key", "variable"),
+    [
+        ("--wandb.entity={env: CANARY}", "wandb.entity", "DDP_SGD_WANDB__ENTITY"),
+        ("--name={env: CANARY}", "name", "DDP_SGD_NAME"),
+        ("--optim={lr: {env: CANARY}}", "optim.lr", "DDP_SGD_OPTIM__LR"),
+    ],
+)
+def test_it_is_refused_where_it_would_be_taken_as_it_is(option, key, variable, tmp_path):
+    done = run(tmp_path, "ddp_sgd.explain", option)
+    assert done.returncode == 64
+    assert done.stderr == (
+        f"ddp_sgd: error: {key} is {{env: CANARY}}, which only an argument of a component can be; "
+        f'set {variable}="$CANARY" in the environment instead.\n'
+    )
+
+
 def test_a_change_of_a_secret_is_told_without_it(finished):
     folder, _ = finished
     done = run(folder, "ddp_sgd.train", "--epochs=4", model(CANARY))

@@ -1,6 +1,7 @@
 """One plain mapping from defaults, files, environment and command line; what comes later wins."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from ddp_sgd.config.sections import Component
 from ddp_sgd.config.yaml_events import MAX_DEPTH
 from ddp_sgd.config.yaml_text import read_value, read_words, read_yaml_file
 from ddp_sgd.errors import ConfigError
+from ddp_sgd.masking import env_name
 from ddp_sgd.time_limits import FACTOR, timeout_factor
 
 PREFIX = "DDP_SGD_"
+_FROM_ENVIRONMENT = re.compile(r"\{ *env: *(\w+) *\}")
 _BESIDE_CLASS_PATH = Component.model_fields.keys() - {"class_path"}
 
 
@@ -65,6 +68,8 @@ def gather(
         for key, text, origin in settings:
             _set(layer, key, _read(key, text, origin), origin)
         sources = lay_over(sources, layer)
+    for path, value in _values_by_path(sources.values, ""):
+        _refuse_environment(path, value)
     return sources
 
 
@@ -146,6 +151,28 @@ def _leaf_paths(value: Any, path: str) -> list[str]:
     if not isinstance(value, Mapping) or not value:
         return [path]
     return [leaf for key, below in value.items() for leaf in _leaf_paths(below, _join(path, key))]
+
+
+def _values_by_path(values: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any]]:
+    """Yield every key but those of the arguments of components, each with its value."""
+    for key, value in values.items():
+        if key in ("args", "init_args"):
+            continue
+        here = _join(path, key)
+        yield here, value
+        if isinstance(value, Mapping):
+            yield from _values_by_path(value, here)
+
+
+def _refuse_environment(path: str, value: Any) -> None:
+    """Refuse ``{env: NAME}`` outside of the arguments of components: it would be taken as it is."""
+    written = _FROM_ENVIRONMENT.fullmatch(value) if isinstance(value, str) else None
+    if name := written[1] if written else env_name(value):
+        variable = PREFIX + path.upper().replace(".", "__")
+        raise ConfigError(
+            f"{path} is {{env: {name}}}, which only an argument of a component can be; set "
+            f'{variable}="${name}" in the environment instead.'
+        )
 
 
 def _forget(origins: dict[str, str], path: str, value: Any) -> None:
