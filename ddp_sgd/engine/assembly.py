@@ -35,7 +35,7 @@ from ddp_sgd.engine.restoring import (
 )
 from ddp_sgd.engine.resume import Past
 from ddp_sgd.engine.sample_batch import read_batch
-from ddp_sgd.engine.sanity_check import check_evaluation, check_training
+from ddp_sgd.engine.sanity_check import TrainingFacts, check_evaluation, check_training
 from ddp_sgd.engine.state import State
 from ddp_sgd.engine.step import Stepper
 from ddp_sgd.engine.time_shares import TimeShares
@@ -112,13 +112,8 @@ def assemble(
         DataError: A sample cannot be read, labels lie out of range, or a checkpoint is damaged.
         RefusedError: The checkpoint is of another run.
     """
-    samples, loss_name = len(parts.train_set), parts.loss_name
-    saved = read_tensors(past.file) if past.file else None
-    if saved and past.header:
-        refuse_misfit(past.header, saved, parts.model, samples=samples, loss=loss_name)
-        read_again = partial(mark_training_set, config, parts.train_set)
-        refuse_other_data(past, saved, marks or {}, read_again)
-        restore(parts.model, saved)
+    saved = _restore_model(config, parts, past, marks or {})
+    samples = len(parts.train_set)
     plan = plan_from(config, past.header, samples=samples, world_size=runtime.world_size)
     state, skip = state_from(past.header, plan)
     model, modules = _on_device(parts, runtime)
@@ -140,25 +135,17 @@ def assemble(
     if past.header:
         broadcast_over_ranks((buffer for _, buffer in velocities(model, optimizer)), runtime)
         replica.remember(saved.get("compression") if saved else None)
-    pulse, clip_norm = Pulse(), config.optim.clip_norm
+    pulse = Pulse()
     job = Job(
         plan=plan,
         replica=replica,
-        stepper=Stepper(
-            replica,
-            facts.objective,
-            optimizer,
-            runtime,
-            pulse,
-            clip_norm=clip_norm,
-            buffers=facts.buffers,
-        ),
+        stepper=_stepper(config, replica, facts, optimizer, runtime, pulse),
         loader=_train_loader(config, plan, parts, runtime),
         schedule=build_schedule(config.schedule, plan),
         score=_scorer(config, parts, replica, runtime, pulse),
         seed_model=partial(facts.randomness.seed_step, config.seed, rank=runtime.rank),
         optimizer=optimizer,
-        loss=loss_name,
+        loss=parts.loss_name,
         device=runtime.device,
         state=state,
         skip=skip,
@@ -172,6 +159,39 @@ def assemble(
     if config.data.workers:
         parts.files.close()
     return job
+
+
+def _restore_model(
+    config: RunConfig, parts: Parts, past: Past, marks: Marks
+) -> Mapping[str, Any] | None:
+    """Load the weights of the checkpoint that the run goes on from; returns all of its tensors."""
+    if past.file is None or past.header is None:
+        return None
+    saved = read_tensors(past.file)
+    samples = len(parts.train_set)
+    refuse_misfit(past.header, saved, parts.model, samples=samples, loss=parts.loss_name)
+    refuse_other_data(past, saved, marks, partial(mark_training_set, config, parts.train_set))
+    restore(parts.model, saved)
+    return saved
+
+
+def _stepper(
+    config: RunConfig,
+    replica: Replica,
+    facts: TrainingFacts,
+    optimizer: SGD,
+    runtime: Runtime,
+    pulse: Pulse,
+) -> Stepper:
+    return Stepper(
+        replica,
+        facts.objective,
+        optimizer,
+        runtime,
+        pulse,
+        clip_norm=config.optim.clip_norm,
+        buffers=facts.buffers,
+    )
 
 
 def _on_device(parts: Parts, runtime: Runtime) -> tuple[nn.Module, dict[str, nn.Module]]:

@@ -27,7 +27,7 @@ from ddp_sgd.engine.stopping import HasReason, StopRequest, stop_on_signal
 from ddp_sgd.engine.timetable import Deadline, Timetable
 from ddp_sgd.losses import LossFunction
 from ddp_sgd.report.reporter import open_report, tell_of_the_end
-from ddp_sgd.report.run_folder import claim_run_folder
+from ddp_sgd.report.run_folder import RunFolder, claim_run_folder
 
 
 def fit(
@@ -68,22 +68,19 @@ def fit(
         ...     fit(RunConfig(epochs=3), runtime).scores["eval/accuracy"]
     """
     with (
-        nullcontext(_stop_request(stop)) if stop else stop_on_signal() as wish,
+        nullcontext(_stop_request(stop)) if stop is not None else stop_on_signal() as request,
         claim_run_folder(config, runtime) as folder,
     ):
-        wish.force = partial(end_process, fate=runtime.fate)
+        request.force = partial(end_process, fate=runtime.fate)
         past = look_back(config, folder, runtime)
         if past.ending:
             refuse_other_parts(past.header, train_set, loss)
             refuse_data_of_another_run(past, partial(mark_training_set, config, train_set), runtime)
-            if model is not None:
-                hand_over(model, past.file, runtime)
-            tell_of_the_end(past.ending.as_row(), folder)
-            return past.ending
+            return _repeat_result(past.ending, past.file, model, runtime, folder)
         with (
             open_report(config, runtime, folder, past.origin) as report,
             shared_fate(runtime.fate),
-            plain_faults(wish),
+            plain_faults(request),
         ):
             parts = gather_parts(config, model, loss, train_set, eval_set)
             marks = require_agreement(config, parts, runtime)
@@ -97,17 +94,31 @@ def fit(
                     hang_s=config.runtime.hang_s,
                     stacks=Path(config.output_dir) / config.name / "logs",
                     on_hang=report.fail,
-                    on_orphaned=lambda: wish.ask("the launcher is gone"),
+                    on_orphaned=lambda: request.ask("the launcher is gone"),
                 ),
             ):
                 deadline = Deadline(past.deadline)
-                heartbeat = _heartbeat(config, job, runtime, wish, deadline)
+                heartbeat = _heartbeat(config, job, runtime, request, deadline)
                 every = config.eval.every_epochs
-                wish.defer()  # from here on a stop waits for the end of a step
+                request.defer()  # from here on a stop waits for the end of a step
                 Loop(job, heartbeat, checkpoints, report, deadline, score_every=every).run()
                 ending = conclude(job.state, job.plan, job.replica, job.shares, runtime)
             report.end(ending.as_row())
             return ending
+
+
+def _repeat_result(
+    result: RunResult,
+    file: Path | None,
+    model: nn.Module | None,
+    runtime: Runtime,
+    folder: RunFolder | None,
+) -> RunResult:
+    """Return the result of a run that is finished; a model that was given gets its weights."""
+    if model is not None:
+        hand_over(model, file, runtime)
+    tell_of_the_end(result.as_row(), folder)
+    return result
 
 
 def _stop_request(stop: HasReason) -> StopRequest:
@@ -115,12 +126,12 @@ def _stop_request(stop: HasReason) -> StopRequest:
 
 
 def _heartbeat(
-    config: RunConfig, job: Job, runtime: Runtime, wish: StopRequest, deadline: Deadline
+    config: RunConfig, job: Job, runtime: Runtime, request: StopRequest, deadline: Deadline
 ) -> Heartbeat:
     return Heartbeat(
         job.plan,
         runtime,
-        wish,
+        request,
         Timetable(config.checkpoint, job.plan, row_steps=config.log.every_steps),
         deadline,
         job.shares,
