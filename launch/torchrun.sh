@@ -8,6 +8,8 @@ PYTHON=${PYTHON:-python}
 RDZV_CONF=''                   # more settings of the rendezvous
 MEETING='torchrun on one host' # who waits for whom, in an error
 REMEDY='start it again.'
+FACTOR=${DDP_SGD_TIMEOUT_FACTOR:-1} FACTOR=${FACTOR%%.*} # of the waits that are fixed below, in whole numbers
+[[ $FACTOR =~ ^[1-9][0-9]*$ ]] || FACTOR=1
 
 tell() {
     printf 'ddp_sgd: error: %s\n' "$1" >&2 || true
@@ -103,11 +105,11 @@ watch_torchrun() {
             { [[ $alone ]] && has_restarted "$folder/result.json" '"exit_code": 75'; }; then
             kill -TERM "$1"
             return
-        elif ((SECONDS - waiting > timeout_s + 10)); then
+        elif ((SECONDS - waiting > timeout_s + 10 * FACTOR)); then
             touch "$logs/spare"
             kill -TERM "$1"
             return
-        elif ((SECONDS - left > (restarts > 0 ? timeout_s + 20 : 5))); then
+        elif ((SECONDS - left > (restarts > 0 ? timeout_s + 20 * FACTOR : 5 * FACTOR))); then
             touch "$logs/stuck"
             kill -KILL "$1"
             return
@@ -175,7 +177,7 @@ why_lost() {
 let_ranks_leave() {
     local tries
     touch "$logs/lost"
-    for ((tries = 0; tries < 75; tries++)); do
+    for ((tries = 0; tries < 75 * FACTOR; tries++)); do
         [[ ! $folder/result.json -nt $logs/lost && ! $signalled ]] || break
         sleep 0.2
     done

@@ -287,7 +287,7 @@ def _wait_for_owner(folder: Path, here: Owner, *, is_locked: bool) -> None:
         now = time.monotonic()
         if before and note.text != before.text:
             renewals, changed = renewals + 1, now
-        if now - changed >= SILENT_RENEWALS * RENEW_S:
+        if now - changed >= scaled(SILENT_RENEWALS * RENEW_S):
             return
         if renewals and now - start >= _PATIENCE_S:
             raise _in_use(folder)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from limits import WAIT_S
 
 from ddp_sgd.checkpointing import retrying
 from ddp_sgd.checkpointing.reading import find_checkpoint
@@ -408,7 +409,9 @@ def test_a_start_that_was_killed_as_it_copied_leaves_nothing_for_long(tmp_path):
         "resume.sync_file = lambda _: os.kill(os.getpid(), 9)\n"
         "with claim_run_folder(config, Runtime()) as folder: resume.look_back(config, folder, 0)\n"
     )
-    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False, timeout=120)
+    killed = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], check=False, timeout=WAIT_S
+    )
     assert killed.returncode == -9
     (left,) = tmp_path.glob(".y*")
     assert [path.name for path in left.iterdir()] == ["step-00000001.pt"]

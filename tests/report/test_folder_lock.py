@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from limits import WAIT_S
 
 from ddp_sgd.errors import ExitCode, RefusedError
 from ddp_sgd.report import folder_lock as module
@@ -50,7 +51,7 @@ def hold():
     yield start
     for process in started:
         process.kill()
-        process.wait(60)
+        process.wait(WAIT_S)
         process.stdin.close()
         process.stdout.close()
 
@@ -115,7 +116,7 @@ def test_the_note_alone_is_enough_where_locks_do_not_reach(tmp_path, hold):
     out_of_reach(tmp_path)
     with pytest.raises(RefusedError, match=f"in use by process {process.pid} on node7, last seen"):
         FolderLock(tmp_path)
-    process.communicate(timeout=60)  # the first was not disturbed, and leaves nothing behind
+    process.communicate(timeout=WAIT_S)  # the first was not disturbed, and leaves nothing behind
     assert process.returncode == 0
     assert not (tmp_path / OWNER_NAME).exists()
     FolderLock(tmp_path).release()
@@ -127,7 +128,7 @@ def test_an_owner_that_leaves_is_waited_for(tmp_path, hold, monkeypatch):
     out_of_reach(tmp_path)
     process.stdin.close()
     FolderLock(tmp_path).release()
-    assert process.wait(60) == 0
+    assert process.wait(WAIT_S) == 0
 
 
 def test_a_host_that_died_is_waited_for_and_then_gives_way(tmp_path, monkeypatch):
@@ -155,7 +156,7 @@ def _patience_is_for_others(monkeypatch):
 def test_a_run_that_was_killed_here_gives_way_at_once(tmp_path, hold, monkeypatch):
     process = hold(tmp_path)
     process.kill()
-    process.wait(60)
+    process.wait(WAIT_S)
     assert (tmp_path / OWNER_NAME).exists()
     _patience_is_for_others(monkeypatch)
     FolderLock(tmp_path).release()

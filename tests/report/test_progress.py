@@ -8,6 +8,7 @@ import sys
 import termios
 
 import pytest
+from limits import WAIT_S
 
 from ddp_sgd.config import RunConfig
 from ddp_sgd.plan import make_plan
@@ -131,25 +132,27 @@ def test_a_failure_leaves_the_word_to_the_error(record, capsys, result):
     assert capsys.readouterr() == ("", "")
 
 
+def _train_on(terminal, folder, *options):
+    """Start a run on a terminal, of which this process keeps the other side."""
+    shared = ["--wandb.mode=disabled", f"--output_dir={folder}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ddp_sgd.train", *options, *shared],
+        stdout=terminal,
+        stderr=terminal,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    os.close(terminal)
+    return process
+
+
 def test_a_terminal_that_hangs_up_does_not_end_a_run(tmp_path):
     main, child = pty.openpty()
-    command = [
-        sys.executable,
-        "-m",
-        "ddp_sgd.train",
-        "--epochs=2",
-        "--log.every_steps=1",
-        "--wandb.mode=disabled",
-        f"--output_dir={tmp_path}",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=child, stderr=child, env=environment)
-    os.close(child)
+    process = _train_on(child, tmp_path, "--epochs=2", "--log.every_steps=1")
     seen = b""
     while b"results in" not in seen:
         seen += os.read(main, 65536)
     os.close(main)
-    assert process.wait(150) == 0
+    assert process.wait(WAIT_S) == 0
     rows = read_journal(tmp_path / "digits" / "metrics.jsonl")
     assert (rows[-1]["event"], rows[-1]["step"]) == ("end", 90)
 
@@ -186,17 +189,7 @@ def test_a_bar_goes_with_its_terminal_and_lines_stay(record, capsys, monkeypatch
 def test_a_bar_on_a_real_terminal(tmp_path):
     main, child = pty.openpty()
     termios.tcsetwinsize(child, (24, 100))
-    command = [
-        sys.executable,
-        "-m",
-        "ddp_sgd.train",
-        "--epochs=20",
-        "--wandb.mode=disabled",
-        f"--output_dir={tmp_path}",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=child, stderr=child, env=environment)
-    os.close(child)
+    process = _train_on(child, tmp_path, "--epochs=20")
     seen = b""
     while True:
         try:

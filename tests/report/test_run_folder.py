@@ -258,7 +258,7 @@ def test_two_that_begin_at_once_have_a_folder_each_in_turn(tmp_path):
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     both = [subprocess.Popen([*command, name]) for name in "ab"]
-    assert [process.wait(120) for process in both] == [0, 0]
+    assert [process.wait(WAIT_S) for process in both] == [0, 0]
     kept = {(path / "mine").read_text() for path in tmp_path.iterdir()}
     assert kept == {f"{name}.{number}" for name in "ab" for number in range(20)}
 
