@@ -156,6 +156,16 @@ def _listens(pid):
     return any(words[3] == "0A" and words[9] in sockets for words in lines)
 
 
+def assert_ends_at_the_second_interrupt(processes):
+    since = time.monotonic()
+    processes[0].send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    processes[0].send_signal(signal.SIGINT)
+    codes, said, took_s = end(processes, since)
+    assert (codes, said) == ([128 + signal.SIGINT], [""])
+    assert took_s < scaled(1.0)
+
+
 def test_a_second_interrupt_does_not_wait_for_the_end_of_the_step(tmp_path):
     slow = "--model={class_path: user_code.Slow, init_args: {pause_s: 2.0}}"
     processes = train(tmp_path, slow, "--epochs=100000", "--log.every_steps=1")
@@ -163,25 +173,13 @@ def test_a_second_interrupt_does_not_wait_for_the_end_of_the_step(tmp_path):
     wait_for(journal, processes)
     while '"event": "train"' not in journal.read_text():
         time.sleep(0.01)
-    since = time.monotonic()
-    processes[0].send_signal(signal.SIGINT)
-    time.sleep(0.1)
-    processes[0].send_signal(signal.SIGINT)
-    codes, said, took_s = end(processes, since)
-    assert (codes, said) == ([128 + signal.SIGINT], [""])
-    assert took_s < scaled(1.0)
+    assert_ends_at_the_second_interrupt(processes)
 
 
 def test_a_second_interrupt_ends_a_process_that_is_stuck(tmp_path):
     processes = train(tmp_path, *_stuck("model", "StuckModel", "c"))
     wait_for(tmp_path / "mark", processes)
-    since = time.monotonic()
-    processes[0].send_signal(signal.SIGINT)
-    time.sleep(0.1)
-    processes[0].send_signal(signal.SIGINT)
-    codes, said, took_s = end(processes, since)
-    assert (codes, said) == ([128 + signal.SIGINT], [""])
-    assert took_s < scaled(1.0)
+    assert_ends_at_the_second_interrupt(processes)
 
 
 def test_plain_torchrun_has_the_stop_in_its_error_files(tmp_path):

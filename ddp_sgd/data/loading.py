@@ -311,7 +311,7 @@ def _next(batches: Iterator[Any]) -> tuple[Any, Any]:
 
 
 def lost_worker(error: Exception) -> LostWorkerError | None:
-    """Return what to tell of an error that says that a loader process was killed; else None.
+    """Translate an error that reports a killed loader process; None for any other error.
 
     torch raises that in whatever the main thread is doing. A process that is killed while it sends
     a batch shows as a broken connection.

@@ -163,7 +163,7 @@ class SharedFate:
         return self._tell_once(PeerError(message))
 
     def _tell_once(self, error: Exception) -> Exception:
-        """Let one rank of a host tell of a lost peer, which all miss, without asking anybody.
+        """Report a lost peer, which all ranks miss, from one rank of a host, without communication.
 
         A rank that hosts the store is not among them: it is what the others miss. Any other error
         is told by the rank that has it.

@@ -67,7 +67,7 @@ def read_ranks(environ: Mapping[str, str]) -> Ranks:
 
 @contextmanager
 def told_by(*, this_one: bool) -> Iterator[None]:
-    """Let one process alone tell of what every one finds by itself: a wrong configuration, a stop.
+    """Report from one process only what every one finds by itself: a wrong configuration, a stop.
 
     Args:
         this_one: Whether this process tells.
