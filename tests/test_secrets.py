@@ -74,6 +74,17 @@ def test_an_error_of_the_component_does_not_show_it(tmp_path):
     assert "another-one" not in result["error"]
 
 
+def test_an_error_in_the_middle_of_a_run_does_not_show_it(tmp_path):
+    leaky = model("{env: CANARY}").replace(NET, "user_code.LeaksItsToken")
+    done = run(tmp_path, "ddp_sgd.train", leaky)
+    assert done.returncode == 70
+    assert "RuntimeError is unexpected: the service does not know {env: CANARY};" in done.stderr
+    assert CANARY not in done.stdout + done.stderr
+    assert found_in(tmp_path) == []
+    result = json.loads((tmp_path / "runs" / "digits" / "result.json").read_text())
+    assert result["error"] == "the service does not know {env: CANARY}"
+
+
 def test_a_value_that_was_written_out_is_masked_in_an_error(tmp_path):
     done = run(
         tmp_path, "ddp_sgd.train", model("[another-one]"), "--model.init_args.api_key=gold-2"

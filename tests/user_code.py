@@ -149,6 +149,20 @@ class NeedsAToken(nn.Linear):
         Path("built").touch()
 
 
+class LeaksItsToken(NeedsAToken):
+    """A model that shows its token in an error, from the tenth forward pass in training on."""
+
+    def __init__(self, token):
+        super().__init__(token)
+        self._token, self._passes = token, 0
+
+    def forward(self, inputs):
+        self._passes += self.training
+        if self._passes >= 10:
+            raise RuntimeError(f"the service does not know {self._token}")
+        return super().forward(inputs)
+
+
 class Hungry(nn.Linear):
     """A model that needs 128 TiB from some forward pass on, in one mode; never without one."""
 
