@@ -55,14 +55,15 @@ class RunFolder:
 
     def _enter(self, config: RunConfig) -> None:
         """Lock what is there, and make what is not."""
-        if _is_real_folder(self.path):
-            self._lock = FolderLock(self.path)
-        if config.resume != "never":
-            _refuse_links(self.path)
-        if config.resume == "never" or not self.path.is_dir():
-            self.renew()
-        elif self._lock is None:
-            self._lock = FolderLock(self.path)
+        while self._lock is None:
+            if _is_real_folder(self.path):
+                self._lock = _lock_if_there(self.path)
+            if config.resume != "never":
+                _refuse_links(self.path)
+            if config.resume == "never" or not self.path.is_dir():
+                self.renew()
+            elif self._lock is None:
+                self._lock = _lock_if_there(self.path)
 
     def renew(self) -> None:
         """Move what is there aside, to NAME.1, NAME.2, ..., and begin with an empty folder."""
@@ -72,11 +73,12 @@ class RunFolder:
                 # Another start may have made the folder just now: that one is not ours to move.
                 if os.path.lexists(self.path) and (before or not _is_real_folder(self.path)):
                     aside = _free_name(self.path)
-                    self.path.rename(aside)
+                    with suppress(FileNotFoundError):  # another start has moved it already
+                        self.path.rename(aside)
                     if before:
                         before.follow(aside)
                 make_folder(self.path)
-                self._lock = FolderLock(self.path)
+                self._lock = _lock_if_there(self.path)
                 if before:
                     before.release()
 
@@ -179,6 +181,14 @@ def _free_name(folder: Path) -> Path:
     while os.path.lexists(aside := folder.with_name(f"{folder.name}.{number}")):
         number += 1
     return aside
+
+
+def _lock_if_there(folder: Path) -> FolderLock | None:
+    """Lock a folder; None if another start has moved it aside meanwhile."""
+    try:
+        return FolderLock(folder)
+    except FileNotFoundError:
+        return None
 
 
 def _is_real_folder(path: Path) -> bool:

@@ -14,8 +14,8 @@ from ddp_sgd.config import RunConfig, dump_yaml
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.errors import ExitCode, OutputError, RefusedError
 from ddp_sgd.plan import make_plan
-from ddp_sgd.report import folder_lock
-from ddp_sgd.report.folder_lock import LOCK_NAME, OWNER_NAME
+from ddp_sgd.report import folder_lock, run_folder
+from ddp_sgd.report.folder_lock import LOCK_NAME, OWNER_NAME, FolderLock
 from ddp_sgd.report.run_folder import RunFolder, claim_run_folder
 from ddp_sgd.report.sink import RunRecord
 
@@ -261,6 +261,26 @@ def test_two_that_begin_at_once_have_a_folder_each_in_turn(tmp_path):
     assert [process.wait(WAIT_S) for process in both] == [0, 0]
     kept = {(path / "mine").read_text() for path in tmp_path.iterdir()}
     assert kept == {f"{name}.{number}" for name in "ab" for number in range(20)}
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_folder_that_another_start_moves_aside_meanwhile_is_made_again(
+    tmp_path, monkeypatch, resume
+):
+    """Between the look at the folder and its lock, as between its making and its lock."""
+    (tmp_path / "x").mkdir()
+    moments = iter([True, True])
+
+    def lock(folder):
+        if next(moments, False):
+            folder.rename(folder.with_name(f"moved.{len(list(tmp_path.iterdir()))}"))
+        return FolderLock(folder)
+
+    monkeypatch.setattr(run_folder, "FolderLock", lock)
+    made = RunFolder(describe(tmp_path, resume=resume))
+    assert content(made.path) == {OWNER_NAME}
+    made.release()
+    assert next(moments, None) is None
 
 
 def test_only_never_moves_a_run_aside(tmp_path):

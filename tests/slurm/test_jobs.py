@@ -44,8 +44,8 @@ def undisturbed(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def limited(cluster, tmp_path_factory):
-    """A job of one minute, on nodes of its own, under way while the other tests run."""
-    sbatch = ("--nodelist=node3,node4", "--nodes=2", "--ntasks-per-node=1", "--time=1")
+    """A job of two minutes, on nodes of its own, under way while the other tests run."""
+    sbatch = ("--nodelist=node3,node4", "--nodes=2", "--ntasks-per-node=1", "--time=2")
     sbatch += ("--signal=B:USR1@5",)  # the 120 s of the script are more than there are
     folder = tmp_path_factory.mktemp("limited")
     first_life_is_over = folder / "runs" / "digits" / "logs"
