@@ -49,7 +49,7 @@ soak: $(TESTS) ## A hundred random faults, 20 restarts, machines that come and g
 bench: $(TESTS) ## The same training by ddp_sgd, by hand and by other frameworks: half an hour. ARGS="--workloads mlp --rounds 3".
 	$(BIN)/python -m benchmarks.peers --write benchmarks/results $(ARGS)
 
-docs: $(RUNS) ## Write docs/configuration.md anew.
+docs: $(RUNS) ## Write docs/configuration.md again.
 	$(BIN)/python -c 'from ddp_sgd.config.reference import reference_markdown as m; print(m(), end="")' \
 		>docs/configuration.md
 
@@ -72,7 +72,7 @@ $(TESTS): $(RUNS)
 	@touch $@
 
 # What takes long with the pinned versions is left out: these are to touch every package once.
-LOWEST_TESTS := tests/config tests/data tests/test_building.py tests/test_models.py \
+LOWEST_TESTS := tests/config tests/data tests/test_instantiate.py tests/test_models.py \
 	tests/test_plan.py tests/test_platforms.py tests/report/test_journal.py tests/report/test_tensorboard.py \
 	tests/report/test_wandb_arguments.py tests/report/test_run_folder.py tests/checkpointing/test_exporting.py \
 	tests/report/test_weights_and_biases.py::test_the_configuration_the_plan_the_commit_and_the_world_size_are_recorded
@@ -93,11 +93,11 @@ $(LOWEST)/.installed: $(TESTS) tests/lowest_versions.py
 NEWER_TESTS := tests/config --ignore=tests/config/test_reference.py tests/test_plan.py tests/test_seeds.py \
 	tests/test_scaling.py tests/test_explain.py --deselect=tests/test_explain.py::test_the_model_gives_the_size_of_its_gradients \
 	--deselect=tests/test_explain.py::test_a_model_that_is_frozen_has_no_gradients tests/test_requeue.py tests/test_slurm.py \
-	tests/test_time_limits.py tests/test_command.py tests/test_companion.py tests/checkpointing/test_retrying.py \
-	tests/checkpointing/test_table.py tests/examination/test_comparing.py tests/report/test_curve.py \
+	tests/test_time_limits.py tests/test_cli.py tests/test_companion.py tests/checkpointing/test_retrying.py \
+	tests/checkpointing/test_table.py tests/test_rank_differences.py tests/report/test_curve.py \
 	tests/report/test_failures.py tests/report/test_journal.py tests/report/test_plan_table.py \
 	tests/report/test_row_mark.py tests/report/test_scaling_table.py tests/report/test_wandb_arguments.py \
-	tests/engine/test_timetable.py tests/distributed/test_verdict.py tests/data/test_digits.py
+	tests/engine/test_timetable.py tests/distributed/test_hang_report.py tests/data/test_digits.py
 
 $(NEWER)/.installed: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || { echo \

@@ -22,9 +22,9 @@ from ddp_sgd.checkpointing.folder import CheckpointFolder
 from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.checkpointing.snapshot import Snapshot
 from ddp_sgd.config import RunConfig
-from ddp_sgd.engine.capture import capture
 from ddp_sgd.engine.checkpoint import SavedCheckpoints
 from ddp_sgd.engine.state import State
+from ddp_sgd.engine.train_state import capture
 from ddp_sgd.engine.writers import build_writer
 from ddp_sgd.optim.sgd import SGD, build_sgd
 from ddp_sgd.plan import make_plan
@@ -52,7 +52,7 @@ def measure(folder: Path, megabytes: float, rounds: int) -> str:
 
     Args:
         folder: Where to write.
-        megabytes: Size of weights and velocities together.
+        megabytes: Size of weights and momentum_buffers together.
         rounds: Measurements of each.
 
     Returns:

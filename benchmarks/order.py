@@ -1,7 +1,7 @@
 """The first batch of an epoch, and of a resume, for up to 1e9 samples: time and memory.
 
 Usage: ``python -m benchmarks.order [--rounds 5] [--most 1000000000] [--write FOLDER]``; a round
-takes about a minute and 8 GB. Beside ``ddp_sgd.data.order.Order`` stands torch's
+takes about a minute and 8 GB. Beside ``ddp_sgd.data.sampler.Order`` stands torch's
 ``DistributedSampler`` up to 1e8 samples, which has no position: a resume iterates up to it. Each
 case is a process of its own that has imported what it needs, and reads its first batch ever.
 """
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import BatchSampler, DistributedSampler
 
-from ddp_sgd.data.order import Order
+from ddp_sgd.data.sampler import TrainSampler
 
 BATCH = 32
 SAMPLES = (10**4, 10**6, 10**7, 10**8, 10**9)
@@ -60,7 +60,7 @@ def batches_of(case: Case) -> Iterator[Any]:
         )
         sampler.set_epoch(1)
         return iter(BatchSampler(sampler, BATCH, drop_last=False))
-    order = Order(
+    order = TrainSampler(
         samples,
         global_batch=BATCH * world_size,
         batch_size=BATCH,
@@ -95,7 +95,7 @@ def measure(case: Case) -> dict[str, float | None]:
 def resident_kb(key: str) -> int:
     """Read the memory of this process: ``VmRSS`` now, after which ``VmHWM`` is its peak."""
     if key == "VmRSS":
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew, see man 5 proc
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again, see man 5 proc
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key))
 

@@ -18,9 +18,9 @@ from ddp_sgd import RunConfig, fit, start_runtime
 from ddp_sgd.data import Digits
 from ddp_sgd.data.in_memory import InMemory
 from ddp_sgd.distributed import collectives
-from ddp_sgd.distributed.pulse import Pulse
+from ddp_sgd.distributed.progress import ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine import assembly
+from ddp_sgd.engine import setup
 from ddp_sgd.engine.randomness import Randomness
 
 BATCH = 32
@@ -32,7 +32,7 @@ KINDS = {
     "moving weights": "compute",
     "reducing gradients": "all-reduce",
     "reading data": "data",
-    "heartbeat": "heartbeat",
+    "sync": "sync",
 }
 
 Costs = dict[str, float]
@@ -69,7 +69,7 @@ class Meter:
     def __init__(
         self, clock: Callable[[], float], first: int, last: int, turn: Lock | None
     ) -> None:
-        self.pulse = Pulse(clock)
+        self.progress = ProgressTracker(clock)
         self.first = first
         self.last = last
         self.turn = turn
@@ -78,7 +78,7 @@ class Meter:
 
     def look(self) -> None:
         """Do what is due at this step, once."""
-        due = self.looks.pop(self.pulse.step, None)
+        due = self.looks.pop(self.progress.step, None)
         if due is not None:
             due()
 
@@ -107,8 +107,8 @@ class Meter:
 
     def _note(self) -> None:
         others = time.process_time() - time.thread_time()
-        spent = self.pulse.spent_s()
-        self.seen[self.pulse.step] = {"others": others, "wall": time.perf_counter(), **spent}
+        spent = self.progress.spent_s()
+        self.seen[self.progress.step] = {"others": others, "wall": time.perf_counter(), **spent}
 
     def _stop(self) -> None:
         self._note()
@@ -168,7 +168,7 @@ def work_as_rank(
     clock = Bytecodes() if counting else time.thread_time
     meter = Meter(clock, WARM_UP, WARM_UP + steps, turn)
     inputs = Tiled(torch.from_numpy(digits.inputs), samples)
-    assembly.Pulse = lambda: meter.pulse  # type: ignore[assignment,misc]
+    setup.ProgressTracker = lambda: meter.progress  # type: ignore[assignment,misc]
     Randomness.seed_step = meter.before_seeding(Randomness.seed_step)  # type: ignore[method-assign]
     sections = {"output_dir": folder, "epochs": 1, "wandb": {"mode": "disabled"}}
     config = RunConfig.model_validate({**sections, "data": {"batch_size": BATCH}})

@@ -28,7 +28,7 @@ from benchmarks.rank_costs import BATCH, Costs, work_as_rank
 RANKS = (1, 2, 4, 8, 16)
 COUNTED = 200
 """Steps in which bytecodes are counted."""
-REST = ("data", "heartbeat")
+REST = ("data", "sync")
 
 Round = list[Costs]
 """Costs of the ranks of one run."""

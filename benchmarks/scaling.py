@@ -128,7 +128,7 @@ def work_as_rank(folder: Path) -> None:
 
     from ddp_sgd import Runtime, start_runtime
     from ddp_sgd.distributed.collectives import gather_over_ranks
-    from ddp_sgd.examination.links import time_all_ranks
+    from ddp_sgd.doctor.links import time_all_ranks
 
     torch.set_num_threads(1)
     found: dict[str, Any] = {name: {"alone": [], "joined": []} for name in WORKLOADS}

@@ -30,9 +30,9 @@ PARTS = {
     "forward": ("forward pass",),
     "backward, reduction": ("backward pass", "reducing gradients"),
     "weights": ("moving weights",),
-    "bookkeeping": ("heartbeat", "saving"),
+    "bookkeeping": ("sync", "saving"),
 }
-"""Parts of a step, by the phases that make them up."""
+"""Components of a step, by the phases that make them up."""
 
 Spent = dict[str, float]
 """Time of a step by part, in microseconds."""
@@ -102,7 +102,7 @@ def tutorial(epochs: int) -> Spent:
     from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
     from ddp_sgd.data import Digits
-    from ddp_sgd.distributed.pulse import Pulse
+    from ddp_sgd.distributed.progress import ProgressTracker
     from ddp_sgd.models import MLP
 
     digits = Digits()
@@ -112,40 +112,40 @@ def tutorial(epochs: int) -> Spent:
     model = DistributedDataParallel(MLP(inputs=64, hidden=[64, 64], classes=10))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     loss_fn = nn.CrossEntropyLoss()
-    pulse, steps, total = Pulse(), 0, 0.0
+    progress, steps, total = ProgressTracker(), 0, 0.0
     for epoch in range(epochs):
-        pulse.at("reading data")
+        progress.enter("reading data")
         sampler.set_epoch(epoch)
         for inputs, targets in loader:
-            pulse.at("forward pass")
+            progress.enter("forward pass")
             optimizer.zero_grad()
             loss = loss_fn(model(inputs), targets)
-            pulse.at("backward pass")
+            progress.enter("backward pass")
             loss.backward()
-            pulse.at("moving weights")
+            progress.enter("moving weights")
             optimizer.step()
-            pulse.at("heartbeat")
+            progress.enter("sync")
             total += loss.item()
             steps += 1
-            pulse.at("reading data")
-    return by_part(pulse.spent_s(), steps)
+            progress.enter("reading data")
+    return by_part(progress.spent_s(), steps)
 
 
 def ours(runtime: "Runtime", epochs: int, folder: str) -> Spent:
     """Train by ``ddp_sgd`` at its defaults, but for the evaluation, which is not in the other."""
     from ddp_sgd import RunConfig, fit
     from ddp_sgd.data import Digits
-    from ddp_sgd.distributed.pulse import Pulse
-    from ddp_sgd.engine import assembly
+    from ddp_sgd.distributed.progress import ProgressTracker
+    from ddp_sgd.engine import setup
 
-    pulse = Pulse(time.perf_counter)
-    assembly.Pulse = lambda: pulse  # type: ignore[assignment,misc]
+    progress = ProgressTracker(time.perf_counter)
+    setup.ProgressTracker = lambda: progress  # type: ignore[assignment,misc]
     config = RunConfig.model_validate(
         {"output_dir": folder, "epochs": epochs, "wandb": {"mode": "offline"}}
     )
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
         steps = fit(config, runtime, train_set=Digits()).step
-    return by_part(pulse.spent_s(), steps)
+    return by_part(progress.spent_s(), steps)
 
 
 def by_part(spent_s: Any, steps: int) -> Spent:

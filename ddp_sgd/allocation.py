@@ -12,7 +12,7 @@ def keep_freed_memory() -> None:
     """Have glibc keep the memory of one step for the next, instead of giving it back to the system.
 
     On the CPU a step frees its activations, and the next one asks for them again: given back, each
-    of their pages is mapped and cleared anew. ResNet-18 on 32 images then meets 20 to 30 thousand
+    of their pages is mapped and cleared again. ResNet-18 on 32 images then meets 20 to 30 thousand
     page faults more in a step of 0.6 s, a tenth of its time. A choice of the user's stays.
 
     Source:

@@ -19,7 +19,7 @@ from ddp_sgd.checkpointing.listing import (
     list_checkpoints,
     listing_lines,
 )
-from ddp_sgd.command import exit_code_of
+from ddp_sgd.cli import exit_code_of
 from ddp_sgd.console import deliver
 from ddp_sgd.errors import ConfigError, DataError, ExitCode
 

@@ -24,7 +24,7 @@ class ExitCode(IntEnum):
 
 
 class UserError(Exception):
-    """A mistake or a mishap that the user can mend; the message says how.
+    """A mistake or a mishap that the user can fix; the message says how.
 
     The message reads ``WHERE is WHAT; REMEDY``, on one line. Raise one of the subclasses.
 
@@ -56,7 +56,7 @@ class LostWorkerError(DataError):
 
 
 class PeerError(UserError):
-    """Another rank, or the meeting point of the ranks, cannot be reached."""
+    """Another rank, or the rendezvous endpoint of the ranks, cannot be reached."""
 
     exit_code = ExitCode.PEER
 
@@ -131,7 +131,7 @@ class RepeatedFailureError(UserError):
         self.exit_code = ExitCode(exit_code)
 
 
-class FaultElsewhereError(UserError):
+class RemoteError(UserError):
     """Another rank failed first and told the user; this one ends with the same code, silently.
 
     Args:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddp_sgd.checkpointing.listing import epochs_of
-from ddp_sgd.command import run_command
+from ddp_sgd.cli import run_command
 from ddp_sgd.config import CommandLine, Option, dump_yaml
 from ddp_sgd.console import deliver
 from ddp_sgd.distributed.bounded import leave
-from ddp_sgd.distributed.ranks import may_be_rank_0, read_ranks, told_by
+from ddp_sgd.distributed.environment import may_be_rank_0, only_on_rank, read_ranks
 
 if TYPE_CHECKING:
     from ddp_sgd.distributed.runtime import Runtime
@@ -57,7 +57,7 @@ def evaluate(line: CommandLine) -> int:
     Args:
         line: The checkpoint, and what changes in its configuration.
     """
-    with told_by(this_one=may_be_rank_0(os.environ)):
+    with only_on_rank(this_one=may_be_rank_0(os.environ)):
         read_ranks(os.environ)
     from ddp_sgd.distributed.runtime import start_runtime
 
@@ -73,7 +73,7 @@ def evaluate(line: CommandLine) -> int:
 
 def _work(line: CommandLine, runtime: "Runtime") -> list[str]:
     """Give what rank 0 prints."""
-    from ddp_sgd.engine.rescoring import look_up, score_anew
+    from ddp_sgd.engine.rescoring import look_up, score_again
     from ddp_sgd.report.progress import last_line
 
     is_trusted = line.options["trust"] or line.options["print_config"]
@@ -81,7 +81,7 @@ def _work(line: CommandLine, runtime: "Runtime") -> list[str]:
     saved = look_up(Path(line.argument), line.over, runtime, given)
     if line.options["print_config"]:
         return [dump_yaml(saved.config).rstrip("\n")]
-    scores, digest = score_anew(saved, runtime)
+    scores, digest = score_again(saved, runtime)
     header = saved.header
     plain = {name: _plain(value) for name, value in scores.items()}
     row = {

@@ -4,11 +4,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ddp_sgd.building import build
-from ddp_sgd.command import run_command
+from ddp_sgd.cli import run_command
 from ddp_sgd.config import CommandLine, Component, Option, RunConfig
 from ddp_sgd.console import deliver
 from ddp_sgd.errors import ConfigError, DataError
+from ddp_sgd.instantiate import build
 from ddp_sgd.optim.schedule import build_schedule
 from ddp_sgd.plan import Plan, make_plan
 from ddp_sgd.report.curve import curve

@@ -100,7 +100,7 @@ class Plan:
         """Whether ranks take the step with this number on their own."""
         return self.local_start is not None and step >= self.local_start
 
-    def ranks_meet_at(self, step: int) -> bool:
+    def ranks_sync_at(self, step: int) -> bool:
         """Whether all ranks have the same weights after ``step`` steps."""
         return (
             step == 0

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ddp_sgd.checkpointing.folder import FOLDER_NAME, CheckpointFolder
-from ddp_sgd.command import run_command
+from ddp_sgd.cli import run_command
 from ddp_sgd.config import CommandLine, Option
 from ddp_sgd.console import say
 from ddp_sgd.errors import DataError, ExitCode, OutputError

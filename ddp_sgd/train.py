@@ -11,14 +11,14 @@ from math import ceil
 from pathlib import Path
 
 from ddp_sgd.allocation import keep_freed_memory
-from ddp_sgd.building import uncollected
-from ddp_sgd.command import run_command
+from ddp_sgd.cli import run_command
 from ddp_sgd.config import CommandLine, Option
 from ddp_sgd.console import deliver, outlive_console
 from ddp_sgd.distributed.bounded import leave
 from ddp_sgd.distributed.cpus import batch_scheduling
-from ddp_sgd.distributed.ranks import may_be_rank_0, read_ranks, told_by
+from ddp_sgd.distributed.environment import may_be_rank_0, only_on_rank, read_ranks
 from ddp_sgd.engine.stopping import leave_undisturbed, stop_on_signal
+from ddp_sgd.instantiate import uncollected
 from ddp_sgd.report.weights_and_biases import start_ahead
 
 _OPTIONS = (
@@ -63,7 +63,7 @@ def train(line: CommandLine) -> int:
     if any(line.options[name] for name in answers):
         deliver("".join(f"{answers[name]}\n" for name in answers if line.options[name]))
         return 0
-    with told_by(this_one=may_be_rank_0(os.environ)):
+    with only_on_rank(this_one=may_be_rank_0(os.environ)):
         read_ranks(os.environ)
     outlive_console()
     keep_freed_memory()
@@ -72,7 +72,7 @@ def train(line: CommandLine) -> int:
         if may_be_rank_0(os.environ):
             start_ahead(config.wandb)
         is_first = "torch" not in sys.modules
-        with told_by(this_one=may_be_rank_0(os.environ)), stop.hold(), uncollected():
+        with only_on_rank(this_one=may_be_rank_0(os.environ)), stop.hold(), uncollected():
             from ddp_sgd.distributed.runtime import start_runtime
             from ddp_sgd.engine.fit import fit
 

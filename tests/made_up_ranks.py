@@ -1,8 +1,8 @@
 """Facts and timings of ranks that nobody started, for tests of what is made of them."""
 
-from ddp_sgd.examination.exchange import Answers, Clock
-from ddp_sgd.examination.facts import Facts
-from ddp_sgd.examination.links import Link
+from ddp_sgd.doctor.exchange import Answers, Clock
+from ddp_sgd.doctor.facts import Facts
+from ddp_sgd.doctor.links import Link
 
 VERSIONS = {"python": "3.12.4", "torch": "2.14.1", "ddp_sgd": "0.1.0", "numpy": "2.4.6"}
 

@@ -12,7 +12,7 @@ A page is read from top to bottom in a scratch folder that looks like the reposi
 * ``text`` and ``json`` are for reading.
 
 Three kinds of commands do not run as they stand. ``pip install`` is left out. ``srun`` is a
-stand-in that starts real ranks here, with the variables that SLURM sets. ``make`` says what it
+dummy that starts real ranks here, with the variables that SLURM sets. ``make`` says what it
 would do, since tests run inside ``make test``; but ``make train`` runs, unless it would install
 something first.
 """
@@ -45,7 +45,7 @@ while [[ $1 == -* ]]; do
     case $1 in
         --ntasks=*) SLURM_NTASKS=${1#*=} ;;
         --nodes=1) ;;
-        *) echo "the stand-in for srun does not know $1" >&2; exit 64 ;;
+        *) echo "the dummy for srun does not know $1" >&2; exit 64 ;;
     esac
     shift
 done

@@ -3,7 +3,7 @@ import pickle
 import pytest
 
 from ddp_sgd import errors
-from ddp_sgd.errors import ExitCode, FaultElsewhereError, UserError
+from ddp_sgd.errors import ExitCode, RemoteError, UserError
 
 
 @pytest.mark.parametrize(
@@ -27,21 +27,21 @@ def test_codes_that_are_no_error():
 
 
 def test_message_is_one_line():
-    assert str(errors.DataError("x.npz is  broken:\n  line 2\r\n\tof 3; mend it. ")) == (
-        "x.npz is broken: line 2 of 3; mend it."
+    assert str(errors.DataError("x.npz is  broken:\n  line 2\r\n\tof 3; fix it. ")) == (
+        "x.npz is broken: line 2 of 3; fix it."
     )
 
 
 def test_fault_elsewhere_takes_over_the_code_of_the_other_rank():
-    error = FaultElsewhereError("data.train is empty; name another.", 65)
+    error = RemoteError("data.train is empty; name another.", 65)
     assert error.exit_code is ExitCode.DATA
     assert str(error) == "data.train is empty; name another."
-    assert FaultElsewhereError.exit_code is ExitCode.INTERNAL
+    assert RemoteError.exit_code is ExitCode.INTERNAL
 
 
 def test_code_that_nobody_knows_is_refused():
     with pytest.raises(ValueError, match="42"):
-        FaultElsewhereError("x", 42)
+        RemoteError("x", 42)
 
 
 @pytest.mark.parametrize("error", [errors.ConfigError("x is 1; y."), errors.OutputError("z")])

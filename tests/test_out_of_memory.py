@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from ddp_sgd.building import build
 from ddp_sgd.config.sections import Component
 from ddp_sgd.errors import ConfigError
+from ddp_sgd.instantiate import build
 from ddp_sgd.optim.sgd import SGD, Group
 from ddp_sgd.out_of_memory import Use, describe_out_of_memory, memory_for
 

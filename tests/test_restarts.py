@@ -272,7 +272,7 @@ def test_signal_to_one_rank_stops_all_ranks(restarts, tmp_path):
     assert run.end() == ExitCode.STOPPED, run.said
     result = run.result()
     assert result["status"] == "stopped"
-    stop = run.rows("stop")[-1]  # torchrun may have begun anew, and been stopped once more
+    stop = run.rows("stop")[-1]  # torchrun may have begun again, and been stopped once more
     assert stop["step"] == result["step"]
     tell(f"stopped after {stop['time'] - instant:.2f} s, ended after {time.time() - instant:.2f} s")
 

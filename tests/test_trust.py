@@ -50,8 +50,8 @@ FOREIGN = [
     "torchvision.datasets.folder.default_loader",
     "torchvision.datasets.mnist.os.system",
     "timm.models.load_checkpoint",
-    "ddp_sgd.building.build",
-    "ddp_sgd.data.loading.os.system",
+    "ddp_sgd.instantiate.build",
+    "ddp_sgd.data.loader.os.system",
 ]
 
 

@@ -81,9 +81,9 @@ class Workload:
         return patterns[targets] + noise, targets
 
     def _order(self, samples: int, ranks: int) -> Any:
-        from ddp_sgd.data.order import Order
+        from ddp_sgd.data.sampler import TrainSampler
 
-        order = Order(
+        order = TrainSampler(
             samples,
             global_batch=self.batch_size * ranks,
             batch_size=self.batch_size,

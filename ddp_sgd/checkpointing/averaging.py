@@ -59,8 +59,8 @@ def average_tensors(chosen: Sequence[Found]) -> dict[str, Any]:
         chosen: Files and manifests, the oldest first.
 
     Returns:
-        Content for a checkpoint: ``model``, and ``optimizer`` without velocities, since those of
-        different places do not fit the mean.
+        Content for a checkpoint: ``model``, and ``optimizer`` without momentum buffers, since those
+        of different places do not fit the mean.
 
     Raises:
         DataError: A file cannot be read, or they are of different models.

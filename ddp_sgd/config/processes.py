@@ -25,8 +25,8 @@ class LocalSgdConfig(Section):
     """Steps after which ranks go their own ways, at least 0; null: every step is common."""
 
     period: Count = 8
-    """Steps from one average of weights and velocities to the next, at least 1; they are averaged
-    at the end of an epoch, too."""
+    """Steps from one average of weights and momentum buffers to the next, at least 1; they are
+    averaged at the end of an epoch, too."""
 
 
 class ParallelConfig(Section):

@@ -37,7 +37,7 @@ class RunConfig(Section):
 
     resume: PathText = "auto"
     """What becomes of a run folder that exists. auto: an unfinished run goes on, a finished one
-    gives its result, a run without a checkpoint starts anew. never: the folder is moved aside to
+    gives its result, a run without a checkpoint starts again. never: the folder is moved aside to
     NAME.1, NAME.2, ... must: there has to be a checkpoint. PATH of a checkpoint, or of another run
     folder, where ~ is the home folder: start from there. Nothing is overwritten."""
 

@@ -13,7 +13,7 @@ from ddp_sgd.console import settle
 T = TypeVar("T")
 
 
-def call_within(limit_s: float, work: Callable[[], T]) -> T:
+def call_with_timeout(limit_s: float, work: Callable[[], T]) -> T:
     """Return what the work returns, or raise what it raises, unless it takes too long.
 
     torch's client of a store may wait for ever for a host that is silent, whatever its timeout.
@@ -43,7 +43,7 @@ def call_within(limit_s: float, work: Callable[[], T]) -> T:
     return cast("T", value)
 
 
-def run_within(limit_s: float, work: Callable[[], object]) -> None:
+def run_with_timeout(limit_s: float, work: Callable[[], object]) -> None:
     """Do some work as far as it goes; an error is dropped, and work that takes too long left alone.
 
     Args:
@@ -51,7 +51,7 @@ def run_within(limit_s: float, work: Callable[[], object]) -> None:
         work: Called in a thread.
     """
     with suppress(Exception):
-        call_within(limit_s, work)
+        call_with_timeout(limit_s, work)
 
 
 def leave(code: int) -> NoReturn:

@@ -17,10 +17,10 @@ from torch._C._distributed_c10d import ErrorType
 from torch.distributed.distributed_c10d import Store
 
 from ddp_sgd.console import report_error
-from ddp_sgd.distributed.bounded import run_within
-from ddp_sgd.distributed.fate import Fate, SharedFate
+from ddp_sgd.distributed.bounded import run_with_timeout
+from ddp_sgd.distributed.error_propagation import ErrorPropagation, StoreErrorPropagation
 from ddp_sgd.distributed.launcher_files import leave_for_launcher
-from ddp_sgd.errors import ExitCode, FaultElsewhereError, UserError
+from ddp_sgd.errors import ExitCode, RemoteError, UserError
 from ddp_sgd.time_limits import scaled
 
 _POLL_S = 1.0
@@ -38,7 +38,9 @@ _LEAVE_S = 0.5
 
 
 @contextmanager
-def watch_errors(fate: SharedFate, store: Store, device: torch.device) -> Iterator[None]:
+def watch_errors(
+    error_propagation: StoreErrorPropagation, store: Store, device: torch.device
+) -> Iterator[None]:
     """End this process soon after another rank failed, even if its main thread waits for ever.
 
     The main thread has a few seconds to find the error by itself, which it does wherever a
@@ -47,7 +49,7 @@ def watch_errors(fate: SharedFate, store: Store, device: torch.device) -> Iterat
     that of NCCL, counts too.
 
     Args:
-        fate: Knows the first error, and whether this rank has found one.
+        error_propagation: Knows the first error, and whether this rank has found one.
         store: Client of the store for this thread alone.
         device: Where the group computes.
     """
@@ -59,13 +61,13 @@ def watch_errors(fate: SharedFate, store: Store, device: torch.device) -> Iterat
             error: Exception | None = None
             if is_store_there:
                 try:
-                    error = fate.find_remote(store)
+                    error = error_propagation.find_remote(store)
                 except Exception:  # the store is gone with its host, which others report
                     is_store_there = False
             error = error or _communicator_error(device)
             if error:
-                if not (fate.has_judged.wait(_GRACE_S) or over.is_set()):
-                    end_process(error, fate)
+                if not (error_propagation.has_resolved.wait(_GRACE_S) or over.is_set()):
+                    end_process(error, error_propagation)
                 return
 
     thread = threading.Thread(target=run, name="ddp_sgd-errors", daemon=True)
@@ -77,28 +79,28 @@ def watch_errors(fate: SharedFate, store: Store, device: torch.device) -> Iterat
         thread.join(_LEAVE_S)
 
 
-def end_process(error: Exception, fate: Fate) -> NoReturn:
+def end_process(error: Exception, error_propagation: ErrorPropagation) -> NoReturn:
     """End a process whose main thread does not come back, with the code of the first error.
 
-    The line is printed, unless another rank has reported the error; ``fate.before_exit`` is called
-    with it, and the communicator is aborted.
+    The line is printed, unless another rank has reported the error; ``before_exit`` is called with
+    it, and the communicator is aborted.
 
     Args:
         error: Why it ends.
-        fate: Of this rank.
+        error_propagation: Of this rank.
     """
-    error = fate.judge(error)
+    error = error_propagation.resolve(error)
     code = error.exit_code if isinstance(error, UserError) else ExitCode.INTERNAL
-    is_first = not isinstance(error, FaultElsewhereError)
+    is_first = not isinstance(error, RemoteError)
     try:
         if is_first:
-            run_within(_WRITE_S, partial(report_error, error))
-        run_within(_WRITE_S, partial(leave_for_launcher, code, str(error), is_first=is_first))
-        if fate.before_exit:
-            run_within(_RESULT_S, partial(fate.before_exit, error))
-        if fate.farewell:
-            fate.farewell()
-        run_within(_ABORT_S, abort_group)
+            run_with_timeout(_WRITE_S, partial(report_error, error))
+        run_with_timeout(_WRITE_S, partial(leave_for_launcher, code, str(error), is_first=is_first))
+        if error_propagation.before_exit:
+            run_with_timeout(_RESULT_S, partial(error_propagation.before_exit, error))
+        if error_propagation.farewell:
+            error_propagation.farewell()
+        run_with_timeout(_ABORT_S, abort_group)
     finally:
         os._exit(code)
 

@@ -6,7 +6,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from ddp_sgd.distributed.ranks import may_be_rank_0
+from ddp_sgd.distributed.environment import may_be_rank_0
 
 EXIT_CODE_FILE = "LAUNCH_EXIT_CODE_FILE"
 """Variable that names the file in which a launch script looks for the exit code of a rank."""

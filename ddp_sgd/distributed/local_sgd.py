@@ -6,28 +6,28 @@ import torch
 from torch import nn
 
 from ddp_sgd.distributed.collectives import sum_over_ranks
-from ddp_sgd.distributed.replica import FlatReplica
+from ddp_sgd.distributed.data_parallel import FlatAllReduce
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.plan import Plan
 
 
-class LocalReplica(FlatReplica):
+class LocalSGD(FlatAllReduce):
     """A model that differs between ranks from one average to the next.
 
     Up to ``plan.local_start`` gradients are summed at every step. Afterwards each rank follows the
-    gradient of its own samples, scaled by the number of ranks; weights and velocities become their
-    mean over ranks wherever ``plan.ranks_meet_at`` says so. So with a period of one step this is
-    plain SGD. Ranks are equal wherever they meet: there, and only there, the state is saved.
+    gradient of its own samples, scaled by the number of ranks; weights and momentum buffers become
+    their mean over ranks wherever ``plan.ranks_sync_at`` says so; with a period of one step this is
+    plain SGD. Ranks are equal after an average: there, and only there, the state is saved.
 
     Args:
         model: The model, on the runtime's device.
         runtime: This process.
         plan: The run's arithmetic.
-        velocities: Of each parameter; empty without momentum.
+        momentum_buffers: Of each parameter; empty without momentum.
 
     Source:
         Lin et al. 2020, "Don't Use Large Mini-Batches, Use Local SGD", arXiv:1808.07217. There
-        velocities stay apart; here they are averaged, too, so that one checkpoint holds the run.
+        momentum buffers stay apart; here they are averaged, too, so that one checkpoint is enough.
     """
 
     meets_in = ("reducing gradients", "averaging weights")
@@ -37,12 +37,12 @@ class LocalReplica(FlatReplica):
         model: nn.Module,
         runtime: Runtime,
         plan: Plan,
-        velocities: Mapping[nn.Parameter, torch.Tensor],
+        momentum_buffers: Mapping[nn.Parameter, torch.Tensor],
     ) -> None:
         super().__init__(model, runtime)
         self.divisor = runtime.world_size
         self._plan = plan
-        self._velocities = velocities
+        self._velocities = momentum_buffers
 
     def reduce(self, step: int) -> list[torch.Tensor]:
         """Gather the gradients; at the steps that are common to all ranks, average them."""
@@ -52,14 +52,14 @@ class LocalReplica(FlatReplica):
 
     def is_equal_before(self, step: int) -> bool:
         """Whether all ranks have the same weights before this step."""
-        return self._plan.ranks_meet_at(step)
+        return self._plan.ranks_sync_at(step)
 
     def averages_after(self, step: int) -> bool:
         """Whether ranks average their weights after this step."""
-        return self._plan.is_local(step) and self._plan.ranks_meet_at(step + 1)
+        return self._plan.is_local(step) and self._plan.ranks_sync_at(step + 1)
 
     def average(self) -> None:
-        """Replace weights and velocities by their mean over ranks, one call for each type."""
+        """Replace weights and momentum buffers by their mean over ranks, one call for each type."""
         # Looked up at every average, since a model may replace the storage of its parameters.
         averaged = [p.detach() for p in self._parameters]
         averaged += [self._velocities[p] for p in self._parameters if self._velocities]

@@ -6,20 +6,20 @@ import torch
 from torch import nn
 
 from ddp_sgd.config.processes import ParallelConfig
-from ddp_sgd.distributed.compression import build_hook
-from ddp_sgd.distributed.local_sgd import LocalReplica
-from ddp_sgd.distributed.replica import FlatReplica, Replica, WrappedReplica
+from ddp_sgd.distributed.comm_hooks import build_comm_hook
+from ddp_sgd.distributed.data_parallel import DataParallelModel, FlatAllReduce, WrappedDDP
+from ddp_sgd.distributed.local_sgd import LocalSGD
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.plan import Plan
 
 
-def replicate(
+def wrap_model(
     model: nn.Module,
     runtime: Runtime,
     config: ParallelConfig,
     plan: Plan,
-    velocities: Mapping[nn.Parameter, torch.Tensor],
-) -> Replica:
+    momentum_buffers: Mapping[nn.Parameter, torch.Tensor],
+) -> DataParallelModel:
     """Keep a model equal on all ranks, in the way that costs least.
 
     With ``parallel.replica: auto`` gradients that fit into one bucket are reduced by one call after
@@ -31,25 +31,25 @@ def replicate(
         runtime: This process.
         config: Section ``parallel`` of the configuration.
         plan: The run's arithmetic.
-        velocities: Of each parameter; empty without momentum.
+        momentum_buffers: Of each parameter; empty without momentum.
 
     Raises:
         ConfigError: The model's gradients cannot be compressed.
     """
     if plan.local_start is not None:
-        return LocalReplica(model, runtime, plan, velocities)
+        return LocalSGD(model, runtime, plan, momentum_buffers)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     compresses = config.compression != "none" and not runtime.alone
     only_ddp = config.static_graph or config.find_unused_parameters or compresses
     fits = trained <= config.bucket_mb * 2**20 and not only_ddp
     if config.replica == "flat" or (config.replica == "auto" and fits):
-        return FlatReplica(model, runtime)
+        return FlatAllReduce(model, runtime)
     if runtime.alone:
-        return Replica(model, runtime)
-    return WrappedReplica(
+        return DataParallelModel(model, runtime)
+    return WrappedDDP(
         model,
         runtime,
-        build_hook(config.compression, model, runtime),
+        build_comm_hook(config.compression, model, runtime),
         bucket_cap_mb=config.bucket_mb,
         gradient_as_bucket_view=config.gradient_as_bucket_view,
         static_graph=config.static_graph,

@@ -13,17 +13,22 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from ddp_sgd.distributed.bounded import call_within
+from ddp_sgd.distributed.bounded import call_with_timeout
 from ddp_sgd.distributed.cpus import batch_scheduling, usable_cpus
+from ddp_sgd.distributed.environment import Ranks, may_be_rank_0, only_on_rank, read_ranks
+from ddp_sgd.distributed.error_propagation import (
+    ErrorPropagation,
+    LocalErrorPropagation,
+    StoreErrorPropagation,
+    propagate_errors,
+)
 from ddp_sgd.distributed.error_watch import abort_group, watch_errors
-from ddp_sgd.distributed.fate import Fate, OwnFate, SharedFate, shared_fate
-from ddp_sgd.distributed.meeting import (
+from ddp_sgd.distributed.rendezvous import (
     could_not_join,
     is_agent_store,
     open_store,
-    read_attendance,
+    read_rendezvous_info,
 )
-from ddp_sgd.distributed.ranks import Ranks, may_be_rank_0, read_ranks, told_by
 from ddp_sgd.errors import ConfigError
 from ddp_sgd.time_limits import scaled
 
@@ -45,7 +50,7 @@ class Runtime:
         local_rank: Number of this process on its machine.
         device: Where this rank computes.
         backend: Library that carries tensors between ranks; None when alone.
-        fate: What becomes of errors.
+        error_propagation: What becomes of errors.
         store: Key-value store of the group; None when alone.
     """
 
@@ -54,7 +59,7 @@ class Runtime:
     local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     backend: str | None = None
-    fate: Fate = field(default_factory=OwnFate)
+    error_propagation: ErrorPropagation = field(default_factory=LocalErrorPropagation)
     store: Store | None = None
 
     @property
@@ -87,10 +92,10 @@ def start_runtime(
         ...     runtime.world_size
         1
     """
-    with told_by(this_one=may_be_rank_0(os.environ)):
+    with only_on_rank(this_one=may_be_rank_0(os.environ)):
         ranks = read_ranks(os.environ)
     place = _choose_device(device, ranks)
-    with told_by(this_one=ranks.rank == 0):
+    with only_on_rank(this_one=ranks.rank == 0):
         _check_backend(backend, place)
     with batch_scheduling():
         if ranks.alone:
@@ -107,30 +112,33 @@ def _joined(
 ) -> Iterator[Runtime]:
     """Join the other ranks, and leave them whatever happens."""
     _share_cpus(ranks)
-    with told_by(this_one=ranks.rank == 0):
+    with only_on_rank(this_one=ranks.rank == 0):
         store = open_store(ranks, timeout_s)
-    attendance = read_attendance(store)
+    info = read_rendezvous_info(store)
     notes = PrefixStore("fate", store)
-    fate = SharedFate(notes, ranks.rank, attendance, timeout_s)
+    error_propagation = StoreErrorPropagation(notes, ranks.rank, info, timeout_s)
     runtime = Runtime(
         rank=ranks.rank,
         world_size=ranks.world_size,
         local_rank=ranks.local_rank,
         device=device,
         backend=backend,
-        fate=fate,
+        error_propagation=error_propagation,
         store=notes,
     )
     try:
-        fate.farewell = partial(_say_farewell, notes, ranks)
-        with watch_errors(fate, notes.clone(), device), shared_fate(fate):
-            _connect(runtime, ranks, store, attendance.hosts, timeout_s)
+        error_propagation.farewell = partial(_say_farewell, notes, ranks)
+        with (
+            watch_errors(error_propagation, notes.clone(), device),
+            propagate_errors(error_propagation),
+        ):
+            _connect(runtime, ranks, store, info.hosts, timeout_s)
             yield runtime
     except Exception as error:
         _forget_locals(error)
         abort_group()
         _leave_group()  # first of all, so that the others stop waiting for this rank
-        if not fate.is_store_silent:
+        if not error_propagation.is_store_silent:
             _say_farewell(notes, ranks)
         raise
     except BaseException:
@@ -145,7 +153,9 @@ def _choose_device(wanted: str, ranks: Ranks) -> torch.device:
     kind = here if wanted == "auto" else wanted
     if kind == "cpu":
         return torch.device("cpu")
-    with told_by(this_one=ranks.local_rank == 0):  # hosts may differ: one process of each tells
+    with only_on_rank(
+        this_one=ranks.local_rank == 0
+    ):  # hosts may differ: one process of each tells
         if kind != here:
             raise ConfigError(
                 f"runtime.device is {wanted}, but this host has {here} only; "
@@ -154,7 +164,7 @@ def _choose_device(wanted: str, ranks: Ranks) -> torch.device:
     count = torch.accelerator.device_count()
     # A site that binds one device to each task shows every rank its own as number 0.
     index = 0 if count == 1 and ranks.launcher == "srun" else ranks.local_rank
-    with told_by(this_one=index == count):  # the first that finds no device
+    with only_on_rank(this_one=index == count):  # the first that finds no device
         if index >= count:
             raise ConfigError(
                 f"LOCAL_RANK is {index}, but this host has {count} {kind} devices; start at most "
@@ -219,7 +229,7 @@ def _connect(
         # ``error_watch`` for what ends it instead.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     try:
-        call_within(timeout_s + _GRACE_S, connect)
+        call_with_timeout(timeout_s + _GRACE_S, connect)
     except (OSError, RuntimeError, ValueError) as error:  # torch's own classes are RuntimeErrors
         remedy = _find_way(hosts, runtime.backend or "")
         raise could_not_join(ranks, timeout_s, error, remedy) from error
@@ -261,7 +271,7 @@ def _forget_locals(error: BaseException | None) -> None:
 def _say_farewell(store: Store, ranks: Ranks) -> None:
     """Keep the store alive until every rank has read of the fault, where this rank hosts it."""
     with suppress(RuntimeError, TimeoutError):
-        call_within(_FAREWELL_S + 1.0, lambda: _outlast_others(store, ranks))
+        call_with_timeout(_FAREWELL_S + 1.0, lambda: _outlast_others(store, ranks))
 
 
 def _outlast_others(store: Store, ranks: Ranks) -> None:

@@ -11,17 +11,17 @@ from typing import Any, NamedTuple, Protocol, Self
 from ddp_sgd.checkpointing.folder import FOLDER_NAME, CheckpointFolder
 from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.config.schema import RunConfig
-from ddp_sgd.engine.assembly import Job
-from ddp_sgd.engine.capture import Tree, capture, capture_others, refuse_foreign
 from ddp_sgd.engine.data_marks import with_marks
+from ddp_sgd.engine.setup import Job
 from ddp_sgd.engine.state import State
+from ddp_sgd.engine.train_state import Tree, capture, other_state_dict, refuse_foreign
 from ddp_sgd.engine.writers import Writer, build_writer, bytes_of
 from ddp_sgd.errors import OutputError
 from ddp_sgd.files import make_folder
 from ddp_sgd.out_of_memory import Use, describe_out_of_memory
+from ddp_sgd.report.logger import Row
 from ddp_sgd.report.reporter import Reporter
 from ddp_sgd.report.run_folder import RunFolder, unwritable
-from ddp_sgd.report.sink import Row
 
 _PATIENCE = 3
 """Saves in a row that may fail before the run ends."""
@@ -198,13 +198,13 @@ class SavedCheckpoints:
 
 @contextmanager
 def open_checkpoints(
-    config: RunConfig, job: Job, run_id: str, folder: RunFolder | None, report: Reporter
+    config: RunConfig, context: Job, run_id: str, folder: RunFolder | None, report: Reporter
 ) -> Iterator[Checkpoints]:
     """Open the way of the state to the disk, on the rank that has the run folder.
 
     Args:
         config: Description of the run.
-        job: The run, ready to start.
+        context: The run, ready to start.
         run_id: Identity of the run.
         folder: The run folder, on rank 0.
         report: Is told of every save.
@@ -223,21 +223,21 @@ def open_checkpoints(
     with SavedCheckpoints(
         saved,
         with_marks(
-            job.marks,
+            context.marks,
             partial(
                 _capture,
-                job,
-                optimizer=job.optimizer,
-                plan=job.plan,
+                context,
+                optimizer=context.optimizer,
+                plan=context.plan,
                 config=config.model_dump(mode="json"),
                 run_id=run_id,
-                loss=job.loss,
+                loss=context.loss,
             ),
         ),
         partial(
             build_writer,
             folder=saved,
-            device=job.device,
+            device=context.device,
             keep=config.checkpoint.keep,
             before=report.catch_up,  # a run that is killed has every row up to where it goes on
         ),
@@ -246,10 +246,13 @@ def open_checkpoints(
         yield checkpoints
 
 
-def _capture(job: Job, state: State, **others: Any) -> tuple[Header, Tree]:
+def _capture(context: Job, state: State, **others: Any) -> tuple[Header, Tree]:
     """Gather all that a resume of this job needs."""
-    header, tree = capture(state, model=job.replica.inner, **others)
-    return header, {**tree, **capture_others(job.replica.inner, job.loss_modules, job.buffers)}
+    header, tree = capture(state, model=context.wrapper.inner, **others)
+    return header, {
+        **tree,
+        **other_state_dict(context.wrapper.inner, context.loss_modules, context.buffers),
+    }
 
 
 def _out_of_memory(error: Exception | None) -> str | None:

@@ -6,24 +6,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddp_sgd.building import build
 from ddp_sgd.config.schema import RunConfig
-from ddp_sgd.data.fetching import Collate
+from ddp_sgd.data.fetcher import Collate
 from ddp_sgd.data.open_files import OpenFiles
-from ddp_sgd.engine.capture import describe_loss
 from ddp_sgd.engine.data_marks import Marks
+from ddp_sgd.engine.fingerprint import mark_samples
 from ddp_sgd.engine.lazy_modules import is_materialized, materialize
 from ddp_sgd.engine.model_check import check_loss_parameters, check_model
 from ddp_sgd.engine.model_inputs import choose_spread
 from ddp_sgd.engine.sample_batch import Batch, check_dataset, read_batch
+from ddp_sgd.engine.train_state import describe_loss
 from ddp_sgd.errors import ConfigError, DataError
-from ddp_sgd.examination.fingerprint import mark_samples
+from ddp_sgd.instantiate import build
 from ddp_sgd.losses import LossFunction, Objective, as_module, loss_modules
 from ddp_sgd.seeds import seed_for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Parts:
+class Components:
     """What the user brings: a model, a loss and data, on the host.
 
     Args:
@@ -45,13 +45,13 @@ class Parts:
     files: OpenFiles = field(default_factory=OpenFiles)
 
 
-def gather_parts(
+def gather_components(
     config: RunConfig,
     model: nn.Module | None,
     loss: LossFunction | None,
     train_set: Any,
     eval_set: Any,
-) -> Parts:
+) -> Components:
     """Take what is given, build the rest from the configuration.
 
     A given training set without a held-out set means that there is none.
@@ -75,7 +75,7 @@ def gather_parts(
         size = config.data.batch_size
         batch = read_batch(train_set, "data.train", batch_size=size, collate=collate)
         materialize_lazy(model, loss, batch, config.seed)
-    return Parts(
+    return Components(
         model=model,
         loss=as_module(loss),  # of a function of torch, whose units are known
         loss_name=describe_loss(loss),

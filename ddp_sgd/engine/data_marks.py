@@ -11,11 +11,11 @@ from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.checkpointing.reading import read_tensors
 from ddp_sgd.distributed.collectives import from_rank_0
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.capture import Tree
-from ddp_sgd.engine.resume import Past
+from ddp_sgd.engine.fingerprint import Mark
+from ddp_sgd.engine.resume import ResumePoint
 from ddp_sgd.engine.state import State
+from ddp_sgd.engine.train_state import Tree
 from ddp_sgd.errors import RefusedError
-from ddp_sgd.examination.fingerprint import Mark
 
 Marks = Mapping[str, Mark]
 
@@ -32,7 +32,7 @@ def with_marks(
     """Add the marks of the training data to whatever a capture of the state gives.
 
     Args:
-        marks: From ``require_agreement``; those of held-out data, which may change, are left out.
+        marks: From ``require_consistency``; those of held-out data, which may change, are left out.
         capture: Gives header and content of a checkpoint.
     """
     packed = {name: tuple(mark) for name, mark in marks.items() if _OF_TRAINING_DATA in name}
@@ -45,7 +45,10 @@ def with_marks(
 
 
 def refuse_other_data(
-    past: Past, saved: Mapping[str, Any], marks: Marks, read_again: Callable[[], Marks]
+    resume_point: ResumePoint,
+    saved: Mapping[str, Any],
+    marks: Marks,
+    read_again: Callable[[], Marks],
 ) -> None:
     """Refuse to go on with other training data than those of the checkpoint.
 
@@ -54,7 +57,7 @@ def refuse_other_data(
     ``resume=PATH``, may have data of its own.
 
     Args:
-        past: What the run goes on from.
+        resume_point: What the run goes on from.
         saved: Content of the checkpoint.
         marks: Today's.
         read_again: Marks the same samples a second time; called where there is a difference.
@@ -62,7 +65,7 @@ def refuse_other_data(
     Raises:
         RefusedError: A sample is another one; the message names it.
     """
-    if past.header is None or past.header.run_id != past.run_id:
+    if resume_point.header is None or resume_point.header.run_id != resume_point.run_id:
         return
     before = {name: Mark(*values) for name, values in (saved.get(KEY) or {}).items()}
     suspects = [
@@ -77,17 +80,19 @@ def refuse_other_data(
     if differences:
         shown = ", ".join(differences[:_SHOWN]) + (", ..." if len(differences) > _SHOWN else "")
         raise RefusedError(
-            f"data.train is not what the checkpoint of step {past.header.step} was trained on: "
-            f"{shown}; restore the data, choose another name, or set resume=never to begin at step "
-            "0."
+            f"data.train is not what the checkpoint of step {resume_point.header.step} was trained "
+            f"on: {shown}; restore the data, choose another name, or set resume=never to "
+            "begin at step 0."
         )
 
 
-def refuse_data_of_another_run(past: Past, read: Callable[[], Marks], runtime: Runtime) -> None:
+def refuse_data_of_another_run(
+    resume_point: ResumePoint, read: Callable[[], Marks], runtime: Runtime
+) -> None:
     """Refuse to give the result of a finished run for other data; equal on all ranks.
 
     Args:
-        past: What is left of the run; without a checkpoint nothing is compared.
+        resume_point: What is left of the run; without a checkpoint nothing is compared.
         read: Marks the samples of today's data.
         runtime: This process.
 
@@ -95,6 +100,8 @@ def refuse_data_of_another_run(past: Past, read: Callable[[], Marks], runtime: R
         DataError: The checkpoint cannot be read.
         RefusedError: A sample is another one; the message names it.
     """
-    saved = from_rank_0(read_tensors(past.file).get(KEY) if past.file else None, runtime)
+    saved = from_rank_0(
+        read_tensors(resume_point.file).get(KEY) if resume_point.file else None, runtime
+    )
     if saved:
-        refuse_other_data(past, {KEY: saved}, read(), read)
+        refuse_other_data(resume_point, {KEY: saved}, read(), read)

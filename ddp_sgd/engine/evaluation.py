@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddp_sgd.data.loading import EvalLoader, move
-from ddp_sgd.data.order import Chunks
+from ddp_sgd.data.loader import EvalLoader, move
+from ddp_sgd.data.sampler import EvalSampler
 from ddp_sgd.distributed.collectives import sum_over_ranks
-from ddp_sgd.distributed.pulse import Pulse
+from ddp_sgd.distributed.progress import ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.loss_check import is_classification
 from ddp_sgd.losses import Objective
@@ -26,7 +26,7 @@ _SMALL_BYTES = 2**14
 """Scores of a chunk that are copied sooner than compared with their targets."""
 
 _MOST_WAITING = 64
-"""Chunks whose scores wait for that."""
+"""EvalSampler whose scores wait for that."""
 
 
 class Interrupted(Exception):  # noqa: N818  # it is no error
@@ -38,7 +38,7 @@ def evaluate(
     objective: Objective,
     loader: EvalLoader,
     runtime: Runtime,
-    pulse: Pulse | None = None,
+    progress: ProgressTracker | None = None,
     interrupted: Callable[[], bool] = lambda: False,
     *,
     seed_chunk: Callable[[int], None] = lambda _: None,
@@ -54,7 +54,7 @@ def evaluate(
         objective: The loss.
         loader: This rank's chunks.
         runtime: This process.
-        pulse: Is told of every chunk.
+        progress: Is told of every chunk.
         interrupted: Whether this rank has something better to do; asked before every chunk.
         seed_chunk: Seeds what the model draws for a chunk, given its number.
 
@@ -72,8 +72,8 @@ def evaluate(
     scored = _Scored(objective, runtime.device)
     with evaluating(model):
         for chunk, samples, inputs, targets in loader:
-            if pulse is not None:
-                pulse.tick()
+            if progress is not None:
+                progress.touch()
             if _is_cut_short(interrupted(), loader.chunks, runtime):
                 scored.cut_short = 1
                 break
@@ -90,7 +90,7 @@ def evaluate(
     return _metrics(loss, units, numbers)
 
 
-def _is_cut_short(interrupted: bool, chunks: Chunks, runtime: Runtime) -> bool:  # noqa: FBT001
+def _is_cut_short(interrupted: bool, chunks: EvalSampler, runtime: Runtime) -> bool:  # noqa: FBT001
     """Whether to leave the loop; where ranks score in step, all leave it together."""
     if not chunks.in_step:
         return interrupted

@@ -8,22 +8,22 @@ from typing import Any
 from torch import nn
 
 from ddp_sgd.config.schema import RunConfig
+from ddp_sgd.distributed.error_propagation import propagate_errors
 from ddp_sgd.distributed.error_watch import end_process
-from ddp_sgd.distributed.fate import shared_fate
+from ddp_sgd.distributed.hang_watch import watch_for_hangs
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.distributed.watch import keep_watch
-from ddp_sgd.engine.agreement import require_agreement
-from ddp_sgd.engine.assembly import Job, assemble
 from ddp_sgd.engine.checkpoint import open_checkpoints
-from ddp_sgd.engine.components import gather_parts, mark_training_set
+from ddp_sgd.engine.components import gather_components, mark_training_set
 from ddp_sgd.engine.data_marks import refuse_data_of_another_run
-from ddp_sgd.engine.diagnosis import plain_faults
-from ddp_sgd.engine.heartbeat import Heartbeat
+from ddp_sgd.engine.error_translation import translate_errors
 from ddp_sgd.engine.loop import Loop
+from ddp_sgd.engine.rank_consistency import require_consistency
 from ddp_sgd.engine.restoring import hand_over, refuse_other_parts
-from ddp_sgd.engine.result import RunResult, conclude
-from ddp_sgd.engine.resume import look_back
+from ddp_sgd.engine.result import RunResult, build_result
+from ddp_sgd.engine.resume import find_resume_point
+from ddp_sgd.engine.setup import Job, build_context
 from ddp_sgd.engine.stopping import HasReason, StopRequest, stop_on_signal
+from ddp_sgd.engine.sync import RankSync
 from ddp_sgd.engine.timetable import Deadline, Timetable
 from ddp_sgd.losses import LossFunction
 from ddp_sgd.report.reporter import open_report, tell_of_the_end
@@ -60,7 +60,7 @@ def fit(
         How the run ended, equal on all ranks.
 
     Raises:
-        UserError: A subclass says what the user can mend.
+        UserError: A subclass says what the user can fix.
         StoppedError: A signal came before the first step.
 
     Example:
@@ -71,38 +71,44 @@ def fit(
         nullcontext(_stop_request(stop)) if stop is not None else stop_on_signal() as request,
         claim_run_folder(config, runtime) as folder,
     ):
-        request.force = partial(end_process, fate=runtime.fate)
-        past = look_back(config, folder, runtime)
-        if past.ending:
-            refuse_other_parts(past.header, train_set, loss)
-            refuse_data_of_another_run(past, partial(mark_training_set, config, train_set), runtime)
-            return _repeat_result(past.ending, past.file, model, runtime, folder)
+        request.force = partial(end_process, error_propagation=runtime.error_propagation)
+        resume_point = find_resume_point(config, folder, runtime)
+        if resume_point.ending:
+            refuse_other_parts(resume_point.header, train_set, loss)
+            refuse_data_of_another_run(
+                resume_point, partial(mark_training_set, config, train_set), runtime
+            )
+            return _repeat_result(resume_point.ending, resume_point.file, model, runtime, folder)
         with (
-            open_report(config, runtime, folder, past.origin) as report,
-            shared_fate(runtime.fate),
-            plain_faults(request),
+            open_report(config, runtime, folder, resume_point.origin) as report,
+            propagate_errors(runtime.error_propagation),
+            translate_errors(request),
         ):
-            parts = gather_parts(config, model, loss, train_set, eval_set)
-            marks = require_agreement(config, parts, runtime)
-            job = assemble(config, parts, runtime, past, marks)
-            report.start(job.plan, job.state, job.notes)
+            components = gather_components(config, model, loss, train_set, eval_set)
+            marks = require_consistency(config, components, runtime)
+            context = build_context(config, components, runtime, resume_point, marks)
+            report.start(context.plan, context.state, context.notes)
             with (
-                open_checkpoints(config, job, past.run_id, folder, report) as checkpoints,
-                keep_watch(
+                open_checkpoints(
+                    config, context, resume_point.run_id, folder, report
+                ) as checkpoints,
+                watch_for_hangs(
                     runtime,
-                    job.pulse,
+                    context.progress,
                     hang_s=config.runtime.hang_s,
                     stacks=Path(config.output_dir) / config.name / "logs",
                     on_hang=report.fail,
                     on_orphaned=lambda: request.ask("the launcher is gone"),
                 ),
             ):
-                deadline = Deadline(past.deadline)
-                heartbeat = _heartbeat(config, job, runtime, request, deadline)
+                deadline = Deadline(resume_point.deadline)
+                rank_sync = _rank_sync(config, context, runtime, request, deadline)
                 every = config.eval.every_epochs
                 request.defer()  # from here on a stop waits for the end of a step
-                Loop(job, heartbeat, checkpoints, report, deadline, score_every=every).run()
-                ending = conclude(job.state, job.plan, job.replica, job.shares, runtime)
+                Loop(context, rank_sync, checkpoints, report, deadline, score_every=every).run()
+                ending = build_result(
+                    context.state, context.plan, context.wrapper, context.shares, runtime
+                )
             report.end(ending.as_row())
             return ending
 
@@ -125,15 +131,15 @@ def _stop_request(stop: HasReason) -> StopRequest:
     return stop if isinstance(stop, StopRequest) else StopRequest(stop)
 
 
-def _heartbeat(
-    config: RunConfig, job: Job, runtime: Runtime, request: StopRequest, deadline: Deadline
-) -> Heartbeat:
-    return Heartbeat(
-        job.plan,
+def _rank_sync(
+    config: RunConfig, context: Job, runtime: Runtime, request: StopRequest, deadline: Deadline
+) -> RankSync:
+    return RankSync(
+        context.plan,
         runtime,
         request,
-        Timetable(config.checkpoint, job.plan, row_steps=config.log.every_steps),
+        Timetable(config.checkpoint, context.plan, row_steps=config.log.every_steps),
         deadline,
-        job.shares,
-        job.state,
+        context.shares,
+        context.state,
     )

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ddp_sgd.data.loading import move
+from ddp_sgd.data.loader import move
 from ddp_sgd.engine.evaluation import evaluating
 from ddp_sgd.engine.side_effects import undo_side_effects
 from ddp_sgd.errors import ConfigError

@@ -2,12 +2,12 @@
 
 import time
 
-from ddp_sgd.data.loading import StepBatches
-from ddp_sgd.engine.assembly import Job
+from ddp_sgd.data.loader import StepBatches
 from ddp_sgd.engine.checkpoint import Checkpoints
-from ddp_sgd.engine.diagnosis import refuse_divergence
+from ddp_sgd.engine.error_translation import refuse_divergence
 from ddp_sgd.engine.evaluation import Interrupted
-from ddp_sgd.engine.heartbeat import Beat, Heartbeat
+from ddp_sgd.engine.setup import Job
+from ddp_sgd.engine.sync import RankSync, SyncResult
 from ddp_sgd.engine.timetable import Deadline
 from ddp_sgd.report.reporter import Reporter
 
@@ -16,7 +16,7 @@ class Loop:
     """Takes a run from where it stands to its end, or to where somebody asks it to stop.
 
     Args:
-        job: The run; its state moves.
+        context: The run; its state moves.
         heartbeat: Where ranks talk besides gradients.
         checkpoints: Where the state goes.
         report: Where measurements go.
@@ -26,16 +26,16 @@ class Loop:
 
     def __init__(
         self,
-        job: Job,
-        heartbeat: Heartbeat,
+        context: Job,
+        rank_sync: RankSync,
         checkpoints: Checkpoints,
         report: Reporter,
         deadline: Deadline,
         *,
         score_every: int,
     ) -> None:
-        self._job = job
-        self._heartbeat = heartbeat
+        self._context = context
+        self._rank_sync = rank_sync
         self._checkpoints = checkpoints
         self._report = report
         self._deadline = deadline
@@ -48,62 +48,68 @@ class Loop:
             DivergedError: Gradients stay non-finite.
             OutputError: The state cannot be saved.
         """
-        job, state = self._job, self._job.state
-        job.pulse.at("reading data", state.step)
+        context, state = self._context, self._context.state
+        context.progress.enter("reading data", state.step)
         scored_before = state.scored_at
         go_on = self._score_if_due()  # the run may have been stopped just before
         if state.scored_at != scored_before:  # it may be the best, and must not be forgotten
             self._save()
-        for batches in job.loader.from_step(state.step, job.skip) if go_on else ():
-            beat = self._take_step(batches)
-            go_on = not self._is_to_stop(beat) and self._score_if_due()
-            if not go_on or (beat and beat.save):
+        for batches in context.loader.from_step(state.step, context.skip) if go_on else ():
+            synced = self._take_step(batches)
+            go_on = not self._is_to_stop(synced) and self._score_if_due()
+            if not go_on or (synced and synced.save):
                 self._save()
             if not go_on:
                 break
-            job.pulse.at("reading data", state.step)
+            context.progress.enter("reading data", state.step)
         if not go_on:
-            self._report.stop(self._heartbeat.reason)
-        job.pulse.at("saving")
+            self._report.stop(self._rank_sync.reason)
+        context.progress.enter("saving")
         self._checkpoints.finish()
 
     def _save(self) -> None:
-        self._job.pulse.at("saving")
-        self._checkpoints.save(self._job.state, self._job.replica.memory())
+        self._context.progress.enter("saving")
+        self._checkpoints.save(self._context.state, self._context.wrapper.state_dict())
 
-    def _take_step(self, batches: StepBatches) -> Beat | None:
-        """Take a step, and tell what the heartbeat tells, if there was one."""
-        job, state = self._job, self._job.state
-        lr = job.rate(state.step)
-        job.seed_model(state.step)
-        result = job.stepper.step(batches, lr)
+    def _take_step(self, batches: StepBatches) -> SyncResult | None:
+        """Take a step, and log what the ranks have synchronized, if it was time."""
+        context, state = self._context, self._context.state
+        lr = context.rate(state.step)
+        context.seed_model(state.step)
+        result = context.stepper.step(batches, lr)
         state.step += 1
-        job.pulse.at("heartbeat")
-        beat = self._heartbeat.after(state.step, result, lr=lr)
-        if beat:
-            state.skipped = beat.skipped
-            self._report.train(beat.row)
-            refuse_divergence(beat.skipped, lr)
+        context.progress.enter("sync")
+        synced = self._rank_sync.after(state.step, result, lr=lr)
+        if synced:
+            state.skipped = synced.skipped
+            self._report.train(synced.row)
+            refuse_divergence(synced.skipped, lr)
             self._checkpoints.poll()
             self._deadline.save_s = self._checkpoints.save_s
-        return beat
+        return synced
 
-    def _is_to_stop(self, beat: Beat | None) -> bool:
-        return bool(beat and beat.stop) and self._job.state.step < self._job.plan.total_steps
+    def _is_to_stop(self, synced: SyncResult | None) -> bool:
+        return (
+            bool(synced and synced.stop)
+            and self._context.state.step < self._context.plan.total_steps
+        )
 
     def _score_if_due(self) -> bool:
-        """Score at the end of an epoch; False if a wish to stop cut that short, on any rank."""
-        job, state = self._job, self._job.state
-        if not job.plan.ends_epochs(state.step, self._score_every) or state.scored_at == state.step:
+        """Score at the end of an epoch; False if a stop request cut that short, on any rank."""
+        context, state = self._context, self._context.state
+        if (
+            not context.plan.ends_epochs(state.step, self._score_every)
+            or state.scored_at == state.step
+        ):
             return True
 
         def is_unwanted() -> bool:
-            return self._heartbeat.reason is not None and state.step < job.plan.total_steps
+            return self._rank_sync.reason is not None and state.step < context.plan.total_steps
 
-        job.pulse.at("evaluating", state.step)
+        context.progress.enter("evaluating", state.step)
         start = time.perf_counter()
         try:
-            state.scores, state.scored_at = job.score(is_unwanted), state.step
+            state.scores, state.scored_at = context.score(is_unwanted), state.step
         except Interrupted:
             return False
         self._report.eval(state.scores)

@@ -7,26 +7,26 @@ from typing import Any
 
 from torch import nn
 
-from ddp_sgd.building import build
 from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.checkpointing.reading import find_checkpoint, read_tensors
 from ddp_sgd.config import Component, RunConfig
 from ddp_sgd.data.open_files import OpenFiles
 from ddp_sgd.distributed.collectives import from_rank_0
 from ddp_sgd.distributed.model_state import broadcast_buffers, broadcast_parameters
-from ddp_sgd.distributed.pulse import Pulse
+from ddp_sgd.distributed.progress import ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.assembly import build_scorer
 from ddp_sgd.engine.buffers import buffers_by_name
-from ddp_sgd.engine.capture import describe_loss
 from ddp_sgd.engine.components import materialize_lazy, ready_collate, ready_loss, ready_model
-from ddp_sgd.engine.diagnosis import plain_faults
 from ddp_sgd.engine.digest import weights_digest
+from ddp_sgd.engine.error_translation import translate_errors
 from ddp_sgd.engine.evaluation import Metrics
 from ddp_sgd.engine.lazy_modules import is_materialized
 from ddp_sgd.engine.restoring import model_misfits, restore
 from ddp_sgd.engine.sample_batch import check_dataset, read_batch
+from ddp_sgd.engine.setup import build_scorer
+from ddp_sgd.engine.train_state import describe_loss
 from ddp_sgd.errors import ConfigError, DataError
+from ddp_sgd.instantiate import build
 from ddp_sgd.losses import LossFunction, as_module, loss_modules
 from ddp_sgd.trust import refuse_untrusted
 
@@ -83,7 +83,7 @@ def _components(config: RunConfig) -> list[Any]:
     return [component.model_dump() for component in built if component]
 
 
-def score_anew(saved: Saved, runtime: Runtime) -> tuple[Metrics, str]:
+def score_again(saved: Saved, runtime: Runtime) -> tuple[Metrics, str]:
     """Score a saved model on every sample of ``data.eval``.
 
     Args:
@@ -103,7 +103,7 @@ def score_anew(saved: Saved, runtime: Runtime) -> tuple[Metrics, str]:
             "data.eval is null; name a data set, such as "
             "--data.eval.class_path=ddp_sgd.data.Digits --data.eval.init_args.split=eval."
         )
-    with plain_faults():
+    with translate_errors():
         eval_set = build(config.data.eval, "data.eval", failure=DataError)
         check_dataset(eval_set, "data.eval")
         files = OpenFiles(eval_set)
@@ -121,7 +121,7 @@ def score_anew(saved: Saved, runtime: Runtime) -> tuple[Metrics, str]:
             module.to(runtime.device)
             broadcast_parameters(module, runtime)
             broadcast_buffers(module, runtime)
-        score = build_scorer(config, model, loss, eval_set, runtime, Pulse(), collate)
+        score = build_scorer(config, model, loss, eval_set, runtime, ProgressTracker(), collate)
         if config.data.workers:
             files.close()
         return score(), weights_digest(model)

@@ -18,8 +18,8 @@ from ddp_sgd.distributed.collectives import from_rank_0
 from ddp_sgd.distributed.model_state import broadcast_buffers, broadcast_parameters
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, buffers_by_name, unset_buffers
-from ddp_sgd.engine.capture import describe_loss, velocities
 from ddp_sgd.engine.state import State
+from ddp_sgd.engine.train_state import describe_loss, momentum_buffers
 from ddp_sgd.errors import RefusedError
 from ddp_sgd.losses import LossFunction
 from ddp_sgd.optim.sgd import SGD
@@ -249,10 +249,10 @@ def broadcast_state(model: nn.Module, runtime: Runtime) -> None:
     model.load_state_dict(from_rank_0(other, runtime), strict=False)
 
 
-def restore_velocities(model: nn.Module, optimizer: SGD, tensors: Mapping[str, Any]) -> None:
-    """Put the velocities back; one that was not saved, such as without momentum, stays."""
+def restore_momentum_buffers(model: nn.Module, optimizer: SGD, tensors: Mapping[str, Any]) -> None:
+    """Put the momentum_buffers back; one that was not saved, such as without momentum, stays."""
     saved = tensors["optimizer"]["momentum_buffer"]
-    for name, buffer in velocities(model, optimizer):
+    for name, buffer in momentum_buffers(model, optimizer):
         if name in saved:
             buffer.copy_(saved[name])
 
@@ -265,5 +265,5 @@ def _misfit(step: int, differences: list[str]) -> RefusedError:
     shown = ", ".join(differences[:8]) + (", ..." if len(differences) > 8 else "")
     return RefusedError(
         f"the checkpoint of step {step} is of another run: {shown}; restore that, or set "
-        "resume=never to begin anew."
+        "resume=never to begin again."
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ddp_sgd.distributed.collectives import gather_over_ranks
-from ddp_sgd.distributed.replica import Replica
+from ddp_sgd.distributed.data_parallel import DataParallelModel
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.digest import weights_digest
 from ddp_sgd.engine.evaluation import Metrics
@@ -80,16 +80,16 @@ def read_result(folder: Path) -> RunResult | None:
         return None
 
 
-def conclude(
-    state: State, plan: Plan, replica: Replica, shares: TimeShares, runtime: Runtime
+def build_result(
+    state: State, plan: Plan, wrapper: DataParallelModel, shares: TimeShares, runtime: Runtime
 ) -> RunResult:
     """Compare the replicas and say how the run ended.
 
     Raises:
         RuntimeError: The weights differ between ranks.
     """
-    replica.sync_buffers()
-    digests = gather_over_ranks(weights_digest(replica.inner), runtime)
+    wrapper.sync_buffers()
+    digests = gather_over_ranks(weights_digest(wrapper.inner), runtime)
     if len(set(digests)) > 1:
         raise RuntimeError(f"the weights differ between ranks: {digests}")
     finished = state.step == plan.total_steps

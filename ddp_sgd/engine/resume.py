@@ -21,15 +21,15 @@ from ddp_sgd.errors import ConfigError, DataError, RefusedError
 from ddp_sgd.files import replace_file, sync_file, sync_folder
 from ddp_sgd.report.failures import refuse_endless_failure
 from ddp_sgd.report.journal import first_row, has_journal
+from ddp_sgd.report.logger import Origin
 from ddp_sgd.report.run_folder import RunFolder, unwritable
-from ddp_sgd.report.sink import Origin
 
 _ADOPTING = ".adopting#"
 """Ending of the folder in which a checkpoint of another run is copied; no run has such a name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Past:
+class ResumePoint:
     """What was before; equal on all ranks, but for the file.
 
     Args:
@@ -69,7 +69,7 @@ class Past:
         )
 
 
-def look_back(config: RunConfig, folder: RunFolder | None, runtime: Runtime) -> Past:
+def find_resume_point(config: RunConfig, folder: RunFolder | None, runtime: Runtime) -> ResumePoint:
     """Find out what there is to go on from; only rank 0 reads the folder.
 
     Args:
@@ -82,14 +82,16 @@ def look_back(config: RunConfig, folder: RunFolder | None, runtime: Runtime) -> 
         RefusedError: The folder holds a run of another configuration.
         RepeatedFailureError: The run failed again and again at the same step.
     """
-    past = _look_into(config, folder) if folder else None
-    if past is not None:
-        past = replace(past, deadline=read_deadline(config.runtime.deadline, os.environ))
-    past = from_rank_0(past, runtime)
-    return past if folder else replace(past, file=None)
+    resume_point = _look_into(config, folder) if folder else None
+    if resume_point is not None:
+        resume_point = replace(
+            resume_point, deadline=read_deadline(config.runtime.deadline, os.environ)
+        )
+    resume_point = from_rank_0(resume_point, runtime)
+    return resume_point if folder else replace(resume_point, file=None)
 
 
-def _look_into(config: RunConfig, folder: RunFolder) -> Past:
+def _look_into(config: RunConfig, folder: RunFolder) -> ResumePoint:
     refuse_endless_failure(folder.path, os.environ)
     adopted = config.resume not in ("auto", "never", "must") and _adopt(config, folder)
     saved = CheckpointFolder(folder.path / FOLDER_NAME)
@@ -103,10 +105,10 @@ def _look_into(config: RunConfig, folder: RunFolder) -> Past:
     if before and (changes := changes_that_matter(before, config)):
         raise RefusedError(
             f"{folder.path} holds a run of another configuration: {', '.join(changes)}; restore "
-            "that, choose another name, or set resume=never to begin anew."
+            "that, choose another name, or set resume=never to begin again."
         )
     saved.set_aside(after_samples=header.samples)
-    return Past(
+    return ResumePoint(
         **_identity(folder.path, header),
         header=header,
         file=saved.path / chosen.manifest.file,
@@ -117,22 +119,22 @@ def _look_into(config: RunConfig, folder: RunFolder) -> Past:
 
 def _without_checkpoint(
     config: RunConfig, folder: RunFolder, before: dict[str, Any] | None, chosen: Choice
-) -> Past:
+) -> ResumePoint:
     """Begin at step 0: in the folder of the same run, or else in a new one."""
     why = "".join(f"; {line}" for line in chosen.passed_over)
     if config.resume not in ("auto", "never"):
         raise DataError(
-            f"{folder.path} holds no checkpoint that is whole{why}; set resume=auto to begin anew."
+            f"{folder.path} holds no checkpoint that is whole{why}; set resume=auto to begin again."
         )
     if before and not changes_that_matter(before, config):
         CheckpointFolder(folder.path / FOLDER_NAME).set_aside(after_samples=-1)
-        return Past(
+        return ResumePoint(
             **_identity(folder.path),
             passed_over=chosen.passed_over,
             ending=_ending(config, folder.path, before),
         )
     folder.renew()
-    return Past(run_id=token_hex(4))
+    return ResumePoint(run_id=token_hex(4))
 
 
 def _adopt(config: RunConfig, folder: RunFolder) -> bool:

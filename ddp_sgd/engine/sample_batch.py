@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import IterableDataset
 
-from ddp_sgd.data.fetching import EVAL_EPOCH, Collate, Fetcher, Request, Unreadable
+from ddp_sgd.data.fetcher import EVAL_EPOCH, Collate, Fetcher, Request, Unreadable
 from ddp_sgd.errors import ConfigError, DataError
 
 _MOST_SAMPLES = 8

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddp_sgd.data.loading import move
+from ddp_sgd.data.loader import move
 from ddp_sgd.distributed.collectives import gather_over_ranks
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, statistics_of
@@ -52,7 +52,7 @@ from ddp_sgd.out_of_memory import Use, refuse_out_of_memory
 from ddp_sgd.plan import Plan
 
 _SHOWN = 6
-"""Parts of a container that an error describes."""
+"""Components of a container that an error describes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ from ddp_sgd.engine.evaluation import Metrics
 
 @dataclass(slots=True)
 class State:
-    """The moving part of a run besides weights and velocities.
+    """The moving part of a run besides weights and momentum_buffers.
 
     Attributes:
         step: Optimizer steps taken, skipped ones included.

@@ -6,10 +6,10 @@ from functools import lru_cache
 import torch
 from torch.nn.utils import clip_grads_with_norm_
 
-from ddp_sgd.data.loading import StepBatches
+from ddp_sgd.data.loader import StepBatches
 from ddp_sgd.distributed.collectives import sum_over_ranks
-from ddp_sgd.distributed.pulse import Pulse
-from ddp_sgd.distributed.replica import Replica
+from ddp_sgd.distributed.data_parallel import DataParallelModel
+from ddp_sgd.distributed.progress import ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import TrainingBuffers
 from ddp_sgd.losses import Objective, wide_float
@@ -49,27 +49,27 @@ class Stepper:
         objective: What is minimized.
         optimizer: SGD over the replica's parameters.
         runtime: This process.
-        pulse: Is told what is being done.
+        progress: Is told what is being done.
         clip_norm: Largest L2 norm of the gradient, above 0; None does not clip.
         buffers: The buffers that steps change; None: there are none.
     """
 
     def __init__(
         self,
-        replica: Replica,
+        wrapper: DataParallelModel,
         objective: Objective,
         optimizer: SGD,
         runtime: Runtime,
-        pulse: Pulse,
+        progress: ProgressTracker,
         *,
         clip_norm: float | None = None,
         buffers: TrainingBuffers | None = None,
     ) -> None:
-        self._replica = replica
+        self._wrapper = wrapper
         self._objective = objective
         self._optimizer = optimizer
         self._runtime = runtime
-        self._pulse = pulse
+        self._progress = progress
         self._clip_norm = clip_norm
         self._buffers = buffers or None
         self._parameters = [p for group in optimizer.groups for p in group.parameters]
@@ -87,31 +87,31 @@ class Stepper:
         """
         if self._buffers:
             self._prepare_buffers(self._buffers, batches.step)
-        self._pulse.at("forward pass", batches.step)
+        self._progress.enter("forward pass", batches.step)
         for parameter in self._parameters:
             parameter.grad = None
         local_units, units = self._count_units(batches)
-        divisor = self._replica.divisor
+        divisor = self._wrapper.divisor
         losses, weights = [], []
         for batch in batches.micro_batches:
-            self._pulse.tick()
+            self._progress.touch()
             ready = batch.to(self._runtime.device)
-            with self._replica.sync_gradients(when=batch.is_last):
-                outputs = self._objective.outputs(self._replica.forward, ready.inputs)
+            with self._wrapper.sync_gradients(when=batch.is_last):
+                outputs = self._objective.outputs(self._wrapper.forward, ready.inputs)
                 loss = self._objective(outputs, ready.targets)
                 weight = self._objective.weight(ready.samples)
                 if batch.is_last:
-                    self._pulse.at("backward pass")
+                    self._progress.enter("backward pass")
                 backward(loss, _as_gradient(weight * divisor / units, loss))
             losses.append(loss.detach())
             weights.append(weight)
-        self._pulse.at("reducing gradients")
-        gradient = self._replica.reduce(batches.step)
-        self._pulse.at("moving weights")
+        self._progress.enter("reducing gradients")
+        gradient = self._wrapper.reduce(batches.step)
+        self._progress.enter("moving weights")
         grad_norm = self._update(gradient, lr)
-        if self._replica.averages_after(batches.step):
-            self._pulse.at("averaging weights")
-            self._replica.average()
+        if self._wrapper.averages_after(batches.step):
+            self._progress.enter("averaging weights")
+            self._wrapper.average()
         return StepResult(losses, weights, units, local_units, grad_norm)
 
     def _count_units(self, batches: StepBatches) -> tuple[float, float | torch.Tensor]:
@@ -137,8 +137,8 @@ class Stepper:
 
     def _prepare_buffers(self, buffers: TrainingBuffers, step: int) -> None:
         """Make the buffers equal on all ranks, where the weights are, and remember them."""
-        if buffers.synced and self._replica.is_equal_before(step):
-            self._pulse.at("synchronizing buffers", step)
+        if buffers.synced and self._wrapper.is_equal_before(step):
+            self._progress.enter("synchronizing buffers", step)
             buffers.sync()
         buffers.keep()
 

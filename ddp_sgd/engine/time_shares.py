@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ddp_sgd.distributed.pulse import Pulse
+from ddp_sgd.distributed.progress import ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
 
 _KINDS = ("data", "compute", "waiting", "bookkeeping")
@@ -14,7 +14,7 @@ _KIND_OF = {
     "moving weights": "compute",
     "reducing gradients": "waiting",
     "averaging weights": "waiting",
-    "heartbeat": "bookkeeping",
+    "sync": "bookkeeping",
     "saving": "bookkeeping",
 }
 """Phases of training; evaluation is left out."""
@@ -31,11 +31,11 @@ class Spent:
 
     Args:
         by_kind: Time by kind: ``data``, ``compute``, ``waiting`` and ``bookkeeping``.
-        meeting_s: Time of each rank in the phase in which ranks wait for each other.
+        rendezvous_s: Time of each rank in the phase in which ranks wait for each other.
     """
 
     by_kind: dict[str, float]
-    meeting_s: list[float]
+    rendezvous_s: list[float]
 
     @property
     def elapsed_s(self) -> float:
@@ -53,21 +53,23 @@ class TimeShares:
     the device only at a heartbeat.
 
     Args:
-        pulse: Measures phases.
+        progress: Measures phases.
         runtime: This process.
         meets_in: Phases in which ranks wait for each other.
     """
 
-    def __init__(self, pulse: Pulse, runtime: Runtime, meets_in: tuple[str, ...]) -> None:
-        self._pulse = pulse
+    def __init__(
+        self, progress: ProgressTracker, runtime: Runtime, meets_in: tuple[str, ...]
+    ) -> None:
+        self._progress = progress
         self._runtime = runtime
         self._meets_in = meets_in
-        self._before = pulse.spent_s()
+        self._before = progress.spent_s()
         self._total = Spent(dict.fromkeys(_KINDS, 0.0), [0.0] * runtime.world_size)
 
     def measure(self) -> list[float]:
         """Tell where this rank's time went since the last row, to be summed over ranks."""
-        now = self._pulse.spent_s()
+        now = self._progress.spent_s()
         kinds = dict.fromkeys(_KINDS, 0.0)
         meeting = [0.0] * self._runtime.world_size
         for phase, kind in _KIND_OF.items():
@@ -98,9 +100,9 @@ class TimeShares:
         before = self._total
         self._total = Spent(
             {kind: before.by_kind[kind] + spent.by_kind[kind] for kind in _KINDS},
-            [a + b for a, b in zip(before.meeting_s, spent.meeting_s, strict=True)],
+            [a + b for a, b in zip(before.rendezvous_s, spent.rendezvous_s, strict=True)],
         )
-        self._before = self._pulse.spent_s()
+        self._before = self._progress.spent_s()
 
     def summary(self) -> dict[str, float | int]:
         """Sum up the run, this life of it.
@@ -116,10 +118,10 @@ class TimeShares:
         }
         others = self._runtime.world_size - 1
         if others:
-            least = min(total.meeting_s)
-            lag = (sum(total.meeting_s) - least) / others - least
+            least = min(total.rendezvous_s)
+            lag = (sum(total.rendezvous_s) - least) / others - least
             row |= {
-                "slowest_rank": total.meeting_s.index(least),
+                "slowest_rank": total.rendezvous_s.index(least),
                 "share/lag": lag / total.elapsed_s,
             }
         return row

@@ -58,7 +58,7 @@ class Timetable:
         return minutes is not None and time.monotonic() - self._last_save >= 60 * minutes
 
     def start_over(self) -> None:
-        """Start the clock anew, after a save."""
+        """Start the clock again, after a save."""
         self._last_save = time.monotonic()
 
 

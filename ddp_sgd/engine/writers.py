@@ -18,7 +18,7 @@ from ddp_sgd.checkpointing.packing import pack, write_checkpoint
 from ddp_sgd.checkpointing.snapshot import Snapshot
 from ddp_sgd.checkpointing.writer_process import Destination, Packed, Written
 from ddp_sgd.companion import start_companion
-from ddp_sgd.engine.capture import Tree
+from ddp_sgd.engine.train_state import Tree
 
 SMALL_BYTES = 2**19
 """State that is packed sooner than a thread is woken for it, and fits into a pipe."""

@@ -29,20 +29,20 @@ class _Call:
 
     Args:
         parameters: The parameters.
-        velocities: Momentum buffer of each parameter, by parameter; empty without momentum. Entries
-            are replaced where a parameter got another memory layout.
+        momentum_buffers: By parameter; empty without momentum. Entries are
+            replaced where a parameter got another memory layout.
         weight_decay: Factor of the weight that is added to its gradient.
     """
 
     def __init__(
         self,
         parameters: list[nn.Parameter],
-        velocities: dict[nn.Parameter, torch.Tensor],
+        momentum_buffers: dict[nn.Parameter, torch.Tensor],
         weight_decay: float,
     ) -> None:
         self.parameters = parameters
         self.weight_decay = weight_decay
-        self._of_parameter = velocities
+        self._of_parameter = momentum_buffers
         self._is_complex = parameters[0].is_complex()
         self._pointers: list[int] = []
         self.follow_storage()
@@ -58,12 +58,14 @@ class _Call:
         self._pointers = pointers
         self.weights = [self._as_real(p.detach()) for p in self.parameters]
         self.strides = [weight.stride() for weight in self.weights]
-        self.velocities: list[torch.Tensor] = []
+        self.momentum_buffers: list[torch.Tensor] = []
         for parameter in self.parameters if self._of_parameter else ():
-            velocity = self._of_parameter[parameter]
-            if velocity.stride() != parameter.stride():
-                velocity = self._of_parameter[parameter] = _in_layout_of(parameter, velocity)
-            self.velocities.append(self._as_real(velocity))
+            momentum_buffer = self._of_parameter[parameter]
+            if momentum_buffer.stride() != parameter.stride():
+                momentum_buffer = self._of_parameter[parameter] = _in_layout_of(
+                    parameter, momentum_buffer
+                )
+            self.momentum_buffers.append(self._as_real(momentum_buffer))
 
     def gradients(self) -> list[torch.Tensor | None]:
         """Return the gradient of each parameter, in the parameter's memory layout."""
@@ -94,8 +96,8 @@ class SGD:
 
         g <- g + d p;  v <- m v + g;  p <- p - lr (g + m v if nesterov else v)
 
-    so that the rate multiplies the whole velocity, at the step's own rate. Velocities begin at
-    zero: the first step is torch's, bit by bit.
+    so that the rate multiplies the whole momentum buffer, at the step's own rate. Momentum buffers
+    begin at zero: the first step is torch's, bit by bit.
 
     torch.optim.SGD does the same around the same kernel. Making one costs a second and a half,
     since it imports the compiler of torch, and its bookkeeping 60 us a step.
@@ -107,7 +109,7 @@ class SGD:
         nesterov: Look one momentum step ahead.
 
     Attributes:
-        velocities: v of each parameter; empty without momentum.
+        momentum_buffers: v of each parameter; empty without momentum.
 
     Source:
         The rate multiplies the velocity, as in Sutskever et al. 2013, section 2, in torch's form.
@@ -119,7 +121,7 @@ class SGD:
         self.groups = groups
         self._momentum = momentum
         self._nesterov = nesterov
-        self.velocities: dict[nn.Parameter, torch.Tensor] = (
+        self.momentum_buffers: dict[nn.Parameter, torch.Tensor] = (
             {p: torch.zeros_like(p) for group in groups for p in group.parameters}
             if momentum
             else {}
@@ -137,17 +139,20 @@ class SGD:
         for call in self._calls:
             call.follow_storage()
             gradients = call.gradients()
-            weights, velocities = call.weights, call.velocities
+            weights, momentum_buffers = call.weights, call.momentum_buffers
             if any(gradient is None for gradient in gradients):
                 has = [gradient is not None for gradient in gradients]
                 gradients = list(compress(gradients, has))
-                weights, velocities = list(compress(weights, has)), list(compress(velocities, has))
+                weights, momentum_buffers = (
+                    list(compress(weights, has)),
+                    list(compress(momentum_buffers, has)),
+                )
                 if not weights:
                     continue
             torch._fused_sgd_(
                 weights,
                 gradients,  # type: ignore[arg-type]  # none of them is None by now
-                velocities,
+                momentum_buffers,
                 weight_decay=call.weight_decay,
                 momentum=self._momentum,
                 lr=lr,
@@ -164,7 +169,7 @@ class SGD:
         return [
             _Call(
                 [p for p in group.parameters if p.dtype == dtype],
-                self.velocities,
+                self.momentum_buffers,
                 group.weight_decay,
             )
             for dtype in types

@@ -1,4 +1,4 @@
-"""What went wrong in earlier lives of a run, so that a restart that mends nothing has an end.
+"""What went wrong in earlier lives of a run, so that a restart that fixes nothing has an end.
 
 Only failures that a rank told of itself count. A lost peer says nothing about the run: hosts die.
 """
@@ -39,7 +39,7 @@ def note_failure(folder: Path, step: int, code: int, error: str) -> None:
 def refuse_endless_failure(folder: Path, environ: Mapping[str, str]) -> None:
     """End a run that its launcher restarts again and again to fail at the same step.
 
-    A run that is started afresh, by a person, gets all its chances anew.
+    A run that is started afresh, by a person, gets all its chances again.
 
     Args:
         folder: The run folder.
@@ -58,7 +58,7 @@ def refuse_endless_failure(folder: Path, environ: Mapping[str, str]) -> None:
         row = rows[-1]
         raise RepeatedFailureError(
             f"the run failed {SAME_STEP} times in a row at step {row['step']} and is not started "
-            f"again; mend what ended it: {row['error']}",
+            f"again; fix what ended it: {row['error']}",
             row["exit_code"],
         )
 

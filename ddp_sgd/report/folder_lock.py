@@ -50,7 +50,7 @@ class Owner(NamedTuple):
         host: Name of its host.
         boot: Identity of the running kernel, for hosts of one name; empty where there is none.
         pid: Number of the process.
-        job: Its SLURM job; None outside of SLURM.
+        context: Its SLURM job; None outside of SLURM.
         restarts: How often that job was requeued before.
         token: Tells this use of the folder from every other.
     """

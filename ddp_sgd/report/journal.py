@@ -10,8 +10,8 @@ from typing import Any
 
 from ddp_sgd.errors import DataError
 from ddp_sgd.files import replace_file
+from ddp_sgd.report.logger import EventRow, RunRecord
 from ddp_sgd.report.run_folder import unwritable
-from ddp_sgd.report.sink import EventRow, RunRecord
 
 FILE_NAME = "metrics.jsonl"
 

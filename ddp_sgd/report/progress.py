@@ -9,8 +9,8 @@ from typing import Any
 from tqdm import tqdm
 
 from ddp_sgd.console import is_terminal, say, silence
+from ddp_sgd.report.logger import EventRow, Row, RunRecord
 from ddp_sgd.report.plan_table import plan_lines
-from ddp_sgd.report.sink import EventRow, Row, RunRecord
 
 _KINDS = ("compute", "data", "waiting", "bookkeeping")
 

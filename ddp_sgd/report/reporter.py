@@ -13,11 +13,11 @@ from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.errors import ExitCode, UserError
 from ddp_sgd.masking import mask
 from ddp_sgd.plan import Plan
+from ddp_sgd.report.async_writer import AsyncWriter
 from ddp_sgd.report.journal import Journal
+from ddp_sgd.report.logger import Logger, Loggers, NoLogger, Origin, Row, RunRecord
 from ddp_sgd.report.progress import Progress, last_line
 from ddp_sgd.report.run_folder import RunFolder
-from ddp_sgd.report.scribe import Scribe
-from ddp_sgd.report.sink import NoSink, Origin, Row, RunRecord, Sink, Sinks
 from ddp_sgd.report.tensorboard import TensorBoard
 from ddp_sgd.report.weights_and_biases import WeightsAndBiases
 from ddp_sgd.slurm import life_of_job
@@ -41,15 +41,15 @@ class _Note(NamedTuple):
 class Reporter:
     """Gives every row its time and place, and writes the result however the run ends.
 
-    The training thread only notes the time and the step of a row; a ``Scribe`` writes it, a tenth
-    of a second later, and before a checkpoint that they belong to. What a sink raises comes up in
-    the next call. Processes that the user's code
-    or a loader forked have no part in this, and write nothing.
+    The training thread only notes the time and the step of a row; an ``AsyncWriter`` writes it, a
+    tenth of a second later, and before a checkpoint that it belongs to. What a logger raises comes
+    up in the next call. Processes that the user's code or a loader forked have no part in this, and
+    write nothing.
 
     Args:
         folder: The run folder; None writes nothing.
-        verdict: Sink that keeps the result; open from the beginning.
-        sinks: All others; they open when the plan is known.
+        verdict: Logger that keeps the result; open from the beginning.
+        loggers: All others; they open when the plan is known.
         config: Description of the run.
         world_size: Ranks.
         origin: Where this life of the run begins.
@@ -58,23 +58,23 @@ class Reporter:
     def __init__(
         self,
         folder: Path | None,
-        verdict: Sink,
-        sinks: Sink,
+        verdict: Logger,
+        loggers: Logger,
         config: RunConfig,
         world_size: int,
         origin: Origin,
     ) -> None:
         self._folder = folder
         self._verdict = verdict
-        self._sinks = sinks
-        self._opened: list[Sink] = []
-        self._scribe: Scribe[_Note] | None = None
+        self._loggers = loggers
+        self._opened: list[Logger] = []
+        self._writer: AsyncWriter[_Note] | None = None
         self._pid = os.getpid()
         self._config = config
         self._world_size = world_size
         self._origin = origin
         life = life_of_job(os.environ)
-        self._job = {"job": life} if life else {}
+        self._context = {"job": life} if life else {}
         self._start = time.perf_counter()
         self._plan: Plan | None = None
         self._state: Progressing | None = None
@@ -102,11 +102,11 @@ class Reporter:
             notes=notes,
         )
         if self._folder is not None:
-            self._scribe = Scribe(self._write_burst)
-        for sink in (self._verdict, self._sinks):
-            self._opened.append(sink)
-            sink.start(record)
-        world: Row = {"world_size": self._world_size, **self._job}
+            self._writer = AsyncWriter(self._write_burst)
+        for logger in (self._verdict, self._loggers):
+            self._opened.append(logger)
+            logger.start(record)
+        world: Row = {"world_size": self._world_size, **self._context}
         if not origin.has_rows:
             self._write("start", {**world, "run_id": origin.run_id})
         if origin.is_resumed:
@@ -142,13 +142,13 @@ class Reporter:
         Raises:
             OutputError: The journal cannot be written.
         """
-        if self._scribe and self._pid == os.getpid():
-            self._scribe.flush()
+        if self._writer and self._pid == os.getpid():
+            self._writer.flush()
 
     def catch_up(self) -> None:
         """Write the rows so far, from any thread; a fault comes up in that which trains."""
-        if self._scribe:
-            self._scribe.catch_up()
+        if self._writer:
+            self._writer.catch_up()
 
     def end(self, result: Row) -> None:
         """Say how the run ended, and close the sinks."""
@@ -183,26 +183,28 @@ class Reporter:
         if self._pid != os.getpid():
             return
         wall = {"wall_s": time.perf_counter() - self._start}
-        full = {key: _number(value) for key, value in {**result, **self._job, **wall}.items()}
+        full = {key: _number(value) for key, value in {**result, **self._context, **wall}.items()}
         try:  # the result first: others may take their time, and a launcher may lose patience
             self._verdict.finish(full)
         finally:
-            if self._scribe:
-                self._scribe.close()
-            for sink in [sink for sink in reversed(self._opened) if sink is not self._verdict]:
-                sink.finish(full)
+            if self._writer:
+                self._writer.close()
+            for logger in [
+                logger for logger in reversed(self._opened) if logger is not self._verdict
+            ]:
+                logger.finish(full)
 
     def _write(self, event: str, row: Row, step: int | None = None) -> None:
         if self._plan is None:
             raise RuntimeError(f"row {event!r} was written before the run had a plan")
-        if self._scribe and self._state and self._pid == os.getpid():
+        if self._writer and self._state and self._pid == os.getpid():
             at = self._state.step if step is None else step
-            self._scribe.put(_Note(event, time.time(), at, row))
+            self._writer.put(_Note(event, time.time(), at, row))
 
     def _write_burst(self, notes: list[_Note]) -> None:
         rows = [(note.event, self._full(note)) for note in notes]
-        for sink in self._opened:
-            sink.write(rows)
+        for logger in self._opened:
+            logger.write(rows)
 
     def _full(self, note: _Note) -> Row:
         full = {"time": note.time, **self._place(note.step), **note.row}
@@ -234,18 +236,18 @@ def open_report(
         ConfigError: A sink that the configuration asks for is not installed.
     """
     if folder is None:
-        report = Reporter(None, NoSink(), NoSink(), config, runtime.world_size, origin)
+        report = Reporter(None, NoLogger(), NoLogger(), config, runtime.world_size, origin)
     else:
-        sinks = Sinks(_sinks(config))
-        report = Reporter(folder.path, folder, sinks, config, runtime.world_size, origin)
-    runtime.fate.before_exit = report.fail
+        loggers = Loggers(_loggers(config))
+        report = Reporter(folder.path, folder, loggers, config, runtime.world_size, origin)
+    runtime.error_propagation.before_exit = report.fail
     try:
         yield report
     except BaseException as error:
         report.fail(error)
         raise
     finally:
-        runtime.fate.before_exit = None
+        runtime.error_propagation.before_exit = None
 
 
 def tell_of_the_end(result: Row, folder: RunFolder | None) -> None:
@@ -253,16 +255,16 @@ def tell_of_the_end(result: Row, folder: RunFolder | None) -> None:
     if folder is not None:
         Progress().say(
             f"{last_line(result)}, results in {folder.path}; nothing is left to do "
-            "(resume=never trains anew)"
+            "(resume=never trains again)"
         )
 
 
-def _sinks(config: RunConfig) -> list[Sink]:
+def _loggers(config: RunConfig) -> list[Logger]:
     progress = Progress()
-    sinks: list[Sink] = [Journal(), progress, WeightsAndBiases(config.wandb, say=progress.say)]
+    loggers: list[Logger] = [Journal(), progress, WeightsAndBiases(config.wandb, say=progress.say)]
     if config.log.tensorboard:
-        sinks.append(TensorBoard(say=progress.say))
-    return sinks
+        loggers.append(TensorBoard(say=progress.say))
+    return loggers
 
 
 def _number(value: Any) -> Any:

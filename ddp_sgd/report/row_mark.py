@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from zlib import crc32
 
-from ddp_sgd.report.sink import Row
+from ddp_sgd.report.logger import Row
 
 NOWHERE = -1
 """The place before every row."""

@@ -13,7 +13,7 @@ from ddp_sgd.errors import OutputError, RefusedError
 from ddp_sgd.files import make_folder, replace_file
 from ddp_sgd.report.failures import note_failure
 from ddp_sgd.report.folder_lock import LOCK_NAME, OWNER_NAME, FolderLock
-from ddp_sgd.report.sink import EventRow, RunRecord
+from ddp_sgd.report.logger import EventRow, RunRecord
 
 if TYPE_CHECKING:  # commands that need no torch come here, too
     from ddp_sgd.distributed.runtime import Runtime

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ddp_sgd.config.sections import WandbConfig
-from ddp_sgd.report.sink import RunRecord
+from ddp_sgd.report.logger import RunRecord
 from ddp_sgd.time_limits import scaled
 
 if TYPE_CHECKING:

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ddp_sgd.companion import serve_the_rank
 from ddp_sgd.config.sections import WandbConfig
+from ddp_sgd.report.logger import EventRow, Row, RunRecord
 from ddp_sgd.report.row_mark import NO_BEST, NOWHERE, RowMark, place_of
-from ddp_sgd.report.sink import EventRow, Row, RunRecord
 from ddp_sgd.report.wandb_arguments import init_arguments, run_settings, set_up
 
 if TYPE_CHECKING:

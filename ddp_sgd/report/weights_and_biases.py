@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from ddp_sgd.companion import start_companion
 from ddp_sgd.config.sections import WandbConfig
-from ddp_sgd.report.sink import EventRow, RunRecord
+from ddp_sgd.report.logger import EventRow, RunRecord
 from ddp_sgd.report.wandb_process import Opening
 from ddp_sgd.time_limits import scaled
 

@@ -420,7 +420,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
 def test_the_best_survives_many_saves_and_a_new_life(tmp_path):
     save_scored(tmp_path, (1, 0.9))
     for step in range(2, 20):
-        write(tmp_path, step, keep=1)  # each by a folder that is opened anew
+        write(tmp_path, step, keep=1)  # each by a folder that is opened again
         assert steps(tmp_path) == [1, step]
     save_scored(tmp_path, (20, 0.95), keep=1)
     assert steps(tmp_path) == [20]

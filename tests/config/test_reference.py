@@ -4,13 +4,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddp_sgd.building import build
 from ddp_sgd.config.fields import all_keys
 from ddp_sgd.config.options import OWN_OPTIONS, Option
 from ddp_sgd.config.reference import help_text, reference_markdown
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.config.sections import Component
 from ddp_sgd.config.sources import gather
+from ddp_sgd.instantiate import build
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "configuration.md"
 REMAKE = (

@@ -3,11 +3,11 @@ from collections import UserDict
 import pytest
 import torch
 
-from ddp_sgd.building import build
 from ddp_sgd.config.sections import Component
 from ddp_sgd.data import Columns
-from ddp_sgd.data.fetching import Fetcher, Request
+from ddp_sgd.data.fetcher import Fetcher, Request
 from ddp_sgd.errors import DataError
+from ddp_sgd.instantiate import build
 
 ROWS = [{"image": number, "label": -number, "file": "x"} for number in range(4)]
 TRIPLES = [(number, 10 * number, -number) for number in range(4)]

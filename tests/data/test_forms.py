@@ -8,12 +8,12 @@ from ranks import run_ranks
 from torch import nn
 
 from ddp_sgd.config import RunConfig, read_command_line
-from ddp_sgd.data.loading import EvalLoader
-from ddp_sgd.data.order import Chunks
+from ddp_sgd.data.loader import EvalLoader
+from ddp_sgd.data.sampler import EvalSampler
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.evaluation import evaluate
 from ddp_sgd.engine.fit import fit
-from ddp_sgd.engine.rescoring import look_up, score_anew
+from ddp_sgd.engine.rescoring import look_up, score_again
 from ddp_sgd.errors import RefusedError
 from ddp_sgd.losses import Objective
 
@@ -144,7 +144,7 @@ FORMS = {
 
 
 def score(runtime, dataset, collate, loss, batch_size=4):
-    chunks = Chunks(
+    chunks = EvalSampler(
         SAMPLES, batch_size=batch_size, rank=runtime.rank, world_size=runtime.world_size
     )
     loader = EvalLoader(dataset, chunks, seed=0, workers=0, device=CPU, collate=collate)
@@ -208,7 +208,7 @@ def rescore(runtime, folder):
     saved = look_up(
         folder, read_command_line(["x"], {}, program="", about="", argument="X").over, runtime
     )
-    return score_anew(saved, runtime)
+    return score_again(saved, runtime)
 
 
 def test_a_run_with_a_collate_function_goes_on_with_the_same_bits(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ddp_sgd.data import InMemory
-from ddp_sgd.data.fetching import Fetcher, Request
+from ddp_sgd.data.fetcher import Fetcher, Request
 from ddp_sgd.errors import DataError
 
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from ddp_sgd.building import build
 from ddp_sgd.config import load_config
 from ddp_sgd.config.sections import Component
 from ddp_sgd.data import Columns, InMemory
-from ddp_sgd.data.fetching import Fetcher, Request, Unreadable
+from ddp_sgd.data.fetcher import Fetcher, Request, Unreadable
 from ddp_sgd.data.sample_faults import is_pair, shape_of
+from ddp_sgd.instantiate import build
 
 
 class Samples:

@@ -5,28 +5,28 @@ import threading
 import pytest
 from limits import WAIT_S
 
-from ddp_sgd.distributed.bounded import call_within
+from ddp_sgd.distributed.bounded import call_with_timeout
 
 
 def test_value_and_error_come_through():
-    assert call_within(20, lambda: 7) == 7
+    assert call_with_timeout(20, lambda: 7) == 7
     with pytest.raises(KeyError):
-        call_within(20, {}.popitem)
+        call_with_timeout(20, {}.popitem)
 
 
 def test_wait_is_bounded():
     never = threading.Event()
     with pytest.raises(TimeoutError, match="there is no answer"):
-        call_within(0.05, never.wait)
+        call_with_timeout(0.05, never.wait)
     never.set()
 
 
 ABANDONED = """
 import atexit, ctypes
-from ddp_sgd.distributed.bounded import call_within, leave
+from ddp_sgd.distributed.bounded import call_with_timeout, leave
 atexit.register(print, ", exit hooks ran")
 try:
-    call_within({limit_s}, lambda: ctypes.CDLL(None).usleep({microseconds}))
+    call_with_timeout({limit_s}, lambda: ctypes.CDLL(None).usleep({microseconds}))
 except TimeoutError:
     pass
 print("said", end="")

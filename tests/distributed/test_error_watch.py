@@ -16,10 +16,10 @@ from torch import nn
 from torch.distributed import HashStore
 
 from ddp_sgd.distributed.addresses import free_port
+from ddp_sgd.distributed.error_propagation import StoreErrorPropagation
 from ddp_sgd.distributed.error_watch import watch_errors
-from ddp_sgd.distributed.fate import SharedFate
-from ddp_sgd.distributed.meeting import Attendance
-from ddp_sgd.errors import DataError, FaultElsewhereError
+from ddp_sgd.distributed.rendezvous import RendezvousInfo
+from ddp_sgd.errors import DataError, RemoteError
 
 HERE = Path(__file__).parent
 FAILS_AT = 10
@@ -91,35 +91,35 @@ def test_it_holds_before_the_first_step():
     assert results[0].error == "EOFError"  # it ended without a word
 
 
-def _fate(store, rank):
-    return SharedFate(store, rank, Attendance(["a"] * 2, "a"), 9.0)
+def _error_propagation(store, rank):
+    return StoreErrorPropagation(store, rank, RendezvousInfo(["a"] * 2, "a"), 9.0)
 
 
 @pytest.mark.parametrize("reporter", [0, 1])
 def test_only_the_error_of_another_rank_is_found(reporter):
     store = HashStore()
-    fates = [_fate(store, rank) for rank in range(2)]
-    assert fates[0].find_remote(store) is None
-    fates[reporter].judge(DataError("x"))
-    assert fates[reporter].find_remote(store) is None
-    found = fates[1 - reporter].find_remote(store)
-    assert isinstance(found, FaultElsewhereError)
+    propagations = [_error_propagation(store, rank) for rank in range(2)]
+    assert propagations[0].find_remote(store) is None
+    propagations[reporter].resolve(DataError("x"))
+    assert propagations[reporter].find_remote(store) is None
+    found = propagations[1 - reporter].find_remote(store)
+    assert isinstance(found, RemoteError)
     assert (str(found), found.exit_code) == ("x", 65)
 
 
 def test_a_thread_that_is_not_needed_ends_with_the_block():
     before = threading.active_count()
-    with watch_errors(_fate(HashStore(), 0), HashStore(), torch.device("cpu")):
+    with watch_errors(_error_propagation(HashStore(), 0), HashStore(), torch.device("cpu")):
         assert threading.active_count() == before + 1
     assert threading.active_count() == before
 
 
 def test_a_main_thread_that_has_judged_is_left_alone():
     store = HashStore()
-    fate = _fate(store, 0)
-    with watch_errors(fate, store, torch.device("cpu")):
-        _fate(store, 1).judge(DataError("x"))
-        fate.judge(RuntimeError("Connection closed by peer"))
+    error_propagation = _error_propagation(store, 0)
+    with watch_errors(error_propagation, store, torch.device("cpu")):
+        _error_propagation(store, 1).resolve(DataError("x"))
+        error_propagation.resolve(RuntimeError("Connection closed by peer"))
         (watch,) = (t for t in threading.enumerate() if t.name == "ddp_sgd-errors")
         watch.join(WAIT_S)
         assert not watch.is_alive()

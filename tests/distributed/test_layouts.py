@@ -8,9 +8,9 @@ from ranks import run_ranks
 from torch import nn
 
 from ddp_sgd.config import RunConfig
-from ddp_sgd.data.loading import MicroBatch, StepBatches
-from ddp_sgd.distributed.pulse import Pulse
-from ddp_sgd.distributed.replication import replicate
+from ddp_sgd.data.loader import MicroBatch, StepBatches
+from ddp_sgd.distributed.progress import ProgressTracker
+from ddp_sgd.distributed.replication import wrap_model
 from ddp_sgd.engine.digest import weights_digest
 from ddp_sgd.engine.step import Stepper
 from ddp_sgd.losses import Objective
@@ -119,9 +119,9 @@ def by_us(runtime, kind, layout, dtype, options, replaces_storage):
     config = RunConfig(parallel={"replica": kind}, data={"batch_size": 3})
     plan = make_plan(config, samples=SAMPLES, world_size=runtime.world_size)
     optimizer = build_sgd(model, **options)
-    replica = replicate(model, runtime, config.parallel, plan, optimizer.velocities)
+    wrapper = wrap_model(model, runtime, config.parallel, plan, optimizer.momentum_buffers)
     objective = Objective(nn.MSELoss(), Y)
-    stepper = Stepper(replica, objective, optimizer, runtime, Pulse(), clip_norm=clip)
+    stepper = Stepper(wrapper, objective, optimizer, runtime, ProgressTracker(), clip_norm=clip)
     for step in range(STEPS):
         stepper.step(batches(runtime, step, dtype), RATE)
     for parameter in model.parameters():
@@ -162,8 +162,8 @@ def narrow_types(runtime, kind, dtype, layout):
     config = RunConfig(parallel={"replica": kind}, data={"batch_size": 3})
     plan = make_plan(config, samples=SAMPLES, world_size=1)
     optimizer = build_sgd(model, momentum=0.9)
-    replica = replicate(model, runtime, config.parallel, plan, optimizer.velocities)
-    stepper = Stepper(replica, Objective(nn.MSELoss(), Y), optimizer, runtime, Pulse())
+    wrapper = wrap_model(model, runtime, config.parallel, plan, optimizer.momentum_buffers)
+    stepper = Stepper(wrapper, Objective(nn.MSELoss(), Y), optimizer, runtime, ProgressTracker())
     torchs = torch.optim.SGD(plain.parameters(), lr=RATE, momentum=0.9, fused=True)
     for step in range(STEPS):
         parts = batches(runtime, step, dtype)
@@ -206,9 +206,9 @@ def complex_steps(runtime, kind):
     config = RunConfig(parallel={"replica": kind}, data={"batch_size": 8 // runtime.world_size})
     plan = make_plan(config, samples=8, world_size=runtime.world_size)
     optimizer = build_sgd(model, momentum=0.9, weight_decay=0.1, decay_norm_and_bias=True)
-    replica = replicate(model, runtime, config.parallel, plan, optimizer.velocities)
+    wrapper = wrap_model(model, runtime, config.parallel, plan, optimizer.momentum_buffers)
     stepper = Stepper(
-        replica, Objective(nn.MSELoss(), y), optimizer, runtime, Pulse(), clip_norm=1.0
+        wrapper, Objective(nn.MSELoss(), y), optimizer, runtime, ProgressTracker(), clip_norm=1.0
     )
     torchs = torch.optim.SGD(plain.parameters(), lr=RATE, momentum=0.9, weight_decay=0.1)
     mine = slice(runtime.rank, None, runtime.world_size)

@@ -41,14 +41,14 @@ def life(runtime, folder, local, stop_after=-1, **changes):
         | changes
     )
     SGD.step = counted
-    average = local_sgd.LocalReplica.average
+    average = local_sgd.LocalSGD.average
 
-    def averaged(replica):
+    def averaged(wrapper):
         digests.append(weights_digest(model))
-        average(replica)
+        average(wrapper)
         digests.append(weights_digest(model))
 
-    local_sgd.LocalReplica.average = averaged
+    local_sgd.LocalSGD.average = averaged
     result = fit(config, runtime, model=model, train_set=Digits(), stop=wish)
     weights = torch.cat([p.detach().flatten() for p in model.parameters()]).numpy()
     return result.status, result.step, result.weights_digest, weights, digests

@@ -92,4 +92,4 @@ def fall_silent(runtime):
 
 def test_a_rank_that_is_gone_ends_the_exchange_with_its_fault():
     first, second = run_ranks(2, fall_silent, raises=True)
-    assert (first.error, second.error) == ("FaultElsewhereError", "ValueError")
+    assert (first.error, second.error) == ("RemoteError", "ValueError")

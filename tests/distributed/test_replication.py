@@ -6,7 +6,7 @@ from ranks import run_ranks
 
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data import Digits
-from ddp_sgd.distributed.replication import replicate
+from ddp_sgd.distributed.replication import wrap_model
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.fit import fit
 from ddp_sgd.models import ConvNet
@@ -18,19 +18,19 @@ def chosen(runtime, options):
     model = ConvNet(channels=1, widths=[4])
     config = RunConfig(parallel=options)
     plan = make_plan(config, samples=100, world_size=runtime.world_size)
-    velocities = build_sgd(model, momentum=0.9).velocities
-    return type(replicate(model, runtime, config.parallel, plan, velocities)).__name__
+    momentum_buffers = build_sgd(model, momentum=0.9).momentum_buffers
+    return type(wrap_model(model, runtime, config.parallel, plan, momentum_buffers)).__name__
 
 
 CHOICES = [
-    ({}, "FlatReplica", "FlatReplica"),
-    ({"replica": "flat", "bucket_mb": 1e-5}, "FlatReplica", "FlatReplica"),
-    ({"bucket_mb": 1e-5}, "Replica", "WrappedReplica"),
-    ({"replica": "ddp"}, "Replica", "WrappedReplica"),
-    ({"static_graph": True}, "Replica", "WrappedReplica"),
-    ({"find_unused_parameters": True}, "Replica", "WrappedReplica"),
-    ({"compression": "powersgd"}, "FlatReplica", "WrappedReplica"),
-    ({"local_sgd": {"start_step": 3}}, "FlatReplica", "LocalReplica"),
+    ({}, "FlatAllReduce", "FlatAllReduce"),
+    ({"replica": "flat", "bucket_mb": 1e-5}, "FlatAllReduce", "FlatAllReduce"),
+    ({"bucket_mb": 1e-5}, "DataParallelModel", "WrappedDDP"),
+    ({"replica": "ddp"}, "DataParallelModel", "WrappedDDP"),
+    ({"static_graph": True}, "DataParallelModel", "WrappedDDP"),
+    ({"find_unused_parameters": True}, "DataParallelModel", "WrappedDDP"),
+    ({"compression": "powersgd"}, "FlatAllReduce", "WrappedDDP"),
+    ({"local_sgd": {"start_step": 3}}, "FlatAllReduce", "LocalSGD"),
 ]
 
 
@@ -46,16 +46,16 @@ def test_the_rule_on_two_ranks():
     assert run_ranks(2, all_chosen) == [[together for *_, together in CHOICES]] * 2
 
 
-def train(runtime, folder, replica, bucket_mb):
+def train(runtime, folder, wrapper, bucket_mb):
     torch.manual_seed(0)
     model = ConvNet(channels=1, widths=[4, 8])
     config = RunConfig(
-        name=f"{replica}-{bucket_mb}",
+        name=f"{wrapper}-{bucket_mb}",
         output_dir=str(folder),
         epochs=2,
         data={"batch_size": 48 // runtime.world_size, "eval": None},
         optim={"lr": 0.1, "reference_batch": 48, "weight_decay": 1e-3, "clip_norm": 1.0},
-        parallel={"replica": replica, "bucket_mb": bucket_mb},
+        parallel={"replica": wrapper, "bucket_mb": bucket_mb},
         wandb={"mode": "disabled"},
     )
     result = fit(config, runtime, model=model, train_set=Digits(shape="image"))

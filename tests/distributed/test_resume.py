@@ -72,7 +72,7 @@ def describe(folder, **changes):
 
 @contextmanager
 def asking_after(steps):
-    """A wish to stop that comes in the step with this number of this life."""
+    """A stop request that comes in the step with this number of this life."""
     wish, taken, step = StopRequest(), [0], SGD.step
 
     def counted(*arguments):
@@ -292,7 +292,7 @@ def test_batch_normalization_in_a_first_step_that_is_too_short(tmp_path):
     path = str(tmp_path / "x")
     changes = {"name": "y", "resume": path, "data": {"batch_size": 9}}
     results = run_ranks(2, normalized, tmp_path, -1, changes, raises=True)
-    assert {result.error for result in results} == {"ConfigError", "FaultElsewhereError"}
+    assert {result.error for result in results} == {"ConfigError", "RemoteError"}
     assert (
         "data.batch_size is 9 with world size 2, so that a forward pass in the first step after "
         "the resume has as few samples as 1, too few for the batch normalization of Sequential; "
@@ -338,7 +338,7 @@ def test_data_may_move_and_other_data_are_refused(world_size, tmp_path):
     run_ranks(world_size, reading_arrays, tmp_path, here, 2)
     results = run_ranks(world_size, reading_arrays, tmp_path, other, -1, raises=True)
     assert sorted(result.error for result in results) == sorted(
-        ["RefusedError", *["FaultElsewhereError"] * (world_size - 1)]
+        ["RefusedError", *["RemoteError"] * (world_size - 1)]
     )
     assert "the input of data.train[0] was a mean of 1.5" in next(
         result.text for result in results if result.error == "RefusedError"
@@ -356,7 +356,7 @@ def test_a_run_that_must_not_be_resized_is_not(tmp_path):
     before = (tmp_path / "x" / "metrics.jsonl").read_bytes()
     results = run_ranks(3, refused, tmp_path, changes, raises=True)
     assert sorted(r.error for r in results) == [
-        "FaultElsewhereError", "FaultElsewhereError", "RefusedError",
+        "RemoteError", "RemoteError", "RefusedError",
     ]  # fmt: skip
     assert "on_resize is refuse, and the run was saved on 2 ranks" in results[0].text
     assert (tmp_path / "x" / "metrics.jsonl").read_bytes() == before

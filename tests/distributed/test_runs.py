@@ -13,8 +13,8 @@ from wandb_stub import KEY, WandbStub, isolate_wandb
 
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data import Digits, InMemory
-from ddp_sgd.data.loading import EvalLoader
-from ddp_sgd.data.order import Chunks
+from ddp_sgd.data.loader import EvalLoader
+from ddp_sgd.data.sampler import EvalSampler
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.digest import weights_digest
 from ddp_sgd.engine.evaluation import evaluate
@@ -89,7 +89,7 @@ def test_nan_on_one_rank_skips_the_step_on_all(tmp_path):
 
 def test_nan_for_good_ends_the_run_on_all_ranks(tmp_path):
     results = run_ranks(2, poisoned, tmp_path, 1.0, raises=True)
-    assert sorted(result.error for result in results) == ["DivergedError", "FaultElsewhereError"]
+    assert sorted(result.error for result in results) == ["DivergedError", "RemoteError"]
     assert json.loads((tmp_path / "digits" / "result.json").read_text())["exit_code"] == 76
 
 
@@ -103,7 +103,7 @@ def with_buffers(runtime, folder, held_out):
     result = fit(config, runtime, model=model, train_set=train_set, eval_set=eval_set)
     again = {}
     if eval_set:  # the same model once more, in one process
-        chunks = Chunks(360, batch_size=9, rank=0, world_size=1)
+        chunks = EvalSampler(360, batch_size=9, rank=0, world_size=1)
         loader = EvalLoader(eval_set, chunks, seed=0, workers=0, device=runtime.device)
         objective = Objective(nn.CrossEntropyLoss(), torch.from_numpy(eval_set.targets))
         again = evaluate(model, objective, loader, Runtime())
@@ -135,7 +135,7 @@ def branching(runtime, folder, search):
 
 def test_unused_parameters_need_a_key_which_the_error_names(tmp_path):
     results = run_ranks(2, branching, tmp_path, False, raises=True)
-    assert sorted(result.error for result in results) == ["ConfigError", "FaultElsewhereError"]
+    assert sorted(result.error for result in results) == ["ConfigError", "RemoteError"]
     assert "set parallel.find_unused_parameters=true" in results[0].text
     assert run_ranks(2, branching, tmp_path, True) == ["finished"] * 2
 

@@ -11,7 +11,7 @@ from ranks import rank_environment, run_ranks
 from ddp_sgd.config import RunConfig
 from ddp_sgd.distributed.addresses import free_port
 from ddp_sgd.distributed.cpus import usable_cpus
-from ddp_sgd.distributed.ranks import Ranks, read_ranks
+from ddp_sgd.distributed.environment import Ranks, read_ranks
 from ddp_sgd.distributed.runtime import (
     Runtime,
     _choose_device,
@@ -19,7 +19,7 @@ from ddp_sgd.distributed.runtime import (
     start_runtime,
 )
 from ddp_sgd.engine.fit import fit
-from ddp_sgd.errors import ConfigError, FaultElsewhereError, PeerError
+from ddp_sgd.errors import ConfigError, PeerError, RemoteError
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def no_launcher(monkeypatch):
 
 def test_alone_there_is_no_group():
     with start_runtime(device="cpu") as runtime:
-        assert runtime == Runtime(fate=runtime.fate)
+        assert runtime == Runtime(error_propagation=runtime.error_propagation)
         assert runtime.alone
         assert runtime.store is None
         assert not dist.is_initialized()
@@ -124,7 +124,7 @@ def test_joining_is_bounded(monkeypatch):
 
 def wait_for_the_other(runtime):
     if runtime.rank == 1:
-        runtime.fate._store.wait(
+        runtime.error_propagation._store.wait(
             ["ddp_sgd/first_fault"], timedelta(seconds=60)
         )  # alive, but absent
         return
@@ -148,7 +148,7 @@ def test_a_device_that_is_not_there(monkeypatch):
         pass
     for name, value in rank_environment(1, 2, free_port()).items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(FaultElsewhereError):  # rank 0 tells
+    with pytest.raises(RemoteError):  # rank 0 tells
         with start_runtime(device=missing):
             pass
 
@@ -206,7 +206,7 @@ def test_each_rank_takes_its_device_and_the_first_without_one_tells(monkeypatch)
     assert host.chosen == [0, 1]
     with pytest.raises(ConfigError, match="LOCAL_RANK is 2, but this host has 2 cuda devices"):
         _choose_device("auto", ranks_of(2))
-    with pytest.raises(FaultElsewhereError):
+    with pytest.raises(RemoteError):
         _choose_device("auto", ranks_of(3))
     host.count = 1  # a site that binds one device to each task
     assert _choose_device("cuda", ranks_of(3, "srun")) == torch.device("cuda", 0)

@@ -73,11 +73,11 @@ def break_writes(monkeypatch, *failures):
 
 
 def test_what_is_saved_is_the_moment_of_the_save(training, gate):
-    """Training goes on while the disk is slow, and changes weights and velocities in place."""
+    """Training goes on while the disk is slow, and changes weights and momentum in place."""
     with training.open() as checkpoints:
         training.step()
         weight = training.model.weight.detach().clone()
-        velocity = training.optimizer.velocities[training.model.weight].clone()
+        momentum_buffer = training.optimizer.momentum_buffers[training.model.weight].clone()
         checkpoints.save(training.state, {})
         assert gate.reached.wait(WAIT_S)
         for _ in range(5):
@@ -90,7 +90,7 @@ def test_what_is_saved_is_the_moment_of_the_save(training, gate):
     saved = training.saved()
     assert saved["cursor"] == {"epoch": 0, "position": 10, "step": 1, "samples": 10}
     assert torch.equal(saved["model"]["weight"], weight)
-    assert torch.equal(saved["optimizer"]["momentum_buffer"]["weight"], velocity)
+    assert torch.equal(saved["optimizer"]["momentum_buffer"]["weight"], momentum_buffer)
     assert not torch.equal(training.model.weight, weight)
 
 
@@ -187,7 +187,7 @@ def test_three_failures_in_a_row_end_the_run(training, monkeypatch):
     full = [OSError(28, "No space left on device") for _ in range(5)]
     break_writes(monkeypatch, *full[:2], None, *full[2:])
     with training.open() as checkpoints:
-        save_steps(training, checkpoints, 5)  # the third was written, and counting began anew
+        save_steps(training, checkpoints, 5)  # the third was written, and counting began again
         with pytest.raises(
             OutputError,
             match=r"checkpoints does not take a checkpoint, 3 times in a row: No space left on "

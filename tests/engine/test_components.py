@@ -6,30 +6,30 @@ from torch import nn
 
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data import Digits
-from ddp_sgd.engine.components import gather_parts, ready_model
+from ddp_sgd.engine.components import gather_components, ready_model
 from ddp_sgd.engine.digest import weights_digest
-from ddp_sgd.engine.resume import Past
+from ddp_sgd.engine.resume import ResumePoint
 from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.models import MLP
 
-ANEW = Past(run_id="cafe0123")
+ANEW = ResumePoint(run_id="cafe0123")
 DATA = ("train", "eval", "collate")
 NOTHING = {"model": None, "loss": None, "train_set": None, "eval_set": None}
 
 
 def test_everything_from_the_configuration():
-    parts = gather_parts(RunConfig(), **NOTHING)
-    assert isinstance(parts.model, MLP)
-    assert isinstance(parts.loss, nn.CrossEntropyLoss)
-    assert (len(parts.train_set), len(parts.eval_set)) == (1437, 360)
+    components = gather_components(RunConfig(), **NOTHING)
+    assert isinstance(components.model, MLP)
+    assert isinstance(components.loss, nn.CrossEntropyLoss)
+    assert (len(components.train_set), len(components.eval_set)) == (1437, 360)
 
 
 def test_weights_follow_from_the_seed_alone():
     torch.manual_seed(99)
-    first = weights_digest(gather_parts(RunConfig(), **NOTHING).model)
+    first = weights_digest(gather_components(RunConfig(), **NOTHING).model)
     torch.rand(3)
-    assert weights_digest(gather_parts(RunConfig(), **NOTHING).model) == first
-    assert weights_digest(gather_parts(RunConfig(seed=1), **NOTHING).model) != first
+    assert weights_digest(gather_components(RunConfig(), **NOTHING).model) == first
+    assert weights_digest(gather_components(RunConfig(seed=1), **NOTHING).model) != first
 
 
 def test_what_is_given_is_taken():
@@ -39,13 +39,13 @@ def test_what_is_given_is_taken():
         "train_set": Digits(),
         "eval_set": None,
     }
-    parts = gather_parts(RunConfig(), **given)
-    assert (parts.model, parts.loss, parts.train_set) == (
+    components = gather_components(RunConfig(), **given)
+    assert (components.model, components.loss, components.train_set) == (
         given["model"],
         given["loss"],
         given["train_set"],
     )
-    assert parts.eval_set is None  # the digits are not held out from somebody else's data
+    assert components.eval_set is None  # the digits are not held out from somebody else's data
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_the_wrong_kind_is_named(key, component, error, message):
     section = {"class_path": component}
     config = RunConfig(**({"data": {key: section}} if key in DATA else {key: section}))
     with pytest.raises(error, match=message):
-        gather_parts(config, **NOTHING)
+        gather_components(config, **NOTHING)
 
 
 class FrozenParts(nn.Module):
@@ -108,13 +108,13 @@ def test_parts_that_were_put_into_evaluation_mode_stay_there():
 
 def test_lazy_modules_have_their_shapes_before_anything_is_compared():
     given = NOTHING | {"model": nn.Sequential(nn.LazyLinear(10)), "train_set": Digits()}
-    parts = gather_parts(RunConfig(), **given)
-    assert parts.model[0].weight.shape == (10, 64)
+    components = gather_components(RunConfig(), **given)
+    assert components.model[0].weight.shape == (10, 64)
 
 
 def test_functions_of_torch_become_modules_and_keep_their_names():
     given = NOTHING | {"loss": partial(nn.functional.cross_entropy, label_smoothing=0.1)}
-    parts = gather_parts(RunConfig(), **given)
-    assert isinstance(parts.loss, nn.CrossEntropyLoss)
-    assert parts.loss.label_smoothing == 0.1
-    assert parts.loss_name == "torch.nn.functional.cross_entropy()"
+    components = gather_components(RunConfig(), **given)
+    assert isinstance(components.loss, nn.CrossEntropyLoss)
+    assert components.loss.label_smoothing == 0.1
+    assert components.loss_name == "torch.nn.functional.cross_entropy()"

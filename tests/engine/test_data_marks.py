@@ -12,18 +12,18 @@ from ddp_sgd.checkpointing.reading import find_checkpoint, read_tensors
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data import InMemory
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine import agreement
+from ddp_sgd.engine import rank_consistency
 from ddp_sgd.engine.data_marks import KEY, refuse_other_data, with_marks
+from ddp_sgd.engine.fingerprint import Mark, mark_samples
 from ddp_sgd.engine.fit import fit
-from ddp_sgd.engine.resume import Past
+from ddp_sgd.engine.resume import ResumePoint
 from ddp_sgd.engine.state import State
 from ddp_sgd.engine.stopping import StopRequest
 from ddp_sgd.errors import ExitCode, RefusedError
-from ddp_sgd.examination.fingerprint import Mark, mark_samples
 from ddp_sgd.models import MLP
 
 HEADER = header(3)
-PAST = Past(run_id=HEADER.run_id, header=HEADER)
+RESUME_POINT = ResumePoint(run_id=HEADER.run_id, header=HEADER)
 SHAPE, INPUT = "the shape of data.train[0]", "the input of data.train[0]"
 MARKS = {SHAPE: Mark("float32 of shape (1, 4)"), INPUT: Mark("a mean of 1", 1.0, 1.0)}
 HELD_OUT = {"the input of data.eval[0]": Mark("a mean of 5", 5.0, 5.0)}
@@ -36,8 +36,8 @@ def saved(marks):
     return tree
 
 
-def refuse(before, now, again=None, past=PAST):
-    refuse_other_data(past, saved(before), now, lambda: now if again is None else again)
+def refuse(before, now, again=None, resume_point=RESUME_POINT):
+    refuse_other_data(resume_point, saved(before), now, lambda: now if again is None else again)
 
 
 def test_marks_are_plain_data_and_only_those_of_training_data():
@@ -72,14 +72,14 @@ def test_what_reads_differently_each_time_is_no_other_data():
 
 
 def test_data_are_read_again_only_where_they_differ():
-    refuse_other_data(PAST, saved(MARKS), MARKS, lambda: pytest.fail("read again"))
+    refuse_other_data(RESUME_POINT, saved(MARKS), MARKS, lambda: pytest.fail("read again"))
 
 
 def test_what_cannot_be_compared_is_accepted():
     refuse({}, OTHER)  # a checkpoint of an earlier release
     refuse(MARKS, {})  # samples that cannot be read: the step says so
-    refuse(MARKS, OTHER, past=Past(run_id="another", header=HEADER))  # resume=PATH
-    refuse(MARKS, OTHER, past=Past(run_id="another"))
+    refuse(MARKS, OTHER, resume_point=ResumePoint(run_id="another", header=HEADER))  # resume=PATH
+    refuse(MARKS, OTHER, resume_point=ResumePoint(run_id="another"))
 
 
 def describe(folder, **changes):
@@ -146,7 +146,7 @@ def test_a_run_that_begins_with_a_checkpoint_may_have_other_data(tmp_path):
 
 def test_a_checkpoint_without_marks_is_accepted(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(agreement, "mark_samples", lambda *args: {})
+        patch.setattr(rank_consistency, "mark_samples", lambda *args: {})
         run(tmp_path, data(), stop=True)
     assert KEY not in read_tensors(find_checkpoint(tmp_path / "x")[0])
     assert run(tmp_path, data(scale=2.0)).status == "finished"
@@ -185,7 +185,7 @@ def test_reading_the_marks_changes_nothing_that_a_run_draws(kind, tmp_path, monk
         return run(tmp_path, train_set, name=name, model=Drawing()).weights_digest
 
     marked = digest("marked")
-    monkeypatch.setattr(agreement, "mark_samples", lambda *args: {})
+    monkeypatch.setattr(rank_consistency, "mark_samples", lambda *args: {})
     assert digest("plain") == marked
 
 
@@ -196,4 +196,4 @@ def test_marks_survive_a_checkpoint(tmp_path):
     assert {name: Mark(*values) for name, values in found.items()} == marks
     assert {name[-3:] for name in found} == {"[0]", "16]", "32]"}
     header = replace(HEADER, run_id="x")
-    refuse_other_data(Past(run_id="x", header=header), {KEY: found}, marks, dict)
+    refuse_other_data(ResumePoint(run_id="x", header=header), {KEY: found}, marks, dict)

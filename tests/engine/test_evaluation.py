@@ -8,8 +8,8 @@ from ranks import run_ranks
 from torch import nn
 
 from ddp_sgd.data import Digits, InMemory
-from ddp_sgd.data.loading import EvalLoader
-from ddp_sgd.data.order import Chunks
+from ddp_sgd.data.loader import EvalLoader
+from ddp_sgd.data.sampler import EvalSampler
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.evaluation import Interrupted, evaluate, evaluating
 from ddp_sgd.engine.loss_check import is_classification
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def score(runtime, dataset, model, loss, batch_size=32, workers=0):
-    chunks = Chunks(
+    chunks = EvalSampler(
         len(dataset), batch_size=batch_size, rank=runtime.rank, world_size=runtime.world_size
     )
     loader = EvalLoader(dataset, chunks, seed=0, workers=workers, device=CPU)
@@ -233,7 +233,7 @@ def score_together(runtime, stop_on):
     model, loss = MLP(4, [], 2), AllGathered()
     batch = read_batch(dataset, "data.eval", batch_size=4, collate=None)
     facts = check_evaluation(model, loss, dataset, batch, runtime)
-    chunks = Chunks(
+    chunks = EvalSampler(
         36,
         batch_size=4,
         rank=runtime.rank,

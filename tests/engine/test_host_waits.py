@@ -10,7 +10,7 @@ from ddp_sgd.config import RunConfig
 from ddp_sgd.data import Digits
 from ddp_sgd.engine import fit as module
 from ddp_sgd.engine.fit import fit
-from ddp_sgd.engine.heartbeat import Heartbeat
+from ddp_sgd.engine.sync import RankSync
 from ddp_sgd.losses import Objective
 
 WAITS = {
@@ -62,13 +62,13 @@ def train(runtime, folder, changes):
     """Train, and tell which steps had waits, and which had a heartbeat."""
     seen = {}
 
-    class Watching(Heartbeat):
+    class Watching(RankSync):
         def after(self, step, result, *, lr):
             before = list(count.waits)
-            beat = super().after(step, result, lr=lr)
-            seen[step] = (before, beat is not None)
+            result = super().after(step, result, lr=lr)
+            seen[step] = (before, result is not None)
             count.waits.clear()
-            return beat
+            return result
 
     def units_on_the_host(objective, targets, samples, units=Objective.units):
         before = list(count.waits)
@@ -76,7 +76,7 @@ def train(runtime, folder, changes):
         count.waits[:] = before
         return value
 
-    module.Heartbeat, Objective.units = Watching, units_on_the_host
+    module.RankSync, Objective.units = Watching, units_on_the_host
     config = RunConfig(
         output_dir=str(folder),
         epochs=2,
@@ -104,7 +104,7 @@ CHANGES = {
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_no_step_waits_for_the_device(name, world_size, tmp_path):
     for seen in run_ranks(world_size, train, tmp_path, CHANGES[name]):
-        beats = [step for step, (_, beat) in seen.items() if beat]
+        beats = [step for step, (_, result) in seen.items() if result]
         assert 5 < len(beats) < len(seen) / 3
         first = min(seen)  # the look at the data before the run is no step
         waits = {step: ops for step, (ops, _) in seen.items() if ops and step != first}

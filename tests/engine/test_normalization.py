@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ddp_sgd.config import RunConfig
-from ddp_sgd.data.order import Order
+from ddp_sgd.data.sampler import TrainSampler
 from ddp_sgd.engine.normalization import check_normalization
 from ddp_sgd.errors import ConfigError, ExitCode
 from ddp_sgd.models import ConvNet
@@ -149,7 +149,7 @@ def test_it_refuses_what_some_rank_would_meet_and_nothing_else(tail, world_size)
 def _passes(plan, first, skip):
     """Sizes of the micro-batches of each rank, in each step from one on, through an epoch more."""
     orders = [
-        Order(
+        TrainSampler(
             plan.samples,
             global_batch=plan.global_batch,
             batch_size=plan.batch_size,

@@ -8,7 +8,7 @@ from ddp_sgd.config import RunConfig, read_command_line
 from ddp_sgd.data import Digits
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.fit import fit
-from ddp_sgd.engine.rescoring import look_up, score_anew
+from ddp_sgd.engine.rescoring import look_up, score_again
 from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.report.journal import read_journal
 
@@ -24,7 +24,7 @@ def rescore(runtime, path, argv=()):
     """Other ranks than 0 are told a path that leads nowhere."""
     line = read_command_line(["x", *argv], {}, program="", about="", argument="X")
     saved = look_up(path if runtime.rank == 0 else path / "nowhere", line.over, runtime)
-    return score_anew(saved, runtime)
+    return score_again(saved, runtime)
 
 
 def test_any_number_of_ranks_gives_what_the_run_wrote(run):
@@ -61,13 +61,13 @@ def test_what_does_not_fit_is_told_by_one_rank(run, argv, message):
     folder, _ = run
     results = run_ranks(2, rescore, folder, argv, raises=True)
     first, second = sorted(results, key=lambda result: result.error)
-    assert (first.error, second.error) == ("ConfigError", "FaultElsewhereError")
+    assert (first.error, second.error) == ("ConfigError", "RemoteError")
     assert message in str(first)
 
 
 def test_a_missing_checkpoint_is_told_by_rank_0(tmp_path):
     first, second = run_ranks(2, rescore, tmp_path, raises=True)
-    assert (first.error, second.error) == ("DataError", "FaultElsewhereError")
+    assert (first.error, second.error) == ("DataError", "RemoteError")
     assert "holds no checkpoint that is whole" in str(first)
 
 

@@ -5,17 +5,17 @@ from torch import nn
 from ddp_sgd.config import RunConfig
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import TrainingBuffers
-from ddp_sgd.engine.capture import capture, describe_loss, velocities
 from ddp_sgd.engine.restoring import (
     model_misfits,
     plan_from,
     refuse_misfit,
     restore,
     restore_buffers,
-    restore_velocities,
+    restore_momentum_buffers,
     state_from,
 )
 from ddp_sgd.engine.state import State
+from ddp_sgd.engine.train_state import capture, describe_loss, momentum_buffers
 from ddp_sgd.errors import ExitCode, RefusedError
 from ddp_sgd.models import MLP
 from ddp_sgd.optim.sgd import build_sgd
@@ -158,10 +158,10 @@ def test_weights_and_velocities_come_back_bit_by_bit():
     restore(other, tensors)
     # Other groups, as where decay is spread differently: names, not positions, lead back.
     again = build_sgd(other, momentum=0.9, decay_norm_and_bias=True)
-    restore_velocities(other, again, tensors)
+    restore_momentum_buffers(other, again, tensors)
     assert all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
     for (name, was), (same, now) in zip(
-        velocities(model, optimizer), velocities(other, again), strict=True
+        momentum_buffers(model, optimizer), momentum_buffers(other, again), strict=True
     ):
         assert name == same
         assert torch.equal(was, now)

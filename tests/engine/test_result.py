@@ -2,11 +2,11 @@ import pytest
 from ranks import run_ranks
 
 from ddp_sgd.config import RunConfig
-from ddp_sgd.distributed.pulse import Pulse
-from ddp_sgd.distributed.replica import FlatReplica, Replica
+from ddp_sgd.distributed.data_parallel import DataParallelModel, FlatAllReduce
+from ddp_sgd.distributed.progress import ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.digest import weights_digest
-from ddp_sgd.engine.result import conclude
+from ddp_sgd.engine.result import build_result
 from ddp_sgd.engine.state import State
 from ddp_sgd.engine.time_shares import TimeShares
 from ddp_sgd.models import MLP
@@ -18,8 +18,11 @@ PLAN = make_plan(RunConfig(epochs=2), samples=100, world_size=1)
 @pytest.mark.parametrize(("step", "status", "code"), [(8, "finished", 0), (3, "stopped", 75)])
 def test_a_run_is_finished_with_its_last_step(step, status, code):
     model = MLP(2, [], 2)
-    state, shares = State(step, {"eval/accuracy": 0.5}), TimeShares(Pulse(), Runtime(), ())
-    result = conclude(state, PLAN, Replica(model, Runtime()), shares, Runtime())
+    state, shares = (
+        State(step, {"eval/accuracy": 0.5}),
+        TimeShares(ProgressTracker(), Runtime(), ()),
+    )
+    result = build_result(state, PLAN, DataParallelModel(model, Runtime()), shares, Runtime())
     assert result.as_row() == {
         "status": status,
         "exit_code": code,
@@ -37,17 +40,15 @@ def test_a_run_is_finished_with_its_last_step(step, status, code):
 
 
 def drift(runtime):
-    replica = FlatReplica(MLP(2, [], 2), runtime)
+    wrapper = FlatAllReduce(MLP(2, [], 2), runtime)
     if runtime.rank == 1:
-        next(replica.inner.parameters()).data[0, 0] += 1e-7
-    conclude(State(8), PLAN, replica, TimeShares(Pulse(), runtime, replica.meets_in), runtime)
+        next(wrapper.inner.parameters()).data[0, 0] += 1e-7
+    build_result(
+        State(8), PLAN, wrapper, TimeShares(ProgressTracker(), runtime, wrapper.meets_in), runtime
+    )
 
 
 def test_replicas_that_drifted_apart_are_found():
     errors = run_ranks(2, drift, raises=True)
-    assert (
-        {"RuntimeError"}
-        <= {error.error for error in errors}
-        <= {"RuntimeError", "FaultElsewhereError"}
-    )
+    assert {"RuntimeError"} <= {error.error for error in errors} <= {"RuntimeError", "RemoteError"}
     assert any("the weights differ between ranks" in error.text for error in errors)

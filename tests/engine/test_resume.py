@@ -20,7 +20,7 @@ from ddp_sgd.config import RunConfig
 from ddp_sgd.data import InMemory
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.fit import fit
-from ddp_sgd.engine.resume import look_back
+from ddp_sgd.engine.resume import find_resume_point
 from ddp_sgd.engine.stopping import StopRequest
 from ddp_sgd.errors import DataError, ExitCode, OutputError, RefusedError
 from ddp_sgd.models import MLP
@@ -57,7 +57,7 @@ def run(folder, *, stop=False, model=None, train_set=None, **changes):
 def look(folder, **changes):
     config = describe(folder, **changes)
     with claim_run_folder(config, Runtime()) as claimed:
-        return look_back(config, claimed, Runtime())
+        return find_resume_point(config, claimed, Runtime())
 
 
 def events(folder, name="x"):
@@ -133,14 +133,14 @@ def test_a_run_that_saved_nothing_begins_again_in_its_folder(tmp_path):
     first = look(tmp_path).run_id
     shutil.rmtree(tmp_path / "x" / "checkpoints")
     (tmp_path / "x" / "result.json").unlink()
-    past = look(tmp_path)
-    assert (past.run_id, past.has_rows, past.header) == (first, True, None)
+    resume_point = look(tmp_path)
+    assert (resume_point.run_id, resume_point.has_rows, resume_point.header) == (first, True, None)
     assert run(tmp_path).step == 4
     assert events(tmp_path)[:2] == [("start", 0), ("resume", 0)]
 
 
 def test_a_failed_run_of_another_configuration_that_saved_nothing_is_moved_aside(tmp_path):
-    """As after a wrong path to the data, or a wrong shape: mended, the same name must work."""
+    """As after a wrong path to the data, or a wrong shape: fixed, the same name must work."""
     with pytest.raises(Exception, match="fails on inputs"):
         run(tmp_path, train_set=data(width=7))
     assert run(tmp_path, seed=1).step == 4
@@ -160,9 +160,9 @@ def test_a_run_walks_back_over_damaged_checkpoints(harm, tmp_path):
             text = bytearray(file.read_bytes())
             text[500] ^= 4
             file.write_bytes(text if harm == "flip" else b"")
-    past = look(tmp_path)
-    assert past.header.step == 2
-    assert [line.split()[0] for line in past.passed_over] == [
+    resume_point = look(tmp_path)
+    assert resume_point.header.step == 2
+    assert [line.split()[0] for line in resume_point.passed_over] == [
         "step-00000004.pt", "step-00000003.pt",
     ]  # fmt: skip
     assert run(tmp_path).weights_digest == whole.weights_digest
@@ -298,8 +298,8 @@ def test_a_journal_whose_first_line_is_torn_keeps_the_identity(tmp_path):
     first = look(tmp_path).run_id
     journal = tmp_path / "x" / "metrics.jsonl"
     journal.write_text("{torn")
-    past = look(tmp_path)
-    assert (past.run_id, past.has_rows) == (first, True)
+    resume_point = look(tmp_path)
+    assert (resume_point.run_id, resume_point.has_rows) == (first, True)
     assert run(tmp_path).step == 4
 
 
@@ -407,7 +407,8 @@ def test_a_start_that_was_killed_as_it_copied_leaves_nothing_for_long(tmp_path):
         "from ddp_sgd.report.run_folder import claim_run_folder\n"
         "config = RunConfig(output_dir=sys.argv[1], name='y', resume=sys.argv[1] + '/x')\n"
         "resume.sync_file = lambda _: os.kill(os.getpid(), 9)\n"
-        "with claim_run_folder(config, Runtime()) as folder: resume.look_back(config, folder, 0)\n"
+        "with claim_run_folder(config, Runtime()) as folder:\n"
+        "    resume.find_resume_point(config, folder, 0)\n"
     )
     killed = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], check=False, timeout=WAIT_S
@@ -440,8 +441,8 @@ def test_the_model_of_another_run_is_refused_with_a_list(tmp_path):
 
 
 def test_a_deadline_stops_the_run_in_time(tmp_path):
-    past = "2020-01-01T00:00"
-    stopped = run(tmp_path, runtime={"deadline": past})
+    resume_point = "2020-01-01T00:00"
+    stopped = run(tmp_path, runtime={"deadline": resume_point})
     assert (stopped.exit_code, stopped.step) == (ExitCode.STOPPED, 1)
     (row,) = [r for r in read_journal(tmp_path / "x" / "metrics.jsonl") if r["event"] == "stop"]
     assert row["reason"] == "the deadline is near"

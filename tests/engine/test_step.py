@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from ddp_sgd.data.loading import MicroBatch, StepBatches
-from ddp_sgd.distributed.pulse import Pulse
-from ddp_sgd.distributed.replica import Replica
+from ddp_sgd.data.loader import MicroBatch, StepBatches
+from ddp_sgd.distributed.data_parallel import DataParallelModel
+from ddp_sgd.distributed.progress import ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.step import Stepper
 from ddp_sgd.losses import Objective
@@ -25,7 +25,14 @@ def linear():
 def stepper(model, **options):
     optimizer = build_sgd(model, momentum=0.9)
     objective = Objective(nn.MSELoss(), Y)
-    return Stepper(Replica(model, Runtime()), objective, optimizer, Runtime(), Pulse(), **options)
+    return Stepper(
+        DataParallelModel(model, Runtime()),
+        objective,
+        optimizer,
+        Runtime(),
+        ProgressTracker(),
+        **options,
+    )
 
 
 def batches(*sizes, x=X, y=Y):
@@ -66,11 +73,11 @@ def test_a_step_without_a_finite_gradient_changes_nothing(poison, clip_norm):
     take = stepper(model, clip_norm=clip_norm)
     take.step(batches(3), lr=0.1)
     weight = model.weight.detach().clone()
-    velocity = take._optimizer.velocities[model.weight].clone()
+    momentum_buffer = take._optimizer.momentum_buffers[model.weight].clone()
     bad = X.clone()
     bad[1, 0] = poison
     assert not take.step(batches(2, 1, x=bad), lr=0.1).grad_norm.isfinite()
     assert torch.equal(model.weight, weight)
-    assert torch.equal(take._optimizer.velocities[model.weight], velocity)
+    assert torch.equal(take._optimizer.momentum_buffers[model.weight], momentum_buffer)
     assert take.step(batches(3), lr=0.1).grad_norm.isfinite()
     assert model.weight.isfinite().all()

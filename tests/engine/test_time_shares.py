@@ -2,7 +2,7 @@
 
 import pytest
 
-from ddp_sgd.distributed.pulse import Pulse
+from ddp_sgd.distributed.progress import ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.time_shares import TimeShares, is_share
 
@@ -20,10 +20,10 @@ def ranks(meets_in, *days):
     for rank, day in reversed(list(enumerate(days))):
         clock = Clock()
         clock.now = 1000.0 * rank  # clocks of different hosts have nothing in common
-        pulse = Pulse(clock)
-        shares = TimeShares(pulse, Runtime(rank=rank, world_size=len(days)), meets_in)
+        progress = ProgressTracker(clock)
+        shares = TimeShares(progress, Runtime(rank=rank, world_size=len(days)), meets_in)
         for phase, seconds in day.items():
-            pulse.at(phase)
+            progress.enter(phase)
             clock.now += seconds
         measured.append(shares.measure())
     return shares, shares.read([sum(column) for column in zip(*measured, strict=True)])
@@ -35,7 +35,7 @@ ALONE = {
     "backward pass": 3.0,
     "reducing gradients": 0.25,
     "moving weights": 0.25,
-    "heartbeat": 0.25,
+    "sync": 0.25,
     "saving": 0.25,
     "evaluating": 50.0,
     "start": 9.0,
@@ -80,12 +80,12 @@ def test_where_ranks_meet_in_the_backward_pass_the_quickest_shows_how_long_it_ta
 
 def test_rows_add_up_to_the_run():
     clock = Clock()
-    pulse = Pulse(clock)
-    shares = TimeShares(pulse, Runtime(), ())
+    progress = ProgressTracker(clock)
+    shares = TimeShares(progress, Runtime(), ())
     for seconds in (1.0, 3.0):
-        pulse.at("reading data")
+        progress.enter("reading data")
         clock.now += seconds
-        pulse.at("forward pass")
+        progress.enter("forward pass")
         clock.now += 1.0
         spent = shares.read(shares.measure())
         assert spent.by_kind["data"] == seconds
@@ -94,7 +94,7 @@ def test_rows_add_up_to_the_run():
 
 
 def test_a_run_without_a_row_has_no_shares_to_divide():
-    assert set(TimeShares(Pulse(), Runtime(), ()).summary().values()) == {0.0}
+    assert set(TimeShares(ProgressTracker(), Runtime(), ()).summary().values()) == {0.0}
 
 
 def test_what_comes_from_here_is_known_by_its_key():

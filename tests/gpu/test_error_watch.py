@@ -48,4 +48,4 @@ def test_a_survivor_that_waits_for_the_device_ends(tmp_path):
     assert time.time() - float(mark.read_text()) < scaled(10.0)
     assert all(isinstance(result, RankError) for result in results)
     assert results[1].error == "DataError"
-    assert results[0].error in ("EOFError", "FaultElsewhereError")  # ended, or found out
+    assert results[0].error in ("EOFError", "RemoteError")  # ended, or found out

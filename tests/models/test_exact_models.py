@@ -200,9 +200,9 @@ def test_one_rank_whose_gradients_stay_where_they_are(name, tmp_path):
 
 
 @pytest.mark.parametrize("replica", ["flat", "ddp"])
-def test_memory_layouts_that_change_from_step_to_step(replica, tmp_path):
+def test_memory_layouts_that_change_from_step_to_step(wrapper, tmp_path):
     case = Case(model=lambda: networks.Moving(turns=True), data=ROWS)
-    outcome = train(case, Runtime(), tmp_path, parallel={"replica": replica})
+    outcome = train(case, Runtime(), tmp_path, parallel={"replica": wrapper})
     expected = outcome_of(reference(CASES["moving storage"], whole_batches(case)))
     assert distance(outcome.parameters, expected.parameters) <= TOLERANCE
 

@@ -19,7 +19,7 @@ from ranks import run_ranks
 from torch import nn
 from torch.nn import functional
 
-from ddp_sgd.distributed.fate import OwnFate
+from ddp_sgd.distributed.error_propagation import LocalErrorPropagation
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.errors import UserError
 from ddp_sgd.optim.sgd import SGD
@@ -185,7 +185,9 @@ CASES = {
 
 
 def refuse_all(runtime, folder):
-    runtime = replace(runtime, fate=OwnFate())  # each rank keeps its own error
+    runtime = replace(
+        runtime, error_propagation=LocalErrorPropagation()
+    )  # each rank keeps its own error
     said = {}
     for number, (name, (case, where, _)) in enumerate(CASES.items()):
         if TOGETHER in where:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.nn.functional import all_gather
 from torch.nn import functional
 
-from ddp_sgd.distributed.fate import OwnFate
+from ddp_sgd.distributed.error_propagation import LocalErrorPropagation
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.stopping import StopRequest
 from ddp_sgd.errors import UserError
@@ -103,7 +103,12 @@ LOSSES = {
 
 def exit_code(case, runtime, folder):
     try:
-        train(case, replace(runtime, fate=OwnFate()), folder, data={"batch_size": 2})
+        train(
+            case,
+            replace(runtime, error_propagation=LocalErrorPropagation()),
+            folder,
+            data={"batch_size": 2},
+        )
     except UserError as error:
         return int(error.exit_code), str(error)
     return 0, "trained"

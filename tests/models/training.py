@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import default_collate
 
 from ddp_sgd.config import RunConfig
-from ddp_sgd.data.order import Order
+from ddp_sgd.data.sampler import TrainSampler
 from ddp_sgd.engine.fit import fit
 from ddp_sgd.seeds import seed_for
 
@@ -141,7 +141,7 @@ def micro_batches(case, config, world_size):
     """List the indices of each micro-batch of a run, by step and rank."""
     data = config.data
     orders = [
-        Order(
+        TrainSampler(
             len(case.data()),
             global_batch=data.batch_size * world_size * data.accumulate,
             batch_size=data.batch_size,

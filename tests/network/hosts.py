@@ -51,7 +51,7 @@ class Network:
             subprocess.run(add, check=True, timeout=WAIT_S)
             for host in self.hosts:
                 host.run("ip", "address", "add", f"{host.address}/24", "dev", "eth0")
-            self.mend()
+            self.fix()
         except BaseException:
             self.power_off()
             raise
@@ -60,7 +60,7 @@ class Network:
         """Pull the cable out of the second host."""
         self.hosts[1].run("ip", "link", "set", "eth0", "down")
 
-    def mend(self):
+    def fix(self):
         for host in self.hosts:
             host.run("ip", "link", "set", "eth0", "up")
 

@@ -95,7 +95,7 @@ def test_five_seconds_without_a_link_change_nothing(network, launch, digest_of_o
     runs[0].wait_until(lambda: runs[0].steps > 2)
     network.cut()
     time.sleep(5)  # the disturbance itself
-    network.mend()
+    network.fix()
     steps = runs[0].steps
     runs[0].wait_until(lambda: runs[0].steps > steps)
     (tmp_path / "hurry").touch()

@@ -69,7 +69,7 @@ def test_who_decays():
 def test_a_step_is_skipped_where_it_is_said_so_even_the_first():
     model = One(0.7)
     optimizer = build_sgd(model, momentum=0.9)
-    assert optimizer.velocities[model.weight].tolist() == [[0.0]]  # at rest
+    assert optimizer.momentum_buffers[model.weight].tolist() == [[0.0]]  # at rest
     assert steps(model, optimizer, [float("nan")], [0.1], torch.ones(())) == [0.7]
     path = steps(model, optimizer, [1.0, 1.0], [0.1, 0.2], torch.zeros(()))
     assert path == pytest.approx([0.6, 0.22], abs=1e-15)
@@ -193,8 +193,8 @@ def test_storage_and_layout_may_change_between_steps(change, momentum):
             step()
     # Three steps of float32, a unit of 6e-8 for each product and sum.
     assert (ours.weight - theirs.weight).abs().max() <= 1e-6
-    for parameter, velocity in mine.velocities.items():
-        assert velocity.stride() == parameter.stride()
+    for parameter, momentum_buffer in mine.momentum_buffers.items():
+        assert momentum_buffer.stride() == parameter.stride()
 
 
 def test_a_gradient_of_another_layout_is_read_by_its_indices():

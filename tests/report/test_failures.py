@@ -19,7 +19,7 @@ def test_three_failures_at_one_step_are_enough(restart, tmp_path):
     with pytest.raises(RepeatedFailureError, match="failed 3 times in a row at step 57") as caught:
         refuse_endless_failure(tmp_path, restart)
     assert caught.value.exit_code == 65
-    assert str(caught.value).endswith("mend what ended it: the sample at step 57 is bad.")
+    assert str(caught.value).endswith("fix what ended it: the sample at step 57 is bad.")
 
 
 @pytest.mark.parametrize("steps", [(), (57, 57), (57, 40, 57), (57, 57, 40), (57, 57, 57, 58)])

@@ -14,8 +14,8 @@ from ddp_sgd.config import RunConfig
 from ddp_sgd.plan import make_plan
 from ddp_sgd.report import progress as module
 from ddp_sgd.report.journal import read_journal
+from ddp_sgd.report.logger import RunRecord
 from ddp_sgd.report.progress import Progress
-from ddp_sgd.report.sink import RunRecord
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from ddp_sgd.engine.state import State
 from ddp_sgd.errors import DataError, OutputError
 from ddp_sgd.plan import make_plan
 from ddp_sgd.report.journal import read_journal
+from ddp_sgd.report.logger import Origin
 from ddp_sgd.report.reporter import open_report
 from ddp_sgd.report.run_folder import claim_run_folder
-from ddp_sgd.report.sink import Origin
 
 ORIGIN = Origin(run_id="0123cafe")
 PLAN = make_plan(RunConfig(), samples=100, world_size=1)

@@ -16,8 +16,8 @@ from ddp_sgd.errors import ExitCode, OutputError, RefusedError
 from ddp_sgd.plan import make_plan
 from ddp_sgd.report import folder_lock, run_folder
 from ddp_sgd.report.folder_lock import LOCK_NAME, OWNER_NAME, FolderLock
+from ddp_sgd.report.logger import RunRecord
 from ddp_sgd.report.run_folder import RunFolder, claim_run_folder
-from ddp_sgd.report.sink import RunRecord
 
 
 def describe(folder, name="x", **changes):

@@ -18,13 +18,13 @@ def _scalars(folder):
 
 def test_scalars_are_read_back_at_their_steps_and_times(tmp_path):
     said = []
-    sink = TensorBoard(say=said.append)
-    sink.start(SimpleNamespace(folder=tmp_path))
-    sink.write([("start", AXES)])
-    sink.write([("train", {**AXES, "train/loss": 2.25, "train/grad_norm": None, "note": "text"})])
-    sink.write([("eval", {**AXES, "step": 20, "eval/accuracy": 0.75})])
-    sink.write([("end", {**AXES, "wall_s": 1.0})])
-    sink.finish({})
+    logger = TensorBoard(say=said.append)
+    logger.start(SimpleNamespace(folder=tmp_path))
+    logger.write([("start", AXES)])
+    logger.write([("train", {**AXES, "train/loss": 2.25, "train/grad_norm": None, "note": "text"})])
+    logger.write([("eval", {**AXES, "step": 20, "eval/accuracy": 0.75})])
+    logger.write([("end", {**AXES, "wall_s": 1.0})])
+    logger.finish({})
     scalars = _scalars(tmp_path)
     assert set(scalars) == {"epoch", "samples", "train/loss", "eval/accuracy"}
     (loss,) = scalars["train/loss"]
@@ -48,10 +48,10 @@ def test_a_missing_package_is_found_at_once(monkeypatch):
 def test_a_folder_that_cannot_be_made_stops_only_the_view(tmp_path):
     (tmp_path / "tensorboard").write_text("in the way")
     said = []
-    sink = TensorBoard(say=said.append)
-    sink.start(SimpleNamespace(folder=tmp_path))
-    sink.write([("train", {**AXES, "train/loss": 1.0})])
-    sink.finish({})
+    logger = TensorBoard(say=said.append)
+    logger.start(SimpleNamespace(folder=tmp_path))
+    logger.write([("train", {**AXES, "train/loss": 1.0})])
+    logger.finish({})
     (line,) = said
     assert line.startswith("TensorBoard: stopped (")
     assert line.endswith("; training goes on, metrics.jsonl has every row")
@@ -63,13 +63,13 @@ def test_a_writer_that_fails_stops_only_the_view(tmp_path, monkeypatch, method):
         raise OSError(28, "No space left on device")
 
     said = []
-    sink = TensorBoard(say=said.append)
-    sink.start(SimpleNamespace(folder=tmp_path))
-    writer = sink._writer
+    logger = TensorBoard(say=said.append)
+    logger.start(SimpleNamespace(folder=tmp_path))
+    writer = logger._writer
     monkeypatch.setattr(writer, method, fail)
-    sink.write([("train", {**AXES, "train/loss": 1.0})])
-    sink.write([("train", {**AXES, "train/loss": 1.0})])
-    sink.finish({})
+    logger.write([("train", {**AXES, "train/loss": 1.0})])
+    logger.write([("train", {**AXES, "train/loss": 1.0})])
+    logger.finish({})
     monkeypatch.undo()
     writer.close()
     assert len(said) == 1

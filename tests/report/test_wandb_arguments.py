@@ -7,7 +7,7 @@ import pytest
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.config.sections import WandbConfig
 from ddp_sgd.plan import make_plan
-from ddp_sgd.report.sink import RunRecord
+from ddp_sgd.report.logger import RunRecord
 from ddp_sgd.report.wandb_arguments import git_commit, init_arguments
 
 CONFIG = RunConfig(name="trial", epochs=2)

@@ -24,7 +24,7 @@ from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.config.sections import WandbConfig
 from ddp_sgd.plan import make_plan
 from ddp_sgd.report import weights_and_biases
-from ddp_sgd.report.sink import RunRecord
+from ddp_sgd.report.logger import RunRecord
 from ddp_sgd.report.wandb_arguments import git_commit
 from ddp_sgd.report.weights_and_biases import WeightsAndBiases, start_ahead
 

@@ -15,7 +15,7 @@ def main() -> None:
     inputs, targets = inputs[: task.batch_size].clone(), targets[: task.batch_size].clone()
     parameters = list(model.parameters())
     weights = [p.detach() for p in parameters]
-    velocities = [torch.zeros_like(p) for p in weights]
+    momentum_buffers = [torch.zeros_like(p) for p in weights]
     for _ in range(steps):
         for p in parameters:
             p.grad = None
@@ -23,7 +23,7 @@ def main() -> None:
         torch._fused_sgd_(
             weights,
             [p.grad for p in parameters],
-            velocities,
+            momentum_buffers,
             weight_decay=0.0,
             momentum=task.momentum,
             lr=task.lr,

@@ -1,7 +1,7 @@
 """The limit: flat buffers, no wrapper, one all-reduce, one fused call; written for this work only.
 
-Weights, gradients and velocities are one tensor each. The batch at the end of an epoch counts by
-its true number of samples.
+Weights, gradients and momentum buffers are one tensor each. The batch at the end of an epoch counts
+by its true number of samples.
 """
 
 import os
@@ -31,7 +31,7 @@ def train(task: Task, clock: Clock, model: nn.Module, rank: int) -> None:
     """Take all steps."""
     inputs, targets = task.read_tensors()
     weights, gradients = flatten(model)
-    velocity = torch.zeros_like(weights)
+    momentum_buffer = torch.zeros_like(weights)
     samples, global_batch = len(targets), task.batch_size * task.ranks
     whole_share = torch.tensor(1 / task.ranks)
     for order in task.read_order():
@@ -48,7 +48,7 @@ def train(task: Task, clock: Clock, model: nn.Module, rank: int) -> None:
             torch._fused_sgd_(
                 [weights],
                 [gradients],
-                [velocity],
+                [momentum_buffer],
                 weight_decay=0.0,
                 momentum=task.momentum,
                 lr=task.lr,

@@ -1,0 +1,209 @@
+"""One model on every rank, kept equal; the only file that names DistributedDataParallel."""
+
+import inspect
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ddp_sgd.distributed.buckets import settle_buckets
+from ddp_sgd.distributed.collectives import sum_over_ranks
+from ddp_sgd.distributed.comm_hooks import CommHook
+from ddp_sgd.distributed.model_state import broadcast_buffers, broadcast_parameters
+from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.errors import ConfigError
+
+# Rank 0's buffers are what counts in the end, and normalization layers do not read them in
+# training: they are sent when somebody looks, not at every step. The argument was renamed between
+# releases of torch.
+_NO_BUFFERS_IN_FORWARD: dict[str, Any] = (
+    {"forward_sync_buffers": False}
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else {"broadcast_buffers": False}
+)
+
+
+class DataParallelModel:
+    """A model whose gradients are summed over ranks; this one is alone, and adds nothing.
+
+    Args:
+        model: The model, on the runtime's device.
+        runtime: This process.
+
+    Attributes:
+        inner: The model as the user built it; evaluation calls this one, since a forward pass of a
+            wrapper may talk to the other ranks.
+        forward: What a training step calls.
+        divisor: What the replica divides the sum over ranks by.
+        meets_in: Phases of a step in which ranks wait for each other.
+    """
+
+    meets_in: tuple[str, ...] = ()
+
+    def __init__(self, model: nn.Module, runtime: Runtime) -> None:
+        self.inner = model
+        self.forward: nn.Module = model
+        self.divisor = 1
+        self._runtime = runtime
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def sync_gradients(self, *, when: bool) -> AbstractContextManager[None]:  # noqa: ARG002
+        """Reduce gradients over ranks in the backward pass, or let them add up locally.
+
+        Args:
+            when: True in the last micro-batch of a step.
+        """
+        return nullcontext()
+
+    def reduce(self, step: int) -> list[torch.Tensor]:  # noqa: ARG002
+        """Finish the reduction after the last backward pass of a step.
+
+        Args:
+            step: Number of the step in the run, from 0.
+
+        Returns:
+            The whole gradient in as few tensors as there are; each parameter has its part in
+            ``grad``.
+        """
+        return [p.grad for p in self._parameters if p.grad is not None]
+
+    def is_equal_before(self, step: int) -> bool:  # noqa: ARG002
+        """Whether all ranks have the same weights before this step."""
+        return True
+
+    def averages_after(self, step: int) -> bool:  # noqa: ARG002
+        """Whether ranks average their weights after this step, since these differ."""
+        return False
+
+    def average(self) -> None:
+        """Replace weights that differ between ranks by their mean; here they never do."""
+
+    def sync_buffers(self) -> None:
+        """Replace the buffers, such as running statistics, by those of rank 0."""
+        broadcast_buffers(self.inner, self._runtime)
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Gather what a resume needs besides weights; all ranks call this after the same step.
+
+        Returns:
+            Tensors and plain data, on rank 0; often empty, elsewhere always.
+        """
+        return {}
+
+    def load_state_dict(self, saved: Mapping[str, Any] | None) -> None:
+        """Put back what ``memory`` gave; all ranks call this before the first step.
+
+        Args:
+            saved: Content of the checkpoint, on rank 0, None if it has none; elsewhere it is not
+                looked at.
+        """
+
+
+class FlatAllReduce(DataParallelModel):
+    """Gradients are gathered in one buffer for each type, which is summed over ranks in one call.
+
+    Where all gradients fit into one bucket there is nothing that a wrapper could overlap with the
+    backward pass. Norm and check take one call, too, so that this is quicker on one rank as well.
+    Weights and buffers become rank 0's.
+    """
+
+    meets_in: tuple[str, ...] = ("reducing gradients",)
+
+    def __init__(self, model: nn.Module, runtime: Runtime) -> None:
+        super().__init__(model, runtime)
+        broadcast_parameters(model, runtime)
+        self.sync_buffers()
+        self._buffers: list[torch.Tensor] = []
+        self._views: list[torch.Tensor] = []
+        self._parameters.sort(key=lambda p: str(p.dtype))  # stable: in the order of the model
+        for _, group in groupby(self._parameters, key=lambda p: p.dtype):
+            members = list(group)
+            sizes = [p.numel() for p in members]
+            buffer = torch.zeros(sum(sizes), dtype=members[0].dtype, device=runtime.device)
+            self._buffers.append(torch.view_as_real(buffer) if buffer.is_complex() else buffer)
+            # A view has the strides of its parameter: the fused kernel walks memory in order.
+            self._views += [
+                part.as_strided(p.shape, p.stride())
+                for part, p in zip(torch.split(buffer, sizes), members, strict=True)
+            ]
+
+    def reduce(self, step: int) -> list[torch.Tensor]:  # noqa: ARG002
+        """Gather the gradients of this rank, and sum them over ranks.
+
+        Raises:
+            ConfigError: A parameter has no gradient, on one of several ranks.
+        """
+        return [sum_over_ranks(part, self._runtime) for part in self._gather()]
+
+    def _gather(self) -> list[torch.Tensor]:
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        if len(gradients) < len(self._views):
+            if self._runtime.alone:
+                return gradients
+            raise unused_parameters()
+        torch._foreach_copy_(self._views, gradients)
+        for p, view in zip(self._parameters, self._views, strict=True):
+            p.grad = view
+        return self._buffers
+
+
+class WrappedDDP(DataParallelModel):
+    """A model in DistributedDataParallel, which reduces buckets while the backward pass goes on.
+
+    Weights and buffers become rank 0's.
+
+    Args:
+        model: The model, on the runtime's device.
+        runtime: This process.
+        hook: Takes the place of the all-reduce; None: gradients are reduced as they are.
+        options: Arguments of the wrapper.
+    """
+
+    meets_in = ("backward pass",)
+
+    def __init__(
+        self, model: nn.Module, runtime: Runtime, hook: CommHook | None = None, **options: Any
+    ) -> None:
+        super().__init__(model, runtime)
+        self._hook = hook
+        broadcast_parameters(model, runtime)
+        self._ddp = DistributedDataParallel(
+            model,
+            device_ids=None if runtime.device.type == "cpu" else [runtime.device],
+            init_sync=False,  # its own broadcast fails on expanded buffers and rare dtypes
+            **_NO_BUFFERS_IN_FORWARD,
+            **options,
+        )
+        self.forward = self._ddp
+        self.divisor = runtime.world_size
+        self.sync_buffers()
+        if hook:
+            self._ddp.register_comm_hook(None, hook.reduce)
+        if not options.get("static_graph") and not options.get("find_unused_parameters"):
+            settle_buckets(self._ddp)
+
+    def sync_gradients(self, *, when: bool) -> AbstractContextManager[None]:
+        """Reduce gradients over ranks in the backward pass, or let them add up locally."""
+        return nullcontext() if when else self._ddp.no_sync()
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Gather what the hook has to remember."""
+        return self._hook.state_dict() if self._hook else {}
+
+    def load_state_dict(self, saved: Mapping[str, Any] | None) -> None:
+        """Put back what the hook has to remember."""
+        if self._hook:
+            self._hook.load_state_dict(saved)
+
+
+def unused_parameters() -> ConfigError:
+    """Say that a step left parameters without a gradient, and what to do."""
+    return ConfigError(
+        "parallel.find_unused_parameters is false, but a step left parameters of the model "
+        "without a gradient; set parallel.find_unused_parameters=true, or "
+        "remove the parameters."
+    )

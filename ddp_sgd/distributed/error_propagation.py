@@ -1,0 +1,226 @@
+"""One fate for all ranks: the first fault of any rank is the one that the user reads, once."""
+
+import json
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from torch.distributed import DistError, DistNetworkError
+from torch.distributed.distributed_c10d import Store
+
+from ddp_sgd.distributed.bounded import call_with_timeout
+from ddp_sgd.distributed.liveness_store import NOTE_S
+from ddp_sgd.distributed.lost_ranks import describe_lost_ranks, find_lost_ranks
+from ddp_sgd.distributed.rendezvous import RendezvousInfo, is_agent_store
+from ddp_sgd.errors import (
+    ExitCode,
+    PeerError,
+    RemoteError,
+    StopInterrupt,
+    UserError,
+)
+from ddp_sgd.time_limits import scaled
+
+_LOST_PEER = re.compile(
+    r"Connection (closed|reset|refused)|Broken pipe|Timed out waiting|pair closure|Socket Timeout"
+    r"|wait timeout|gloo/transport|ncclRemoteError|ncclSystemError|watchdog|NCCL",
+    re.IGNORECASE,
+)
+_SILENT_PEER = re.compile(r"Timed out|timeout|No route|unreachable", re.IGNORECASE)
+_PATIENCE_S = scaled(5.0)
+"""Longest wait for a store, before its host counts as gone."""
+_FIRST_FAULT = "ddp_sgd/first_fault"
+
+
+class ErrorPropagation(Protocol):
+    """What becomes of an error, given those of the other ranks.
+
+    Attributes:
+        before_exit: Called with the error, in a thread, before a process is ended whose main thread
+            does not come back: the place to write a result. None calls nothing.
+        farewell: Called after that, so that other ranks can read of the error.
+    """
+
+    before_exit: Callable[[Exception], None] | None
+    farewell: Callable[[], None] | None
+
+    def resolve(self, error: Exception) -> Exception:
+        """Return the error that this rank should end with."""
+
+
+class LocalErrorPropagation:
+    """The fate of a process that is alone: its errors are its own, and nothing else ends it."""
+
+    def __init__(self) -> None:
+        self.before_exit: Callable[[Exception], None] | None = None
+        self.farewell: Callable[[], None] | None = None
+
+    def resolve(self, error: Exception) -> Exception:
+        """Return the error unchanged."""
+        return error
+
+
+class StoreErrorPropagation:
+    """The fate of ranks in a group: the first fault is written on a board in their store.
+
+    A rank that fails leaves the group, so that collectives of the others fail within moments; they
+    find the first fault on the board and end with its code, in silence.
+
+    If a host is gone, and takes the store along or not, each side names the other. Without a store
+    ranks cannot agree on who tells, so it is one of each host: the lowest that can be there.
+
+    Args:
+        store: Key-value store of the group.
+        rank: Number of this process.
+        info: Who is where.
+        timeout_s: Longest wait of a collective, in seconds.
+
+    Attributes:
+        is_store_silent: Whether the host of the store has been found gone.
+        has_resolved: Set as soon as this rank has found an error, of its own or of another rank.
+        before_exit: See ``ErrorPropagation``.
+        farewell: Called before this process ends: lets the others read what the store holds.
+    """
+
+    def __init__(self, store: Store, rank: int, info: RendezvousInfo, timeout_s: float) -> None:
+        self._store = store
+        self._rank = rank
+        self._hosts, self._store_host = info
+        self._timeout_s = timeout_s
+        self.is_store_silent = False
+        self.has_resolved = threading.Event()
+        self.before_exit: Callable[[Exception], None] | None = None
+        self.farewell: Callable[[], None] | None = None
+
+    def find_remote(self, store: Store) -> RemoteError | None:
+        """Return the first error of the run, if another rank reported it.
+
+        Args:
+            store: Client of the same store, for the calling thread alone.
+
+        Raises:
+            RuntimeError: The store is gone.
+        """
+        if not store.check([_FIRST_FAULT]):
+            return None
+        first = json.loads(store.get(_FIRST_FAULT))
+        if first["rank"] == self._rank:
+            return None
+        return RemoteError(first["message"], first["code"])
+
+    def resolve(self, error: Exception) -> Exception:
+        """Return the error that this rank should end with.
+
+        Args:
+            error: What this rank ran into.
+
+        Returns:
+            The error itself if this rank failed first, as a ``PeerError`` if it is a lost
+            connection; ``RemoteError`` if another rank failed before.
+        """
+        self.has_resolved.set()
+        if isinstance(error, RemoteError) or self.is_store_silent:
+            return error
+        wait_s = 3 * NOTE_S if is_lost_peer(error) and _SILENT_PEER.search(str(error)) else 0.0
+        try:
+            call_with_timeout(_PATIENCE_S, lambda: self._store.check([_FIRST_FAULT]))
+            return call_with_timeout(wait_s + _PATIENCE_S, lambda: self._resolve(error, wait_s))
+        except TimeoutError:
+            self.is_store_silent = True
+            return self._resolve_in_silence(error)
+        except (DistError, RuntimeError):  # the store went down with its host
+            return self._report_once(self._lost_store(error) if is_lost_peer(error) else error)
+
+    def _resolve(self, error: Exception, wait_s: float) -> Exception:
+        """Look for ranks that are absent, if that may be the cause, and for the first fault."""
+        world_size = len(self._hosts)
+        lost = find_lost_ranks(self._store, world_size, wait_s) if wait_s else []
+        mine = error
+        if lost:
+            silent_s = self._timeout_s + wait_s
+            mine = PeerError(describe_lost_ranks(lost, self._hosts, silent_s))
+        elif is_lost_peer(error):
+            mine = self._lost_peer(error)
+        code = mine.exit_code if isinstance(mine, UserError) else ExitCode.INTERNAL
+        note = json.dumps({"rank": self._rank, "code": int(code), "message": str(mine)})
+        first = json.loads(self._store.compare_set(_FIRST_FAULT, "", note))
+        if first["rank"] == self._rank:
+            return mine
+        return RemoteError(first["message"], first["code"])
+
+    def _resolve_in_silence(self, error: Exception) -> Exception:
+        """Blame the host of the store; of each other host one rank tells."""
+        if not is_lost_peer(error):
+            return self._report_once(error)
+        here = self._hosts[self._rank]
+        gone = [rank for rank, host in enumerate(self._hosts) if host == self._store_host]
+        if not gone or here == self._store_host:
+            return self._report_once(self._lost_peer(error))
+        message = describe_lost_ranks(gone, self._hosts, self._timeout_s + _PATIENCE_S)
+        return self._report_once(PeerError(message))
+
+    def _report_once(self, error: Exception) -> Exception:
+        """Report a lost peer, which all ranks miss, from one rank of a host, without communication.
+
+        A rank that hosts the store is not among them: it is what the others miss. Any other error
+        is told by the rank that has it.
+        """
+        if not isinstance(error, PeerError):
+            return error
+        store_rank = None if is_agent_store(os.environ) else 0
+        here = self._hosts[self._rank]
+        near = (rank for rank, host in enumerate(self._hosts) if host == here)
+        if self._rank in (
+            store_rank,
+            min((rank for rank in near if rank != store_rank), default=0),
+        ):
+            return error
+        return RemoteError(str(error), error.exit_code)
+
+    def _lost_store(self, error: Exception) -> PeerError:
+        """Say that the store is gone; with it, the rank that hosts it."""
+        if is_agent_store(os.environ):
+            return self._lost_peer(error)
+        return PeerError(
+            f"rank 0 of {len(self._hosts)} on host {self._hosts[0]} is gone, and with it the store "
+            f"of the ranks: {_cause_of(error)}; look at what became of that process, then start "
+            "again."
+        )
+
+    def _lost_peer(self, error: Exception) -> PeerError:
+        return PeerError(
+            f"rank {self._rank} of {len(self._hosts)} is cut off: {_cause_of(error)}; look for the "
+            "first error in the logs of the other ranks, then start again."
+        )
+
+
+def _cause_of(error: Exception) -> str:
+    """Return what an error of gloo says, without where and the chat that follows."""
+    cause = re.sub(r"^\[[^\]]*\]\s*", "", str(error).strip().splitlines()[0])
+    return re.split(r"\.\s+(?=[A-Z])", cause)[0].rstrip(".")
+
+
+def is_lost_peer(error: Exception) -> bool:
+    """Whether an error says that another rank, or the way to it, is gone."""
+    if isinstance(error, UserError):
+        return False
+    return isinstance(error, DistNetworkError) or (
+        isinstance(error, RuntimeError) and bool(_LOST_PEER.search(str(error)))
+    )
+
+
+@contextmanager
+def propagate_errors(error_propagation: ErrorPropagation) -> Iterator[None]:
+    """Let every error that leaves the block be judged in the light of those of the other ranks."""
+    try:
+        yield
+    except StopInterrupt as interrupt:
+        raise error_propagation.resolve(interrupt.as_error()) from None
+    except Exception as error:
+        judged = error_propagation.resolve(error)
+        if judged is error:
+            raise
+        raise judged from error

@@ -1,0 +1,257 @@
+"""A watch on progress: a rank that hangs is found and named, and ends the job."""
+
+import faulthandler
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NoReturn
+
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+
+from ddp_sgd.console import report_error
+from ddp_sgd.distributed.bounded import run_with_timeout
+from ddp_sgd.distributed.collectives import gather_over_ranks
+from ddp_sgd.distributed.environment import is_orphaned
+from ddp_sgd.distributed.hang_report import HangReport, Note, Place, describe_hang, find_hung_ranks
+from ddp_sgd.distributed.launcher_files import leave_for_launcher
+from ddp_sgd.distributed.liveness_store import NOTE_S, LivenessStore
+from ddp_sgd.distributed.progress import ProgressTracker
+from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.errors import ExitCode, PeerError
+from ddp_sgd.time_limits import scaled
+
+_ORPHAN_POLL_S = 1.0
+_LAST_CALL_S = scaled(2.0)
+"""Longest wait for a store whose host was just woken."""
+_PATIENCE_S = 0.5
+"""Longest wait for a store that should answer at once, and for each part of leaving."""
+_FAREWELL_S = scaled(5.0)
+"""Longest wait of the store's host for the others to read the verdict."""
+_WRITE_S = scaled(5.0)
+"""Longest wait for the stacks, and for the line: what hangs may be the disk, or a full pipe."""
+_LAST_WORDS_S = scaled(60.0)
+"""Longest wait for ``on_hang``."""
+_SILENT_POLLS = 5
+"""Unanswered polls in a row after which the host of the store counts as frozen."""
+
+
+@contextmanager
+def watch_for_hangs(
+    runtime: Runtime,
+    progress: ProgressTracker,
+    *,
+    hang_s: float | None,
+    stacks: Path | None,
+    on_hang: Callable[[PeerError], None],
+    on_orphaned: Callable[[], None],
+) -> Iterator[None]:
+    """End every process of the job if the training thread of a rank shows no life for too long.
+
+    All ranks enter together. A thread writes notes on a board in the group's store; who has shown
+    no life for almost ``hang_s`` looks for the rank with the least progress, and posts a verdict,
+    upon which every rank writes down its stacks and ends with ``ExitCode.PEER``. Time counts as
+    polls saw it pass: a job that is suspended as a whole, and goes on, does not hang.
+
+    Args:
+        runtime: This process.
+        progress: What the training thread touches.
+        hang_s: Longest time without a sign of life, in seconds, at least 1; None only looks for
+            the launcher.
+        stacks: Folder for ``stack-rank-<rank>.txt``; made when needed. None writes none.
+        on_hang: Called on every rank with the error, in a thread of its own and for a minute at
+            most, before the process ends.
+        on_orphaned: Called once, in a thread, if torchrun's agent that started this rank died.
+    """
+    watch = _Watch(runtime, progress, hang_s, stacks, on_hang, on_orphaned)
+    try:
+        yield
+    finally:
+        watch.leave()
+
+
+class _Watch:
+    """The thread of one rank; see ``watch_for_hangs``."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        progress: ProgressTracker,
+        hang_s: float | None,
+        stacks: Path | None,
+        on_hang: Callable[[PeerError], None],
+        on_orphaned: Callable[[], None],
+    ) -> None:
+        self._rank = runtime.rank
+        self._progress = progress
+        self._hang_s = hang_s
+        self._stacks = stacks
+        self._on_hang = on_hang
+        self._on_orphaned = on_orphaned
+        self._has_launcher = True
+        by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self._store_rank = None if by_agent or runtime.alone else 0
+        self._interval_s = min(max(hang_s / 50, 0.05), NOTE_S) if hang_s else _ORPHAN_POLL_S
+        self._patience_s = min(self._interval_s, _PATIENCE_S)
+        # What passes between the last sign of life and a poll, and from there to the verdict.
+        self._limit_s = max(hang_s - 3 * self._interval_s, hang_s / 2) if hang_s else float("inf")
+        self._polls = self._silent_polls = 0
+        self._ticks = progress.ticks
+        self._idle_s = 0.0
+        self._seen_at = time.monotonic()
+        self._before: list[Note] | None = None
+        self._next_look_s = self._limit_s / 2
+        self._has_left = self._is_ending = False
+        self._stop = threading.Event()
+        self._places: list[Place] = []
+        self._board: LivenessStore | None = None
+        if hang_s:
+            self._board = LivenessStore(
+                runtime.store.clone() if runtime.store else HashStore(),
+                runtime.rank,
+                runtime.world_size,
+            )
+            self._board.exchange(self._note(), _LAST_CALL_S)  # before anybody reads
+            self._places = gather_over_ranks((socket.gethostname(), os.getpid()), runtime)
+        self._thread = threading.Thread(target=self._run, name="ddp_sgd-watch", daemon=True)
+        self._thread.start()
+
+    def leave(self) -> None:
+        """End the thread; if the job is being ended, stay until this process is."""
+        self._stop.set()
+        self._thread.join(2 * _PATIENCE_S)
+        if self._is_ending:
+            threading.Event().wait()  # else this thread would tell of the peers that it lost
+        self._has_left = True
+        if self._board:
+            self._board.close(_PATIENCE_S)
+
+    def _run(self) -> None:
+        self._seen_at = time.monotonic()
+        while not self._stop.wait(self._interval_s):
+            with suppress(Exception):  # a watch that fails must not take the run along
+                self._poll()
+        if self._board:
+            # What ended the training thread may be peers that left upon a verdict.
+            found = self._board.exchange(self._note(left=True), _PATIENCE_S / 2)
+            if isinstance(found, HangReport) and not self._has_left:
+                self._end(found)
+
+    def _poll(self) -> None:
+        self._polls += 1
+        if self._has_launcher and is_orphaned(os.environ):
+            self._has_launcher = False
+            self._on_orphaned()
+        if self._board is None:
+            return
+        self._measure_idleness()
+        found = self._board.exchange(self._note(), self._patience_s)
+        if isinstance(found, HangReport):
+            self._end(found)
+        self._silent_polls = 0 if found else self._silent_polls + 1
+        if self._idle_s >= self._next_look_s:
+            self._look_around(self._board)
+
+    def _measure_idleness(self) -> None:
+        now, before = time.monotonic(), self._seen_at
+        self._seen_at = now
+        if self._ticks == self._progress.ticks:
+            self._idle_s += min(now - before, 2 * self._interval_s)  # a suspended job is not idle
+            return
+        self._ticks = self._progress.ticks
+        self._idle_s = 0.0
+        self._before = None
+        self._next_look_s = self._limit_s / 2
+
+    def _look_around(self, liveness: LivenessStore) -> None:
+        """Read the notes, at half of the limit and at the limit, and judge at the latter."""
+        notes = liveness.read_notes(self._patience_s)
+        is_over = self._idle_s >= self._limit_s
+        if notes is None:
+            if is_over and (liveness.is_gone or self._silent_polls >= _SILENT_POLLS):
+                self._end(self._resolve_in_silence(liveness))
+            return
+        if is_over:
+            hung_ranks, frozen = find_hung_ranks(self._before, notes, self._limit_s)
+            if hung_ranks:
+                self._end(self._post(liveness, hung_ranks, notes, frozen=frozen))
+            self._next_look_s = self._idle_s + self._limit_s / 4
+        else:
+            self._next_look_s = self._limit_s
+        self._before = notes
+
+    def _resolve_in_silence(self, liveness: LivenessStore) -> HangReport:
+        """Blame the rank that hosts the store, if it wakes; else end alone."""
+        self._is_ending = True
+        host = self._store_rank
+        if host is not None and host != self._rank and not liveness.is_gone:
+            self._wake([host])
+            if notes := liveness.read_notes(_LAST_CALL_S):
+                return self._post(liveness, [host], notes, frozen=True)
+        here = self._places[self._rank][0]
+        near = [rank for rank, place in enumerate(self._places) if place[0] == here]
+        place = f"the store of {'the launcher' if host is None else f'rank {host}'}"
+        message = (
+            f"rank {self._rank} of {len(self._places)} on host {here} is stuck, with no progress "
+            f'for {self._hang_s:g} s in phase "{self._progress.phase}" of step '
+            f"{self._progress.step}, "
+            f"and {place} does not answer; look at what became of that process and its host, then "
+            "start again."
+        )
+        return HangReport(message, min((r for r in near if r != host), default=self._rank), [])
+
+    def _post(
+        self, liveness: LivenessStore, hung_ranks: list[int], notes: list[Note], *, frozen: bool
+    ) -> HangReport:
+        self._is_ending = True  # even if the training thread should come to life meanwhile
+        message = describe_hang(
+            hung_ranks,
+            notes,
+            self._places,
+            frozen=frozen,
+            hang_s=self._hang_s or 0.0,
+            stacks=self._stacks,
+        )
+        verdict = HangReport(message, self._rank, hung_ranks)
+        return liveness.post(verdict, _LAST_CALL_S) or verdict
+
+    def _end(self, verdict: HangReport) -> NoReturn:
+        self._is_ending = True
+        try:
+            self._wake(verdict.hung_ranks)  # so that they read the verdict, too
+            run_with_timeout(_WRITE_S, self._write_stacks)
+            if self._board:
+                self._board.exchange(self._note(left=True), _LAST_CALL_S)
+            if verdict.teller == self._rank:
+                run_with_timeout(_WRITE_S, lambda: report_error(verdict.message))
+            run_with_timeout(_WRITE_S, lambda: self._leave_for_launcher(verdict))
+            run_with_timeout(_LAST_WORDS_S, lambda: self._on_hang(PeerError(verdict.message)))
+            if self._board and self._rank == self._store_rank:
+                self._board.outlast_others(_FAREWELL_S, _LAST_CALL_S)
+        finally:
+            os._exit(ExitCode.PEER)
+
+    def _leave_for_launcher(self, verdict: HangReport) -> None:
+        is_first = self._rank in (verdict.hung_ranks or [verdict.teller])
+        leave_for_launcher(ExitCode.PEER, verdict.message, is_first=is_first)
+
+    def _note(self, *, left: bool = False) -> Note:
+        progress = self._progress
+        return Note(progress.step, progress.phase, progress.count, self._idle_s, self._polls, left)
+
+    def _wake(self, ranks: list[int]) -> None:
+        for rank in ranks:
+            host, process = self._places[rank]
+            if host == socket.gethostname():
+                with suppress(OSError):
+                    os.kill(process, signal.SIGCONT)
+
+    def _write_stacks(self) -> None:
+        if self._stacks:
+            self._stacks.mkdir(parents=True, exist_ok=True)
+            with (self._stacks / f"stack-rank-{self._rank}.txt").open("w") as file:
+                faulthandler.dump_traceback(file)

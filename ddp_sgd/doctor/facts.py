@@ -1,0 +1,152 @@
+"""What a rank knows about itself and its host."""
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddp_sgd.config import RunConfig
+from ddp_sgd.distributed.cpus import usable_cpus
+from ddp_sgd.distributed.environment import Ranks
+from ddp_sgd.doctor.routes import address_toward, interface_of, resolve
+from ddp_sgd.required_equal import read_versions, settings_that_agree
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """One rank, as plain data that travels as JSON.
+
+    Everything but the rank has a default, so that facts from another version can be read.
+
+    Args:
+        rank: Number of the process.
+        world_size: Number of processes.
+        local_rank: Its number on its host.
+        local_world_size: Processes on its host, as the launcher says.
+        launcher: ``torchrun``, ``srun`` or ``none``.
+        host: Name of the host.
+        pid: Process id.
+        device: Kind of device that the run asks for, such as ``cpu``.
+        available: Kind of device that is there.
+        num_devices: Accelerators that the process sees.
+        backend: Library that carries tensors.
+        address: Address by which the host reaches rank 0's; None: there is no way.
+        interface: Interface of that address, or the one that the user chose; None: not known.
+        is_chosen: Whether the user chose the interface, with ``GLOO_SOCKET_IFNAME`` or
+            ``NCCL_SOCKET_IFNAME``.
+        own_addresses: What the host's own name resolves to there.
+        master: ``MASTER_ADDR``.
+        master_addresses: What that resolves to there.
+        versions: Of Python, torch and others.
+        cpus: CPUs that the process may use.
+        threads: Threads that torch will compute with.
+        folder: The output folder.
+        free_bytes: Room on its disk; None: not known.
+        settings: Keys of the configuration that have to agree, with their values.
+    """
+
+    rank: int
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    launcher: str = "none"
+    host: str = ""
+    pid: int = 0
+    device: str = "cpu"
+    available: str = "cpu"
+    num_devices: int = 0
+    backend: str = "gloo"
+    address: str | None = None
+    interface: str | None = None
+    is_chosen: bool = False
+    own_addresses: list[str] = field(default_factory=list)
+    master: str = "localhost"
+    master_addresses: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    cpus: int = 1
+    threads: int = 1
+    folder: str = ""
+    free_bytes: int | None = None
+    settings: dict[str, str] = field(default_factory=dict)
+
+    def to_text(self) -> str:
+        """Write JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_text(cls, text: str | bytes) -> "Facts":
+        """Read JSON; what this version does not know is left out."""
+        known = {entry.name for entry in fields(cls)}
+        return cls(**{name: value for name, value in json.loads(text).items() if name in known})
+
+    def as_row(self) -> dict[str, Any]:
+        """Give everything but the configuration, for a report."""
+        return {name: value for name, value in asdict(self).items() if name != "settings"}
+
+
+def gather_facts(config: RunConfig, ranks: Ranks, environ: Mapping[str, str]) -> Facts:
+    """Look at this process and its host; nothing is sent, and nothing is written.
+
+    Args:
+        config: Description of the run.
+        ranks: This process among all.
+        environ: The environment, such as ``os.environ``.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    available = accelerator.type if accelerator else "cpu"
+    device = available if config.runtime.device == "auto" else config.runtime.device
+    backend: str = config.runtime.backend
+    if backend == "auto":
+        backend = torch.distributed.get_default_backend_for_device(device)
+    address = address_toward(ranks.address)
+    chosen = environ.get(f"{backend.upper()}_SOCKET_IFNAME")
+    folder = Path(config.output_dir).absolute()
+    cpus = usable_cpus()
+    return Facts(
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        local_rank=ranks.local_rank,
+        local_world_size=ranks.local_world_size,
+        launcher=ranks.launcher,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        device=device,
+        available=available,
+        num_devices=torch.accelerator.device_count() if accelerator else 0,
+        backend=backend,
+        address=address,
+        interface=chosen or interface_of(address),
+        is_chosen=bool(chosen),
+        own_addresses=resolve(socket.gethostname()),
+        master=ranks.address,
+        master_addresses=resolve(ranks.address),
+        versions=read_versions(),
+        cpus=cpus,
+        threads=_threads(cpus, ranks, environ),
+        folder=str(folder),
+        free_bytes=_free_bytes(folder),
+        settings=settings_that_agree(config),
+    )
+
+
+def _threads(cpus: int, ranks: Ranks, environ: Mapping[str, str]) -> int:
+    chosen = environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if chosen.isdigit():
+        return int(chosen)
+    is_shared = cpus == os.cpu_count()  # as the runtime divides them
+    return max(1, cpus // ranks.local_world_size) if is_shared else cpus
+
+
+def _free_bytes(folder: Path) -> int | None:
+    """Look at the disk of a folder that need not exist yet."""
+    for place in (folder, *folder.parents):
+        with suppress(OSError):
+            return shutil.disk_usage(place).free
+    return None

@@ -1,0 +1,190 @@
+"""The one place where ranks talk besides gradients, about once a second."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ddp_sgd.distributed.collectives import sum_over_ranks
+from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.engine.state import State
+from ddp_sgd.engine.step import StepResult
+from ddp_sgd.engine.stopping import StopRequest
+from ddp_sgd.engine.time_shares import Spent, TimeShares
+from ddp_sgd.engine.timetable import Deadline, Timetable
+from ddp_sgd.losses import wide_float
+from ddp_sgd.plan import Plan
+
+_PERIOD_S = 1.0
+"""How long ranks may go without hearing of each other's stop request, as far as steps allow."""
+
+_MOST_STEPS = 1000
+"""Steps after which they talk at the latest: what steps leave behind is kept until then."""
+
+
+@dataclass(frozen=True, slots=True)
+class SyncResult:
+    """What all ranks know after a heartbeat; equal on all of them.
+
+    Args:
+        row: Measurements since the last row, by name, where one is due; else None.
+        stop: Whether any rank was asked to stop.
+        save: Whether the state is to be saved; then there is a row, so that none is half full.
+        skipped: Steps without a finite gradient: all, those in a row by now, the longest row.
+    """
+
+    row: dict[str, float | None] | None
+    stop: bool
+    save: bool
+    skipped: tuple[int, int, int]
+
+
+class RankSync:
+    """Keeps what steps leave behind, on the device, and reads it now and then, in one transfer.
+
+    A beat is due at every row of metrics, at the end of an epoch, and in between about once a
+    second. Since every rank must know when, the pause until the next beat follows from step times
+    that the last one averaged over ranks.
+
+    Args:
+        plan: The run's arithmetic.
+        runtime: This process.
+        stop: This rank's stop request.
+        timetable: When rows are written and the state is saved.
+        deadline: When the run must be over.
+        shares: Where the time goes.
+        state: Where the run begins.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        runtime: Runtime,
+        stop: StopRequest,
+        timetable: Timetable,
+        deadline: Deadline,
+        shares: TimeShares,
+        state: State,
+    ) -> None:
+        self._plan = plan
+        self._runtime = runtime
+        self._stop = stop
+        self._timetable = timetable
+        self._deadline = deadline
+        self._shares = shares
+        self._tally = _Tally(state.skipped)
+        self._next_sync = self._next_look = 0
+        self._last_row = state.step
+
+    def after(self, step: int, result: StepResult, *, lr: float) -> SyncResult | None:
+        """Count a step, and synchronize the ranks if it is time.
+
+        Args:
+            step: Steps that the run has taken, at least 1.
+            result: What the step left behind.
+            lr: Rate of the step.
+
+        Returns:
+            What all ranks know now; None in most steps.
+        """
+        self._tally.unread.append(result)
+        if step < self._next_look or not self._plan.ranks_sync_at(step):
+            return None  # between averages, what could be saved or stopped differs between ranks
+        save = self._timetable.save_is_due_at(step)
+        row_is_due = self._timetable.row_is_due_at(step, self._last_row)
+        is_due = row_is_due or save or step >= self._next_sync
+        synced = self._sync(step, lr, row_is_due=row_is_due, save=save) if is_due else None
+        self._next_look = min(self._next_sync, self._timetable.next_date(step))
+        return synced
+
+    @property
+    def reason(self) -> str | None:
+        """Why this rank was asked to stop; None if it was not."""
+        return self._stop.reason
+
+    def _sync(self, step: int, lr: float, *, row_is_due: bool, save: bool) -> SyncResult:
+        # The wait for the device comes before the look at the clock: steps are not over earlier.
+        self._tally.read()
+        own = self._shares.measure()
+        steps = max(1, step - self._last_row)
+        elapsed_s = self._shares.own_elapsed_s(own)
+        if self._deadline.is_near(max(_PERIOD_S, elapsed_s / steps)):
+            self._stop.ask("the deadline is near")
+        wishes = [float(self._stop.reason is not None), float(self._timetable.save_is_due_now())]
+        device = self._runtime.device
+        everything = torch.tensor(
+            [self._tally.loss, *wishes, *own], dtype=wide_float(device), device=device
+        )
+        loss, stop, save_now, *summed = sum_over_ranks(everything, self._runtime).tolist()
+        spent = self._shares.read(summed)
+        save = save or stop > 0 or save_now > 0
+        if save:
+            self._timetable.start_over()
+        pause = int(_PERIOD_S * steps / spent.elapsed_s)
+        self._next_sync = step + min(max(1, pause), _MOST_STEPS)
+        row = self._row(step, lr, loss, spent) if row_is_due or save else None
+        return SyncResult(row, stop > 0, save, self._tally.skipped)
+
+    def _row(self, step: int, lr: float, loss: float, spent: Spent) -> dict[str, float | None]:
+        tally, steps = self._tally, max(1, step - self._last_row)
+        samples = self._plan.samples_at(step) - self._plan.samples_at(self._last_row)
+        step_ms = {kind: 1e3 * seconds / steps for kind, seconds in spent.by_kind.items()}
+        row = {
+            "train/loss": loss / tally.units if tally.units else None,
+            "train/loss_rank0": tally.loss / tally.own_units if tally.own_units else None,
+            "train/lr": lr,
+            "train/grad_norm": tally.grad_norm,
+            "train/skipped_steps": float(tally.skipped[0]),
+            "throughput/samples_per_s": samples / spent.elapsed_s,
+            "time/step_ms": 1e3 * spent.elapsed_s / steps,
+            "time/data_ms": step_ms["data"],
+            "time/compute_ms": step_ms["compute"],
+            "time/waiting_ms": step_ms["waiting"],
+            "time/bookkeeping_ms": step_ms["bookkeeping"],
+        }
+        self._last_row = step
+        self._shares.close_row(spent)
+        tally.forget_losses()
+        return row
+
+
+class _Tally:
+    """Sums over steps.
+
+    Attributes:
+        unread: What steps left behind on the device since the last reading.
+        loss: Loss of this rank, summed over its units since the last row.
+        units: Units of all ranks since the last row.
+        own_units: Units of this rank since the last row.
+        grad_norm: L2 norm of the last gradient.
+        skipped: Steps of the run that were skipped; those in a row by now; the longest such row.
+    """
+
+    def __init__(self, skipped: tuple[int, int, int]) -> None:
+        self.unread: list[StepResult] = []
+        self.skipped = skipped
+        self.grad_norm = 0.0
+        self.forget_losses()
+
+    def forget_losses(self) -> None:
+        """Start the sums of the next row."""
+        self.loss = self.units = self.own_units = 0.0
+
+    def read(self) -> None:
+        """Wait for the device, once, and add the steps up; what was skipped has no loss."""
+        tensors = [tensor for result in self.unread for tensor in result.tensors()]
+        numbers = iter(torch.stack(tensors).tolist() if tensors else ())
+        for result in self.unread:
+            losses = [next(numbers) for _ in result.weights]
+            units = next(numbers) if isinstance(result.units, torch.Tensor) else result.units
+            self.grad_norm = next(numbers)
+            all_skipped, in_a_row, longest = self.skipped
+            if math.isfinite(self.grad_norm):
+                self.skipped = all_skipped, 0, longest
+                pairs = zip(result.weights, losses, strict=True)
+                self.loss += sum([weight * loss for weight, loss in pairs if weight])  # no dummy
+                self.units += units
+                self.own_units += result.local_units
+            else:
+                self.skipped = all_skipped + 1, in_a_row + 1, max(longest, in_a_row + 1)
+        self.unread.clear()
