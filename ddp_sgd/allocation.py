@@ -1,4 +1,4 @@
-"""What the C library does with memory that is freed. No torch."""
+"""Memory allocator of the C library: freed memory is kept for the next step. No torch."""
 
 import ctypes
 import os

@@ -1,4 +1,4 @@
-"""What every command does around its work: read its line, end with one line and one code."""
+"""Entry point of commands: parse options, run, report an error in one line, return an exit code."""
 
 import os
 import sys

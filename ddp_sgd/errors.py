@@ -1,4 +1,4 @@
-"""What can go wrong for a user, and the exit code that says so."""
+"""Exceptions for users, each with the exit code of the contract."""
 
 from enum import IntEnum
 

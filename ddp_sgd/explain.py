@@ -1,4 +1,4 @@
-"""The command that prints the plan of a run for any number of ranks, without starting one."""
+"""Command: print the plan of a run for any number of ranks, without starting one."""
 
 import sys
 from collections.abc import Mapping, Sequence

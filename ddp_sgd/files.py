@@ -1,4 +1,4 @@
-"""Files that are whole after a crash or a power cut: synced, and replaced in one step. No torch."""
+"""Atomic and synced writes of small files. No torch."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""From a component to the object that it describes: the one place that imports user code."""
+"""Instantiation of components by ``class_path``: the one place that imports user code."""
 
 import difflib
 import gc

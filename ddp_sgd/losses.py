@@ -1,4 +1,4 @@
-"""The loss as a sum over units, so that it can be split over ranks and micro-batches exactly."""
+"""Loss functions as sums over units, so that any split over ranks and micro-batches is exact."""
 
 import copy
 import inspect

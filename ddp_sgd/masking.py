@@ -1,4 +1,4 @@
-"""Secrets in messages: what the environment gave by ``{env: NAME}``, and values of keys like them.
+"""Masking of secrets in messages: values of ``{env: NAME}``, and of keys that name a secret.
 
 No torch.
 """

@@ -1,4 +1,4 @@
-"""Two small networks by name; any other module by its class_path."""
+"""Models: two small networks by name; any other module by its class_path."""
 
 from collections.abc import Sequence
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""The run's arithmetic, worked out once: batches, steps, rates. No torch."""
+"""Plan: batch sizes, steps, learning rates and warm-up of a run, worked out once. No torch."""
 
 import math
 from collections.abc import Iterator

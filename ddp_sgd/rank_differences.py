@@ -1,4 +1,4 @@
-"""Values of many ranks set side by side, in words; no torch."""
+"""Differences between ranks, in words. No torch."""
 
 from collections.abc import Mapping, Sequence
 

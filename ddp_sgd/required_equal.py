@@ -1,4 +1,4 @@
-"""What has to be the same on every rank before a run: versions and the configuration."""
+"""Versions and settings that must be equal on all ranks."""
 
 import json
 import platform

@@ -1,4 +1,4 @@
-"""How long a step takes on any number of ranks: compute, and gradients over a ring. No torch."""
+"""Scaling model: the time of a step on any number of ranks, by a ring all-reduce. No torch."""
 
 from dataclasses import dataclass
 

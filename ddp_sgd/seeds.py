@@ -1,4 +1,4 @@
-"""Seeds as a pure function of where they are used, so that no generator's state is ever saved."""
+"""Random seeds as a pure function of their use, so that no generator state is saved."""
 
 import struct
 from hashlib import blake2b

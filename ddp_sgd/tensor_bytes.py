@@ -1,4 +1,4 @@
-"""The bytes of a tensor of any dtype and memory layout, for digests, comparisons and broadcasts."""
+"""Bytes of a tensor of any dtype and memory format, for digests, comparisons and broadcasts."""
 
 import torch
 

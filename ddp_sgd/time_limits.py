@@ -1,4 +1,4 @@
-"""Timeouts that are fixed in the code, and the factor by which a slow machine raises all of them.
+"""Timeouts that are fixed in the code, and the factor that raises all of them.
 
 Timeouts of the configuration (``runtime.timeout_s``, ``runtime.hang_s``) are the user's, and are
 not multiplied. No torch.

@@ -1,4 +1,4 @@
-"""Command: describe the run, join the ranks, fit.
+"""Command: train a model, in one process, under torchrun or srun.
 
 Usage: ``torchrun --nproc_per_node=4 -m ddp_sgd.train --config run.yaml --optim.lr=0.1``.
 """

@@ -1,4 +1,4 @@
-"""What a checkpoint may name: the names that are built without being asked for by the caller.
+"""Trusted class paths: what a checkpoint may instantiate without ``--trust``.
 
 A checkpoint holds the class paths of its run, and whoever builds them runs their code. No torch,
 unless a name is one of torch's.

@@ -114,7 +114,7 @@ def test_fault_of_another_rank_is_silent(error, capsys):
 @pytest.mark.parametrize(
     ("rank", "world_size"), [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")]
 )
-def test_wrong_configuration_is_told_by_rank_0_alone(rank, world_size, monkeypatch, capsys):
+def test_wrong_configuration_is_reported_by_rank_0_alone(rank, world_size, monkeypatch, capsys):
     monkeypatch.setenv(world_size, "3")
     told = []
     for number in ("0", "1", "2", "3", "x"):

@@ -27,7 +27,7 @@ def huge_parameter():
     ],
 )
 @pytest.mark.parametrize("use", list(Use))
-def test_memory_of_the_host_that_runs_out_is_told_by_what_it_was_for(work, cause, use):
+def test_memory_of_the_host_that_runs_out_is_reported_by_what_it_was_for(work, cause, use):
     with pytest.raises(ConfigError) as caught, memory_for(use, "data.eval"):
         work()
     what, remedy = use.value

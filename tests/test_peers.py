@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.peers import __main__ as peers
+from benchmarks.peers.equivalence import differences
 from benchmarks.peers.goals import goals
 from benchmarks.peers.lineup import CONTESTANTS
 from benchmarks.peers.measuring import Record
 from benchmarks.peers.report import report
-from benchmarks.peers.sameness import differences
 from benchmarks.peers.workloads import WORKLOADS
 
 ROOT = Path(__file__).resolve().parents[1]

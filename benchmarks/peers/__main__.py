@@ -16,10 +16,10 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from benchmarks.peers.equivalence import differences
 from benchmarks.peers.lineup import CONTESTANTS, FLAT, OURS, TUTORIAL
 from benchmarks.peers.measuring import Record, measure, prepared
 from benchmarks.peers.report import report
-from benchmarks.peers.sameness import differences
 from benchmarks.peers.workloads import WORKLOADS
 
 SHORT_EPOCHS = 2

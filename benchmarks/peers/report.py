@@ -9,10 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
+from benchmarks.peers.equivalence import differences, tolerance
 from benchmarks.peers.goals import goals
 from benchmarks.peers.lineup import CONTESTANTS, FLAT, TUTORIAL
 from benchmarks.peers.measuring import WARM_UP, Record
-from benchmarks.peers.sameness import differences, tolerance
 from benchmarks.peers.summary import Summary, cpu_us, first_step_s, peak_mb, steps_per_s
 from benchmarks.peers.workloads import WORKLOADS
 
@@ -88,10 +88,10 @@ def _goals(records: list[Record]) -> str:
         "|---|---|---|---|---|",
     ]
     for goal in goals(records):
-        verdict = "reached" if goal.is_reached else "**not reached**"
+        conclusion = "reached" if goal.is_reached else "**not reached**"
         lines.append(
             f"| {goal.text} | {goal.limit} | {_spread(goal.values, _ratio)} | {len(goal.values)} "
-            f"| {verdict} |"
+            f"| {conclusion} |"
         )
     return "\n".join([*lines, ""])
 

@@ -1,1 +1,1 @@
-"""What outlives a process: files that are whole, verified, and safe to read."""
+"""Checkpoints: written atomically, verified before they are read, and safe to load."""

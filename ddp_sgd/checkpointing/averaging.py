@@ -1,4 +1,4 @@
-"""The mean of several checkpoints, as a checkpoint of its own."""
+"""Averaging checkpoints: the mean of several, as a checkpoint of its own."""
 
 import os
 from collections.abc import Hashable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""How two saved states differ."""
+"""Differences between two state dicts, tensor by tensor."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence

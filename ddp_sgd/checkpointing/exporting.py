@@ -1,4 +1,4 @@
-"""Weights for other programs: a safetensors file, with the configuration beside it."""
+"""Export of weights to safetensors, with the configuration beside them."""
 
 import json
 from collections.abc import Callable, Mapping

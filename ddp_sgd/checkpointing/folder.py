@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: which there are, which are whole, which may go. No torch.
+"""Checkpoint folder: list, choose the newest whole one, keep the last few. No torch.
 
 The ledger of what was saved is the manifests themselves, so nothing is forgotten over a resume.
 """

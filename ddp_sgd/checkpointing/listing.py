@@ -1,4 +1,4 @@
-"""Which checkpoints a folder holds, at a glance or to the last byte. No torch."""
+"""Listing and verification of checkpoints for the command line. No torch."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, without its tensors. No torch.
+"""Checkpoint manifest: size, digest and header of a checkpoint, beside it as JSON. No torch.
 
 The manifest of ``step-00000045.pt`` is ``step-00000045.json`` beside it. A file without one is no
 checkpoint.

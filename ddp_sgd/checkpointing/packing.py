@@ -1,4 +1,4 @@
-"""What a checkpoint file holds, in the form that ``torch.load(weights_only=True)`` reads."""
+"""Serialization of a checkpoint, in the form that ``torch.load(weights_only=True)`` reads."""
 
 import io
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Reading a checkpoint without running what it contains."""
+"""Loading a checkpoint without running what it contains."""
 
 import os
 import pickle

@@ -1,4 +1,4 @@
-"""Retries after an I/O error: a network file system fails for a moment, then answers. No torch.
+"""Retry of reads after an I/O error, as a network file system fails for a moment. No torch.
 
 A file that cannot be read is not a file that is damaged: a later attempt may find it whole. So it
 is read again, and if that does not help, the caller gets the error.

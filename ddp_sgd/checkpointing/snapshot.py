@@ -1,4 +1,4 @@
-"""A copy of the state in host memory that is kept, so that training stalls for the copy alone."""
+"""Snapshot of the state in host memory, page-locked where possible; training waits for the copy."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Columns of text for the terminal. No torch."""
+"""Text tables with aligned columns. No torch."""
 
 from collections.abc import Sequence
 

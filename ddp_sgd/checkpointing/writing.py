@@ -1,4 +1,4 @@
-"""Writing a file so that a reader finds all of it or nothing, whatever dies meanwhile. No torch."""
+"""Atomic writes: a reader finds the whole file or none, even after a crash. No torch."""
 
 import errno
 import hashlib

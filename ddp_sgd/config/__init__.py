@@ -1,4 +1,4 @@
-"""The run, described: models, and the way from files, environment and command line to them."""
+"""Configuration: typed sections, and loading from files, environment and command line."""
 
 from ddp_sgd.config.changes import changes_that_matter, leaves, rank_batch
 from ddp_sgd.config.command_line import CommandLine, dump_yaml, load_config, read_command_line

@@ -1,4 +1,4 @@
-"""What differs between two descriptions of a run, as far as it would change the weights."""
+"""Configuration changes on a resume that would change the weights."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

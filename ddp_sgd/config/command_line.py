@@ -1,4 +1,4 @@
-"""From command line and environment to a checked configuration, without slow imports."""
+"""Command line and environment parsed into a validated configuration, without slow imports."""
 
 import os
 import shutil

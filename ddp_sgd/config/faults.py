@@ -1,4 +1,4 @@
-"""All faults of a configuration, in one line that says for each what to write instead."""
+"""Validation errors of a configuration, in one line that gives a remedy for each."""
 
 import difflib
 from collections.abc import Iterable, Mapping

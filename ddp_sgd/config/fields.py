@@ -1,4 +1,4 @@
-"""Every key of the configuration: what it takes, in words, its default, and its meaning."""
+"""Configuration keys: type in words, default, range and meaning of each."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Options of a command that are not keys of the configuration."""
+"""Command line options that are not keys of the configuration."""
 
 from dataclasses import dataclass
 from typing import Any

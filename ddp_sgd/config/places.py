@@ -1,4 +1,4 @@
-"""Paths of data sets: where a host keeps its data, which says nothing about what they are."""
+"""Paths in components, which may differ between hosts without changing the data."""
 
 from typing import Any
 

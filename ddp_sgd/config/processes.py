@@ -1,4 +1,4 @@
-"""The sections on processes: how replicas are kept equal, devices and time limits."""
+"""Configuration sections for data parallelism, devices and timeouts."""
 
 from datetime import datetime
 from typing import Annotated, Literal
@@ -30,7 +30,7 @@ class LocalSgdConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the replicas are kept equal."""
+    """How the models of all ranks are kept equal."""
 
     replica: Literal["auto", "ddp", "flat"] = "auto"
     """ddp: torch.nn.parallel.DistributedDataParallel, which reduces gradients during the backward

@@ -1,4 +1,4 @@
-"""The reference of all keys, for ``--help`` and for the documentation, made from the models."""
+"""Configuration reference for ``--help`` and docs/configuration.md, generated from the sections."""
 
 import textwrap
 from collections.abc import Iterator, Sequence

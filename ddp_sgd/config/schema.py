@@ -1,4 +1,4 @@
-"""The whole run, described: the sections together, and what must hold between them."""
+"""``RunConfig``: all sections together, and what must hold between them."""
 
 from typing import Annotated, Literal
 

@@ -1,4 +1,4 @@
-"""One plain mapping from defaults, files, environment and command line; what comes later wins."""
+"""Configuration sources merged in order: defaults, files, environment, command line."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence

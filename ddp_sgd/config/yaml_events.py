@@ -1,4 +1,4 @@
-"""Plain data from the events of a YAML parser: the core schema of YAML 1.2, with limits."""
+"""YAML constructor for the core schema of YAML 1.2, with limits on depth and size."""
 
 import copy
 import re

@@ -1,4 +1,4 @@
-"""YAML as people read it: core schema of YAML 1.2, no tags, no duplicates, limited in size."""
+"""YAML reader and writer: core schema of YAML 1.2, no tags, no duplicate keys, limited size."""
 
 import difflib
 import math

@@ -1,4 +1,4 @@
-"""Which samples, and when. What a configuration may name stands here; none of it needs torch."""
+"""Data sets, samplers and loaders. What a configuration names is here; none of it needs torch."""
 
 from ddp_sgd.data.arrays import Arrays
 from ddp_sgd.data.columns import Columns

@@ -1,4 +1,4 @@
-"""Arrays in a ``.npz`` file."""
+"""Data set of arrays in a ``.npz`` file."""
 
 import zipfile
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Samples of more than two parts, such as rows of Hugging Face data sets, as (input, target)."""
+"""Data set of (input, target) pairs chosen from samples of several columns."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

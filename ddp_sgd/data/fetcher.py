@@ -1,4 +1,4 @@
-"""One batch out of a map-style data set: whole where the set can, else sample by sample."""
+"""Fetcher: one batch of a map-style data set, by ``__getitems__`` or sample by sample."""
 
 import copy
 import random

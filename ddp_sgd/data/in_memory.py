@@ -1,4 +1,4 @@
-"""Samples in memory, handed out a batch at a time."""
+"""Data set in memory that returns whole batches."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Batches on the way from the data set to the device."""
+"""Data loaders: batches from the data set, in workers or not, to the device."""
 
 import atexit
 import multiprocessing

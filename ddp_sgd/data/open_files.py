@@ -1,4 +1,4 @@
-"""Open files of data sets: closed after the checks, so that each loader process opens its own."""
+"""File handles of data sets, closed before workers start, so that each worker opens its own."""
 
 import io
 import pickle

@@ -1,4 +1,4 @@
-"""A shuffled order that is computed where it is asked for, instead of stored."""
+"""Shuffling: a random permutation evaluated in O(1) memory, by a Feistel network."""
 
 from math import isqrt
 

@@ -1,4 +1,4 @@
-"""Samples that form no batch: which of them, which part of it, and what helps."""
+"""Collate errors: which samples do not form a batch, in which part, and what helps."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple

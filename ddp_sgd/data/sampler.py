@@ -1,4 +1,4 @@
-"""Which sample is read when, and by whom: a pure function of seed, epoch and position."""
+"""Samplers: which sample each rank reads when, a pure function of seed, epoch and position."""
 
 from collections.abc import Iterator
 from functools import lru_cache

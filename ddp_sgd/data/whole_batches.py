@@ -1,4 +1,4 @@
-"""Data sets that give whole batches by ``__getitems__``: which do, and whether batches are whole.
+"""``__getitems__`` of data sets: which return whole batches, and whether these are valid.
 
 torch names two kinds of data sets with that method. Its own give a list of samples; those of this
 package, and of users who want speed, give a pair of stacked parts. A part is a tensor or an array

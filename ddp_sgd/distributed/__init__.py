@@ -1,1 +1,1 @@
-"""The other processes: who they are, how to join them, what to say to them."""
+"""Process group, collectives and data parallelism."""

@@ -1,4 +1,4 @@
-"""Names and addresses of hosts, as this machine sees them. No torch."""
+"""Host names, addresses and free ports. No torch."""
 
 import socket
 from contextlib import suppress

@@ -1,4 +1,4 @@
-"""Calls that end in time, whatever the one who is called does."""
+"""Calls with a timeout, in a thread that is abandoned when it is over."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""The layout of buckets, in which DistributedDataParallel reduces gradients, once and for all."""
+"""Bucket layout of DistributedDataParallel, fixed before the first step."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""What ranks say to each other besides gradients. With one rank, nothing is sent."""
+"""Collectives: all-reduce, gather and broadcast over ranks. With one rank, nothing is sent."""
 
 from collections.abc import Iterable
 from typing import TypeVar

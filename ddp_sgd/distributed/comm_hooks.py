@@ -1,4 +1,4 @@
-"""Gradients that are made smaller on their way between ranks, by torch's own hooks.
+"""DDP communication hooks: gradient compression by bf16, fp16 or PowerSGD.
 
 A hook takes the place of the all-reduce in DistributedDataParallel, and divides by the number of
 ranks, as that does. torch's hooks are imported when a run asks for one: they take their time.

@@ -1,4 +1,4 @@
-"""The CPUs of this machine: how many this process may use, and how it shares them. No torch."""
+"""CPU affinity and scheduling policy: CPUs that this process may use. No torch."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""One model on every rank, kept equal; the only file that names DistributedDataParallel."""
+"""Data-parallel models: flat all-reduce or DistributedDataParallel, which only this file names."""
 
 import inspect
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ class DataParallelModel:
         inner: The model as the user built it; evaluation calls this one, since a forward pass of a
             wrapper may talk to the other ranks.
         forward: What a training step calls.
-        divisor: What the replica divides the sum over ranks by.
+        divisor: What the wrapper divides the sum over ranks by.
         meets_in: Phases of a step in which ranks wait for each other.
     """
 

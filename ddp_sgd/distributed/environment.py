@@ -1,4 +1,4 @@
-"""Who am I among the processes: the environment of torchrun, srun, or neither. No torch."""
+"""Rank, world size and rendezvous endpoint, as torchrun, srun or nothing give them. No torch."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""One fate for all ranks: the first fault of any rank is the one that the user reads, once."""
+"""Error propagation: the first error of any rank ends all of them and is reported once."""
 
 import json
 import os
@@ -52,7 +52,7 @@ class ErrorPropagation(Protocol):
 
 
 class LocalErrorPropagation:
-    """The fate of a process that is alone: its errors are its own, and nothing else ends it."""
+    """Errors of a single process, which are its own; nothing else ends it."""
 
     def __init__(self) -> None:
         self.before_exit: Callable[[Exception], None] | None = None
@@ -64,7 +64,7 @@ class LocalErrorPropagation:
 
 
 class StoreErrorPropagation:
-    """The fate of ranks in a group: the first fault is written on a board in their store.
+    """Errors of ranks in a group: the first one is kept in their store.
 
     A rank that fails leaves the group, so that collectives of the others fail within moments; they
     find the first fault on the board and end with its code, in silence.
@@ -135,7 +135,7 @@ class StoreErrorPropagation:
             return self._report_once(self._lost_store(error) if is_lost_peer(error) else error)
 
     def _resolve(self, error: Exception, wait_s: float) -> Exception:
-        """Look for ranks that are absent, if that may be the cause, and for the first fault."""
+        """Look for lost ranks, if that may be the cause, and for the first error."""
         world_size = len(self._hosts)
         lost = find_lost_ranks(self._store, world_size, wait_s) if wait_s else []
         mine = error

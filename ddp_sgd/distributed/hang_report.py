@@ -1,4 +1,4 @@
-"""Who hangs: notes of all ranks, read twice, and the line for the user."""
+"""Hang report: which ranks hang, by two readings of all notes, and the line for the user."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,12 +33,12 @@ class HangReport(NamedTuple):
 
     Args:
         message: The line for the user.
-        teller: The rank that prints it.
+        reporter: The rank that prints it.
         hung_ranks: The ranks that hang.
     """
 
     message: str
-    teller: int
+    reporter: int
     hung_ranks: list[int]
 
 

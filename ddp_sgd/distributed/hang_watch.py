@@ -1,4 +1,4 @@
-"""A watch on progress: a rank that hangs is found and named, and ends the job."""
+"""Hang watch: a rank that makes no progress for ``hang_s`` is named, and all ranks end."""
 
 import faulthandler
 import os
@@ -31,7 +31,7 @@ _LAST_CALL_S = scaled(2.0)
 _PATIENCE_S = 0.5
 """Longest wait for a store that should answer at once, and for each part of leaving."""
 _FAREWELL_S = scaled(5.0)
-"""Longest wait of the store's host for the others to read the verdict."""
+"""Longest wait of the store's host for the others to read the report."""
 _WRITE_S = scaled(5.0)
 """Longest wait for the stacks, and for the line: what hangs may be the disk, or a full pipe."""
 _LAST_WORDS_S = scaled(60.0)
@@ -53,7 +53,7 @@ def watch_for_hangs(
     """End every process of the job if the training thread of a rank shows no life for too long.
 
     All ranks enter together. A thread writes notes on a board in the group's store; who has shown
-    no life for almost ``hang_s`` looks for the rank with the least progress, and posts a verdict,
+    no life for almost ``hang_s`` looks for the rank with the least progress, and posts a report,
     upon which every rank writes down its stacks and ends with ``ExitCode.PEER``. Time counts as
     polls saw it pass: a job that is suspended as a whole, and goes on, does not hang.
 
@@ -97,7 +97,7 @@ class _Watch:
         self._store_rank = None if by_agent or runtime.alone else 0
         self._interval_s = min(max(hang_s / 50, 0.05), NOTE_S) if hang_s else _ORPHAN_POLL_S
         self._patience_s = min(self._interval_s, _PATIENCE_S)
-        # What passes between the last sign of life and a poll, and from there to the verdict.
+        # What passes between the last sign of life and a poll, and from there to the report.
         self._limit_s = max(hang_s - 3 * self._interval_s, hang_s / 2) if hang_s else float("inf")
         self._polls = self._silent_polls = 0
         self._ticks = progress.ticks
@@ -136,7 +136,7 @@ class _Watch:
             with suppress(Exception):  # a watch that fails must not take the run along
                 self._poll()
         if self._board:
-            # What ended the training thread may be peers that left upon a verdict.
+            # What ended the training thread may be peers that left upon a report of a hang.
             found = self._board.exchange(self._note(left=True), _PATIENCE_S / 2)
             if isinstance(found, HangReport) and not self._has_left:
                 self._end(found)
@@ -216,28 +216,28 @@ class _Watch:
             hang_s=self._hang_s or 0.0,
             stacks=self._stacks,
         )
-        verdict = HangReport(message, self._rank, hung_ranks)
-        return liveness.post(verdict, _LAST_CALL_S) or verdict
+        report = HangReport(message, self._rank, hung_ranks)
+        return liveness.post(report, _LAST_CALL_S) or report
 
-    def _end(self, verdict: HangReport) -> NoReturn:
+    def _end(self, report: HangReport) -> NoReturn:
         self._is_ending = True
         try:
-            self._wake(verdict.hung_ranks)  # so that they read the verdict, too
+            self._wake(report.hung_ranks)  # so that they read the report, too
             run_with_timeout(_WRITE_S, self._write_stacks)
             if self._board:
                 self._board.exchange(self._note(left=True), _LAST_CALL_S)
-            if verdict.teller == self._rank:
-                run_with_timeout(_WRITE_S, lambda: report_error(verdict.message))
-            run_with_timeout(_WRITE_S, lambda: self._leave_for_launcher(verdict))
-            run_with_timeout(_LAST_WORDS_S, lambda: self._on_hang(PeerError(verdict.message)))
+            if report.reporter == self._rank:
+                run_with_timeout(_WRITE_S, lambda: report_error(report.message))
+            run_with_timeout(_WRITE_S, lambda: self._leave_for_launcher(report))
+            run_with_timeout(_LAST_WORDS_S, lambda: self._on_hang(PeerError(report.message)))
             if self._board and self._rank == self._store_rank:
                 self._board.outlast_others(_FAREWELL_S, _LAST_CALL_S)
         finally:
             os._exit(ExitCode.PEER)
 
-    def _leave_for_launcher(self, verdict: HangReport) -> None:
-        is_first = self._rank in (verdict.hung_ranks or [verdict.teller])
-        leave_for_launcher(ExitCode.PEER, verdict.message, is_first=is_first)
+    def _leave_for_launcher(self, report: HangReport) -> None:
+        is_first = self._rank in (report.hung_ranks or [report.reporter])
+        leave_for_launcher(ExitCode.PEER, report.message, is_first=is_first)
 
     def _note(self, *, left: bool = False) -> Note:
         progress = self._progress

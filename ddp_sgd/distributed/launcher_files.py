@@ -1,4 +1,4 @@
-"""What a rank leaves for its launcher when it ends: its exit code, and the error. No torch."""
+"""Exit code and error files for the launcher (torchrun's error file). No torch."""
 
 import json
 import os

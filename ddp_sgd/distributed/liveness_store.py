@@ -1,4 +1,4 @@
-"""Where ranks leave notes of their progress, and the verdict on those that make none."""
+"""Liveness notes of all ranks in their store, and the report on a rank that hangs."""
 
 import json
 import threading
@@ -18,7 +18,7 @@ NOTE_S = 2.0
 
 
 class LivenessStore:
-    """Notes and one verdict in a store; no call waits longer than it is told to.
+    """Notes and one report in a store; no call waits longer than it is told to.
 
     A client of torch's store does not heed its own timeout while the host of the store is stopped:
     the wait times out, but what it then sends is answered by nobody. So a thread of the board talks
@@ -47,20 +47,20 @@ class LivenessStore:
         self._thread.start()
 
     def exchange(self, note: Note, patience_s: float) -> HangReport | bool:
-        """Write the own note, and read the verdict.
+        """Write the own note, and read the report.
 
         Args:
             note: Of this rank.
             patience_s: Longest wait for the store, twice, in seconds.
 
         Returns:
-            The verdict; True if there is none; False if the store is silent.
+            The report; True if there is none; False if the store is silent.
         """
         text = json.dumps(note)
 
         def errand(store: Store) -> bytes:
             store.set(f"note/{self._rank}", text)
-            return store.get("verdict") if store.check(["verdict"]) else b""
+            return store.get("report") if store.check(["report"]) else b""
 
         answer = self._ask(errand, patience_s)
         return HangReport(*json.loads(answer)) if answer else answer is not None
@@ -71,10 +71,10 @@ class LivenessStore:
         notes = self._ask(lambda store: store.multi_get(keys), patience_s)
         return [Note(*json.loads(note)) for note in notes] if notes else None
 
-    def post(self, verdict: HangReport, patience_s: float) -> HangReport | None:
-        """Write a verdict, unless there is one; return that which holds, None in silence."""
-        text = json.dumps(verdict)
-        answer = self._ask(lambda store: store.compare_set("verdict", "", text), patience_s)
+    def post(self, report: HangReport, patience_s: float) -> HangReport | None:
+        """Write a report, unless there is one; return that which holds, None in silence."""
+        text = json.dumps(report)
+        answer = self._ask(lambda store: store.compare_set("report", "", text), patience_s)
         return HangReport(*json.loads(answer)) if answer else None
 
     def outlast_others(self, wait_s: float, patience_s: float) -> None:

@@ -42,7 +42,7 @@ class LocalSGD(FlatAllReduce):
         super().__init__(model, runtime)
         self.divisor = runtime.world_size
         self._plan = plan
-        self._velocities = momentum_buffers
+        self._momentum_buffers = momentum_buffers
 
     def reduce(self, step: int) -> list[torch.Tensor]:
         """Gather the gradients; at the steps that are common to all ranks, average them."""
@@ -62,7 +62,7 @@ class LocalSGD(FlatAllReduce):
         """Replace weights and momentum buffers by their mean over ranks, one call for each type."""
         # Looked up at every average, since a model may replace the storage of its parameters.
         averaged = [p.detach() for p in self._parameters]
-        averaged += [self._velocities[p] for p in self._parameters if self._velocities]
+        averaged += [self._momentum_buffers[p] for p in self._parameters if self._momentum_buffers]
         by_type: dict[torch.dtype, list[torch.Tensor]] = {}
         for tensor in averaged:
             by_type.setdefault(tensor.dtype, []).append(tensor)

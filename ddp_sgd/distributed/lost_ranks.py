@@ -1,4 +1,4 @@
-"""Which hosts are gone, by the signs of life that the others have left in the store."""
+"""Lost ranks: hosts that no longer renew their liveness notes in the store."""
 
 import json
 import time

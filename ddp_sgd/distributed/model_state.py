@@ -1,4 +1,4 @@
-"""Model state over ranks: parameters and buffers become those of rank 0."""
+"""Broadcast of parameters and buffers from rank 0."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""Where the training thread is, and where its time went."""
+"""Progress tracker of the training thread: its phase, and the time spent in each."""
 
 import time
 from collections import defaultdict

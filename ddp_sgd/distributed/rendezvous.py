@@ -1,4 +1,4 @@
-"""Where the ranks meet: a key-value store, and a part of it for this start of this run alone."""
+"""Rendezvous: the key-value store of the ranks, with a prefix for each start of a run."""
 
 import json
 import os
@@ -25,7 +25,7 @@ _GRACE_S = scaled(2.0)
 
 
 class RendezvousInfo(NamedTuple):
-    """Who came to a meeting.
+    """What a rendezvous tells a rank about the others.
 
     Args:
         hosts: Name of the host of each rank, in their order.

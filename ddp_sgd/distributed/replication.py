@@ -1,4 +1,4 @@
-"""Which replica a run gets."""
+"""The choice of the data-parallel wrapper: flat all-reduce, DistributedDataParallel, local SGD."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""The process group: device first, then joining, then leaving, whatever happens in between."""
+"""Process group: choose the device, join, leave, whatever happens in between."""
 
 import os
 import time
@@ -115,7 +115,7 @@ def _joined(
     with only_on_rank(this_one=ranks.rank == 0):
         store = open_store(ranks, timeout_s)
     info = read_rendezvous_info(store)
-    notes = PrefixStore("fate", store)
+    notes = PrefixStore("errors", store)
     error_propagation = StoreErrorPropagation(notes, ranks.rank, info, timeout_s)
     runtime = Runtime(
         rank=ranks.rank,
@@ -262,7 +262,7 @@ def _find_way(hosts: list[str], backend: str) -> str:
 
 
 def _forget_locals(error: BaseException | None) -> None:
-    """Let go of the replica in an error's frames: while it lives, the group stays connected."""
+    """Release the model in an error's frames: while it lives, the group stays connected."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__

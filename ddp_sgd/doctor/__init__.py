@@ -1,1 +1,1 @@
-"""What ranks know of themselves and of the links between them, and what to make of it."""
+"""The doctor: checks of hosts, links, clocks and the shared folder, without training."""

@@ -1,4 +1,4 @@
-"""Command: look at every rank, its host and the links between them, without training.
+"""Command: check every rank, its host and the links between them, without training.
 
 Usage: ``torchrun --nproc_per_node=4 -m ddp_sgd.doctor --config run.yaml``, or with srun, or alone.
 

@@ -1,4 +1,4 @@
-"""Facts over the ranks' key-value store: rank 0 asks, the others answer, every wait is bounded."""
+"""Exchange of facts over the ranks' store: the coordinator asks, workers answer, with timeouts."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""What a rank knows about itself and its host."""
+"""Facts about a rank and its host: versions, devices, CPUs, addresses, free space."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What to make of facts and timings: one sentence a finding, each with its remedy."""
+"""Findings: what is wrong with facts and timings, one sentence each, with a remedy."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
@@ -143,7 +143,7 @@ def known_hosts(facts: Mapping[int, Facts], world_size: int) -> list[str]:
     return hosts
 
 
-def verdict(findings: Sequence[Finding], world_size: int, num_hosts: int) -> list[str]:
+def summarize(findings: Sequence[Finding], world_size: int, num_hosts: int) -> list[str]:
     """Write one line a finding, and whether all is well.
 
     Args:

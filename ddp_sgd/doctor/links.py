@@ -1,4 +1,4 @@
-"""How fast the ranks talk: timed all-reduces, of all ranks and between pairs of hosts."""
+"""Network links: timed all-reduces of all ranks and between pairs of hosts."""
 
 import time
 from collections.abc import Sequence

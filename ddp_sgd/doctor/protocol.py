@@ -1,4 +1,4 @@
-"""An examination from beginning to end: rank 0 presides, every other rank visits it."""
+"""Protocol of the doctor: rank 0 coordinates, every other rank is a worker."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from ddp_sgd.doctor.findings import (
     judge_links,
     judge_surroundings,
     known_hosts,
-    verdict,
+    summarize,
 )
 from ddp_sgd.doctor.links import Link, Timing, time_all_ranks, time_pairs
 from ddp_sgd.doctor.shared_folder import leave_token
@@ -71,14 +71,14 @@ class Diagnosis:
         return exit_code(self.findings)
 
     def lines(self) -> list[str]:
-        """Write the tables and the verdict, for people."""
+        """Write the tables and the summary, for people."""
         num_hosts = len({facts.host for facts in self.answers.facts.values()})
         return [
             *facts_table(self.answers),
             *timing_table(self.measured.timings, self.world_size),
             *link_table(self.measured.links, self.measured.num_left_out),
             "",
-            *verdict(self.findings, self.world_size, num_hosts),
+            *summarize(self.findings, self.world_size, num_hosts),
         ]
 
     def as_row(self) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def coordinate(
 
 
 def visit(config: RunConfig, ranks: Ranks, mine: Facts) -> int:
-    """Take part in an examination, on any rank but 0, and return the exit code.
+    """Take part in the checks, on any rank but 0, and return the exit code.
 
     Args:
         config: Description of the run.

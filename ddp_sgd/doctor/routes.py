@@ -1,4 +1,4 @@
-"""What names mean on this host, and by which address it reaches others; no torch."""
+"""Routes: what host names resolve to, and by which interface others are reached. No torch."""
 
 import fcntl
 import ipaddress

@@ -1,4 +1,4 @@
-"""Whether hosts share the output folder: rank 0 leaves a file there, and the others look."""
+"""Shared folder check: rank 0 leaves a file in the output folder, the others look for it."""
 
 import os
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""The ranks' key-value store, opened without waiting for all of them, and bounded reads of it."""
+"""Store of the ranks, opened without waiting for all of them; reads with a timeout."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Facts and timings as plain tables, columns aligned."""
+"""Tables of facts and timings."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,1 +1,1 @@
-"""The run."""
+"""The run: setup, training loop, evaluation, resume."""

@@ -1,4 +1,4 @@
-"""The state of a run on its way to the disk: taken between steps, written in the background."""
+"""Checkpointer: the state is copied between steps and written in the background."""
 
 import time
 from collections import deque
@@ -35,12 +35,12 @@ class Checkpoints(Protocol):
 
     save_s: float
 
-    def save(self, state: State, memory: Tree) -> None:
+    def save(self, state: State, wrapper_state: Tree) -> None:
         """Save the state as it is now; training may go on when this returns.
 
         Args:
             state: Where the run stands.
-            memory: What the replica remembers besides weights.
+            wrapper_state: State of the data-parallel wrapper besides weights.
         """
 
     def poll(self) -> None:
@@ -55,7 +55,7 @@ class NoCheckpoints:
 
     save_s = 0.0
 
-    def save(self, state: State, memory: Tree) -> None:
+    def save(self, state: State, wrapper_state: Tree) -> None:
         """Do nothing."""
 
     def poll(self) -> None:
@@ -127,12 +127,12 @@ class SavedCheckpoints:
         """Wait for a save that is going on: half of it is of no use to anyone."""
         self._writer.close()
 
-    def save(self, state: State, memory: Tree) -> None:
+    def save(self, state: State, wrapper_state: Tree) -> None:
         """Take the state as it is now, and write it in the background.
 
         Args:
             state: Where the run stands.
-            memory: What the replica remembers besides weights; saved as ``compression``.
+            wrapper_state: Of the data-parallel wrapper, besides weights; saved as ``compression``.
 
         Raises:
             OutputError: This many saves in a row have failed.
@@ -142,7 +142,9 @@ class SavedCheckpoints:
         while len(self._going) >= self._writer.at_once:
             self._settle()
         header, tensors = self._capture(state)
-        self._writer.begin(header, {**tensors, "compression": memory} if memory else tensors)
+        self._writer.begin(
+            header, {**tensors, "compression": wrapper_state} if wrapper_state else tensors
+        )
         self._going.append(_Save(header, start, time.perf_counter() - start))
 
     def poll(self) -> None:

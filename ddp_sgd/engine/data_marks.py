@@ -1,4 +1,4 @@
-"""Marks of the training data in a checkpoint: a resume with other samples is noticed.
+"""Fingerprint of the training data in a checkpoint: a resume with other samples is refused.
 
 Data of the same length may be others behind a path that moved, behind the same path, or given in
 Python.

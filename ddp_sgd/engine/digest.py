@@ -1,4 +1,4 @@
-"""A fingerprint of a model's weights."""
+"""Digest of a model's weights."""
 
 import hashlib
 

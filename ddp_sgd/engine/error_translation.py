@@ -1,4 +1,4 @@
-"""Errors of torch in the middle of a run, said in the words of the configuration."""
+"""Translation of torch's errors in the middle of a run into the terms of the configuration."""
 
 import re
 from collections.abc import Iterator

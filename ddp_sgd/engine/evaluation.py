@@ -1,4 +1,4 @@
-"""The score of a model: every sample once, the same bits on any number of ranks."""
+"""Evaluation: every sample once, the same bits on any number of ranks."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""A few marks by which data sets and models of different ranks are told apart, cheaply."""
+"""Fingerprints of data sets and models, cheap to compare between ranks."""
 
 import hashlib
 import math

@@ -1,4 +1,4 @@
-"""The whole run, from the description to the result, on one screen."""
+"""``fit``: the whole run, from the configuration to the result."""
 
 from contextlib import nullcontext
 from functools import partial

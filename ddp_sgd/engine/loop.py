@@ -1,4 +1,4 @@
-"""The loop: step, heartbeat, evaluation, checkpoint."""
+"""The training loop: step, sync, evaluation, checkpoint."""
 
 import time
 
@@ -17,7 +17,7 @@ class Loop:
 
     Args:
         context: The run; its state moves.
-        heartbeat: Where ranks talk besides gradients.
+        rank_sync: The periodic all-reduce besides that of gradients.
         checkpoints: Where the state goes.
         report: Where measurements go.
         deadline: Is told how long saves and evaluations take.

@@ -34,7 +34,7 @@ def check_model(model: nn.Module) -> None:
         if isinstance(module, (DataParallel, DistributedDataParallel)):
             raise ConfigError(
                 f"model{_dotted(name)} is wrapped in {kind.__name__}; give the module itself "
-                "(its attribute .module): the run keeps the replicas equal."
+                "(its attribute .module): the run keeps the models of all ranks equal."
             )
         if wrapper := names.intersection(_WRAPPERS):
             raise ConfigError(

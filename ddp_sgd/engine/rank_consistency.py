@@ -1,4 +1,4 @@
-"""A look at what every rank brings, before the first step: ranks that disagree are told apart."""
+"""Rank consistency: configuration, data and model of all ranks are compared before a run."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""The score of a saved model: rank 0 reads the file, all ranks score."""
+"""Evaluation of a saved model: rank 0 reads the file, all ranks score."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Putting a saved state back, after a look at whether it fits."""
+"""Loading a run's state dict, after a check that it fits."""
 
 from collections.abc import Mapping
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""How a run ended."""
+"""Run result: status, scores, weights digest, as ``result.json`` holds them."""
 
 import json
 from dataclasses import dataclass
@@ -83,7 +83,7 @@ def read_result(folder: Path) -> RunResult | None:
 def build_result(
     state: State, plan: Plan, wrapper: DataParallelModel, shares: TimeShares, runtime: Runtime
 ) -> RunResult:
-    """Compare the replicas and say how the run ended.
+    """Compare the weights of all ranks and build the result.
 
     Raises:
         RuntimeError: The weights differ between ranks.

@@ -1,4 +1,4 @@
-"""What a run goes on from: rank 0 looks at the run folder, and tells the others."""
+"""Resume: rank 0 finds the checkpoint to go on from, and broadcasts the choice."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""A few samples of a data set, for a sanity check; and what a data set must be."""
+"""Sample batch for the sanity check, and the requirements on a data set."""
 
 from collections.abc import Sized
 from typing import Any, NamedTuple

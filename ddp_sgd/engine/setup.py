@@ -1,4 +1,4 @@
-"""The parts of a run, built from its description and checked against each other."""
+"""Setup of a run: components become a context that is ready to train."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -52,13 +52,13 @@ class Job:
 
     Args:
         plan: The run's arithmetic.
-        replica: The model, equal on all ranks.
+        wrapper: The model, equal on all ranks.
         stepper: Takes steps.
         loader: The training set, step by step.
         schedule: Factor of the peak rate for each step.
         score: Evaluates the model; gives nothing if there is no held-out set.
         seed_model: Seeds what the model draws in a step, such as dropout.
-        optimizer: SGD over the replica's parameters.
+        optimizer: SGD over the model's parameters.
         loss: What the loss is.
         device: Where this rank computes.
         state: Where the run stands.
@@ -102,7 +102,7 @@ def build_context(
     resume_point: ResumePoint,
     marks: Marks | None = None,
 ) -> Job:
-    """Work out the plan and put the parts together, in the state that was saved.
+    """Work out the plan and put the components together, in the state that was saved.
 
     Args:
         config: Description of the run.
@@ -112,7 +112,7 @@ def build_context(
         marks: Of the samples of today, from ``require_consistency``; None compares no samples.
 
     Raises:
-        ConfigError: The parts do not fit together, or not to the plan.
+        ConfigError: The components do not fit together, or not to the plan.
         DataError: A sample cannot be read, labels lie out of range, or a checkpoint is damaged.
         RefusedError: The checkpoint is of another run.
     """

@@ -1,4 +1,4 @@
-"""Where a run stands. What can be computed from the step is not kept here."""
+"""Run state: step, epoch, scores. What can be computed from the step is not kept here."""
 
 from dataclasses import dataclass, field
 

@@ -45,9 +45,9 @@ class Stepper:
     """Takes steps on one model.
 
     Args:
-        replica: The model, equal on all ranks.
+        wrapper: The model, equal on all ranks.
         objective: What is minimized.
-        optimizer: SGD over the replica's parameters.
+        optimizer: SGD over the model's parameters.
         runtime: This process.
         progress: Is told what is being done.
         clip_norm: Largest L2 norm of the gradient, above 0; None does not clip.
@@ -78,7 +78,7 @@ class Stepper:
         """Take one step on the mean gradient over every unit of every rank.
 
         Of N units, a micro-batch of m units with mean loss L contributes L m / N to the loss whose
-        gradient is taken, times whatever the replica divides its sum over ranks by: then any split
+        gradient is taken, times whatever the wrapper divides its sum over ranks by: then any split
         of the samples gives the same gradient.
 
         Args:

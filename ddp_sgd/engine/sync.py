@@ -1,4 +1,4 @@
-"""The one place where ranks talk besides gradients, about once a second."""
+"""Periodic all-reduce of metrics and of the stop and save flags, about once a second."""
 
 import math
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ _MOST_STEPS = 1000
 
 @dataclass(frozen=True, slots=True)
 class SyncResult:
-    """What all ranks know after a heartbeat; equal on all of them.
+    """What all ranks know after a sync; equal on all of them.
 
     Args:
         row: Measurements since the last row, by name, where one is due; else None.
@@ -42,8 +42,8 @@ class SyncResult:
 class RankSync:
     """Keeps what steps leave behind, on the device, and reads it now and then, in one transfer.
 
-    A beat is due at every row of metrics, at the end of an epoch, and in between about once a
-    second. Since every rank must know when, the pause until the next beat follows from step times
+    A sync is due at every row of metrics, at the end of an epoch, and in between about once a
+    second. Since every rank must know when, the pause until the next sync follows from step times
     that the last one averaged over ranks.
 
     Args:

@@ -1,4 +1,4 @@
-"""Where the time of a run goes: data, compute, waiting for other ranks, bookkeeping."""
+"""Time shares of a run: data, compute, waiting for other ranks, bookkeeping."""
 
 from dataclasses import dataclass
 
@@ -50,7 +50,7 @@ class TimeShares:
     shortest time in that phase: the slowest rank. Where the reduction is a phase of its own, that
     phase is waiting. Where it goes on during the backward pass, waiting is what a rank takes longer
     for that than the quickest one. On an accelerator these are times of the host, which waits for
-    the device only at a heartbeat.
+    the device only at a sync.
 
     Args:
         progress: Measures phases.
@@ -71,14 +71,14 @@ class TimeShares:
         """Tell where this rank's time went since the last row, to be summed over ranks."""
         now = self._progress.spent_s()
         kinds = dict.fromkeys(_KINDS, 0.0)
-        meeting = [0.0] * self._runtime.world_size
+        waiting = [0.0] * self._runtime.world_size
         for phase, kind in _KIND_OF.items():
             spent = now.get(phase, 0.0) - self._before.get(phase, 0.0)
             # Alone there is nobody to wait for: what a reduction does then is gather gradients.
             kinds["compute" if kind == "waiting" and self._runtime.alone else kind] += spent
             if phase in self._meets_in:
-                meeting[self._runtime.rank] += spent
-        return [*kinds.values(), *meeting]
+                waiting[self._runtime.rank] += spent
+        return [*kinds.values(), *waiting]
 
     @staticmethod
     def own_elapsed_s(measured: list[float]) -> float:
@@ -88,12 +88,12 @@ class TimeShares:
     def read(self, summed: list[float]) -> Spent:
         """Understand the sum over ranks of what ``measure`` gave."""
         kinds = {k: s / self._runtime.world_size for k, s in zip(_KINDS, summed, strict=False)}
-        meeting = summed[len(_KINDS) :]
+        waiting = summed[len(_KINDS) :]
         if "backward pass" in self._meets_in:
-            late = sum(meeting) / len(meeting) - min(meeting)
+            late = sum(waiting) / len(waiting) - min(waiting)
             kinds["waiting"] += late
             kinds["compute"] -= late
-        return Spent(kinds, meeting)
+        return Spent(kinds, waiting)
 
     def close_row(self, spent: Spent) -> None:
         """Add what a row tells to the total of the run, and start the next row."""

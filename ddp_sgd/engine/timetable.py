@@ -1,4 +1,4 @@
-"""When a row is written, when the state is saved, and when the run must be over."""
+"""Triggers: when to log a row, when to save, and the deadline of the run."""
 
 import time
 from collections.abc import Mapping

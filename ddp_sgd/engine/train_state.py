@@ -1,4 +1,4 @@
-"""What a run needs to go on: nothing that can be computed from the step."""
+"""State dict of a run: what a resume needs and the step does not determine."""
 
 import platform
 from collections.abc import Mapping

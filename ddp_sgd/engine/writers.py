@@ -1,4 +1,4 @@
-"""The two ways of a checkpoint to the disk while training goes on: by a thread, or by a process."""
+"""Asynchronous checkpoint writers: a thread, or a process for small states."""
 
 import fcntl
 import os

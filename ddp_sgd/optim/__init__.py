@@ -1,1 +1,1 @@
-"""How weights move."""
+"""SGD and learning rate schedules."""

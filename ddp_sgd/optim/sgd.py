@@ -1,4 +1,4 @@
-"""Stochastic gradient descent: who decays, and at which rate."""
+"""Stochastic gradient descent with momentum, by one fused call per group."""
 
 import re
 from dataclasses import dataclass
@@ -112,7 +112,7 @@ class SGD:
         momentum_buffers: v of each parameter; empty without momentum.
 
     Source:
-        The rate multiplies the velocity, as in Sutskever et al. 2013, section 2, in torch's form.
+        The rate multiplies the buffer, as in Sutskever et al. 2013, section 2, in torch's form.
     """
 
     def __init__(

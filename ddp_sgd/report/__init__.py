@@ -1,1 +1,1 @@
-"""What is said."""
+"""Logging: journal, console, W&B, TensorBoard, and the run folder."""

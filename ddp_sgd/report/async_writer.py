@@ -1,4 +1,4 @@
-"""Rows are written down off the path of the step."""
+"""Asynchronous writer: rows are written by a thread, off the path of the step."""
 
 import threading
 from collections import deque
@@ -30,7 +30,7 @@ class AsyncWriter(Generic[Note]):
         self._turn = threading.Lock()
         self._arrived, self._over = threading.Event(), threading.Event()
         self._failure: Exception | None = None
-        self._thread = threading.Thread(target=self._work, name="ddp_sgd-scribe", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="ddp_sgd-async-writer", daemon=True)
         self._thread.start()
 
     def put(self, note: Note) -> None:

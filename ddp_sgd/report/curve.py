@@ -1,4 +1,4 @@
-"""A small text plot of the learning rate over the run, in ASCII, so that any log can hold it."""
+"""Text plot of the learning rate over the run, in ASCII."""
 
 from itertools import pairwise
 

@@ -1,4 +1,4 @@
-"""What went wrong in earlier lives of a run, so that a restart that fixes nothing has an end.
+"""Failure history of a run, so that a restart that fixes nothing has an end.
 
 Only failures that a rank told of itself count. A lost peer says nothing about the run: hosts die.
 """

@@ -1,4 +1,4 @@
-"""Exclusive use of a run folder: a file lock, and an owner note for hosts that it does not reach.
+"""File lock of a run folder, and an owner note for hosts that the lock does not reach.
 
 ``flock`` on a folder is local to one host on NFS, and some network file systems have no locks at
 all or keep them on each host. So a regular file is locked, and beside it lies a note that says who

@@ -1,4 +1,4 @@
-"""The journal: ``metrics.jsonl``, one JSON object a line, the truth about a run."""
+"""Journal: ``metrics.jsonl``, one JSON object per line, which all other loggers follow."""
 
 import json
 import os
@@ -21,7 +21,7 @@ _ENCODE = json.JSONEncoder(allow_nan=False, check_circular=False).encode
 class Journal:
     """Writes rows past every buffer of ours, so that a kill loses at most the line being written.
 
-    Unlike the other sinks it does raise: a run that cannot be written down must end.
+    Unlike the other loggers it does raise: a run that cannot be written down must end.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Where measurements go: the protocol of reporters, the null reporter, and a group."""
+"""Logger protocol, with a null logger and a group of loggers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,7 +67,7 @@ class RunRecord:
 
 
 class Logger(Protocol):
-    """One way out for measurements; only rank 0 holds sinks that write."""
+    """One way out for measurements; only rank 0 holds loggers that write."""
 
     def start(self, record: RunRecord) -> None:
         """Open the outlet; called once, before the first row."""
@@ -91,7 +91,7 @@ class Logger(Protocol):
 
 
 class NoLogger:
-    """Takes everything and says nothing: the sink of every rank but 0."""
+    """Discards every row: the logger of every rank but 0."""
 
     def start(self, record: RunRecord) -> None:
         """Do nothing."""
@@ -104,10 +104,10 @@ class NoLogger:
 
 
 class Loggers:
-    """Several sinks as one; each gets every row, the first sink first."""
+    """Several loggers as one; each gets every row, the first logger first."""
 
     def __init__(self, loggers: Sequence[Logger]) -> None:
-        """Keep the sinks."""
+        """Keep the loggers."""
         self._loggers = tuple(loggers)
         self._opened: list[Logger] = []
 

@@ -1,4 +1,4 @@
-"""The plan of a run in words and numbers: a table for people, and a few lines for the log."""
+"""Plan table: the plan of a run in words and numbers, for ``explain`` and the log."""
 
 import textwrap
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""The run on the terminal: a bar where somebody watches, plain lines where a file does."""
+"""Console logger: a progress bar on a terminal, plain lines in a file."""
 
 import sys
 import time

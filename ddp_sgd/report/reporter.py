@@ -1,4 +1,4 @@
-"""What a run says, and to whom: rows with their place in the run, to every sink of rank 0."""
+"""The reporter: rows of metrics, with their place in the run, to every logger of rank 0."""
 
 import math
 import os
@@ -48,7 +48,7 @@ class Reporter:
 
     Args:
         folder: The run folder; None writes nothing.
-        verdict: Logger that keeps the result; open from the beginning.
+        result_logger: Logger that keeps the result; open from the beginning.
         loggers: All others; they open when the plan is known.
         config: Description of the run.
         world_size: Ranks.
@@ -58,14 +58,14 @@ class Reporter:
     def __init__(
         self,
         folder: Path | None,
-        verdict: Logger,
+        result_logger: Logger,
         loggers: Logger,
         config: RunConfig,
         world_size: int,
         origin: Origin,
     ) -> None:
         self._folder = folder
-        self._verdict = verdict
+        self._result_logger = result_logger
         self._loggers = loggers
         self._opened: list[Logger] = []
         self._writer: AsyncWriter[_Note] | None = None
@@ -80,7 +80,7 @@ class Reporter:
         self._state: Progressing | None = None
 
     def start(self, plan: Plan, state: Progressing, notes: tuple[str, ...] = ()) -> None:
-        """Open the sinks, and say that the run starts, or goes on.
+        """Open the loggers, and log that the run starts, or goes on.
 
         Args:
             plan: The run's arithmetic.
@@ -103,7 +103,7 @@ class Reporter:
         )
         if self._folder is not None:
             self._writer = AsyncWriter(self._write_burst)
-        for logger in (self._verdict, self._loggers):
+        for logger in (self._result_logger, self._loggers):
             self._opened.append(logger)
             logger.start(record)
         world: Row = {"world_size": self._world_size, **self._context}
@@ -151,7 +151,7 @@ class Reporter:
             self._writer.catch_up()
 
     def end(self, result: Row) -> None:
-        """Say how the run ended, and close the sinks."""
+        """Log how the run ended, and close the loggers."""
         self._write("end", {"status": result["status"]})
         self.flush()
         self._close(result)
@@ -185,12 +185,12 @@ class Reporter:
         wall = {"wall_s": time.perf_counter() - self._start}
         full = {key: _number(value) for key, value in {**result, **self._context, **wall}.items()}
         try:  # the result first: others may take their time, and a launcher may lose patience
-            self._verdict.finish(full)
+            self._result_logger.finish(full)
         finally:
             if self._writer:
                 self._writer.close()
             for logger in [
-                logger for logger in reversed(self._opened) if logger is not self._verdict
+                logger for logger in reversed(self._opened) if logger is not self._result_logger
             ]:
                 logger.finish(full)
 
@@ -224,7 +224,7 @@ class Reporter:
 def open_report(
     config: RunConfig, runtime: Runtime, folder: RunFolder | None, origin: Origin
 ) -> Iterator[Reporter]:
-    """Make the sinks, on the rank that has the run folder; the other ranks say nothing.
+    """Make the loggers, on the rank that has the run folder; the other ranks log nothing.
 
     Args:
         config: Description of the run.
@@ -233,7 +233,7 @@ def open_report(
         origin: Where this life of the run begins.
 
     Raises:
-        ConfigError: A sink that the configuration asks for is not installed.
+        ConfigError: A logger that the configuration asks for is not installed.
     """
     if folder is None:
         report = Reporter(None, NoLogger(), NoLogger(), config, runtime.world_size, origin)

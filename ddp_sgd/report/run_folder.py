@@ -1,4 +1,4 @@
-"""The run folder: one run at a time writes into it, and nothing in it is overwritten."""
+"""Run folder: locked for one run at a time, and nothing in it is overwritten."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What a run would cost on more and more ranks, as a table."""
+"""Scaling table: step time, efficiency and length of a run for more and more ranks."""
 
 from collections.abc import Callable, Iterator
 

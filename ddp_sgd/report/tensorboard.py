@@ -1,4 +1,4 @@
-"""TensorBoard as an optional view of the run."""
+"""TensorBoard logger."""
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec

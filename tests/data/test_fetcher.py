@@ -324,7 +324,7 @@ def fetch_with_singles(dataset, indices, collate=None):
     return fetcher.read_with_singles(Request(0, np.array(indices)))
 
 
-class WholeWithParts(Noisy):
+class WholeInColumns(Noisy):
     """Whole batches of containers, with noise that depends on the batch."""
 
     def __getitems__(self, indices):
@@ -365,7 +365,7 @@ def row(batch, number):
         TensorDataset(torch.arange(24.0).reshape(8, 3), torch.arange(8)),
         InMemory(np.arange(24.0).reshape(8, 3), np.arange(8)),
         Jittered(),
-        WholeWithParts(),
+        WholeInColumns(),
         Noisy(),
     ],
 )
@@ -379,7 +379,7 @@ def test_a_batch_comes_with_its_samples_from_the_same_reading(dataset, indices):
 
 
 def test_parts_of_whole_batches_are_tensors():
-    inputs, (texts, rows) = fetch(WholeWithParts(), [5, 0])
+    inputs, (texts, rows) = fetch(WholeInColumns(), [5, 0])
     assert {type(part) for part in (inputs["a"], *inputs["b"], rows)} == {torch.Tensor}
     assert isinstance(inputs["b"], Pair)
     assert texts == ["text 5", "text 0"]

@@ -191,7 +191,7 @@ def test_what_the_message_says_to_return_forms_a_batch(give, remedy):
     assert len(inputs) == len(targets) == 2
 
 
-def test_what_is_not_understood_is_told_by_torch():
+def test_what_is_not_understood_is_reported_by_torch():
     message = fault_of(Samples(lambda i: (torch.zeros(2, device="meta" if i == 3 else "cpu"), 0)))
     assert message.startswith(
         "data.train gave samples that do not form a batch (from index 2 on), RuntimeError: "

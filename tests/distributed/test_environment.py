@@ -50,7 +50,7 @@ def test_srun():
     assert ranks.port == 10_000 + 123456 % 20_000
 
 
-def test_srun_follows_the_user_s_own_meeting_point():
+def test_srun_follows_the_user_s_own_endpoint():
     ranks = read_ranks(SRUN | {"MASTER_ADDR": "ib0", "MASTER_PORT": "4000"})
     assert (ranks.address, ranks.port) == ("ib0", 4000)
 
@@ -59,7 +59,7 @@ def test_srun_prefers_the_nodes_of_the_step():
     assert read_ranks(SRUN | {"SLURM_STEP_NODELIST": "gpu04"}).address == "gpu04"
 
 
-def test_one_task_needs_no_meeting_point():
+def test_one_task_needs_no_endpoint():
     assert read_ranks({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}).alone
 
 
@@ -153,7 +153,7 @@ def test_an_empty_node_list_is_refused():
         first_host("[1-2]")
 
 
-def test_a_wrong_configuration_is_told_by_rank_0_only():
+def test_a_wrong_configuration_is_reported_by_rank_0_only():
     def told(environ, error):
         with (
             pytest.raises(Exception, match=str(error)) as caught,

@@ -50,7 +50,7 @@ def fail_alike(runtime):
     raise ConfigError("model is wrong; fix it.")
 
 
-def test_a_fault_that_all_find_is_told_by_one():
+def test_a_fault_that_all_find_is_reported_by_one():
     errors = sorted(result.error for result in run_ranks(4, fail_alike, raises=True))
     assert errors == ["ConfigError"] + 3 * ["RemoteError"]
 
@@ -62,7 +62,7 @@ def vanish(runtime, victim):
     sum_over_ranks(torch.zeros(1), runtime)
 
 
-def test_a_lost_rank_is_a_peer_error_told_by_one():
+def test_a_lost_rank_is_a_peer_error_reported_by_one():
     results = run_ranks(3, vanish, 2, raises=True)
     assert sorted(result.error for result in results[:2]) == ["RemoteError", "PeerError"]
     told = next(result for result in results if result.error == "PeerError")
@@ -70,7 +70,7 @@ def test_a_lost_rank_is_a_peer_error_told_by_one():
     assert "then start again." in told.text
 
 
-def test_a_lost_host_of_the_store_is_a_peer_error_told_by_one():
+def test_a_lost_host_of_the_store_is_a_peer_error_reported_by_one():
     results = run_ranks(4, vanish, 0, raises=True)
     assert [result.error for result in results[1:]] == ["PeerError", *2 * ["RemoteError"]]
     assert "rank 0 of 4 on host " in results[1].text

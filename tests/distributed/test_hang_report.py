@@ -64,7 +64,7 @@ def test_one_culprit():
     )
 
 
-def test_many_culprits_are_one_line():
+def test_many_hung_ranks_are_one_line():
     places = [(f"node{rank // 8}", rank) for rank in range(16)]
     text = describe_hang(
         range(1, 16),

@@ -214,16 +214,16 @@ def test_an_error_leaves_as_it_came(tmp_path):
     assert errors == ["RemoteError", "ValueError"]
 
 
-def lose_peers_upon_a_verdict(runtime, folder):
-    """What a collective meets when a peer read the verdict first; the next poll is 5 s away."""
-    verdict = HangReport("rank 7 is stuck; look there.", 1, [])
+def lose_peers_upon_a_report(runtime, folder):
+    """What a collective meets when a peer read the report first; the next poll is 5 s away."""
+    report = HangReport("rank 7 is stuck; look there.", 1, [])
     with watched(runtime, ProgressTracker(), folder, hang_s=300.0):
-        runtime.store.compare_set("verdict", "", json.dumps(verdict))
+        runtime.store.compare_set("report", "", json.dumps(report))
         raise RuntimeError("Connection closed by peer")
 
 
-def test_a_peer_that_left_upon_a_verdict_is_not_a_second_fault(tmp_path):
-    results = run_ranks(2, lose_peers_upon_a_verdict, tmp_path, raises=True)
+def test_a_peer_that_left_upon_a_report_is_not_a_second_fault(tmp_path):
+    results = run_ranks(2, lose_peers_upon_a_report, tmp_path, raises=True)
     assert all_ended(results, tmp_path) == "rank 7 is stuck; look there."
 
 
@@ -302,7 +302,7 @@ def test_a_rank_whose_agent_died_is_told_so(is_torchrun, hang_s, said, tmp_path)
     assert run_ranks(1, lose_the_launcher, tmp_path, is_torchrun, hang_s) == [said]
 
 
-def test_a_pulse_tells_where_it_is():
+def test_the_tracker_knows_the_phase():
     progress = ProgressTracker()
     progress.enter("reading data", 7)
     progress.enter("step")

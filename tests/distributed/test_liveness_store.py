@@ -28,7 +28,7 @@ def test_every_rank_reads_the_notes_of_all(boards):
     assert boards[1].read_notes(PATIENCE_S) == [NOTE, NOTE._replace(step=4)]
 
 
-def test_the_first_verdict_holds(boards):
+def test_the_first_report_holds(boards):
     first, second = HangReport("one", 0, [1]), HangReport("two", 1, [0])
     assert boards[0].post(first, PATIENCE_S) == first
     assert boards[1].post(second, PATIENCE_S) == first

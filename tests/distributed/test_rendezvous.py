@@ -57,7 +57,7 @@ def test_ranks_find_each_other_in_any_order_and_know_who_came():
     assert [store.add("number", 1) for store in stores] == [1, 2, 3]
 
 
-def test_second_meeting_at_one_port_knows_nothing_of_the_first():
+def test_second_rendezvous_at_one_port_knows_nothing_of_the_first():
     port = free_port()
     first = meet(*(ranks_at(port, rank) for rank in range(2)))
     second = meet(*(ranks_at(port, rank) for rank in range(2)))
@@ -80,7 +80,7 @@ def test_port_where_nobody_listens():
     assert 0.5 < time.monotonic() - start < 20
 
 
-def test_port_that_another_program_holds_is_told_at_once_by_rank_0():
+def test_port_that_another_program_holds_is_reported_at_once_by_rank_0():
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]
         (error,) = meet(ranks_at(port, 0), timeout_s=60)
@@ -95,7 +95,7 @@ def test_listener_that_says_nothing_is_not_waited_for_any_longer():
     assert "within 0.5 s: there is no answer; check" in str(error)
 
 
-def test_store_of_another_program_is_no_meeting_place():
+def test_store_of_another_program_is_no_rendezvous():
     other = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=10))
     (error,) = meet(ranks_at(other.port, 1), timeout_s=0.5)
     assert isinstance(error, PeerError)

@@ -13,7 +13,7 @@ from ddp_sgd.doctor.findings import (
     judge_links,
     judge_surroundings,
     known_hosts,
-    verdict,
+    summarize,
 )
 from ddp_sgd.errors import ExitCode
 
@@ -25,10 +25,10 @@ def texts(findings):
 def test_ranks_that_agree():
     assert judge_facts(cluster(), 4) == []
     assert judge_facts(cluster(1, 1), 1) == []
-    lines = verdict([], 4, 2)
+    lines = summarize([], 4, 2)
     assert lines == ["all 4 ranks on 2 hosts agree and reach each other"]
-    assert verdict([], 2, 1) == ["all 2 ranks on 1 host agree and reach each other"]
-    assert verdict([], 1, 1) == ["the only rank is ready"]
+    assert summarize([], 2, 1) == ["all 2 ranks on 1 host agree and reach each other"]
+    assert summarize([], 1, 1) == ["the only rank is ready"]
 
 
 def test_ranks_that_did_not_come_are_named_with_their_hosts():
@@ -188,7 +188,7 @@ def test_that_name_does_no_harm_elsewhere():
         ),
     ],
 )
-def test_a_meeting_point_in_a_wrong_place(fields, text):
+def test_an_endpoint_in_a_wrong_place(fields, text):
     facts = cluster(r2=fields)[2]
     found = judge_endpoint(facts)
     assert found == (text and Finding(ExitCode.CONFIG, text))
@@ -261,13 +261,13 @@ def test_who_is_slow(measured, slow):
     assert [text.split()[0] for text in texts(judge_links(measured))] == slow
 
 
-def test_the_verdict_tells_faults_from_notes():
+def test_the_summary_tells_faults_from_notes():
     note, fault = Finding(ExitCode.DONE, "a."), Finding(ExitCode.CONFIG, "b.")
-    assert verdict([note], 2, 2) == [
+    assert summarize([note], 2, 2) == [
         "note: a.",
         "all 2 ranks on 2 hosts agree and reach each other",
     ]
-    assert verdict([note, fault], 2, 2) == ["note: a.", "fault: b."]
+    assert summarize([note, fault], 2, 2) == ["note: a.", "fault: b."]
 
 
 def test_the_first_fault_gives_the_code():

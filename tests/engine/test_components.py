@@ -12,7 +12,7 @@ from ddp_sgd.engine.resume import ResumePoint
 from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.models import MLP
 
-ANEW = ResumePoint(run_id="cafe0123")
+FRESH = ResumePoint(run_id="cafe0123")
 DATA = ("train", "eval", "collate")
 NOTHING = {"model": None, "loss": None, "train_set": None, "eval_set": None}
 
@@ -76,7 +76,7 @@ def test_the_wrong_kind_is_named(key, component, error, message):
         gather_components(config, **NOTHING)
 
 
-class FrozenParts(nn.Module):
+class PartlyFrozen(nn.Module):
     """The usual way to keep batch normalization frozen: a ``train`` of one's own."""
 
     def __init__(self):
@@ -92,7 +92,7 @@ class FrozenParts(nn.Module):
 @pytest.mark.parametrize("wrap", [lambda m: m, nn.Sequential])
 @pytest.mark.parametrize("training", [True, False])
 def test_a_model_s_own_train_is_called(wrap, training):
-    module = FrozenParts()
+    module = PartlyFrozen()
     model = wrap(module)
     if not training:
         nn.Module.train(model, mode=False)

@@ -211,7 +211,7 @@ DIFFERENCES = [
 
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize(("error", "difference", "message"), DIFFERENCES)
-def test_a_difference_is_told_by_one_rank(ranks, error, difference, message):
+def test_a_difference_is_reported_by_one_rank(ranks, error, difference, message):
     results = run_ranks(ranks, apply, difference, raises=True)
     told = [result for result in results if result.error == error]
     assert len(told) == 1, results

@@ -57,7 +57,7 @@ def test_changes_are_laid_over_the_run(run):
         (["--loss.class_path=ddp_sgd.models.MPL"], "did you mean MLP"),
     ],
 )
-def test_what_does_not_fit_is_told_by_one_rank(run, argv, message):
+def test_what_does_not_fit_is_reported_by_one_rank(run, argv, message):
     folder, _ = run
     results = run_ranks(2, rescore, folder, argv, raises=True)
     first, second = sorted(results, key=lambda result: result.error)
@@ -65,7 +65,7 @@ def test_what_does_not_fit_is_told_by_one_rank(run, argv, message):
     assert message in str(first)
 
 
-def test_a_missing_checkpoint_is_told_by_rank_0(tmp_path):
+def test_a_missing_checkpoint_is_reported_by_rank_0(tmp_path):
     first, second = run_ranks(2, rescore, tmp_path, raises=True)
     assert (first.error, second.error) == ("DataError", "RemoteError")
     assert "holds no checkpoint that is whole" in str(first)

@@ -12,7 +12,7 @@ from ddp_sgd.engine.setup import build_context
 from ddp_sgd.errors import ConfigError
 from ddp_sgd.models import MLP
 
-ANEW = ResumePoint(run_id="cafe0123")
+FRESH = ResumePoint(run_id="cafe0123")
 DATA = ("train", "eval", "collate")
 NOTHING = {"model": None, "loss": None, "train_set": None, "eval_set": None}
 
@@ -27,7 +27,7 @@ def test_a_collate_function_is_built_once_and_tried_on_both_data_sets():
     config = RunConfig(data=data, model=model)
     components = gather_components(config, **NOTHING)
     assert isinstance(components.collate, Pad)
-    build_context(config, components, Runtime(), ANEW)
+    build_context(config, components, Runtime(), FRESH)
     assert gather_components(RunConfig(), **NOTHING).collate is None
 
 
@@ -35,19 +35,19 @@ def test_evaluation_may_be_left_out():
     config = RunConfig(data={"eval": None})
     components = gather_components(config, **NOTHING)
     assert components.eval_set is None
-    assert build_context(config, components, Runtime(), ANEW).score(lambda: False) == {}
+    assert build_context(config, components, Runtime(), FRESH).score(lambda: False) == {}
 
 
 def test_rates_follow_the_plan():
     config = RunConfig(epochs=10, schedule={"name": "linear"})
-    context = build_context(config, gather_components(config, **NOTHING), Runtime(), ANEW)
+    context = build_context(config, gather_components(config, **NOTHING), Runtime(), FRESH)
     assert context.rate(0) == context.plan.peak_lr == 0.05
     assert context.rate(context.plan.total_steps // 2) == pytest.approx(0.025)
 
 
 def test_the_model_s_random_numbers_follow_from_the_step():
     config = RunConfig()
-    context = build_context(config, gather_components(config, **NOTHING), Runtime(), ANEW)
+    context = build_context(config, gather_components(config, **NOTHING), Runtime(), FRESH)
 
     def draw(step):
         context.seed_model(step)
@@ -61,7 +61,7 @@ def test_held_out_data_are_tried_as_well():
     wrong = InMemory(torch.zeros(4, 3), torch.zeros(4).long())
     components = gather_components(config, **NOTHING | {"train_set": Digits(), "eval_set": wrong})
     with pytest.raises(ConfigError, match=r"on inputs of float32 of shape \(4, 3\), RuntimeError"):
-        build_context(config, components, Runtime(), ANEW)
+        build_context(config, components, Runtime(), FRESH)
 
 
 def test_a_pretrained_model_is_trained_in_training_mode():

@@ -109,7 +109,7 @@ def test_tensors_are_gathered_where_they_are_by_name():
     assert momentum["0.weight"] is optimizer.momentum_buffers[model[0].weight]
 
 
-def test_without_momentum_there_are_no_velocities():
+def test_without_momentum_there_are_no_momentum_buffers():
     model = nn.Linear(2, 2)
     optimizer = build_sgd(model)
     model(torch.randn(4, 2)).sum().backward()

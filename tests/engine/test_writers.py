@@ -118,7 +118,7 @@ def test_what_is_saved_is_the_moment_of_the_save_two_at_once(training):
         assert saved["model"]["weight"].tolist() == weight
 
 
-def test_all_that_is_written_is_told_at_once(training):
+def test_all_that_is_written_is_reported_at_once(training):
     with training.open(writer="ProcessWriter") as checkpoints:
         for _ in range(2):
             training.step()
@@ -246,7 +246,7 @@ def test_a_state_that_cannot_be_packed_is_told_and_harms_no_other(folder):
         assert pid_of(writer) == pid
 
 
-def test_a_failure_that_does_not_travel_is_told_by_its_name(folder):
+def test_a_failure_that_does_not_travel_is_reported_by_its_name(folder):
     class Broken(CheckpointFolder):
         def name_for(self, header):
             raise KeyError(header.step)

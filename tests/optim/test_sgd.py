@@ -160,7 +160,7 @@ class Scaled(nn.Module):
         (nn.Embedding(3, 2), set()),
     ],
 )
-def test_normalization_and_biases_are_told_by_type_and_name(module, spared):
+def test_normalization_and_biases_are_reported_by_type_and_name(module, spared):
     assert norm_or_bias(module) == spared
     decaying = [group for group in build_sgd(module, weight_decay=0.1).groups if group.weight_decay]
     decayed = {p for group in decaying for p in group.parameters}

@@ -86,11 +86,11 @@ def record(folder):
 
 
 def test_plan_and_result_are_strict_json(tmp_path):
-    verdict = RunFolder(describe(tmp_path))
-    folder = verdict.path
-    verdict.start(record(folder))
-    verdict.write([("train", {})])
-    verdict.finish({"status": "finished", "eval/loss": None})
+    made = RunFolder(describe(tmp_path))
+    folder = made.path
+    made.start(record(folder))
+    made.write([("train", {})])
+    made.finish({"status": "finished", "eval/loss": None})
     assert (folder / "config.yaml").read_text() == dump_yaml(describe(tmp_path))
     assert json.loads((folder / "plan.json").read_text()) == asdict(record(folder).plan)
     assert json.loads((folder / "result.json").read_text()) == {
@@ -99,15 +99,15 @@ def test_plan_and_result_are_strict_json(tmp_path):
     }
     assert content(folder) == {"config.yaml", "plan.json", "result.json"}
     with pytest.raises(ValueError, match="Out of range"):
-        verdict.finish({"eval/loss": float("nan")})
+        made.finish({"eval/loss": float("nan")})
 
 
 def test_a_result_is_none_any_more_when_the_run_goes_on(tmp_path):
     RunFolder(describe(tmp_path)).finish({"status": "stopped"})
-    verdict = RunFolder(describe(tmp_path))
-    verdict.start(record(verdict.path))
+    made = RunFolder(describe(tmp_path))
+    made.start(record(made.path))
     assert not (tmp_path / "x" / "result.json").exists()
-    verdict.release()
+    made.release()
 
 
 def test_a_folder_that_went_away(tmp_path):

@@ -58,8 +58,8 @@ def errors(text):
 def test_alone(environment, tmp_path):
     done = subprocess.run(COMMAND, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    *_, verdict, last = done.stdout.splitlines()
-    assert verdict == "the only rank is ready"
+    *_, result, last = done.stdout.splitlines()
+    assert result == "the only rank is ready"
     row = json.loads(last)
     assert (row["exit_code"], row["world_size"], len(row["ranks"])) == (0, 1, 1)
     assert not (tmp_path / "runs").exists()
@@ -137,7 +137,7 @@ def test_a_rank_that_never_comes_is_named(environment):
 SEVERAL_HOSTS = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 
 
-def test_a_meeting_point_on_the_own_host_is_told_at_once(environment):
+def test_an_endpoint_on_the_own_host_is_reported_at_once(environment):
     """Nobody else is started, and the timeout is long: only a look at the name can tell."""
     environment |= {"DDP_SGD_RUNTIME__TIMEOUT_S": "3600"}
     own = SEVERAL_HOSTS | {"RANK": "1", "MASTER_ADDR": "localhost"}
@@ -148,7 +148,7 @@ def test_a_meeting_point_on_the_own_host_is_told_at_once(environment):
     assert ": every host would look for rank 0 on itself; set MASTER_ADDR to a name" in line
 
 
-def test_a_name_that_this_host_does_not_know_is_told_at_once(environment):
+def test_a_name_that_this_host_does_not_know_is_reported_at_once(environment):
     environment |= {"DDP_SGD_RUNTIME__TIMEOUT_S": "3600"}
     own = SEVERAL_HOSTS | {"RANK": "1", "MASTER_ADDR": "nowhere.invalid"}
     ((code, _, err),) = run_as_ranks(environment, own, world_size=2)
