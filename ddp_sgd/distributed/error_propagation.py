@@ -12,7 +12,7 @@ from torch.distributed import DistError, DistNetworkError
 from torch.distributed.distributed_c10d import Store
 
 from ddp_sgd.distributed.bounded import call_with_timeout
-from ddp_sgd.distributed.liveness_store import NOTE_S
+from ddp_sgd.distributed.hang_report import NOTE_S
 from ddp_sgd.distributed.lost_ranks import describe_lost_ranks, find_lost_ranks
 from ddp_sgd.distributed.rendezvous import RendezvousInfo, is_agent_store
 from ddp_sgd.errors import (

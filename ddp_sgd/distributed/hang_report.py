@@ -7,6 +7,9 @@ from typing import NamedTuple
 Place = tuple[str, int]
 """Host and process id of a rank."""
 
+NOTE_S = 2.0
+"""Longest time between two notes of a rank that keeps a watch, in seconds."""
+
 
 class Note(NamedTuple):
     """What a rank tells the others of itself.

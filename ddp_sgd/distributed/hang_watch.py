@@ -17,9 +17,16 @@ from ddp_sgd.console import report_error
 from ddp_sgd.distributed.bounded import run_with_timeout
 from ddp_sgd.distributed.collectives import gather_over_ranks
 from ddp_sgd.distributed.environment import is_orphaned
-from ddp_sgd.distributed.hang_report import HangReport, Note, Place, describe_hang, find_hung_ranks
+from ddp_sgd.distributed.hang_report import (
+    NOTE_S,
+    HangReport,
+    Note,
+    Place,
+    describe_hang,
+    find_hung_ranks,
+)
 from ddp_sgd.distributed.launcher_files import leave_for_launcher
-from ddp_sgd.distributed.liveness_store import NOTE_S, LivenessStore
+from ddp_sgd.distributed.liveness_store import LivenessStore
 from ddp_sgd.distributed.progress import ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.errors import ExitCode, PeerError

@@ -13,9 +13,6 @@ from ddp_sgd.distributed.hang_report import HangReport, Note
 
 T = TypeVar("T")
 
-NOTE_S = 2.0
-"""Longest time between two notes of a rank that keeps a watch, in seconds."""
-
 
 class LivenessStore:
     """Notes and one report in a store; no call waits longer than it is told to.

@@ -64,7 +64,7 @@ def vanish(runtime, victim):
 
 def test_a_lost_rank_is_a_peer_error_reported_by_one():
     results = run_ranks(3, vanish, 2, raises=True)
-    assert sorted(result.error for result in results[:2]) == ["RemoteError", "PeerError"]
+    assert sorted(result.error for result in results[:2]) == ["PeerError", "RemoteError"]
     told = next(result for result in results if result.error == "PeerError")
     assert "of 3 is cut off: " in told.text
     assert "then start again." in told.text

@@ -356,7 +356,7 @@ def test_a_run_that_must_not_be_resized_is_not(tmp_path):
     before = (tmp_path / "x" / "metrics.jsonl").read_bytes()
     results = run_ranks(3, refused, tmp_path, changes, raises=True)
     assert sorted(r.error for r in results) == [
-        "RemoteError", "RemoteError", "RefusedError",
+        "RefusedError", "RemoteError", "RemoteError",
     ]  # fmt: skip
     assert "on_resize is refuse, and the run was saved on 2 ranks" in results[0].text
     assert (tmp_path / "x" / "metrics.jsonl").read_bytes() == before
