@@ -1,7 +1,6 @@
 """Facts and timings of ranks that nobody started, for tests of what is made of them."""
 
-from ddp_sgd.doctor.exchange import Answers, Clock
-from ddp_sgd.doctor.facts import Facts
+from ddp_sgd.doctor.facts import Answers, Clock, Facts
 from ddp_sgd.doctor.links import Link
 
 VERSIONS = {"python": "3.12.4", "torch": "2.14.1", "ddp_sgd": "0.1.0", "numpy": "2.4.6"}

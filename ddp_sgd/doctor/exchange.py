@@ -5,11 +5,11 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch.distributed.distributed_c10d import Store
 
-from ddp_sgd.doctor.facts import Facts
+from ddp_sgd.doctor.facts import Answers, Clock, Facts
 from ddp_sgd.doctor.shared_folder import sees_token
 from ddp_sgd.doctor.store import is_there, needs_store, read_key
 from ddp_sgd.errors import ConfigError, PeerError
@@ -21,32 +21,6 @@ _ANSWER_S = scaled(5.0)
 """Longest wait for a rank that is there and has been asked."""
 _GRACE_S = scaled(60.0)
 """What rank 0 may take beyond the timeout for questions and reports."""
-
-
-class Clock(NamedTuple):
-    """How far the clock of a host is ahead of rank 0's.
-
-    Args:
-        ahead_s: The difference, in seconds.
-        within_s: Largest error of it: half of the round trip, in seconds.
-    """
-
-    ahead_s: float
-    within_s: float
-
-
-class Answers(NamedTuple):
-    """What the ranks that came have said.
-
-    Args:
-        facts: By rank.
-        clocks: By rank; without those that fell silent.
-        shares: Whether a rank sees rank 0's output folder, by rank.
-    """
-
-    facts: dict[int, Facts]
-    clocks: dict[int, Clock]
-    shares: dict[int, bool]
 
 
 class Coordinator:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -89,6 +89,32 @@ class Facts:
     def as_row(self) -> dict[str, Any]:
         """Give everything but the configuration, for a report."""
         return {name: value for name, value in asdict(self).items() if name != "settings"}
+
+
+class Clock(NamedTuple):
+    """How far the clock of a host is ahead of rank 0's.
+
+    Args:
+        ahead_s: The difference, in seconds.
+        within_s: Largest error of it: half of the round trip, in seconds.
+    """
+
+    ahead_s: float
+    within_s: float
+
+
+class Answers(NamedTuple):
+    """What the ranks that came have said.
+
+    Args:
+        facts: By rank.
+        clocks: By rank; without those that fell silent.
+        shares: Whether a rank sees rank 0's output folder, by rank.
+    """
+
+    facts: dict[int, Facts]
+    clocks: dict[int, Clock]
+    shares: dict[int, bool]
 
 
 def gather_facts(config: RunConfig, ranks: Ranks, environ: Mapping[str, str]) -> Facts:

@@ -4,8 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import NamedTuple
 
-from ddp_sgd.doctor.exchange import Answers
-from ddp_sgd.doctor.facts import Facts
+from ddp_sgd.doctor.facts import Answers, Facts
 from ddp_sgd.doctor.links import PAIR_BYTES, Link
 from ddp_sgd.doctor.routes import is_loopback
 from ddp_sgd.errors import ExitCode

@@ -9,8 +9,8 @@ from typing import Any
 from ddp_sgd.config import RunConfig
 from ddp_sgd.distributed.environment import Ranks
 from ddp_sgd.distributed.runtime import start_runtime
-from ddp_sgd.doctor.exchange import Answers, Coordinator, Worker
-from ddp_sgd.doctor.facts import Facts
+from ddp_sgd.doctor.exchange import Coordinator, Worker
+from ddp_sgd.doctor.facts import Answers, Facts
 from ddp_sgd.doctor.findings import (
     Finding,
     exit_code,

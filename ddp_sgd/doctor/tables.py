@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from ddp_sgd.doctor.exchange import Answers, Clock
-from ddp_sgd.doctor.facts import Facts
+from ddp_sgd.doctor.facts import Answers, Clock, Facts
 from ddp_sgd.doctor.links import PAIR_BYTES, SIZES, Link, Timing
 from ddp_sgd.rank_differences import number_spans, tell_apart
 

@@ -7,8 +7,8 @@ import pytest
 import torch.distributed as dist
 from limits import WAIT_S
 
-from ddp_sgd.doctor.exchange import Clock, Coordinator, Worker
-from ddp_sgd.doctor.facts import Facts
+from ddp_sgd.doctor.exchange import Coordinator, Worker
+from ddp_sgd.doctor.facts import Clock, Facts
 from ddp_sgd.doctor.shared_folder import leave_token
 from ddp_sgd.errors import ConfigError, PeerError
 

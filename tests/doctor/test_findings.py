@@ -3,8 +3,7 @@
 import pytest
 from made_up_ranks import VERSIONS, answers, cluster, links
 
-from ddp_sgd.doctor.exchange import Clock
-from ddp_sgd.doctor.facts import Facts
+from ddp_sgd.doctor.facts import Clock, Facts
 from ddp_sgd.doctor.findings import (
     Finding,
     exit_code,

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 from made_up_ranks import answers, cluster, links
 
-from ddp_sgd.doctor.exchange import Clock
+from ddp_sgd.doctor.facts import Clock
 from ddp_sgd.doctor.links import SIZES, Link, Timing
 from ddp_sgd.doctor.tables import facts_table, link_table, timing_table
 
