@@ -23,8 +23,7 @@ from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.checkpointing.snapshot import Snapshot
 from ddp_sgd.config import RunConfig
 from ddp_sgd.engine.checkpoint import SavedCheckpoints
-from ddp_sgd.engine.state import State
-from ddp_sgd.engine.train_state import capture
+from ddp_sgd.engine.train_state import State, capture
 from ddp_sgd.engine.writers import build_writer
 from ddp_sgd.optim.sgd import SGD, build_sgd
 from ddp_sgd.plan import make_plan

@@ -16,7 +16,7 @@ import torch
 
 from ddp_sgd import RunConfig, fit, start_runtime
 from ddp_sgd.data import Digits
-from ddp_sgd.data.in_memory import InMemory
+from ddp_sgd.data.datasets import InMemory
 from ddp_sgd.distributed import collectives
 from ddp_sgd.distributed.progress import ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime

@@ -152,7 +152,7 @@ def train(work: dict[str, Any], runtime: Any, folder: Path) -> tuple[int, list[f
     import torch
 
     from ddp_sgd import RunConfig, fit
-    from ddp_sgd.data.in_memory import InMemory
+    from ddp_sgd.data.datasets import InMemory
     from ddp_sgd.engine.components import ready_model
 
     sections = {

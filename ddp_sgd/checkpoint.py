@@ -99,7 +99,7 @@ def _verify(asked: argparse.Namespace) -> int:
 def _export(asked: argparse.Namespace) -> int:
     from ddp_sgd.checkpointing.exporting import export_weights, refuse_overwriting
     from ddp_sgd.checkpointing.reading import find_checkpoint, read_tensors
-    from ddp_sgd.engine.digest import weights_digest
+    from ddp_sgd.engine.result import weights_digest
 
     refuse_overwriting(asked.output, force=asked.force)
     file, manifest = find_checkpoint(asked.checkpoint)

@@ -57,7 +57,7 @@ that the port is open."
 # meets there: so say which it is.
 place=$("$PYTHON" -c 'if 1:
     import sys
-    from ddp_sgd.distributed.addresses import whereabouts
+    from ddp_sgd.distributed.rendezvous import whereabouts
     print(whereabouts(sys.argv[1]))' "$MASTER_ADDR")
 case $place in
 loopback) REMEDY="$MASTER_ADDR is another machine on every host; set MASTER_ADDR to the name of one, as the others see it." ;;

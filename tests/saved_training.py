@@ -11,8 +11,7 @@ from ddp_sgd.checkpointing.reading import read_tensors
 from ddp_sgd.config import RunConfig
 from ddp_sgd.engine import writers as module
 from ddp_sgd.engine.checkpoint import SavedCheckpoints
-from ddp_sgd.engine.state import State
-from ddp_sgd.engine.train_state import capture
+from ddp_sgd.engine.train_state import State, capture
 from ddp_sgd.optim.sgd import build_sgd
 from ddp_sgd.plan import make_plan
 

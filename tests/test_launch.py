@@ -13,7 +13,7 @@ import pytest
 from launching import LOCAL, MULTINODE, ROOT, environment
 from limits import WAIT_S
 
-from ddp_sgd.distributed.addresses import free_port
+from ddp_sgd.distributed.rendezvous import free_port
 from ddp_sgd.errors import ExitCode
 
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))

@@ -82,7 +82,7 @@ def test_a_module_has_a_name_a_docstring_and_a_test_file(module):
     assert module.stem not in VAGUE
     name = ".".join(("ddp_sgd", *module.with_suffix("").parts))
     assert importlib.import_module(name).__doc__
-    assert (ROOT / "tests" / module.parent / f"test_{module.name.strip('_')}").exists()
+    assert (ROOT / "tests" / module.parent / f"test_{module.stem.strip('_')}.py").exists()
 
 
 def test_shipped_versions_are_pinned():

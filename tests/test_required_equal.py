@@ -6,7 +6,7 @@ import torch
 
 import ddp_sgd
 from ddp_sgd.config import RunConfig, load_config
-from ddp_sgd.required_equal import read_versions, settings_that_agree, vital_versions
+from ddp_sgd.rank_differences import read_versions, settings_that_agree, vital_versions
 
 
 def test_versions_are_those_in_use():

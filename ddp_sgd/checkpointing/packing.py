@@ -6,9 +6,9 @@ from typing import Any, BinaryIO
 
 import torch
 
+from ddp_sgd.checkpointing.atomic_write import Content, write_content
 from ddp_sgd.checkpointing.folder import CheckpointFolder
 from ddp_sgd.checkpointing.manifest import FORMAT, Header, Manifest
-from ddp_sgd.checkpointing.writing import Content, write_content
 
 _GATHER_BYTES = 1 << 18
 _ENVELOPE_BYTES = 1 << 16

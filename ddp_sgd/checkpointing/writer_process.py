@@ -12,9 +12,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
+from ddp_sgd.checkpointing.atomic_write import Content, write_content
 from ddp_sgd.checkpointing.folder import CheckpointFolder
 from ddp_sgd.checkpointing.manifest import Header
-from ddp_sgd.checkpointing.writing import Content, write_content
 from ddp_sgd.companion import serve_the_rank
 from ddp_sgd.distributed.cpus import leave_batch_scheduling
 

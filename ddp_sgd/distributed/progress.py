@@ -1,8 +1,13 @@
-"""Progress tracker of the training thread: its phase, and the time spent in each."""
+"""Progress tracker of the training thread: its phase, and the time spent in each.
+
+Hang report: which ranks hang, by two readings of all notes, and the line for the user.
+"""
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 
 class ProgressTracker:
@@ -54,3 +59,96 @@ class ProgressTracker:
         spent = self._spent_s.copy()
         spent[self.phase] += self._clock() - self._since
         return spent
+
+
+Place = tuple[str, int]
+"""Host and process id of a rank."""
+
+NOTE_S = 2.0
+"""Longest time between two notes of a rank that keeps a watch, in seconds."""
+
+
+class Note(NamedTuple):
+    """What a rank tells the others of itself.
+
+    Args:
+        step: Step of the run.
+        phase: What the training thread does.
+        phases: Phases that it has entered; comparable among ranks.
+        idle_s: Time since its last sign of life, in seconds, as far as polls saw it pass.
+        polls: Polls of the watch; stands still only if the whole process does.
+        left: Whether the rank needs the board no more.
+    """
+
+    step: int
+    phase: str
+    phases: int
+    idle_s: float
+    polls: int
+    left: bool = False
+
+
+class HangReport(NamedTuple):
+    """Who hangs.
+
+    Args:
+        message: The line for the user.
+        reporter: The rank that prints it.
+        hung_ranks: The ranks that hang.
+    """
+
+    message: str
+    reporter: int
+    hung_ranks: list[int]
+
+
+def find_hung_ranks(
+    before: Sequence[Note] | None, after: Sequence[Note], limit_s: float
+) -> tuple[list[int], bool]:
+    """Find the ranks that the others wait for.
+
+    Args:
+        before: A reading of the notes of all ranks, many polls ago; None if there is none.
+        after: The reading of now.
+        limit_s: Time without a sign of life after which a rank hangs, in seconds.
+
+    Returns:
+        The ranks, none where those that lag do show life; and whether they are frozen, that is not
+        even their watch is alive.
+    """
+    here = [rank for rank, note in enumerate(after) if not note.left]
+    frozen = [rank for rank in here if before and after[rank].polls == before[rank].polls]
+    if frozen:
+        return frozen, True
+    least = min((after[rank].phases for rank in here), default=0)
+    last = [rank for rank in here if after[rank].phases == least]
+    return (last if all(after[rank].idle_s >= limit_s for rank in last) else []), False
+
+
+def describe_hang(
+    hung_ranks: Sequence[int],
+    notes: Sequence[Note],
+    places: Sequence[Place],
+    *,
+    frozen: bool,
+    hang_s: float,
+    stacks: Path | None,
+) -> str:
+    """Say which ranks hang, since when, where, and what to do, on one line."""
+    first = notes[hung_ranks[0]]
+    hosts = sorted({places[rank][0] for rank in hung_ranks})
+    many = len(hung_ranks) > 1
+    who = f"rank{'s' * many} {_join(hung_ranks)} of {len(notes)} on host{'s' * (len(hosts) > 1)}"
+    what = "frozen, with no sign of life" if frozen else "stuck, with no progress"
+    files = "stack-rank-*.txt" if many else f"stack-rank-{hung_ranks[0]}.txt"
+    look = f"look at {files} in {stacks}" if stacks else "look at what was done there"
+    return (
+        f"{who} {_join(hosts)} {'are' if many else 'is'} {what} for {hang_s:g} s in phase "
+        f'"{first.phase}" of step {first.step}; {look}, and raise runtime.hang_s if a phase may '
+        "take that long."
+    )
+
+
+def _join(names: Sequence[object]) -> str:
+    shown = [str(name) for name in names[:8]]
+    return ", ".join(shown) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -1,13 +1,22 @@
-"""Facts about a rank and its host: versions, devices, CPUs, addresses, free space."""
+"""Facts about a rank and its host: versions, devices, CPUs, addresses, free space.
 
+Routes: what host names resolve to, and by which interface others are reached. No torch.
+
+Shared folder check: rank 0 leaves a file in the output folder, the others look for it.
+"""
+
+import fcntl
+import ipaddress
 import json
 import os
 import shutil
 import socket
-from collections.abc import Mapping
-from contextlib import suppress
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +24,7 @@ import torch
 from ddp_sgd.config import RunConfig
 from ddp_sgd.distributed.cpus import usable_cpus
 from ddp_sgd.distributed.environment import Ranks
-from ddp_sgd.doctor.routes import address_toward, interface_of, resolve
-from ddp_sgd.required_equal import read_versions, settings_that_agree
+from ddp_sgd.rank_differences import read_versions, settings_that_agree
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,3 +184,104 @@ def _free_bytes(folder: Path) -> int | None:
         with suppress(OSError):
             return shutil.disk_usage(place).free
     return None
+
+
+_ELSEWHERE = "192.0.2.1"
+"""An address that is nobody's (RFC 5737): the way to it is the way out of this host."""
+_SIOCGIFADDR = 0x8915
+
+
+def resolve(name: str) -> list[str]:
+    """Return the addresses of a name on this host, in the order of preference; empty if none."""
+    try:
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return []
+    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address leads back to the host that uses it: 127.0.0.0/8 or ::1."""
+    try:
+        return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    except ValueError:
+        return False
+
+
+def address_toward(name: str) -> str | None:
+    """Find the address from which this host reaches a name; where that is itself, the way out.
+
+    Nothing is sent.
+
+    Args:
+        name: Host name or address of the rendezvous endpoint.
+
+    Returns:
+        An address of this host; None if there is no way.
+    """
+    toward = _source_of(name)
+    if toward is None or is_loopback(toward):
+        return _source_of(_ELSEWHERE) or toward
+    return toward
+
+
+def interface_of(address: str | None) -> str | None:
+    """Name the interface that has an IPv4 address, such as ``eth0``; None if it is not known."""
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as query:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # an interface without an address
+                request = struct.pack("256s", name.encode()[:15])
+                answer = fcntl.ioctl(query.fileno(), _SIOCGIFADDR, request)
+                if socket.inet_ntoa(answer[20:24]) == address:
+                    return name
+    return None
+
+
+def _source_of(name: str) -> str | None:
+    with suppress(OSError, UnicodeError):
+        for family, kind, _, _, target in socket.getaddrinfo(name, 9, type=socket.SOCK_DGRAM):
+            with suppress(OSError), socket.socket(family, kind) as probe:
+                probe.connect(target)
+                return str(probe.getsockname()[0])
+    return None
+
+
+@contextmanager
+def leave_token(folder: Path) -> Iterator[tuple[str | None, str]]:
+    """Put a file into a folder for a while, by which other hosts know it again.
+
+    Yields:
+        Name of the file, or None with the reason why nothing can be written there.
+    """
+    # os.path finds no fault with a name that is too long: it is not there.
+    made = [place for place in (folder, *folder.parents) if not os.path.exists(place)]  # noqa: PTH110
+    token = folder / f".doctor-{token_hex(8)}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        token.write_text("python -m ddp_sgd.doctor looks whether hosts share this folder.\n")
+    except OSError as error:
+        _clean_up(None, made)
+        yield None, error.strerror or str(error)
+        return
+    try:
+        yield token.name, ""
+    finally:
+        _clean_up(token, made)
+
+
+def sees_token(folder: Path, token: str | None) -> bool:
+    """Whether rank 0's file is in the folder that this host knows by the same name.
+
+    Args:
+        folder: The output folder of this rank.
+        token: Name of the file; None: rank 0 could not write one.
+    """
+    return token is not None and os.path.exists(folder / token)  # noqa: PTH110
+
+
+def _clean_up(token: Path | None, made: Sequence[Path]) -> None:
+    with suppress(OSError):
+        if token:
+            token.unlink(missing_ok=True)
+        for place in made:
+            place.rmdir()

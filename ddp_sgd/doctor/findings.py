@@ -4,12 +4,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import NamedTuple
 
-from ddp_sgd.doctor.facts import Answers, Facts
+from ddp_sgd.doctor.facts import Answers, Facts, is_loopback
 from ddp_sgd.doctor.links import PAIR_BYTES, Link
-from ddp_sgd.doctor.routes import is_loopback
 from ddp_sgd.errors import ExitCode
-from ddp_sgd.rank_differences import name_ranks, tell_apart
-from ddp_sgd.required_equal import vital_versions
+from ddp_sgd.rank_differences import name_ranks, tell_apart, vital_versions
 
 _SLOW_FACTOR = 3.0
 """How much longer than the others' a host's best link takes when the host counts as slow."""

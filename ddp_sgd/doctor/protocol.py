@@ -1,16 +1,23 @@
-"""Protocol of the doctor: rank 0 coordinates, every other rank is a worker."""
+"""Protocol of the doctor: rank 0 coordinates, every other rank is a worker.
 
+Exchange of facts over the ranks' store: the coordinator asks, workers answer, with timeouts.
+"""
+
+import json
 import os
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.distributed_c10d import Store
+
 from ddp_sgd.config import RunConfig
 from ddp_sgd.distributed.environment import Ranks
 from ddp_sgd.distributed.runtime import start_runtime
-from ddp_sgd.doctor.exchange import Coordinator, Worker
-from ddp_sgd.doctor.facts import Answers, Facts
+from ddp_sgd.doctor.facts import Answers, Clock, Facts, leave_token, sees_token
 from ddp_sgd.doctor.findings import (
     Finding,
     exit_code,
@@ -21,11 +28,179 @@ from ddp_sgd.doctor.findings import (
     summarize,
 )
 from ddp_sgd.doctor.links import Link, Timing, time_all_ranks, time_pairs
-from ddp_sgd.doctor.shared_folder import leave_token
-from ddp_sgd.doctor.store import reach_store
+from ddp_sgd.doctor.store import is_there, needs_store, reach_store, read_key
 from ddp_sgd.doctor.tables import facts_table, link_table, timing_table
-from ddp_sgd.errors import ExitCode, UserError
+from ddp_sgd.errors import ConfigError, ExitCode, PeerError, UserError
 from ddp_sgd.time_limits import scaled
+
+_ROUNDS = 5
+"""Round trips from which the shortest tells of a clock."""
+_ANSWER_S = scaled(5.0)
+"""Longest wait for a rank that is there and has been asked."""
+_GRACE_S = scaled(60.0)
+"""What rank 0 may take beyond the timeout for questions and reports."""
+
+
+class Coordinator:
+    """Rank 0's side: it collects facts, gives the word, and hears reports.
+
+    Args:
+        store: From ``reach_store``.
+        world_size: Number of ranks.
+    """
+
+    def __init__(self, store: Store, world_size: int) -> None:
+        self._store = store
+        self._world = range(world_size)
+        self._present: list[int] = []
+
+    def ask(self, mine: Facts, token: str | None, timeout_s: float) -> Answers:
+        """Collect the facts of those that come in time, then ask each about clock and folder.
+
+        Args:
+            mine: Facts of rank 0.
+            token: File in rank 0's output folder that the others look for; None: there is none.
+            timeout_s: Longest wait for the facts, in seconds.
+        """
+        facts = {mine.rank: mine}
+        deadline = time.monotonic() + timeout_s
+        while True:
+            for rank in self._world:
+                if rank not in facts and is_there(self._store, f"facts/{rank}"):
+                    facts[rank] = Facts.from_text(self._store.get(f"facts/{rank}"))
+            if len(facts) == len(self._world) or time.monotonic() > deadline:
+                break
+            time.sleep(0.01)
+        self._present = sorted(rank for rank in facts if rank)
+        self._store.set("request", json.dumps([len(self._world), self._present, token]))
+        clocks, shares = {}, {}
+        for rank in self._present:
+            clock = self._measure_clock(rank)
+            if clock:
+                clocks[rank] = clock
+            if clock and (seen := read_key(self._store, f"sees/{rank}", _ANSWER_S)) is not None:
+                shares[rank] = seen == b"true"
+        self._present = sorted(shares)  # nobody waits for a rank that fell silent
+        return Answers(facts, clocks, shares)
+
+    def give_word(self, hosts: Sequence[str] | None) -> None:
+        """Let the others join the group, and tell them the host of each rank; None: they do not."""
+        self._store.set("word", json.dumps(hosts))
+
+    def hear(self, patience_s: float) -> dict[int, str]:
+        """Return what those ranks report that could not join or lost the others, by rank.
+
+        Args:
+            patience_s: Longest wait for all reports, in seconds.
+        """
+        deadline = time.monotonic() + patience_s
+        reports = {}
+        for rank in self._present:
+            left_s = max(deadline - time.monotonic(), 0.01)
+            text = read_key(self._store, f"report/{rank}", left_s)
+            if text:
+                reports[rank] = text.decode()
+        return reports
+
+    def dismiss(self, code: int) -> None:
+        """Tell the others the exit code, and stay until they have heard it, for a moment."""
+        self._store.set("code", str(int(code)))
+        for rank in self._present:
+            if read_key(self._store, f"left/{rank}", _ANSWER_S) is None:
+                return
+
+    def _measure_clock(self, rank: int) -> Clock | None:
+        best: Clock | None = None
+        for number in range(_ROUNDS):
+            asked = time.time()
+            self._store.set(f"clock/{rank}/{number}", "null")
+            answer = read_key(self._store, f"clock/{rank}/{number}/is", _ANSWER_S)
+            if answer is None:
+                return None
+            answered = time.time()
+            clock = Clock(float(answer) - (asked + answered) / 2, abs(answered - asked) / 2)
+            if best is None or clock.within_s < best.within_s:
+                best = clock
+        return best
+
+
+class Worker:
+    """The side of every other rank: it hands in its facts, answers, and follows the word.
+
+    Args:
+        store: From ``reach_store``.
+        facts: Of this rank.
+        timeout_s: Longest wait for rank 0 and for those whom it waits for, in seconds.
+
+    Raises:
+        PeerError: Another process has this rank already.
+    """
+
+    def __init__(self, store: Store, facts: Facts, timeout_s: float) -> None:
+        self._store = store
+        self._rank, self._world_size = facts.rank, facts.world_size
+        self._patience_s = timeout_s + _GRACE_S
+        text = facts.to_text()
+        with needs_store():
+            taken = Facts.from_text(store.compare_set(f"facts/{facts.rank}", "", text))
+        if (taken.host, taken.pid) != (facts.host, facts.pid):
+            raise PeerError(
+                f"rank {facts.rank} is here already, as process {taken.pid} on {taken.host}; start "
+                "every rank once, and set another MASTER_PORT for every run."
+            )
+
+    def answer(self, folder: Path) -> list[str] | None:
+        """Answer rank 0's questions, and hear whether to join the group.
+
+        Args:
+            folder: The output folder of this rank.
+
+        Returns:
+            Name of the host of each rank; None: the group is not joined.
+
+        Raises:
+            ConfigError: Rank 0 knows of another number of ranks.
+            PeerError: Rank 0 is gone.
+        """
+        world_size, present, token = self._hear("request")
+        if self._rank >= world_size:  # rank 0 does not even look for it
+            raise ConfigError(
+                f"WORLD_SIZE is {world_size} on rank 0, and {self._world_size} on rank "
+                f"{self._rank}; start all ranks with the same number of them."
+            )
+        if self._rank in present:
+            for number in range(_ROUNDS):
+                self._hear(f"clock/{self._rank}/{number}")
+                self._say(f"clock/{self._rank}/{number}/is", repr(time.time()))
+            self._say(f"sees/{self._rank}", json.dumps(sees_token(folder, token)))
+        hosts: list[str] | None = self._hear("word")
+        return hosts
+
+    def report(self, fault: str) -> int:
+        """Tell rank 0 how it went, and return the exit code that it gives.
+
+        Args:
+            fault: What this rank ran into; empty if nothing.
+
+        Raises:
+            PeerError: Rank 0 is gone.
+        """
+        self._say(f"report/{self._rank}", fault)
+        code = int(self._hear("code"))
+        with suppress(PeerError):
+            self._say(f"left/{self._rank}", "")
+        return code
+
+    def _say(self, key: str, text: str) -> None:
+        with needs_store():
+            self._store.set(key, text)
+
+    def _hear(self, key: str) -> Any:
+        text = read_key(self._store, key, self._patience_s)
+        if text is None:
+            raise PeerError(f"rank 0 said nothing for {self._patience_s:g} s; look at its log.")
+        return json.loads(text)
+
 
 _REPORTS_S = scaled(5.0)
 """Longest wait for the others' reports once rank 0 has its own."""

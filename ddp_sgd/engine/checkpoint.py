@@ -11,10 +11,9 @@ from typing import Any, NamedTuple, Protocol, Self
 from ddp_sgd.checkpointing.folder import FOLDER_NAME, CheckpointFolder
 from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.config.schema import RunConfig
-from ddp_sgd.engine.data_marks import with_marks
+from ddp_sgd.engine.fingerprint import with_marks
 from ddp_sgd.engine.setup import Job
-from ddp_sgd.engine.state import State
-from ddp_sgd.engine.train_state import Tree, capture, other_state_dict, refuse_foreign
+from ddp_sgd.engine.train_state import State, Tree, capture, other_state_dict, refuse_foreign
 from ddp_sgd.engine.writers import Writer, build_writer, bytes_of
 from ddp_sgd.errors import OutputError
 from ddp_sgd.files import make_folder

@@ -9,8 +9,7 @@ from torch import nn
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.data.fetcher import Collate
 from ddp_sgd.data.open_files import OpenFiles
-from ddp_sgd.engine.data_marks import Marks
-from ddp_sgd.engine.fingerprint import mark_samples
+from ddp_sgd.engine.fingerprint import Marks, mark_samples
 from ddp_sgd.engine.lazy_modules import is_materialized, materialize
 from ddp_sgd.engine.model_check import check_loss_parameters, check_model
 from ddp_sgd.engine.model_inputs import choose_spread

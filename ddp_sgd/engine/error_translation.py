@@ -8,7 +8,7 @@ import torch
 
 from ddp_sgd.data.loader import lost_worker
 from ddp_sgd.distributed.data_parallel import unused_parameters
-from ddp_sgd.engine.stopping import StopRequest
+from ddp_sgd.engine.triggers import StopRequest
 from ddp_sgd.errors import (
     DataError,
     DeviceError,

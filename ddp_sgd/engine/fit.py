@@ -14,17 +14,16 @@ from ddp_sgd.distributed.hang_watch import watch_for_hangs
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.checkpoint import open_checkpoints
 from ddp_sgd.engine.components import gather_components, mark_training_set
-from ddp_sgd.engine.data_marks import refuse_data_of_another_run
 from ddp_sgd.engine.error_translation import translate_errors
+from ddp_sgd.engine.fingerprint import refuse_data_of_another_run
 from ddp_sgd.engine.loop import Loop
 from ddp_sgd.engine.rank_consistency import require_consistency
 from ddp_sgd.engine.restoring import hand_over, refuse_other_parts
 from ddp_sgd.engine.result import RunResult, build_result
 from ddp_sgd.engine.resume import find_resume_point
 from ddp_sgd.engine.setup import Job, build_context
-from ddp_sgd.engine.stopping import HasReason, StopRequest, stop_on_signal
 from ddp_sgd.engine.sync import RankSync
-from ddp_sgd.engine.timetable import Deadline, Timetable
+from ddp_sgd.engine.triggers import Deadline, HasReason, StopRequest, Timetable, stop_on_signal
 from ddp_sgd.losses import LossFunction
 from ddp_sgd.report.reporter import open_report, tell_of_the_end
 from ddp_sgd.report.run_folder import RunFolder, claim_run_folder

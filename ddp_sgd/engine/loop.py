@@ -8,7 +8,7 @@ from ddp_sgd.engine.error_translation import refuse_divergence
 from ddp_sgd.engine.evaluation import Interrupted
 from ddp_sgd.engine.setup import Job
 from ddp_sgd.engine.sync import RankSync, SyncResult
-from ddp_sgd.engine.timetable import Deadline
+from ddp_sgd.engine.triggers import Deadline
 from ddp_sgd.report.reporter import Reporter
 
 

@@ -19,8 +19,7 @@ from ddp_sgd.engine.fingerprint import (
 )
 from ddp_sgd.errors import ConfigError, DataError, UserError
 from ddp_sgd.losses import loss_modules
-from ddp_sgd.rank_differences import tell_apart
-from ddp_sgd.required_equal import read_versions, settings_that_agree, vital_versions
+from ddp_sgd.rank_differences import read_versions, settings_that_agree, tell_apart, vital_versions
 
 _SHOWN = 3
 """Differences that one message tells of."""

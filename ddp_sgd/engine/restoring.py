@@ -13,13 +13,12 @@ from ddp_sgd.checkpointing.comparing import misfits
 from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.checkpointing.reading import read_tensors
 from ddp_sgd.config import RunConfig, rank_batch
-from ddp_sgd.data.permutation import ORDER
+from ddp_sgd.data.sampler import ORDER
 from ddp_sgd.distributed.collectives import from_rank_0
 from ddp_sgd.distributed.model_state import broadcast_buffers, broadcast_parameters
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, buffers_by_name, unset_buffers
-from ddp_sgd.engine.state import State
-from ddp_sgd.engine.train_state import describe_loss, momentum_buffers
+from ddp_sgd.engine.train_state import State, describe_loss, momentum_buffers
 from ddp_sgd.errors import RefusedError
 from ddp_sgd.losses import LossFunction
 from ddp_sgd.optim.sgd import SGD

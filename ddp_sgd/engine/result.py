@@ -1,19 +1,26 @@
-"""Run result: status, scores, weights digest, as ``result.json`` holds them."""
+"""Run result: status, scores, weights digest, as ``result.json`` holds them.
 
+Digest of a model's weights.
+"""
+
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from ddp_sgd.distributed.collectives import gather_over_ranks
 from ddp_sgd.distributed.data_parallel import DataParallelModel
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.digest import weights_digest
 from ddp_sgd.engine.evaluation import Metrics
-from ddp_sgd.engine.state import State
-from ddp_sgd.engine.time_shares import TimeShares, is_share
+from ddp_sgd.engine.sync import TimeShares, is_share
+from ddp_sgd.engine.train_state import State
 from ddp_sgd.errors import ExitCode
 from ddp_sgd.plan import Plan
+from ddp_sgd.tensor_bytes import bytes_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,3 +111,23 @@ def build_result(
         shares=shares.summary(),
         weights_digest=digests[0],
     )
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Hash all parameters and buffers.
+
+    Args:
+        model: Module on any device; with equal names, types, shapes and bytes the digest is equal.
+
+    Returns:
+        SHA-256 over the name, dtype, shape and bytes of each tensor, in state-dict order, in
+        hexadecimal.
+    """
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        shape = "x".join(map(str, value.shape))
+        digest.update(f"{name}:{value.dtype}:{shape}:".encode())
+        digest.update(bytes_of(value.cpu()).numpy().data)
+    return digest.hexdigest()

@@ -16,13 +16,12 @@ from ddp_sgd.config.yaml_text import read_yaml
 from ddp_sgd.distributed.collectives import from_rank_0
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.result import RunResult, read_result
-from ddp_sgd.engine.timetable import read_deadline
+from ddp_sgd.engine.triggers import read_deadline
 from ddp_sgd.errors import ConfigError, DataError, RefusedError
 from ddp_sgd.files import replace_file, sync_file, sync_folder
-from ddp_sgd.report.failures import refuse_endless_failure
 from ddp_sgd.report.journal import first_row, has_journal
 from ddp_sgd.report.logger import Origin
-from ddp_sgd.report.run_folder import RunFolder, unwritable
+from ddp_sgd.report.run_folder import RunFolder, refuse_endless_failure, unwritable
 
 _ADOPTING = ".adopting#"
 """Ending of the folder in which a checkpoint of another run is copied; no run has such a name."""

@@ -20,8 +20,8 @@ from ddp_sgd.distributed.replication import wrap_model
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, buffers_by_name
 from ddp_sgd.engine.components import Components, mark_training_set
-from ddp_sgd.engine.data_marks import Marks, refuse_other_data
 from ddp_sgd.engine.evaluation import Metrics, Score, evaluate
+from ddp_sgd.engine.fingerprint import Marks, refuse_other_data
 from ddp_sgd.engine.normalization import check_normalization
 from ddp_sgd.engine.restoring import (
     broadcast_state,
@@ -35,10 +35,9 @@ from ddp_sgd.engine.restoring import (
 from ddp_sgd.engine.resume import ResumePoint
 from ddp_sgd.engine.sample_batch import read_batch
 from ddp_sgd.engine.sanity_check import TrainingFacts, check_evaluation, check_training
-from ddp_sgd.engine.state import State
 from ddp_sgd.engine.step import Stepper
-from ddp_sgd.engine.time_shares import TimeShares
-from ddp_sgd.engine.train_state import momentum_buffers
+from ddp_sgd.engine.sync import TimeShares
+from ddp_sgd.engine.train_state import State, momentum_buffers
 from ddp_sgd.losses import LossFunction, loss_modules
 from ddp_sgd.optim.schedule import Schedule, build_schedule
 from ddp_sgd.optim.sgd import SGD, build_sgd

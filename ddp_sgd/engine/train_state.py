@@ -1,7 +1,11 @@
-"""State dict of a run: what a resume needs and the step does not determine."""
+"""State dict of a run: what a resume needs and the step does not determine.
+
+Run state: step, epoch, scores. What can be computed from the step is not kept here.
+"""
 
 import platform
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -10,13 +14,31 @@ from torch import nn
 
 from ddp_sgd import __version__
 from ddp_sgd.checkpointing.manifest import Header
-from ddp_sgd.data.permutation import ORDER
+from ddp_sgd.data.sampler import ORDER
 from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, buffers_by_name, is_saved
-from ddp_sgd.engine.state import State
+from ddp_sgd.engine.evaluation import Metrics
 from ddp_sgd.errors import ConfigError
 from ddp_sgd.losses import LossFunction
 from ddp_sgd.optim.sgd import SGD
 from ddp_sgd.plan import Plan
+
+
+@dataclass(slots=True)
+class State:
+    """The moving part of a run besides weights and momentum_buffers.
+
+    Attributes:
+        step: Optimizer steps taken, skipped ones included.
+        scores: The last evaluation.
+        scored_at: Step of the last evaluation.
+        skipped: Steps without a finite gradient: all, those in a row by now, the longest row.
+    """
+
+    step: int = 0
+    scores: Metrics = field(default_factory=dict)
+    scored_at: int = 0
+    skipped: tuple[int, int, int] = (0, 0, 0)
+
 
 Tree = Mapping[str, Any]
 

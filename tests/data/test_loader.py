@@ -351,7 +351,7 @@ def test_small_batches_are_read_together_and_yet_one_by_one(monkeypatch):
     monkeypatch.setattr(
         InMemory, "__getitems__", lambda self, rows: (calls.append(len(rows)), take(self, rows))[1]
     )
-    monkeypatch.setattr(InMemory.__getitems__, "__module__", "ddp_sgd.data.in_memory")
+    monkeypatch.setattr(InMemory.__getitems__, "__module__", "ddp_sgd.data.datasets")
     data = InMemory(torch.arange(23.0), torch.arange(23))
     together = read(loader(data, epochs=1).from_step(0))
     assert calls == [4, 19]  # the first batch tells how large they are

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DistributedSampler
 
-from ddp_sgd.data.permutation import Permutation
-from ddp_sgd.data.sampler import EvalSampler, TrainSampler
+from ddp_sgd.data.sampler import EvalSampler, Permutation, TrainSampler
 from ddp_sgd.plan import micro_batch_sizes
 
 

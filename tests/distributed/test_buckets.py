@@ -10,9 +10,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data import Digits
-from ddp_sgd.distributed.buckets import settle_buckets
+from ddp_sgd.distributed.data_parallel import settle_buckets
 from ddp_sgd.engine.fit import fit
-from ddp_sgd.engine.stopping import StopRequest
+from ddp_sgd.engine.triggers import StopRequest
 from ddp_sgd.models import MLP
 from ddp_sgd.optim.sgd import SGD
 

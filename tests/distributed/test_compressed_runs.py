@@ -9,7 +9,7 @@ from ddp_sgd.checkpointing.reading import read_tensors
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data import Digits, InMemory
 from ddp_sgd.engine.fit import fit
-from ddp_sgd.engine.stopping import StopRequest
+from ddp_sgd.engine.triggers import StopRequest
 from ddp_sgd.models import MLP
 from ddp_sgd.optim.sgd import SGD
 

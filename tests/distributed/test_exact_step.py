@@ -8,8 +8,8 @@ from torch import nn
 
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data import InMemory
-from ddp_sgd.engine.digest import weights_digest
 from ddp_sgd.engine.fit import fit
+from ddp_sgd.engine.result import weights_digest
 
 SIZES = (1, 7, 64, 65, 1437)
 SPLITS = [(world, accumulate) for world in (1, 2, 3, 4) for accumulate in (1, 2, 4)]

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ddp_sgd.distributed.hang_report import Note, describe_hang, find_hung_ranks
+from ddp_sgd.distributed.progress import Note, describe_hang, find_hung_ranks
 
 
 def notes(*ranks):

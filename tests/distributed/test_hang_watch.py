@@ -17,9 +17,8 @@ from limits import WAIT_S
 from ranks import run_ranks
 
 from ddp_sgd.distributed.collectives import sum_over_ranks
-from ddp_sgd.distributed.hang_report import HangReport
 from ddp_sgd.distributed.hang_watch import watch_for_hangs
-from ddp_sgd.distributed.progress import ProgressTracker
+from ddp_sgd.distributed.progress import HangReport, ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.errors import PeerError
 

@@ -11,7 +11,7 @@ from ddp_sgd.config import RunConfig
 from ddp_sgd.data.loader import MicroBatch, StepBatches
 from ddp_sgd.distributed.progress import ProgressTracker
 from ddp_sgd.distributed.replication import wrap_model
-from ddp_sgd.engine.digest import weights_digest
+from ddp_sgd.engine.result import weights_digest
 from ddp_sgd.engine.step import Stepper
 from ddp_sgd.losses import Objective
 from ddp_sgd.optim.sgd import build_sgd

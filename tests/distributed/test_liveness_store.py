@@ -5,8 +5,8 @@ import threading
 import pytest
 from torch.distributed import HashStore
 
-from ddp_sgd.distributed.hang_report import HangReport, Note
-from ddp_sgd.distributed.liveness_store import LivenessStore
+from ddp_sgd.distributed.hang_watch import LivenessStore
+from ddp_sgd.distributed.progress import HangReport, Note
 
 PATIENCE_S = 60.0
 NOTE = Note(step=3, phase="step", phases=7, idle_s=0.5, polls=9)

@@ -7,9 +7,9 @@ from ranks import run_ranks
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data import Digits
 from ddp_sgd.distributed import local_sgd
-from ddp_sgd.engine.digest import weights_digest
 from ddp_sgd.engine.fit import fit
-from ddp_sgd.engine.stopping import StopRequest
+from ddp_sgd.engine.result import weights_digest
+from ddp_sgd.engine.triggers import StopRequest
 from ddp_sgd.models import MLP
 from ddp_sgd.optim.sgd import SGD
 from ddp_sgd.report.journal import read_journal

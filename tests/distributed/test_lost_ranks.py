@@ -3,8 +3,8 @@ import threading
 
 from torch.distributed import HashStore
 
-from ddp_sgd.distributed.hang_report import Note
-from ddp_sgd.distributed.lost_ranks import describe_lost_ranks, find_lost_ranks
+from ddp_sgd.distributed.error_propagation import describe_lost_ranks, find_lost_ranks
+from ddp_sgd.distributed.progress import Note
 
 
 def write(store, rank, polls, *, left=False):

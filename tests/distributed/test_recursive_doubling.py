@@ -4,8 +4,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from ddp_sgd.distributed import collectives
-from ddp_sgd.distributed.collectives import sum_over_ranks
-from ddp_sgd.distributed.recursive_doubling import MOST_BYTES, is_short
+from ddp_sgd.distributed.collectives import MOST_BYTES, is_short, sum_over_ranks
 from ddp_sgd.distributed.runtime import Runtime
 
 FLOATS = torch.float32.itemsize

@@ -16,9 +16,9 @@ from ddp_sgd.data import Digits, InMemory
 from ddp_sgd.data.loader import EvalLoader
 from ddp_sgd.data.sampler import EvalSampler
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.digest import weights_digest
 from ddp_sgd.engine.evaluation import evaluate
 from ddp_sgd.engine.fit import fit
+from ddp_sgd.engine.result import weights_digest
 from ddp_sgd.losses import Objective
 from ddp_sgd.models import MLP, ConvNet
 from ddp_sgd.report.journal import read_journal

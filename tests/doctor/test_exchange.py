@@ -7,9 +7,8 @@ import pytest
 import torch.distributed as dist
 from limits import WAIT_S
 
-from ddp_sgd.doctor.exchange import Coordinator, Worker
-from ddp_sgd.doctor.facts import Clock, Facts
-from ddp_sgd.doctor.shared_folder import leave_token
+from ddp_sgd.doctor.facts import Clock, Facts, leave_token
+from ddp_sgd.doctor.protocol import Coordinator, Worker
 from ddp_sgd.errors import ConfigError, PeerError
 
 
@@ -110,7 +109,7 @@ def test_a_rank_exists_once(store):
 
 
 def test_a_rank_that_falls_silent_has_no_clock(store, monkeypatch):
-    monkeypatch.setattr("ddp_sgd.doctor.exchange._ANSWER_S", 0.1)
+    monkeypatch.setattr("ddp_sgd.doctor.protocol._ANSWER_S", 0.1)
     Worker(store, facts(1, 2), 30.0)  # and never answers
     coordinator = Coordinator(store, 2)
     answers = coordinator.ask(facts(0, 2), None, 30.0)
@@ -121,7 +120,7 @@ def test_a_rank_that_falls_silent_has_no_clock(store, monkeypatch):
 
 
 def test_rank_0_that_says_nothing_is_given_up(store, tmp_path, monkeypatch):
-    monkeypatch.setattr("ddp_sgd.doctor.exchange._GRACE_S", 0.0)
+    monkeypatch.setattr("ddp_sgd.doctor.protocol._GRACE_S", 0.0)
     worker = Worker(store, facts(1), 0.1)
     with pytest.raises(PeerError, match="rank 0 said nothing for 0.1 s; look at its log"):
         worker.answer(tmp_path)
@@ -133,7 +132,7 @@ def test_a_clock_that_is_ahead(store, tmp_path, monkeypatch):
 
     real, main = time.time, threading.get_ident()
     monkeypatch.setattr(
-        "ddp_sgd.doctor.exchange.time.time",
+        "ddp_sgd.doctor.protocol.time.time",
         lambda: real() + (0 if threading.get_ident() == main else 100),
     )
     visits = Visits(store, {1: tmp_path}, world_size=2)

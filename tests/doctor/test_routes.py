@@ -6,8 +6,8 @@ import sys
 import pytest
 from limits import WAIT_S
 
-from ddp_sgd.distributed.addresses import whereabouts
-from ddp_sgd.doctor.routes import address_toward, interface_of, is_loopback, resolve
+from ddp_sgd.distributed.rendezvous import whereabouts
+from ddp_sgd.doctor.facts import address_toward, interface_of, is_loopback, resolve
 
 
 def test_names_are_resolved():
@@ -48,7 +48,7 @@ def test_interfaces_are_named_by_their_address():
 
 
 NO_WAY = """
-from ddp_sgd.doctor.routes import address_toward
+from ddp_sgd.doctor.facts import address_toward
 print(address_toward("203.0.113.7"), address_toward("localhost"))
 """
 

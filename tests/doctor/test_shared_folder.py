@@ -1,6 +1,6 @@
 import pytest
 
-from ddp_sgd.doctor.shared_folder import leave_token, sees_token
+from ddp_sgd.doctor.facts import leave_token, sees_token
 
 
 def test_a_token_is_there_for_a_while_and_leaves_no_trace(tmp_path):

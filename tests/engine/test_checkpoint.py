@@ -15,7 +15,7 @@ from ddp_sgd.engine import checkpoint as clocked
 from ddp_sgd.engine import writers as module
 from ddp_sgd.engine.checkpoint import NoCheckpoints, open_checkpoints
 from ddp_sgd.engine.fit import fit
-from ddp_sgd.engine.state import State
+from ddp_sgd.engine.train_state import State
 from ddp_sgd.errors import ConfigError, ExitCode, OutputError
 from ddp_sgd.report.journal import read_journal
 

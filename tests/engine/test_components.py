@@ -7,7 +7,7 @@ from torch import nn
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data import Digits
 from ddp_sgd.engine.components import gather_components, ready_model
-from ddp_sgd.engine.digest import weights_digest
+from ddp_sgd.engine.result import weights_digest
 from ddp_sgd.engine.resume import ResumePoint
 from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.models import MLP

@@ -13,12 +13,11 @@ from ddp_sgd.config import RunConfig
 from ddp_sgd.data import InMemory
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine import rank_consistency
-from ddp_sgd.engine.data_marks import KEY, refuse_other_data, with_marks
-from ddp_sgd.engine.fingerprint import Mark, mark_samples
+from ddp_sgd.engine.fingerprint import KEY, Mark, mark_samples, refuse_other_data, with_marks
 from ddp_sgd.engine.fit import fit
 from ddp_sgd.engine.resume import ResumePoint
-from ddp_sgd.engine.state import State
-from ddp_sgd.engine.stopping import StopRequest
+from ddp_sgd.engine.train_state import State
+from ddp_sgd.engine.triggers import StopRequest
 from ddp_sgd.errors import ExitCode, RefusedError
 from ddp_sgd.models import MLP
 

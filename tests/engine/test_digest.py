@@ -3,7 +3,7 @@ import hashlib
 import torch
 from torch import nn
 
-from ddp_sgd.engine.digest import weights_digest
+from ddp_sgd.engine.result import weights_digest
 
 
 class Mixed(nn.Module):

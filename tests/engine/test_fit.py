@@ -11,9 +11,9 @@ from torch import nn
 from ddp_sgd.config import RunConfig, load_config
 from ddp_sgd.data import InMemory
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.digest import weights_digest
 from ddp_sgd.engine.fit import fit
-from ddp_sgd.engine.stopping import StopRequest
+from ddp_sgd.engine.result import weights_digest
+from ddp_sgd.engine.triggers import StopRequest
 from ddp_sgd.errors import DataError, DivergedError, ExitCode
 from ddp_sgd.models import MLP
 from ddp_sgd.report.journal import read_journal

@@ -10,7 +10,7 @@ from ddp_sgd.data import InMemory
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine import writers as module
 from ddp_sgd.engine.fit import fit
-from ddp_sgd.engine.stopping import StopRequest
+from ddp_sgd.engine.triggers import StopRequest
 from ddp_sgd.errors import ExitCode, OutputError
 from ddp_sgd.models import MLP
 from ddp_sgd.report.journal import read_journal

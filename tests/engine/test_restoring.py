@@ -14,8 +14,7 @@ from ddp_sgd.engine.restoring import (
     restore_momentum_buffers,
     state_from,
 )
-from ddp_sgd.engine.state import State
-from ddp_sgd.engine.train_state import capture, describe_loss, momentum_buffers
+from ddp_sgd.engine.train_state import State, capture, describe_loss, momentum_buffers
 from ddp_sgd.errors import ExitCode, RefusedError
 from ddp_sgd.models import MLP
 from ddp_sgd.optim.sgd import build_sgd

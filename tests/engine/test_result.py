@@ -5,10 +5,9 @@ from ddp_sgd.config import RunConfig
 from ddp_sgd.distributed.data_parallel import DataParallelModel, FlatAllReduce
 from ddp_sgd.distributed.progress import ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.digest import weights_digest
-from ddp_sgd.engine.result import build_result
-from ddp_sgd.engine.state import State
-from ddp_sgd.engine.time_shares import TimeShares
+from ddp_sgd.engine.result import build_result, weights_digest
+from ddp_sgd.engine.sync import TimeShares
+from ddp_sgd.engine.train_state import State
 from ddp_sgd.models import MLP
 from ddp_sgd.plan import make_plan
 

@@ -21,7 +21,7 @@ from ddp_sgd.data import InMemory
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.fit import fit
 from ddp_sgd.engine.resume import find_resume_point
-from ddp_sgd.engine.stopping import StopRequest
+from ddp_sgd.engine.triggers import StopRequest
 from ddp_sgd.errors import DataError, ExitCode, OutputError, RefusedError
 from ddp_sgd.models import MLP
 from ddp_sgd.report.journal import read_journal

@@ -1,4 +1,4 @@
-from ddp_sgd.engine.state import State
+from ddp_sgd.engine.train_state import State
 
 
 def test_a_run_starts_at_step_0_unscored():

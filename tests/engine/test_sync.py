@@ -10,12 +10,10 @@ from ddp_sgd.distributed import collectives
 from ddp_sgd.distributed.progress import ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine import sync as module
-from ddp_sgd.engine.state import State
 from ddp_sgd.engine.step import StepResult
-from ddp_sgd.engine.stopping import StopRequest
-from ddp_sgd.engine.sync import RankSync
-from ddp_sgd.engine.time_shares import TimeShares
-from ddp_sgd.engine.timetable import Deadline, Timetable
+from ddp_sgd.engine.sync import RankSync, TimeShares
+from ddp_sgd.engine.train_state import State
+from ddp_sgd.engine.triggers import Deadline, StopRequest, Timetable
 from ddp_sgd.plan import make_plan
 
 

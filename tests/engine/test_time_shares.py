@@ -4,7 +4,7 @@ import pytest
 
 from ddp_sgd.distributed.progress import ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.time_shares import TimeShares, is_share
+from ddp_sgd.engine.sync import TimeShares, is_share
 
 
 class Clock:

@@ -4,7 +4,7 @@ import pytest
 
 from ddp_sgd.config import CheckpointConfig, RunConfig
 from ddp_sgd.engine import timetable as module
-from ddp_sgd.engine.timetable import Deadline, Timetable, read_deadline
+from ddp_sgd.engine.triggers import Deadline, Timetable, read_deadline
 from ddp_sgd.plan import make_plan
 
 PLAN = make_plan(RunConfig(epochs=4), samples=320, world_size=1)  # 10 steps an epoch, 40 in all

@@ -13,11 +13,11 @@ from ddp_sgd.checkpointing.folder import CheckpointFolder
 from ddp_sgd.checkpointing.packing import write_checkpoint
 from ddp_sgd.checkpointing.reading import read_tensors
 from ddp_sgd.config import RunConfig
-from ddp_sgd.data.permutation import ORDER
+from ddp_sgd.data.sampler import ORDER
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import TrainingBuffers
-from ddp_sgd.engine.state import State
 from ddp_sgd.engine.train_state import (
+    State,
     capture,
     describe_loss,
     momentum_buffers,

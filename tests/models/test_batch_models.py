@@ -25,7 +25,7 @@ from ranks import run_ranks
 from torch import nn
 
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.stopping import StopRequest
+from ddp_sgd.engine.triggers import StopRequest
 
 ROWS, IMAGES = samples.rows(samples.EVEN), samples.images(samples.EVEN)
 TOLERANCE = 1e-12  # as in test_exact_models.py

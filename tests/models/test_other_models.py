@@ -22,7 +22,7 @@ from models.training import (
 from ranks import run_ranks
 
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.stopping import StopRequest
+from ddp_sgd.engine.triggers import StopRequest
 from ddp_sgd.seeds import seed_for
 
 SMALL_IMAGES = samples.images(samples.EVEN, dtype=torch.float32)

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from ddp_sgd.distributed.error_propagation import LocalErrorPropagation
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.stopping import StopRequest
+from ddp_sgd.engine.triggers import StopRequest
 from ddp_sgd.errors import UserError
 
 

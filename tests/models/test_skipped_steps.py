@@ -23,7 +23,7 @@ from ranks import run_ranks
 from torch import nn
 
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.stopping import StopRequest
+from ddp_sgd.engine.triggers import StopRequest
 from ddp_sgd.optim.schedule import build_schedule
 from ddp_sgd.plan import make_plan
 

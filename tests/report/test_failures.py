@@ -3,7 +3,7 @@ import json
 import pytest
 
 from ddp_sgd.errors import RepeatedFailureError
-from ddp_sgd.report.failures import FILE_NAME, note_failure, refuse_endless_failure
+from ddp_sgd.report.run_folder import FILE_NAME, note_failure, refuse_endless_failure
 
 RESTART = {"TORCHELASTIC_RESTART_COUNT": "2"}
 

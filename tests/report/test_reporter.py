@@ -7,7 +7,7 @@ import pytest
 
 from ddp_sgd.config import RunConfig
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.state import State
+from ddp_sgd.engine.train_state import State
 from ddp_sgd.errors import DataError, OutputError
 from ddp_sgd.plan import make_plan
 from ddp_sgd.report.journal import read_journal

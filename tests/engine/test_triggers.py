@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from ddp_sgd.engine.stopping import StopRequest, stop_on_signal
+from ddp_sgd.engine.triggers import StopRequest, stop_on_signal
 from ddp_sgd.errors import ExitCode, StopInterrupt, StoppedError
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
@@ -145,5 +145,5 @@ def test_an_object_of_the_user_s_needs_a_reason_only():
 
 
 def test_listening_needs_no_torch():
-    code = "import sys, ddp_sgd.engine.stopping; sys.exit('torch' in sys.modules)"
+    code = "import sys, ddp_sgd.engine.triggers; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
