@@ -12,19 +12,17 @@ import statistics
 import tempfile
 import time
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from ddp_sgd.checkpointing.checkpointer import AsyncCheckpointer
 from ddp_sgd.checkpointing.folder import CheckpointFolder
 from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.checkpointing.snapshot import Snapshot
 from ddp_sgd.config import RunConfig
-from ddp_sgd.engine.checkpoint import SavedCheckpoints
-from ddp_sgd.engine.train_state import State, capture
-from ddp_sgd.engine.writers import build_writer
+from ddp_sgd.engine.train_state import State, run_state_dict
 from ddp_sgd.optim.sgd import SGD, build_sgd
 from ddp_sgd.plan import make_plan
 
@@ -62,7 +60,7 @@ def measure(folder: Path, megabytes: float, rounds: int) -> str:
     state = State()
 
     def captured(at: State) -> tuple[Header, dict]:
-        return capture(
+        return run_state_dict(
             at, model=model, optimizer=optimizer, plan=plan, config={}, run_id="0", loss=""
         )
 
@@ -72,11 +70,14 @@ def measure(folder: Path, megabytes: float, rounds: int) -> str:
     kept = Snapshot(host)
     kept.reserve(captured(state)[1])
     saved = CheckpointFolder(folder / "checkpoints")
-    with SavedCheckpoints(
+    with AsyncCheckpointer(
         saved,
         captured,
-        partial(build_writer, folder=saved, device=host, keep=2, before=lambda: None),
-        tell=lambda header, row: told.append({"step": header.step, **row}),
+        captured(state)[1],
+        device=host,
+        keep=2,
+        before=lambda: None,
+        report=lambda header, row: told.append({"step": header.step, **row}),
     ) as checkpoints:
         for _ in range(rounds):
             state.step += 1
@@ -103,7 +104,7 @@ def _timed(work) -> float:  # noqa: ANN001
     return time.perf_counter() - start
 
 
-def _longest_gap(model: nn.Module, checkpoints: SavedCheckpoints | None) -> float:
+def _longest_gap(model: nn.Module, checkpoints: AsyncCheckpointer | None) -> float:
     """Go on with steps of about a millisecond while the copy is written; the longest one."""
     inputs, longest = torch.randn(1, 1024), 0.0
     end = time.perf_counter() + 0.5
@@ -125,7 +126,7 @@ def _report(
     names = {
         "save": "plain `torch.save`",
         "copy": "copy into kept memory",
-        "ours": "`SavedCheckpoints.save`",
+        "ours": "`AsyncCheckpointer.save`",
         "longest gap": "longest step while it is written",
     }
     lines = [

@@ -8,7 +8,7 @@ from ddp_sgd.cli import run_command
 from ddp_sgd.config import CommandLine, Component, Option, RunConfig
 from ddp_sgd.console import deliver
 from ddp_sgd.errors import ConfigError, DataError
-from ddp_sgd.instantiate import build
+from ddp_sgd.instantiate import instantiate
 from ddp_sgd.optim.schedule import build_schedule
 from ddp_sgd.plan import Plan, make_plan
 from ddp_sgd.report.curve import curve
@@ -173,7 +173,7 @@ def _gradient_bytes(config: RunConfig) -> int:
 
 
 def _length(train: Component) -> int:
-    data_set = build(train, "data.train", failure=DataError)
+    data_set = instantiate(train, "data.train", failure=DataError)
     try:
         return len(data_set)
     except TypeError as error:

@@ -21,7 +21,7 @@ from ddp_sgd.out_of_memory import Use, refuse_out_of_memory
 _ONLY_BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
 
 
-def build(component: Component, where: str, *, failure: type[UserError] = ConfigError) -> Any:
+def instantiate(component: Component, where: str, *, failure: type[UserError] = ConfigError) -> Any:
     """Build the object that a configuration describes, with all that is nested in its arguments.
 
     Args:
@@ -173,7 +173,7 @@ def _resolve(value: Any, where: str, parameter: inspect.Parameter | None) -> Any
         if name := env_name(value):
             return _from_environment(name, where)
         if "class_path" in value:
-            return build(_as_component(value, where), where)
+            return instantiate(_as_component(value, where), where)
         return {key: _resolve(item, f"{where}.{key}", parameter) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [

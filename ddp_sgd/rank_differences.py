@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from operator import itemgetter
 
 import numpy as np
-import torch
 
 from ddp_sgd.config import RunConfig, leaves
 from ddp_sgd.config.places import without_places
@@ -87,6 +86,8 @@ _OF_DATA_SETS = tuple(
 
 def read_versions() -> dict[str, str]:
     """Give the versions of what a run is made of; those of CUDA and NCCL only with a GPU."""
+    import torch  # the rest of this module is for commands without it
+
     versions = {
         "python": platform.python_version(),
         "torch": str(torch.__version__),

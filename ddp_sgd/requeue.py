@@ -100,12 +100,12 @@ def requeue(line: CommandLine) -> int:
     obstacle = why_not(life, max_requeues=asked["max_requeues"])
     end = _end(life, asked["launcher_code"])
     said = f"{end}: {f'not requeued, since {obstacle}' if obstacle else 'requeued'}"
-    verdict = {"requeued": obstacle is None, "requeue_reason": said}
+    decision = {"requeued": obstacle is None, "requeue_reason": said}
     if life.began_at is not None and not result:
         result = _result_without_a_word(name, rows)
     try:
         if result:
-            _write(folder / "result.json", {**result, **verdict})
+            _write(folder / "result.json", {**result, **decision})
     finally:  # whoever reads the line finds the result
         say(f"ddp_sgd: {said}")
     if obstacle is None and asked["answer"]:

@@ -6,12 +6,11 @@ from functools import partial
 import torch
 from torch import nn
 
+from ddp_sgd.checkpointing.checkpointer import AsyncCheckpointer
 from ddp_sgd.checkpointing.folder import CheckpointFolder
 from ddp_sgd.checkpointing.reading import read_tensors
 from ddp_sgd.config import RunConfig
-from ddp_sgd.engine import writers as module
-from ddp_sgd.engine.checkpoint import SavedCheckpoints
-from ddp_sgd.engine.train_state import State, capture
+from ddp_sgd.engine.train_state import State, run_state_dict
 from ddp_sgd.optim.sgd import build_sgd
 from ddp_sgd.plan import make_plan
 
@@ -30,7 +29,7 @@ class Training:
         config = RunConfig(data={"batch_size": 10}, epochs=10)
         self._plan = make_plan(config, samples=100, world_size=1)
         self._capture = partial(
-            capture,
+            run_state_dict,
             model=self.model,
             optimizer=self.optimizer,
             plan=self._plan,
@@ -44,26 +43,19 @@ class Training:
         self.optimizer.step(0.1)
         self.state.step += 1
 
-    def open(self, keep=3, writer="ThreadWriter"):
+    def open(self, keep=3):
         def gather(state):
             self.captured.append(state.step)
             return self._capture(state)
 
-        def build(tensors):
-            options = {"tensors": tensors} if writer == "ThreadWriter" else {}
-            return getattr(module, writer)(
-                CheckpointFolder(self.folder),
-                torch.device("cpu"),
-                keep=keep,
-                before=lambda: self.files_before.append(sorted(self.folder.glob("step-*"))),
-                **options,
-            )
-
-        return SavedCheckpoints(
+        return AsyncCheckpointer(
             CheckpointFolder(self.folder),
             gather,
-            build,
-            tell=lambda header, row: self.told.append((header.step, row)),
+            self._capture(State())[1],
+            device=torch.device("cpu"),
+            keep=keep,
+            before=lambda: self.files_before.append(sorted(self.folder.glob("step-*"))),
+            report=lambda header, row: self.told.append((header.step, row)),
         )
 
     def saved(self):
@@ -73,7 +65,7 @@ class Training:
 
 
 def until_over(checkpoints):
-    while not checkpoints._writer.is_over():
+    while not checkpoints._going.written.done():
         time.sleep(0.001)
 
 

@@ -11,22 +11,22 @@ from torch import nn
 
 from ddp_sgd.config import Component
 from ddp_sgd.errors import ConfigError, DataError
-from ddp_sgd.instantiate import build, uncollected
+from ddp_sgd.instantiate import instantiate, uncollected
 from ddp_sgd.models import MLP
 
 
 def _build(path, where="data.train", failure=ConfigError, **init_args):
-    return build(Component(class_path=path, init_args=init_args), where, failure=failure)
+    return instantiate(Component(class_path=path, init_args=init_args), where, failure=failure)
 
 
 def _taken(path, *args, **init_args):
     """What a configuration names with ``call: false``."""
     component = Component(class_path=path, args=args, init_args=init_args, call=False)
-    return build(component, "x")
+    return instantiate(component, "x")
 
 
 def _called(path, *args, **init_args):
-    return build(Component(class_path=path, args=args, init_args=init_args), "x")
+    return instantiate(Component(class_path=path, args=args, init_args=init_args), "x")
 
 
 def _held(**init_args):
@@ -201,7 +201,7 @@ def test_partial_of_what_hides_its_signature():
 )
 def test_arguments_that_do_not_fit(component, message):
     with pytest.raises(ConfigError) as caught:
-        build(Component.model_validate(component), "x")
+        instantiate(Component.model_validate(component), "x")
     assert message in str(caught.value)
 
 
@@ -391,7 +391,7 @@ def test_what_is_imported_is_not_collected_meanwhile(tmp_path, monkeypatch):
         "import gc\nON = gc.isenabled()\nmake = dict\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    build(Component(class_path="looks_at_collection.make", init_args={}), "model")
+    instantiate(Component(class_path="looks_at_collection.make", init_args={}), "model")
     assert sys.modules["looks_at_collection"].ON is False
     assert gc.isenabled()
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from ddp_sgd.config.sections import Component
 from ddp_sgd.errors import ConfigError
-from ddp_sgd.instantiate import build
+from ddp_sgd.instantiate import instantiate
 from ddp_sgd.optim.sgd import SGD, Group
 from ddp_sgd.out_of_memory import Use, describe_out_of_memory, memory_for
 
@@ -83,4 +83,4 @@ def test_the_innermost_use_is_the_one_that_is_told():
 def test_a_component_that_does_not_fit(where, name, what):
     arguments = {"in_features": HUGE // 1000, "out_features": 1000}
     with pytest.raises(ConfigError, match=what):
-        build(Component(class_path=name, init_args=arguments), where)
+        instantiate(Component(class_path=name, init_args=arguments), where)

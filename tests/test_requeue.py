@@ -87,8 +87,8 @@ def test_stopped_job_is_requeued_now(run, tmp_path, capsys):
     assert capsys.readouterr().out == "ddp_sgd: stopped: requeued\n"
     assert (tmp_path / "answer").read_text() == "now\n"
     result = json.loads((run / "result.json").read_text())
-    verdict = {"requeued": True, "requeue_reason": "stopped: requeued"}
-    assert result == STOPPED_RESULT | verdict
+    decision = {"requeued": True, "requeue_reason": "stopped: requeued"}
+    assert result == STOPPED_RESULT | decision
 
 
 def test_result_counts_more_than_what_other_ranks_ended_with(run, tmp_path, capsys):

@@ -50,7 +50,7 @@ FOREIGN = [
     "torchvision.datasets.folder.default_loader",
     "torchvision.datasets.mnist.os.system",
     "timm.models.load_checkpoint",
-    "ddp_sgd.instantiate.build",
+    "ddp_sgd.instantiate.instantiate",
     "ddp_sgd.data.loader.os.system",
 ]
 

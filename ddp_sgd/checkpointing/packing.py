@@ -38,18 +38,6 @@ def write_checkpoint(
     return write_content(folder, header, Content(_room_for(tensors), fill), keep=keep)
 
 
-def pack(header: Header, tensors: Mapping[str, Any]) -> bytes:
-    """Return the bytes of a checkpoint file.
-
-    Args:
-        header: Where the run stands.
-        tensors: What else the file holds.
-    """
-    stream = io.BytesIO()
-    _save(header, tensors, stream)
-    return stream.getvalue()
-
-
 def _save(header: Header, tensors: Mapping[str, Any], stream: BinaryIO) -> None:
     torch.save({"format": FORMAT, **_plain(header), **tensors}, stream)
 

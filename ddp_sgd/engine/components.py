@@ -16,7 +16,7 @@ from ddp_sgd.engine.model_inputs import choose_spread
 from ddp_sgd.engine.sample_batch import Batch, check_dataset, read_batch
 from ddp_sgd.engine.train_state import describe_loss
 from ddp_sgd.errors import ConfigError, DataError
-from ddp_sgd.instantiate import build
+from ddp_sgd.instantiate import instantiate
 from ddp_sgd.losses import LossFunction, Objective, as_module, loss_modules
 from ddp_sgd.seeds import seed_for
 
@@ -60,9 +60,9 @@ def gather_components(
         DataError: A data set cannot be opened, or is empty.
     """
     if train_set is None:
-        train_set = build(config.data.train, "data.train", failure=DataError)
+        train_set = instantiate(config.data.train, "data.train", failure=DataError)
         if eval_set is None and config.data.eval is not None:
-            eval_set = build(config.data.eval, "data.eval", failure=DataError)
+            eval_set = instantiate(config.data.eval, "data.eval", failure=DataError)
     check_dataset(train_set, "data.train")
     if eval_set is not None:
         check_dataset(eval_set, "data.eval")
@@ -117,7 +117,7 @@ def ready_model(config: RunConfig, model: nn.Module | None = None) -> nn.Module:
     """
     # The weights follow from the seed alone: not from what the data sets drew before.
     torch.manual_seed(seed_for("weights", config.seed))
-    model = build(config.model, "model") if model is None else model
+    model = instantiate(config.model, "model") if model is None else model
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"model is a {type(model).__name__}; name a torch.nn.Module, or a function that "
@@ -138,7 +138,7 @@ def ready_loss(config: RunConfig, loss: LossFunction | None = None) -> LossFunct
     Raises:
         ConfigError: It cannot be called, or is a class, whose call would make a loss.
     """
-    loss = build(config.loss, "loss") if loss is None else loss
+    loss = instantiate(config.loss, "loss") if loss is None else loss
     if not callable(loss) or isinstance(loss, type):
         raise ConfigError(
             f"loss is a {type(loss).__name__}; name a module or function of (outputs, targets)."
@@ -154,7 +154,7 @@ def ready_collate(config: RunConfig) -> Collate | None:
     """
     if config.data.collate is None:
         return None
-    collate = build(config.data.collate, "data.collate")
+    collate = instantiate(config.data.collate, "data.collate")
     if not callable(collate):
         raise ConfigError(
             f"data.collate is a {type(collate).__name__}; name a function from a list of samples "

@@ -193,21 +193,21 @@ _SHOWN = 3
 
 
 def with_marks(
-    marks: Marks, capture: Callable[[State], tuple[Header, Tree]]
+    marks: Marks, state_dict: Callable[[State], tuple[Header, Tree]]
 ) -> Callable[[State], tuple[Header, Tree]]:
-    """Add the marks of the training data to whatever a capture of the state gives.
+    """Add the marks of the training data to the state dict of a run.
 
     Args:
         marks: From ``require_consistency``; those of held-out data, which may change, are left out.
-        capture: Gives header and content of a checkpoint.
+        state_dict: Gives header and content of a checkpoint.
     """
     packed = {name: tuple(mark) for name, mark in marks.items() if _OF_TRAINING_DATA in name}
 
-    def capture_with_marks(state: State) -> tuple[Header, Tree]:
-        header, tree = capture(state)
+    def state_dict_with_marks(state: State) -> tuple[Header, Tree]:
+        header, tree = state_dict(state)
         return header, {**tree, KEY: packed} if packed else tree
 
-    return capture_with_marks
+    return state_dict_with_marks
 
 
 def refuse_other_data(

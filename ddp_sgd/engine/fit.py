@@ -12,7 +12,6 @@ from ddp_sgd.distributed.error_propagation import propagate_errors
 from ddp_sgd.distributed.error_watch import end_process
 from ddp_sgd.distributed.hang_watch import watch_for_hangs
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.checkpoint import open_checkpoints
 from ddp_sgd.engine.components import gather_components, mark_training_set
 from ddp_sgd.engine.error_translation import translate_errors
 from ddp_sgd.engine.fingerprint import refuse_data_of_another_run
@@ -21,7 +20,7 @@ from ddp_sgd.engine.rank_consistency import require_consistency
 from ddp_sgd.engine.restoring import hand_over, refuse_other_parts
 from ddp_sgd.engine.result import RunResult, build_result
 from ddp_sgd.engine.resume import find_resume_point
-from ddp_sgd.engine.setup import Job, build_context
+from ddp_sgd.engine.setup import TrainContext, build_context, open_checkpointer
 from ddp_sgd.engine.sync import RankSync
 from ddp_sgd.engine.triggers import Deadline, HasReason, StopRequest, Timetable, stop_on_signal
 from ddp_sgd.losses import LossFunction
@@ -88,9 +87,9 @@ def fit(
             context = build_context(config, components, runtime, resume_point, marks)
             report.start(context.plan, context.state, context.notes)
             with (
-                open_checkpoints(
+                open_checkpointer(
                     config, context, resume_point.run_id, folder, report
-                ) as checkpoints,
+                ) as checkpointer,
                 watch_for_hangs(
                     runtime,
                     context.progress,
@@ -104,7 +103,7 @@ def fit(
                 rank_sync = _rank_sync(config, context, runtime, request, deadline)
                 every = config.eval.every_epochs
                 request.defer()  # from here on a stop waits for the end of a step
-                Loop(context, rank_sync, checkpoints, report, deadline, score_every=every).run()
+                Loop(context, rank_sync, checkpointer, report, deadline, score_every=every).run()
                 ending = build_result(
                     context.state, context.plan, context.wrapper, context.shares, runtime
                 )
@@ -131,7 +130,11 @@ def _stop_request(stop: HasReason) -> StopRequest:
 
 
 def _rank_sync(
-    config: RunConfig, context: Job, runtime: Runtime, request: StopRequest, deadline: Deadline
+    config: RunConfig,
+    context: TrainContext,
+    runtime: Runtime,
+    request: StopRequest,
+    deadline: Deadline,
 ) -> RankSync:
     return RankSync(
         context.plan,

@@ -2,12 +2,13 @@
 
 import time
 
+from ddp_sgd.checkpointing.checkpointer import Checkpointer
 from ddp_sgd.data.loader import StepBatches
-from ddp_sgd.engine.checkpoint import Checkpoints
 from ddp_sgd.engine.error_translation import refuse_divergence
 from ddp_sgd.engine.evaluation import Interrupted
-from ddp_sgd.engine.setup import Job
+from ddp_sgd.engine.setup import TrainContext
 from ddp_sgd.engine.sync import RankSync, SyncResult
+from ddp_sgd.engine.train_state import State
 from ddp_sgd.engine.triggers import Deadline
 from ddp_sgd.report.reporter import Reporter
 
@@ -18,7 +19,7 @@ class Loop:
     Args:
         context: The run; its state moves.
         rank_sync: The periodic all-reduce besides that of gradients.
-        checkpoints: Where the state goes.
+        checkpointer: Saves the state.
         report: Where measurements go.
         deadline: Is told how long saves and evaluations take.
         score_every: Epochs between evaluations.
@@ -26,9 +27,9 @@ class Loop:
 
     def __init__(
         self,
-        context: Job,
+        context: TrainContext,
         rank_sync: RankSync,
-        checkpoints: Checkpoints,
+        checkpointer: Checkpointer[State],
         report: Reporter,
         deadline: Deadline,
         *,
@@ -36,7 +37,7 @@ class Loop:
     ) -> None:
         self._context = context
         self._rank_sync = rank_sync
-        self._checkpoints = checkpoints
+        self._checkpointer = checkpointer
         self._report = report
         self._deadline = deadline
         self._score_every = score_every
@@ -65,11 +66,11 @@ class Loop:
         if not go_on:
             self._report.stop(self._rank_sync.reason)
         context.progress.enter("saving")
-        self._checkpoints.finish()
+        self._checkpointer.finish()
 
     def _save(self) -> None:
         self._context.progress.enter("saving")
-        self._checkpoints.save(self._context.state, self._context.wrapper.state_dict())
+        self._checkpointer.save(self._context.state, self._context.wrapper.state_dict())
 
     def _take_step(self, batches: StepBatches) -> SyncResult | None:
         """Take a step, and log what the ranks have synchronized, if it was time."""
@@ -84,8 +85,8 @@ class Loop:
             state.skipped = synced.skipped
             self._report.train(synced.row)
             refuse_divergence(synced.skipped, lr)
-            self._checkpoints.poll()
-            self._deadline.save_s = self._checkpoints.save_s
+            self._checkpointer.poll()
+            self._deadline.save_s = self._checkpointer.save_s
         return synced
 
     def _is_to_stop(self, synced: SyncResult | None) -> bool:

@@ -26,7 +26,7 @@ from ddp_sgd.engine.sample_batch import check_dataset, read_batch
 from ddp_sgd.engine.setup import build_scorer
 from ddp_sgd.engine.train_state import describe_loss
 from ddp_sgd.errors import ConfigError, DataError
-from ddp_sgd.instantiate import build
+from ddp_sgd.instantiate import instantiate
 from ddp_sgd.losses import LossFunction, as_module, loss_modules
 from ddp_sgd.trust import refuse_untrusted
 
@@ -104,7 +104,7 @@ def score_again(saved: Saved, runtime: Runtime) -> tuple[Metrics, str]:
             "--data.eval.class_path=ddp_sgd.data.Digits --data.eval.init_args.split=eval."
         )
     with translate_errors():
-        eval_set = build(config.data.eval, "data.eval", failure=DataError)
+        eval_set = instantiate(config.data.eval, "data.eval", failure=DataError)
         check_dataset(eval_set, "data.eval")
         files = OpenFiles(eval_set)
         model = ready_model(config)

@@ -46,7 +46,7 @@ _PLAIN = (torch.Tensor, nn.Parameter, int, float, bool, str, bytes, complex, typ
 """What a reader takes; a class derived from one of them is code of somebody's."""
 
 
-def capture(
+def run_state_dict(
     state: State,
     *,
     model: nn.Module,

@@ -37,7 +37,7 @@ class RowMark:
 
     Args:
         path: Where the mark is kept.
-        resumed: Whether the run goes on from an earlier life; otherwise the mark starts anew.
+        resumed: Whether the run goes on from an earlier life; otherwise the mark starts again.
 
     Attributes:
         place: ``place_of`` the last row; ``NOWHERE`` if none is known.

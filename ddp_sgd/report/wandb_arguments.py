@@ -67,7 +67,7 @@ def init_arguments(
     return {
         "dir": str(record.folder),
         "id": _kept_id(record) or (None if settings.run_id else record.run_id),
-        # Also offline: `wandb sync` follows it, and appends the rows instead of starting anew.
+        # Also offline: `wandb sync` follows it, and appends the rows instead of starting again.
         "resume": "allow" if record.resumed else None,
         "allow_val_change": True,
         "project": config.project or (None if settings.project else "ddp_sgd"),

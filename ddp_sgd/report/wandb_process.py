@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from ddp_sgd.companion import serve_the_rank
+from ddp_sgd.child_process import serve_the_rank
 from ddp_sgd.config.sections import WandbConfig
 from ddp_sgd.report.logger import EventRow, Row, RunRecord
 from ddp_sgd.report.row_mark import NO_BEST, NOWHERE, RowMark, place_of

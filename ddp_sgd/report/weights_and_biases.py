@@ -17,7 +17,7 @@ from pathlib import Path
 from threading import Thread
 from typing import IO, Any
 
-from ddp_sgd.companion import start_companion
+from ddp_sgd.child_process import start_child_process
 from ddp_sgd.config.sections import WandbConfig
 from ddp_sgd.report.logger import EventRow, RunRecord
 from ddp_sgd.report.wandb_process import Opening
@@ -183,7 +183,7 @@ def _is_disabled(config: WandbConfig) -> bool:
 
 
 def _start_process() -> subprocess.Popen[bytes]:
-    process = start_companion("ddp_sgd.report.wandb_process", niceness=_NICENESS)
+    process = start_child_process("ddp_sgd.report.wandb_process", niceness=_NICENESS)
     pipe = _stdin(process)
     os.set_blocking(pipe.fileno(), False)
     # A forked loader process would hold the pipe open for as long as it outlives a killed rank.

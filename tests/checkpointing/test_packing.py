@@ -1,5 +1,3 @@
-import io
-
 import pytest
 import torch
 from saving import header, names, tensors, write
@@ -7,7 +5,7 @@ from saving import header, names, tensors, write
 from ddp_sgd.checkpointing import packing
 from ddp_sgd.checkpointing.folder import CheckpointFolder
 from ddp_sgd.checkpointing.manifest import FORMAT
-from ddp_sgd.checkpointing.packing import pack, write_checkpoint
+from ddp_sgd.checkpointing.packing import write_checkpoint
 
 
 def test_torch_alone_reads_what_was_written(tmp_path):
@@ -54,10 +52,3 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path):
         )
     assert not isinstance(caught.value, OSError)
     assert names(tmp_path) == before
-
-
-def test_what_is_packed_is_what_is_written(tmp_path):
-    manifest = write(tmp_path, 13, size=5000)
-    packed = pack(header(13), tensors(13, 5000))
-    assert packed == (tmp_path / manifest.file).read_bytes()
-    assert torch.load(io.BytesIO(packed), weights_only=True)["cursor"]["step"] == 13

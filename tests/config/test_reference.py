@@ -10,7 +10,7 @@ from ddp_sgd.config.reference import help_text, reference_markdown
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.config.sections import Component
 from ddp_sgd.config.sources import gather
-from ddp_sgd.instantiate import build
+from ddp_sgd.instantiate import instantiate
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "configuration.md"
 REMAKE = (
@@ -50,7 +50,7 @@ def test_models_and_losses_of_the_document_can_be_built(tmp_path):
     configs = list(_read_blocks(tmp_path))
     assert len(configs) > 4
     for config in configs:
-        model, loss = build(config.model, "model"), build(config.loss, "loss")
+        model, loss = instantiate(config.model, "model"), instantiate(config.loss, "loss")
         assert loss(model(inputs), targets).ndim == 0
 
 
@@ -60,7 +60,7 @@ def test_transforms_of_the_document_can_be_built(tmp_path):
     nested = [part.init_args["transform"] for part in sets if "transform" in part.init_args]
     assert len(nested) > 1
     for component in nested:
-        transform = build(Component.model_validate(component), "transform")
+        transform = instantiate(Component.model_validate(component), "transform")
         image = transform(torchvision.transforms.v2.functional.to_pil_image(torch.ones(1, 28, 28)))
         assert (image.dtype, image.max()) == (torch.float32, 1)
 

@@ -7,7 +7,7 @@ from ddp_sgd.config.sections import Component
 from ddp_sgd.data import Columns
 from ddp_sgd.data.fetcher import Fetcher, Request
 from ddp_sgd.errors import DataError
-from ddp_sgd.instantiate import build
+from ddp_sgd.instantiate import instantiate
 
 ROWS = [{"image": number, "label": -number, "file": "x"} for number in range(4)]
 TRIPLES = [(number, 10 * number, -number) for number in range(4)]
@@ -111,4 +111,4 @@ def test_a_configuration_names_parts():
         class_path="ddp_sgd.data.Columns",
         init_args={"rows": [rows], "input": ["a", "b"], "target": "c"},
     )
-    assert build(columns, "data.train")[0] == ({"a": 1, "b": 2}, 3)
+    assert instantiate(columns, "data.train")[0] == ({"a": 1, "b": 2}, 3)

@@ -12,7 +12,7 @@ from ddp_sgd.config.sections import Component
 from ddp_sgd.data import Columns, InMemory
 from ddp_sgd.data.fetcher import Fetcher, Request, Unreadable
 from ddp_sgd.data.sample_faults import is_pair, shape_of
-from ddp_sgd.instantiate import build
+from ddp_sgd.instantiate import instantiate
 
 
 class Samples:
@@ -249,7 +249,7 @@ def test_pictures_are_converted_as_the_message_says():
             [f"--data.train.class_path={path}", "--data.train.init_args={}", *options]
         )
         named = config.data.train.init_args
-        transforms = {key: build(Component(**each), key) for key, each in named.items()}
+        transforms = {key: instantiate(Component(**each), key) for key, each in named.items()}
         dataset = Pictures(**transforms)
     assert messages[0].startswith(
         "the input of data.train[2] is a PIL image, which forms no batch;"

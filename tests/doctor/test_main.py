@@ -10,7 +10,7 @@ from limits import WAIT_S
 from ranks import rank_environment
 
 from ddp_sgd.distributed.rendezvous import free_port
-from ddp_sgd.doctor import main
+from ddp_sgd.doctor.__main__ import main
 from ddp_sgd.errors import ExitCode
 
 PEER, CONFIG = ExitCode.PEER, ExitCode.CONFIG

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
+from ddp_sgd.checkpointing import checkpointer as module
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data import InMemory
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine import writers as module
 from ddp_sgd.engine.fit import fit
 from ddp_sgd.engine.triggers import StopRequest
 from ddp_sgd.errors import ExitCode, OutputError
@@ -116,7 +116,6 @@ def refuse_to_write(monkeypatch, steps):
         return write(folder, header, tensors, keep=keep)
 
     monkeypatch.setattr(module, "write_checkpoint", fail_sometimes)
-    monkeypatch.setattr(module, "SMALL_BYTES", -1)  # a process would not know of this
 
 
 EVERY_STEP = {"checkpoint": {"every_steps": 1}}

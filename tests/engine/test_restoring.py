@@ -14,7 +14,7 @@ from ddp_sgd.engine.restoring import (
     restore_momentum_buffers,
     state_from,
 )
-from ddp_sgd.engine.train_state import State, capture, describe_loss, momentum_buffers
+from ddp_sgd.engine.train_state import State, describe_loss, momentum_buffers, run_state_dict
 from ddp_sgd.errors import ExitCode, RefusedError
 from ddp_sgd.models import MLP
 from ddp_sgd.optim.sgd import build_sgd
@@ -28,7 +28,7 @@ def saved(step, *, world_size=2, samples=100, scored_at=0, model=None, **changes
     config = RunConfig(**{"data": {"batch_size": 4}, "epochs": 3} | changes)
     plan = make_plan(config, samples=samples, world_size=world_size)
     model = model or MLP(3, [5], 2)
-    return capture(
+    return run_state_dict(
         State(step=step, scored_at=scored_at, skipped=(3, 1, 2)),
         model=model,
         optimizer=build_sgd(model, momentum=0.9),
@@ -135,7 +135,7 @@ def test_what_differs_is_listed():
         refuse_misfit(header, tensors, nn.Linear(3, 2), samples=100, loss=LOSS)
 
 
-def test_weights_and_velocities_come_back_bit_by_bit():
+def test_weights_and_momentum_come_back_bit_by_bit():
     torch.manual_seed(0)
     model = MLP(3, [5], 2)
     optimizer = build_sgd(model, momentum=0.9, weight_decay=0.1)
@@ -144,7 +144,7 @@ def test_weights_and_velocities_come_back_bit_by_bit():
         model(torch.randn(4, 3)).sum().backward()
         optimizer.step(0.1)
     plan = make_plan(RunConfig(), samples=100, world_size=1)
-    _, tensors = capture(
+    _, tensors = run_state_dict(
         State(3),
         model=model,
         optimizer=optimizer,

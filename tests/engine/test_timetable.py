@@ -3,7 +3,7 @@ import time
 import pytest
 
 from ddp_sgd.config import CheckpointConfig, RunConfig
-from ddp_sgd.engine import timetable as module
+from ddp_sgd.engine import triggers as module
 from ddp_sgd.engine.triggers import Deadline, Timetable, read_deadline
 from ddp_sgd.plan import make_plan
 

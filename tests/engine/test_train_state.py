@@ -18,11 +18,11 @@ from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import TrainingBuffers
 from ddp_sgd.engine.train_state import (
     State,
-    capture,
     describe_loss,
     momentum_buffers,
     other_state_dict,
     refuse_foreign,
+    run_state_dict,
 )
 from ddp_sgd.errors import ConfigError, ExitCode
 from ddp_sgd.optim.sgd import build_sgd
@@ -39,7 +39,7 @@ def tied():
 def gather(step, *, data=None, model=None, optimizer=None, world_size=1, **state):
     config = RunConfig(epochs=3, data={"batch_size": 8} | (data or {}))
     model = model or nn.Linear(2, 2)
-    return capture(
+    return run_state_dict(
         State(step=step, **state),
         model=model,
         optimizer=optimizer or build_sgd(model, momentum=0.9),

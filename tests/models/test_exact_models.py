@@ -199,7 +199,7 @@ def test_one_rank_whose_gradients_stay_where_they_are(name, tmp_path):
     compare(name, train(CASES[name], Runtime(), tmp_path, parallel={"replica": "ddp"}))
 
 
-@pytest.mark.parametrize("replica", ["flat", "ddp"])
+@pytest.mark.parametrize("wrapper", ["flat", "ddp"])
 def test_memory_layouts_that_change_from_step_to_step(wrapper, tmp_path):
     case = Case(model=lambda: networks.Moving(turns=True), data=ROWS)
     outcome = train(case, Runtime(), tmp_path, parallel={"replica": wrapper})

@@ -650,7 +650,7 @@ def test_offline_lives_are_sent_as_one_run(stub, record, said):
     _report(replace(record, resumed=True), said, OFFLINE, rows=_rows(30, 60))
     command = [sys.executable, "-m", "wandb", "sync", *map(str, offline_folders(record.folder))]
     subprocess.run(command, check=True, capture_output=True, timeout=WAIT_S)
-    assert "RunResumeStatus" in stub.operations  # else the second one would start the run anew
+    assert "RunResumeStatus" in stub.operations  # else the second one would start the run again
     assert list(stub.rows) == ["cafe0123"]
     assert _places(stub.rows["cafe0123"]) == EACH_ONCE
     assert stub.summaries["cafe0123"]["best/eval/accuracy"] == 0.7
@@ -674,6 +674,6 @@ def test_its_process_steps_back_where_cpus_are_short(monkeypatch):
         raise OSError
 
     monkeypatch.undo()
-    monkeypatch.setattr(weights_and_biases, "start_companion", refuse)
+    monkeypatch.setattr(weights_and_biases, "start_child_process", refuse)
     start_ahead(OFFLINE)
     assert asked == [10]

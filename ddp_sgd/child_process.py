@@ -1,4 +1,4 @@
-"""A process beside the rank, for work that would take time from training, and its end. No torch."""
+"""Child process of a rank, for work that would take time from training. No torch."""
 
 import os
 import select
@@ -14,7 +14,7 @@ _HELD_BACK = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """What a terminal or SLURM sends to all processes of a job; the rank says when it is over."""
 
 
-def start_companion(
+def start_child_process(
     module: str, *, hears: int = subprocess.PIPE, says: int = subprocess.PIPE, niceness: int = 0
 ) -> subprocess.Popen[bytes]:
     """Start a Python that finds modules where this one does, deaf to what is for the rank.
@@ -45,7 +45,7 @@ def start_companion(
 
 
 def serve_the_rank() -> tuple[int, int]:
-    """Begin the companion's life: take the pipes for itself, and end as soon as the rank is gone.
+    """Start as a child process: take the pipes, and end as soon as the rank is gone.
 
     Returns:
         Descriptors of what the rank says, and of what it is told. Whatever else is printed goes to

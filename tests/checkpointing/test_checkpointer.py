@@ -9,12 +9,13 @@ from saving import fill, names, small_disk, write
 from torch import nn
 
 from ddp_sgd import __version__
+from ddp_sgd.checkpointing import checkpointer as module
+from ddp_sgd.checkpointing.checkpointer import NoCheckpointer
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data import InMemory
-from ddp_sgd.engine import checkpoint as clocked
-from ddp_sgd.engine import writers as module
-from ddp_sgd.engine.checkpoint import NoCheckpoints, open_checkpoints
+from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.fit import fit
+from ddp_sgd.engine.setup import open_checkpointer
 from ddp_sgd.engine.train_state import State
 from ddp_sgd.errors import ConfigError, ExitCode, OutputError
 from ddp_sgd.report.journal import read_journal
@@ -104,10 +105,10 @@ def test_a_save_waits_for_the_one_before(training, gate):
         assert gate.reached.wait(WAIT_S)
         second.join(0.1)
         assert second.is_alive()
-        assert training.captured == [0, 1]
+        assert training.captured == [1]
         gate.open.set()
         second.join(WAIT_S)
-        assert training.captured == [0, 1, 2]
+        assert training.captured == [1, 2]
         checkpoints.finish()
     assert [step for step, row in training.told if "file" in row] == [1, 2]
     assert gate.most == 1
@@ -145,7 +146,7 @@ def test_leaving_waits_for_the_save_that_is_going_on(failing, training, gate):
 
 def test_what_a_save_took_is_told(training, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(clocked.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
     write = module.write_checkpoint
 
     def slow(*args, **kwargs):
@@ -230,10 +231,9 @@ def disk(tmp_path):
         yield disk
 
 
-@pytest.mark.parametrize("writer", ["ThreadWriter", "ProcessWriter"])
-def test_a_full_disk_costs_no_checkpoint_and_room_mends_it(writer, disk):
+def test_a_full_disk_costs_no_checkpoint_and_room_fixes_it(disk):
     training = Training(disk / "checkpoints", size=10_000)
-    with training.open(writer=writer) as checkpoints:
+    with training.open() as checkpoints:
         save_steps(training, checkpoints, 1)
         whole = names(training.folder)
         ballast = fill(disk)
@@ -254,22 +254,45 @@ def test_a_full_disk_costs_no_checkpoint_and_room_mends_it(writer, disk):
     assert training.saved()["cursor"]["step"] == 4
 
 
-def test_state_that_cannot_be_read_back_is_refused_at_the_start(training):
-    class Odd(nn.Linear):
-        def get_extra_state(self):
-            return {"made": threading.Event()}
+class Odd(nn.Linear):
+    """With a state that no one could load safely."""
 
-        def set_extra_state(self, state):
-            pass
+    def get_extra_state(self):
+        return {"made": threading.Event()}
 
-    training._capture.keywords["model"] = Odd(2, 2)
+    def set_extra_state(self, state):
+        pass
+
+
+def test_state_that_cannot_be_read_back_is_refused_at_the_start(tmp_path):
+    config = RunConfig(output_dir=str(tmp_path), name="x", wandb={"mode": "disabled"})
+    data = InMemory(torch.randn(40, 4), torch.randint(0, 3, (40,)))
     with pytest.raises(ConfigError, match="the state model._extra_state.made is a Event"):
-        training.open()
+        fit(config, Runtime(), model=Odd(4, 3), train_set=data)
+    assert {row["event"] for row in read_journal(tmp_path / "x" / "metrics.jsonl")} == {
+        "start",
+        "end",
+    }
+
+
+def test_copy_for_which_there_is_no_memory_is_a_failed_save(training):
+    with training.open() as checkpoints:
+        state_dict = checkpoints._state_dict
+        checkpoints._state_dict = lambda state: (
+            state_dict(state)[0],
+            {"model": {"x": torch.zeros(1).expand(2**45)}},
+        )
+        save_steps(training, checkpoints, 1)
+        assert "too large to be copied" in training.told[0][1]["error"]
+        checkpoints._state_dict = state_dict
+        save_steps(training, checkpoints, 1)
+        checkpoints.finish()
+    assert training.saved()["cursor"]["step"] == 2
 
 
 def test_only_the_rank_that_has_the_folder_saves():
-    with open_checkpoints(RunConfig(), None, "0a1b2c3d", None, None) as checkpoints:
-        assert isinstance(checkpoints, NoCheckpoints)
+    with open_checkpointer(RunConfig(), None, "0a1b2c3d", None, None) as checkpoints:
+        assert isinstance(checkpoints, NoCheckpointer)
         checkpoints.save(State(), {})
         checkpoints.poll()
         checkpoints.finish()
