@@ -42,7 +42,7 @@ def _count_names(text: str) -> int:
 def _count_by_tool(environ: Mapping[str, str]) -> int:
     """Ask nvidia-smi; 0 where it, its driver or its GPUs are missing: they may be of others."""
     tool = shutil.which("nvidia-smi", path=environ.get("PATH"))
-    lines = _lines_of([tool, "-L"]) if tool else []
+    lines = _lines_of([tool, "-L"], environ) if tool else []
     return sum(line.startswith("GPU") for line in lines)
 
 
@@ -52,15 +52,16 @@ def _count_by_torch(environ: Mapping[str, str]) -> int:
     has_driver = Path("/dev/kfd").exists() or any(Path("/dev/dri").glob("render*"))
     if not has_driver and not any(shutil.which(tool, path=path) for tool in _OTHER_TOOLS):
         return 0
-    last = next(reversed(_lines_of([sys.executable, "-c", _COUNT])), "")
+    last = next(reversed(_lines_of([sys.executable, "-c", _COUNT], environ)), "")
     return int(last) if last.isdigit() else 0
 
 
-def _lines_of(command: list[str]) -> list[str]:
+def _lines_of(command: list[str], environ: Mapping[str, str]) -> list[str]:
     """Return what a command prints on stdout; nothing where it fails."""
     with suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(
             command,
+            env=dict(environ),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
