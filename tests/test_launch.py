@@ -313,10 +313,13 @@ def test_a_launcher_in_the_background_of_a_script_stops_as_any_other(number, tmp
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_a_second_interrupt_ends_all_processes_at_once(tmp_path):
-    slow = "--model={class_path: user_code.Slow, init_args: {pause_s: 100.0}}"
+    hurry = tmp_path / "hurry"
+    hurry.touch()
+    slow = f"--model={{class_path: user_code.Slow, init_args: {{pause_s: 100.0, until: {hurry}}}}}"
     run = Launch(tmp_path, LOCAL, "--nproc=2", slow, *ENDLESS)
     try:
-        run.wait_until(lambda: (run.run_folder / "plan.json").exists() and len(run.ranks) == 2)
+        run.wait_until(lambda: run.rows() and len(run.ranks) == 2)
+        hurry.unlink()  # the next step takes longer than anybody waits
         processes = [run.agent, *run.ranks.values()]
         run.script.send_signal(signal.SIGINT)
         run.wait_until(lambda: "closing signal SIGTERM" in run.said)
