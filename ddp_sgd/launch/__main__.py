@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None, stop: StopSignals | None = None) -> 
 
 
 if __name__ == "__main__":
-    outlive_console()
     signals = StopSignals()
     signals.listen()
+    outlive_console()
     sys.exit(main(stop=signals))

@@ -23,7 +23,7 @@ from ddp_sgd.errors import ExitCode
 from ddp_sgd.launch.run_files import RunFiles
 from ddp_sgd.time_limits import scaled
 
-_POLL_S = 0.1
+_POLL_S = 0.2
 _ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGQUIT)
 """Signals that ask a process to end. A torchrun that another one ended was killed."""
 _INTERRUPTED = 128 + signal.SIGINT

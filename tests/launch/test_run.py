@@ -1,15 +1,21 @@
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
+from launching import children, environment, is_running, kill
 from limits import WAIT_S
 
 from ddp_sgd.checkpointing.manifest import Header, Manifest
+from ddp_sgd.errors import ExitCode
 from ddp_sgd.launch.options import LaunchOptions, Nodes
-from ddp_sgd.launch.run import restore_stop_result, torchrun_environment, torchrun_flags
+from ddp_sgd.launch.run import launch, restore_stop_result, torchrun_environment, torchrun_flags
 from ddp_sgd.launch.run_files import RunFiles
+from ddp_sgd.launch.torchrun import StopSignals
 
 CONF = "read_timeout=4,last_call_timeout=7,keep_alive_interval=2,keep_alive_max_attempt=5"
 
@@ -75,6 +81,77 @@ def test_what_the_user_has_set_stays(tmp_path):
     assert theirs.items() <= ours.items()
     assert ours["LAUNCH_EXIT_CODE_FILE"] == str(tmp_path / "exit_code")
     assert ours["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+
+
+def run_options(folder, *more, nproc=1, restarts=0):
+    train = (f"--output_dir={folder}/runs", "--log.every_steps=1", *more)
+    return LaunchOptions(nproc=nproc, max_restarts=restarts, nodes=None, train=train)
+
+
+def while_it_runs(act):
+    """Do something in a thread, which the launcher in this one does not wait for."""
+    thread = threading.Thread(target=act)
+    thread.start()
+    return thread
+
+
+def wait_for_rows(folder):
+    path = folder / "runs" / "digits" / "metrics.jsonl"
+    deadline = time.monotonic() + WAIT_S
+    while not (path.exists() and '"event": "train"' in path.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_run_to_its_end(tmp_path, capfd):
+    options = run_options(tmp_path, "--epochs=1", nproc=2)
+    assert launch(options, environment(), StopSignals()) == 0
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["digits"]
+    assert len(list((tmp_path / "runs" / "digits" / "logs").glob("*/attempt_0/*/stdout.log"))) == 2
+    assert "finished: 23 steps" in capfd.readouterr().out
+
+
+def test_a_stop_before_torchrun_starts_leaves_nothing(tmp_path):
+    stop = StopSignals()
+    stop.note(signal.SIGUSR1)
+    assert launch(run_options(tmp_path), environment(), stop) == ExitCode.STOPPED
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_stop_is_passed_on_once(tmp_path, capfd):
+    stop = StopSignals()
+
+    def press_twice():
+        wait_for_rows(tmp_path)
+        stop.note(signal.SIGTERM)
+        stop.note(signal.SIGUSR1)
+
+    thread = while_it_runs(press_twice)
+    assert launch(run_options(tmp_path, "--epochs=100000"), environment(), stop) == 75
+    thread.join(WAIT_S)
+    result = json.loads((tmp_path / "runs" / "digits" / "result.json").read_text())
+    assert (result["status"], result["exit_code"]) == ("stopped", 75)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_a_torchrun_that_is_killed_is_started_again(tmp_path, capfd):
+    hurry = tmp_path / "hurry"
+    slow = f"--model={{class_path: user_code.Slow, init_args: {{pause_s: 0.1, until: {hurry}}}}}"
+
+    def shoot():
+        wait_for_rows(tmp_path)
+        (agent,) = [pid for pid in children(os.getpid()) if is_running(pid, "distributed.run")]
+        kill(agent)
+        hurry.touch()
+
+    thread = while_it_runs(shoot)
+    options = run_options(tmp_path, slow, "--epochs=40", restarts=1)
+    assert launch(options, environment(), StopSignals()) == 0
+    thread.join(WAIT_S)
+    said = "ddp_sgd: torchrun was ended by SIGKILL; it is started again (1 of 1)\n"
+    assert said in capfd.readouterr().err
+    result = json.loads((tmp_path / "runs" / "digits" / "result.json").read_text())
+    assert (result["status"], result["step"]) == ("finished", 40 * 45)
 
 
 @pytest.fixture
