@@ -23,7 +23,10 @@ from ddp_sgd.errors import ExitCode
 from ddp_sgd.launch.run_files import RunFiles
 from ddp_sgd.time_limits import scaled
 
-_POLL_S = 0.2
+_POLL_S = 0.05
+"""Longest time until a signal is passed on."""
+_LOOK_S = 0.25
+"""Time between two looks at the files of the run, which may be on a network."""
 _ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGQUIT)
 """Signals that ask a process to end. A torchrun that another one ended was killed."""
 _INTERRUPTED = 128 + signal.SIGINT
@@ -273,19 +276,20 @@ class Torchrun:
         """Return when torchrun has ended, and why the launcher ended it, if it did."""
         ending: Ending | None = None
         is_signalled = False
-        waiting_since = left_since = time.monotonic()
+        looked = waiting_since = left_since = time.monotonic()
         while not _has_ended(process):
             if stop.is_urgent:
                 _kill_with_workers(process)
                 return Ending.INTERRUPTED
             now = time.monotonic()
-            waiting_since = waiting_since if self._waits_for_machines(begun) else now
-            left_since = left_since if self._has_lost_workers(process.pid) else now
+            if now - looked >= _LOOK_S:
+                looked = now
+                waiting_since = waiting_since if self._waits_for_machines(begun) else now
+                left_since = left_since if self._has_lost_workers(process.pid) else now
+                ending = ending or self._is_in_vain(now - waiting_since)
             if now - left_since > self._stuck_s:
                 process.kill()
                 return Ending.STUCK
-            if ending is None:
-                ending = self._is_in_vain(now - waiting_since)
             # A second signal would end torchrun at once, and leave workers behind.
             if (stop.is_requested or ending) and not is_signalled:
                 is_signalled = True
