@@ -93,9 +93,10 @@ $(LOWEST)/.installed: $(TESTS) tests/lowest_versions.py
 NEWER_TESTS := tests/config --ignore=tests/config/test_reference.py tests/test_plan.py tests/test_seeds.py \
 	tests/test_scaling.py tests/test_explain.py --deselect=tests/test_explain.py::test_the_model_gives_the_size_of_its_gradients \
 	--deselect=tests/test_explain.py::test_a_model_that_is_frozen_has_no_gradients tests/test_requeue.py tests/test_slurm.py \
+	tests/test_slurm_job.py tests/launch/test_gpus.py tests/launch/test_options.py tests/launch/test_run_files.py \
 	tests/test_time_limits.py tests/test_cli.py tests/test_child_process.py tests/checkpointing/test_retrying.py \
 	tests/checkpointing/test_table.py tests/test_rank_differences.py tests/report/test_curve.py \
-	tests/report/test_failures.py tests/report/test_journal.py tests/report/test_plan_table.py \
+	tests/report/test_failures.py tests/report/test_journal.py tests/report/test_lost_result.py tests/report/test_plan_table.py \
 	tests/report/test_row_mark.py tests/report/test_scaling_table.py tests/report/test_wandb_arguments.py \
 	tests/engine/test_timetable.py tests/distributed/test_hang_report.py tests/data/test_digits.py
 

@@ -15,9 +15,10 @@ from ddp_sgd.checkpointing.folder import FOLDER_NAME, CheckpointFolder
 from ddp_sgd.cli import run_command
 from ddp_sgd.config import CommandLine, Option
 from ddp_sgd.console import say
-from ddp_sgd.errors import DataError, ExitCode, OutputError
+from ddp_sgd.errors import DataError, ExitCode
 from ddp_sgd.files import replace_file
 from ddp_sgd.report.journal import read_journal
+from ddp_sgd.report.lost_result import BEGINNINGS, result_from_rows, write_result
 from ddp_sgd.slurm import life_of_job, times_requeued
 
 _OPTIONS = (
@@ -37,6 +38,11 @@ _OPTIONS = (
         "may be dead, which SLURM notices by itself after a while.",
         None,
     ),
+)
+
+_LOST_LINE = (
+    "rank 0 ended without a word; look for its last lines in logs/, and whether its host or its "
+    "memory failed."
 )
 
 
@@ -102,10 +108,13 @@ def requeue(line: CommandLine) -> int:
     said = f"{end}: {f'not requeued, since {obstacle}' if obstacle else 'requeued'}"
     decision = {"requeued": obstacle is None, "requeue_reason": said}
     if life.began_at is not None and not result:
-        result = _result_without_a_word(name, rows)
+        result = {
+            **result_from_rows(rows, exit_code=ExitCode.PEER, error=_LOST_LINE),
+            "job": name,
+        }
     try:
         if result:
-            _write(folder / "result.json", {**result, **decision})
+            write_result(folder / "result.json", {**result, **decision})
     finally:  # whoever reads the line finds the result
         say(f"ddp_sgd: {said}")
     if obstacle is None and asked["answer"]:
@@ -152,7 +161,7 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
 
 def _begin(rows: Sequence[Mapping[str, Any]], life: str | None) -> int | None:
     """Samples at the place where this life began; None if it did not get that far."""
-    begins = [row for row in rows if row["event"] in ("start", "resume")]
+    begins = [row for row in rows if row["event"] in BEGINNINGS]
     if life is None or not begins or begins[-1].get("job") != life:
         return None
     return int(begins[-1]["samples"])
@@ -170,33 +179,6 @@ def _result(folder: Path, life: str | None) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return result if life and result.get("job") == life else {}
-
-
-def _write(path: Path, result: Mapping[str, Any]) -> None:
-    """Write a result.
-
-    Raises:
-        OutputError: It cannot be written.
-    """
-    try:
-        replace_file(path, json.dumps(result, indent=2) + "\n")
-    except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written: {error.strerror or error}; make room on its disk."
-        ) from error
-
-
-def _result_without_a_word(name: str | None, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    begin = next(row for row in reversed(rows) if row["event"] in ("start", "resume"))
-    return {
-        "status": "failed",
-        "exit_code": int(ExitCode.PEER),
-        **{key: rows[-1][key] for key in ("step", "epoch", "samples")},
-        "world_size": begin["world_size"],
-        "job": name,
-        "error": "rank 0 ended without a word; look for its last lines in logs/, and whether its "
-        "host or its memory failed.",
-    }
 
 
 if __name__ == "__main__":

@@ -23,6 +23,19 @@ def life_of_job(environ: Mapping[str, str]) -> str | None:
     return f"{job}.{times_requeued(environ)}" if job else None
 
 
+def name_of_job(environ: Mapping[str, str]) -> str | None:
+    """Name a job for SLURM's commands; None outside of SLURM.
+
+    The number of one task of an array is that of the whole array.
+
+    Args:
+        environ: The environment, such as ``os.environ``.
+    """
+    if environ.get("SLURM_ARRAY_TASK_ID"):
+        return f"{environ.get('SLURM_ARRAY_JOB_ID')}_{environ['SLURM_ARRAY_TASK_ID']}"
+    return environ.get("SLURM_JOB_ID")
+
+
 def times_requeued(environ: Mapping[str, str]) -> int:
     """How often the job was put back into the queue, by whomever; at least 0."""
     count = environ.get("SLURM_RESTART_COUNT", "")
@@ -33,7 +46,7 @@ def end_of_job(environ: Mapping[str, str]) -> float | None:
     """When the job reaches its time limit, unix time in seconds; None if nobody says."""
     if environ.get("SLURM_JOB_END_TIME", "").isdigit():
         return float(environ["SLURM_JOB_END_TIME"])
-    job = _name_of_job(environ)
+    job = name_of_job(environ)
     return _ask_for_end(job) if job else None
 
 
@@ -66,13 +79,6 @@ def _is_bare_shell(process: str) -> bool:
         is_shell = name.rpartition("/")[2].lstrip("-") in _SHELLS
         return is_shell and all(word.startswith("-") and word != "-c" for word in words)
     return False
-
-
-def _name_of_job(environ: Mapping[str, str]) -> str | None:
-    """Name a job for SLURM's commands; the number of one task is that of its whole array."""
-    if environ.get("SLURM_ARRAY_TASK_ID"):
-        return f"{environ.get('SLURM_ARRAY_JOB_ID')}_{environ['SLURM_ARRAY_TASK_ID']}"
-    return environ.get("SLURM_JOB_ID")
 
 
 def _ask_for_end(job: str) -> float | None:

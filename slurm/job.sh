@@ -1,8 +1,8 @@
 # shellcheck shell=bash
 # What the batch scripts have in common; they read it, it does nothing by itself.
 #
-# What is known about the job comes from SLURM, what is known about the run from `python -m ddp_sgd.train` with the run's
-# own options; what becomes of the job is decided by `python -m ddp_sgd.requeue`.
+# What is known about the job and the run comes from `python -m ddp_sgd.slurm_job` with the run's own options; what becomes
+# of the job is decided by `python -m ddp_sgd.requeue`. Here are the traps, and what calls SLURM.
 
 PYTHON=${PYTHON:-python}
 MAX_REQUEUES=${MAX_REQUEUES:-100}
@@ -19,38 +19,18 @@ here() {
 
 # prepare OPTION...: learn from SLURM where the ranks meet and how many there are, and from the run where its logs go.
 prepare() {
-    local part times
-    job=$SLURM_JOB_ID # in an array, the number of one task is that of the whole array
-    [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-    life=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
-    srun_pid='' stopping='' ending='' code=1
+    local facts
+    job='' life='' folder='' logs='' srun_pid='' stopping='' ending='' code=1
     trap 'stopping=yes; forward_stop' USR1
     trap 'stopping=yes; [[ $(job_state) == RUNNING ]] || ending=yes; [[ $ending ]] || forward_stop' TERM
 
-    folder=$(here "$PYTHON" -m ddp_sgd.train --print_folder --print_timeout "$@") || exit # a wrong option ends the job here
-    TIMEOUT_S=${folder##*$'\n'} folder=${folder%$'\n'*}
-    logs=$folder.logs/$life
-    if ! mkdir -p "$logs"; then
-        printf 'ddp_sgd: error: %s cannot be written; set output_dir to a folder that you may write.\n' "$logs" >&2
-        exit 73
-    fi
-    touch "$logs/begin"
-
-    # Jobs that share a node have numbers of their own, and so ports; one that a stranger listens on is passed over.
-    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
-    while (: <"/dev/tcp/localhost/$MASTER_PORT") 2>/dev/null; do ((MASTER_PORT += 1009)); done
-
-    # 2(x2),1 -> 2 2 1: tasks of each node. Within a step SLURM says how many the step has.
-    RANKS_OF_NODES=''
-    for part in ${SLURM_TASKS_PER_NODE//,/ }; do
-        [[ $part =~ ^([0-9]+)(\(x([0-9]+)\))?$ ]] || continue
-        for ((times = ${BASH_REMATCH[3]:-1}; times > 0; times--)); do RANKS_OF_NODES+="${BASH_REMATCH[1]} "; done
-    done
-
-    export PYTHON MASTER_ADDR MASTER_PORT TIMEOUT_S RANKS_OF_NODES
-    export LAUNCH_EXIT_CODE_FILE=$logs/exit_code # what ranks end with, should there be no result.json
-    export SLURM_EXPORT_ENV=ALL                  # sbatch --export=NONE would reach the ranks, too
+    # Within a step, as in a container, the variable holds the tasks of that step. A wrong option ends the job here.
+    facts=$(here "$PYTHON" -m ddp_sgd.slurm_job --tasks_per_node="$SLURM_TASKS_PER_NODE" "$@") || exit
+    [[ $facts == job=* ]] || { echo "$facts" && exit; } # the options ask for a text, and for no training
+    eval "$facts"
+    touch "$logs/begin" || exit 73 # whatever is older in the run folder belongs to an earlier life
+    export PYTHON MASTER_ADDR MASTER_PORT TIMEOUT_S RANKS_OF_NODES LAUNCH_EXIT_CODE_FILE
+    export SLURM_EXPORT_ENV=ALL # sbatch --export=NONE would reach the ranks, too
 }
 
 # launch COMMAND...: run a step of the job until rank 0 is through, and set code.

@@ -129,6 +129,27 @@ def first_host(node_list: str) -> str:
     return prefix + (first or "") + (suffix or "")
 
 
+def port_of_job(job: int) -> int:
+    """Port for the rendezvous of a SLURM job: jobs that share a node have numbers of their own.
+
+    Args:
+        job: Number of the job.
+    """
+    return 10_000 + job % 20_000
+
+
+def tasks_of_nodes(counts: str) -> list[int]:
+    """Tasks of each node of a SLURM job: 4, 4 and 3 of ``4(x2),3``.
+
+    Args:
+        counts: Value of ``SLURM_TASKS_PER_NODE``.
+    """
+    expanded: list[int] = []
+    for count, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts):
+        expanded += [int(count)] * int(repeat or 1)
+    return expanded
+
+
 def _from_torchrun(environ: Mapping[str, str]) -> Ranks:
     _refuse_half_set(environ, _TORCHRUN, "torchrun", alone_without=_TORCHRUN[:3])
     world_size = _number(environ, "WORLD_SIZE", least=1)
@@ -211,15 +232,13 @@ def _srun_endpoint(environ: Mapping[str, str]) -> tuple[str, int]:
             f"{job} is not set, though SLURM_NTASKS is above 1; start with srun, or set "
             "MASTER_PORT."
         )
-    return address, 10_000 + _number(environ, job) % 20_000
+    return address, port_of_job(_number(environ, job))
 
 
 def _tasks_on_this_node(environ: Mapping[str, str], world_size: int) -> int:
     """Read ``4(x2),3`` at the place of this node; sites differ in which variables they set."""
     counts = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE", "")
-    expanded: list[int] = []
-    for count, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts):
-        expanded += [int(count)] * int(repeat or 1)
+    expanded = tasks_of_nodes(counts)
     node = environ.get("SLURM_NODEID", "0")
     if node.isdigit() and int(node) < len(expanded):
         return max(1, min(expanded[int(node)], world_size))

@@ -1,22 +1,18 @@
-"""Rendezvous: the key-value store of the ranks, with a prefix for each start of a run.
-
-Host names, addresses and free ports. No torch.
-"""
+"""Rendezvous: the key-value store of the ranks, with a prefix for each start of a run."""
 
 import json
 import os
 import socket
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from datetime import timedelta
-from ipaddress import ip_address
 from secrets import token_hex
 from typing import NamedTuple
 
 from torch.distributed import DistStoreError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from ddp_sgd.distributed.addresses import whereabouts
 from ddp_sgd.distributed.bounded import call_with_timeout
 from ddp_sgd.distributed.environment import Ranks
 from ddp_sgd.errors import PeerError, UserError
@@ -264,33 +260,3 @@ def _register_rank(part: Store, ranks: Ranks) -> None:
 def _missing_ranks(missing: list[int], ranks: Ranks) -> str:
     shown = ", ".join(map(str, missing[:8])) + (" and more" if len(missing) > 8 else "")
     return f"rank{'s' * (len(missing) > 1)} {shown} of {ranks.world_size} did not come"
-
-
-def whereabouts(address: str) -> str:
-    """Say where a name or address leads from here.
-
-    Args:
-        address: Name, IPv4 or IPv6 address of a host.
-
-    Returns:
-        ``loopback`` if back to the machine that asks, whichever it is; ``here`` if to this machine;
-        ``elsewhere``; or ``unknown`` if this machine does not know the name.
-    """
-    try:
-        places = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)
-    except OSError:
-        return "unknown"
-    if all(ip_address(str(place[4][0]).partition("%")[0]).is_loopback for place in places):
-        return "loopback"
-    for family, kind, protocol, _, place in places:
-        with suppress(OSError), socket.socket(family, kind, protocol) as listener:
-            listener.bind(place)  # to an own address only
-            return "here"
-    return "elsewhere"
-
-
-def free_port() -> int:
-    """Find a TCP port that nobody listens on at this moment."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

@@ -97,18 +97,19 @@ class FolderLock:
 
     Args:
         folder: An existing folder.
+        patience_s: Longest wait for another run to leave it; None for that of a start.
 
     Raises:
         RefusedError: Another run has it and does not give it up, or a link is in the way.
         OSError: The folder cannot be written.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, patience_s: float | None = None) -> None:
         self._folder = folder
         self._owner = Owner.here(os.environ)
         self._usurper: Owner | None = None
         self._over = threading.Event()
-        self._descriptor = _lock(folder)
+        self._descriptor = _lock(folder, _PATIENCE_S if patience_s is None else patience_s)
         try:
             _wait_for_owner(folder, self._owner, is_locked=self._descriptor is not None)
             with suppress(FileNotFoundError):
@@ -227,14 +228,14 @@ def _content(path: Path) -> bytes:
         return stream.read(4096)
 
 
-def _lock(folder: Path) -> int | None:
+def _lock(folder: Path, patience_s: float) -> int | None:
     """Lock the lock file of a folder; None where the file system has no locks.
 
     Raises:
         RefusedError: Another run has it and does not give it up, or it is a link.
     """
     path = folder / LOCK_NAME
-    deadline = time.monotonic() + _PATIENCE_S
+    deadline = time.monotonic() + patience_s
     while True:
         descriptor = _open(path)
         try:

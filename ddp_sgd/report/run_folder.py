@@ -34,8 +34,8 @@ SAME_STEP = 3
 def note_failure(folder: Path, step: int, code: int, error: str) -> None:
     """Append a failure; one of the world around is not noted.
 
-    The row says ``gives_up`` if it is the last that is allowed, so that ``launch/torchrun.sh`` can
-    end torchrun, which would start all processes again only to hear so.
+    The row says ``gives_up`` if it is the last that is allowed, so that the launcher can end
+    torchrun, which would start all processes again only to read so.
 
     Raises:
         OSError: It cannot be written.

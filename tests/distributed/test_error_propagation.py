@@ -14,6 +14,7 @@ from limits import WAIT_S
 from ranks import rank_environment, run_ranks
 from torch.distributed import HashStore, TCPStore
 
+from ddp_sgd.distributed.addresses import free_port
 from ddp_sgd.distributed.collectives import sum_over_ranks
 from ddp_sgd.distributed.error_propagation import (
     LocalErrorPropagation,
@@ -22,7 +23,7 @@ from ddp_sgd.distributed.error_propagation import (
     propagate_errors,
 )
 from ddp_sgd.distributed.progress import Note
-from ddp_sgd.distributed.rendezvous import RendezvousInfo, free_port
+from ddp_sgd.distributed.rendezvous import RendezvousInfo
 from ddp_sgd.errors import ConfigError, DataError, ExitCode, PeerError, RemoteError
 
 

@@ -10,12 +10,12 @@ import pytest
 import torch.distributed as dist
 from limits import WAIT_S
 
+from ddp_sgd.distributed.addresses import free_port
 from ddp_sgd.distributed.environment import Ranks
 from ddp_sgd.distributed.rendezvous import (
     _fresh_part,
     _name_of_run,
     could_not_join,
-    free_port,
     open_store,
     read_rendezvous_info,
 )

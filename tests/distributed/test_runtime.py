@@ -9,9 +9,9 @@ import torch.distributed as dist
 from ranks import rank_environment, run_ranks
 
 from ddp_sgd.config import RunConfig
+from ddp_sgd.distributed.addresses import free_port
 from ddp_sgd.distributed.cpus import usable_cpus
 from ddp_sgd.distributed.environment import Ranks, read_ranks
-from ddp_sgd.distributed.rendezvous import free_port
 from ddp_sgd.distributed.runtime import (
     Runtime,
     _choose_device,

@@ -10,11 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import LOCAL, MULTINODE, ROOT, environment
+from launching import LOCAL, MULTINODE, ROOT, Launch, environment, is_alive, kill
 from limits import WAIT_S
 
-from ddp_sgd.distributed.rendezvous import free_port
+from ddp_sgd.distributed.addresses import free_port
 from ddp_sgd.errors import ExitCode
+from ddp_sgd.launch.__main__ import main
 
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 STARTED = []
@@ -65,9 +66,13 @@ def _wait_until(holds, process):
         time.sleep(0.02)
 
 
-def _has_trained(folder):
+def _num_rows(folder):
     journal = folder / "runs" / "digits" / "metrics.jsonl"
-    return journal.exists() and '"event": "train"' in journal.read_text()
+    return journal.read_text().count('"event": "train"') if journal.exists() else 0
+
+
+def _has_trained(folder):
+    return _num_rows(folder) > 0
 
 
 @pytest.fixture(scope="module")
@@ -126,19 +131,6 @@ def test_scripts_keep_to_what_macos_has(what):
     assert lines == []
 
 
-@pytest.mark.parametrize(("attempts", "spare"), [(1, True), (2, False)])
-def test_an_attempt_of_the_same_second_is_none_that_waits(attempts, spare, tmp_path):
-    """bash 3.2 compares the age of files by the second: so no file here is older than another."""
-    for number in range(attempts):
-        (tmp_path / "run" / f"attempt_{number}").mkdir(parents=True)
-    (tmp_path / "entered").touch()
-    for path in [tmp_path / "entered", *tmp_path.glob("run/*")]:
-        os.utime(path, (1e9, 1e9))
-    program = f"source '{ROOT}/launch/torchrun.sh'; logs=$1 nnodes=2 begun=1; is_spare"
-    done = subprocess.run(["bash", "-c", program, "bash", tmp_path], check=False, timeout=WAIT_S)
-    assert (done.returncode == 0) is spare
-
-
 @pytest.mark.parametrize("script", [LOCAL, MULTINODE])
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_help_is_the_head_of_the_script(script, flag, tmp_path):
@@ -167,56 +159,33 @@ def test_output_of_every_rank_ends_up_in_the_run_folder(finished):
     assert "finished: 23 steps" in said
 
 
-@pytest.mark.parametrize(
-    ("variables", "processes"),
-    [
-        ({"NPROC": "1"}, 1),
-        ({"CUDA_VISIBLE_DEVICES": "0,2,5"}, 3),
-        ({"CUDA_VISIBLE_DEVICES": "MIG-0a,GPU-1b"}, 2),
-        ({"CUDA_VISIBLE_DEVICES": "", "CPUS": "1"}, 1),
-        ({"CUDA_VISIBLE_DEVICES": "-1", "CPUS": "64"}, 2),
-        ({"GPUS": "8"}, 8),
-        ({"GPUS": "0", "CPUS": "64"}, 2),
-        ({"OMP_NUM_THREADS": "1", "CPUS": "64"}, 2),
-        ({"HIP_VISIBLE_DEVICES": "0,2,5"}, 3),
-        ({"ROCR_VISIBLE_DEVICES": "GPU-1b,GPU-2c,3,4"}, 4),
-        ({"ROCR_VISIBLE_DEVICES": "0,1,2,3", "HIP_VISIBLE_DEVICES": "0,1,3"}, 3),
-        ({"ROCR_VISIBLE_DEVICES": "", "CPUS": "1"}, 1),
-        ({"ZE_AFFINITY_MASK": "0.0,0.1,1.0"}, 3),
-        ({"CUDA_VISIBLE_DEVICES": "3", "ROCR_VISIBLE_DEVICES": "0,1,2,3"}, 1),  # SLURM sets both
-        ({"TORCH_FINDS": "4"}, 4),
-        ({"TORCH_FINDS": "0", "CPUS": "64"}, 2),
-        ({"TORCH_FINDS": "4", "GPUS": "8"}, 8),
-        ({"TORCH_FINDS": "no GPU", "CPUS": "1"}, 1),
-    ],
-)
-def test_number_of_processes(variables, processes, tmp_path):
-    programs = {
-        "nproc": "echo ${OMP_NUM_THREADS:-${CPUS:-4}}",  # as the real one
-        "nvidia-smi": 'for i in $(seq ${GPUS:-0}); do echo "GPU $i: x (UUID: y)"; done',
-        "rocm-smi": "",
-        "python": "if [[ $* == *print_folder* ]]; then printf 'runs/x\\n7\\n'; exit; fi\n"
-        "if [[ $* == *device_count* ]]; then echo $TORCH_FINDS; exit; fi\n"
-        'echo $OMP_NUM_THREADS "$*"',
-    }
-    for name, text in programs.items():
-        path = tmp_path / name
-        path.write_text(f"#!/usr/bin/env bash\n{text}\n")
-        path.chmod(0o755)
-    environment = {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "PYTHON": "python",
-        "OMP_NUM_THREADS": "",
-    }
-    code, out, err = _run(tmp_path, LOCAL, **(environment | variables))
-    assert (code, err) == (0, "")
-    threads, _, flags = out.partition(" ")
-    assert (
-        f"--standalone --nproc-per-node={processes} --rdzv-conf=join_timeout=7,read_timeout=4,"
-        in flags
+def test_the_module_trains_without_the_scripts(finished, tmp_path):
+    command = (sys.executable, "-m", "ddp_sgd.launch", "--nproc", "2", "--", "--epochs=1")
+    code, out, err = _run(tmp_path, *command)
+    assert code == ExitCode.DONE, err
+    assert "finished: 23 steps" in out
+    assert _result(tmp_path)["weights_digest"] == _result(finished[0])["weights_digest"]
+
+
+def test_help_of_the_module_names_every_option(capsys):
+    assert main(["--nproc=2", "--help"]) == 0
+    shown = capsys.readouterr().out
+    options = ("--nproc", "--nnodes", "--standalone", "--max-restarts", "MASTER_ADDR", "NODE_RANK")
+    assert [name for name in options if name not in shown] == []
+
+
+def test_the_launcher_imports_no_torch():
+    code = "import sys; from ddp_sgd.launch.__main__ import main; main(['--nproc=x']); "
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}import ddp_sgd.launch.run; print('torch' in sys.modules)"],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=WAIT_S,
     )
-    fair = max(1, int(variables.get("CPUS", "4")) // processes)
-    assert threads == variables.get("OMP_NUM_THREADS", str(fair))
+    assert done.stdout == "False\n"
 
 
 def test_options_of_local_come_first_and_the_rest_is_the_runs(tmp_path):
@@ -308,7 +277,8 @@ def test_signal_to_the_script_ends_the_run_between_two_steps(number, tmp_path):
     process = _start(tmp_path, LOCAL, "--nproc=2", *ENDLESS)
     _wait_until(lambda: _has_trained(tmp_path), process)
     process.send_signal(number)
-    process.send_signal(number)
+    if number != signal.SIGINT:  # a second Ctrl-C does not wait
+        process.send_signal(number)
     code, out, err = _end(process)
     assert code == ExitCode.STOPPED, err
     result = _result(tmp_path)
@@ -319,10 +289,66 @@ def test_signal_to_the_script_ends_the_run_between_two_steps(number, tmp_path):
 
 def test_signal_before_the_ranks_are_there_is_a_stop_too(tmp_path):
     process = _start(tmp_path, LOCAL, "--nproc=1", *ENDLESS)
-    _wait_until(lambda: list(tmp_path.glob("runs/digits.logs.*/start")), process)
+    _wait_until(lambda: list(tmp_path.glob("runs/digits.logs.*")), process)
     process.send_signal(signal.SIGTERM)
     code, _, err = _end(process)
     assert code == ExitCode.STOPPED, err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_launcher_in_the_background_of_a_script_stops_as_any_other(number, tmp_path):
+    """nohup and ``&`` have SIGINT and SIGHUP ignored, and they stay so."""
+    script = f"trap '' INT HUP; exec {LOCAL} --nproc=2 {' '.join(ENDLESS)}"
+    process = _start(tmp_path, "/bin/bash", "-c", script)
+    _wait_until(lambda: _has_trained(tmp_path), process)
+    for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGINT):
+        process.send_signal(ignored)
+    rows = _num_rows(tmp_path)
+    _wait_until(lambda: _num_rows(tmp_path) > rows + 10, process)
+    process.send_signal(number)
+    code, _, err = _end(process)
+    assert code == ExitCode.STOPPED, err
+    assert _result(tmp_path)["status"] == "stopped"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_a_second_interrupt_ends_all_processes_at_once(tmp_path):
+    hurry = tmp_path / "hurry"
+    hurry.touch()
+    slow = f"--model={{class_path: user_code.Slow, init_args: {{pause_s: 100.0, until: {hurry}}}}}"
+    run = Launch(tmp_path, LOCAL, "--nproc=2", slow, *ENDLESS)
+    try:
+        run.wait_until(lambda: run.rows() and len(run.ranks) == 2)
+        hurry.unlink()  # the next step takes longer than anybody waits
+        processes = [run.agent, *run.ranks.values()]
+        run.script.send_signal(signal.SIGINT)
+        run.wait_until(lambda: "closing signal SIGTERM" in run.said)
+        run.script.send_signal(signal.SIGINT)
+        assert run.end() == 128 + signal.SIGINT, run.said
+        assert not any(map(is_alive, processes))
+    finally:
+        run.clean_up()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_a_stop_that_races_a_restart_leaves_a_result(tmp_path):
+    """The workers of the next attempt end before they can write one."""
+    options = ("--max-restarts=3", *ENDLESS, "--checkpoint.every_steps=5")
+    run = Launch(tmp_path, LOCAL, "--nproc=2", *options)
+    try:
+        run.wait_until(lambda: run.rows("checkpoint") and 1 in run.ranks)
+        kill(run.ranks[1])
+        run.wait_until(lambda: list(tmp_path.glob("runs/digits.logs.*/*/attempt_1")))
+        run.script.send_signal(signal.SIGTERM)
+        assert run.end() == ExitCode.STOPPED, run.said
+    finally:
+        run.clean_up()
+    result = run.result()
+    assert (result["status"], result["exit_code"]) == ("stopped", 75)
+    newest = max((run.run_folder / "checkpoints").glob("step-*.pt"), key=lambda path: path.name)
+    assert result["step"] == int(newest.stem.removeprefix("step-")) > 0
+    assert result["world_size"] == 2
+    assert run.said.splitlines()[-1].endswith("is in runs/digits/logs")
 
 
 def test_two_machines_take_the_same_steps_as_two_processes(finished, tmp_path):
@@ -380,31 +406,6 @@ def test_name_that_nobody_knows_is_told_of(tmp_path):
     code, _, err = _run(tmp_path, MULTINODE, "--nnodes=2", "--nproc=1", **variables)
     assert code == ExitCode.PEER, err
     assert "this host does not know nosuch.invalid; set MASTER_ADDR to a name that every" in err
-
-
-@pytest.mark.parametrize(
-    ("options", "shown"),
-    [
-        (["--nnodes=2"], "--rdzv-id=x"),
-        (["--nnodes=2"], "--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=here:29400"),
-        (["--nnodes=2"], "--max-restarts=0"),
-        (["--nnodes", "1:2"], "--nnodes=1:2 "),
-        (["--nnodes", "1:2"], "--max-restarts=10"),
-        (["--nnodes=2:4", "--max-restarts", "3"], "--max-restarts=3"),
-        (["--nnodes=2", "--nproc=5"], "--nproc-per-node=5"),
-        (["--nnodes=2"], "join_timeout=7,read_timeout=4,last_call_timeout=7,"),
-    ],
-)
-def test_options_of_multinode_reach_torchrun(options, shown, tmp_path):
-    python = tmp_path / "python"
-    python.write_text(
-        "#!/usr/bin/env bash\n"
-        "if [[ $* == *print_folder* ]]; then printf 'runs/x\\n7\\n'; else echo \"$*\"; fi\n"
-    )
-    python.chmod(0o755)
-    code, out, err = _run(tmp_path, MULTINODE, *options, PYTHON=str(python), MASTER_ADDR="here")
-    assert (code, err) == (0, "")
-    assert shown in out
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Launcher: torchrun as a child process, which is restarted, watched and stopped."""
