@@ -19,7 +19,7 @@ from ddp_sgd.distributed.bounded import leave
 from ddp_sgd.distributed.cpus import batch_scheduling
 from ddp_sgd.distributed.ranks import may_be_rank_0, read_ranks, told_by
 from ddp_sgd.engine.stopping import leave_undisturbed, stop_on_signal
-from ddp_sgd.report.weights_and_biases import start_ahead
+from ddp_sgd.report.wandb_logger import start_ahead
 
 _OPTIONS = (
     Option(

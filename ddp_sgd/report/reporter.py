@@ -13,13 +13,14 @@ from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.errors import ExitCode, UserError
 from ddp_sgd.masking import mask
 from ddp_sgd.plan import Plan
+from ddp_sgd.report.git_commit import GitCommit
 from ddp_sgd.report.journal import Journal
 from ddp_sgd.report.progress import Progress, last_line
 from ddp_sgd.report.run_folder import RunFolder
 from ddp_sgd.report.scribe import Scribe
 from ddp_sgd.report.sink import NoSink, Origin, Row, RunRecord, Sink, Sinks
 from ddp_sgd.report.tensorboard import TensorBoard
-from ddp_sgd.report.weights_and_biases import WeightsAndBiases
+from ddp_sgd.report.wandb_logger import WandbLogger
 from ddp_sgd.slurm import life_of_job
 
 
@@ -75,6 +76,7 @@ class Reporter:
         self._origin = origin
         life = life_of_job(os.environ)
         self._job = {"job": life} if life else {}
+        self._commit = GitCommit() if folder is not None else None
         self._start = time.perf_counter()
         self._plan: Plan | None = None
         self._state: Progressing | None = None
@@ -106,7 +108,9 @@ class Reporter:
         for sink in (self._verdict, self._sinks):
             self._opened.append(sink)
             sink.start(record)
-        world: Row = {"world_size": self._world_size, **self._job}
+        commit = self._commit.wait() if self._commit else None
+        code: Row = {"git_commit": commit} if commit else {}
+        world: Row = {"world_size": self._world_size, **self._job, **code}
         if not origin.has_rows:
             self._write("start", {**world, "run_id": origin.run_id})
         if origin.is_resumed:
@@ -259,7 +263,7 @@ def tell_of_the_end(result: Row, folder: RunFolder | None) -> None:
 
 def _sinks(config: RunConfig) -> list[Sink]:
     progress = Progress()
-    sinks: list[Sink] = [Journal(), progress, WeightsAndBiases(config.wandb, say=progress.say)]
+    sinks: list[Sink] = [Journal(), progress, WandbLogger(config.wandb, say=progress.say)]
     if config.log.tensorboard:
         sinks.append(TensorBoard(say=progress.say))
     return sinks
