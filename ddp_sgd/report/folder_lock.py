@@ -205,6 +205,11 @@ class OwnerWatch:
         self._before: bytes | None = None
         self._changed = 0.0
 
+    def wait_for_end(self, seconds: float) -> bool:
+        """Wait for so long; return whether the run has ended by then."""
+        time.sleep(seconds)
+        return not self.is_alive()
+
     def is_alive(self) -> bool:
         """Whether a run has the folder: there is a note, and it is renewed."""
         try:

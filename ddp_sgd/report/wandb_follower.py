@@ -387,13 +387,8 @@ def _follow_by_hand(argv: Sequence[str] | None) -> None:
         upload_timeout_s=scaled(UPLOAD_TIMEOUT_S),
     )
     watch = OwnerWatch(asked.folder)
-
-    def wait(seconds: float) -> bool:
-        time.sleep(seconds)
-        return not watch.is_alive()
-
     try:
-        _Follower(request, lambda text: say(f"W&B: {text}"), wait).run()
+        _Follower(request, lambda text: say(f"W&B: {text}"), watch.wait_for_end).run()
     except KeyboardInterrupt:
         raise StoppedError("stopped by SIGINT; run it again to send the rest.") from None
     except BaseException as error:  # wandb leaves by sys.exit when its helper process failed
