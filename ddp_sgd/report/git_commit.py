@@ -1,6 +1,7 @@
 """The git commit of the working directory, for the journal and for W&B. No torch."""
 
 import subprocess
+from contextlib import suppress
 from threading import Thread
 
 from ddp_sgd.time_limits import scaled
@@ -16,11 +17,13 @@ class GitCommit:
         """Start ``git``."""
         self._commit: str | None = None
         self._thread = Thread(target=self._look_up, name="ddp_sgd-git-commit", daemon=True)
-        self._thread.start()
+        with suppress(RuntimeError):  # the system has no thread left for us
+            self._thread.start()
 
     def wait(self) -> str | None:
         """Return the commit, ``+changes`` appended if files differ; None if there is none."""
-        self._thread.join(scaled(_TIMEOUT_S))
+        if self._thread.ident is not None:
+            self._thread.join(scaled(_TIMEOUT_S))
         return self._commit
 
     def _look_up(self) -> None:

@@ -293,9 +293,8 @@ class _Follower:
         try:
             run.finish(exit_code=result.get("exit_code", ExitCode.PEER.value))
         except TimeoutError:
-            limit = f"{self._request.upload_timeout_s:g} s"
-            folder = _wandb_file(run).parent
-            self._report(f"not all sent after {limit}; the rest: wandb sync {folder}")
+            limit, folder = self._request.upload_timeout_s, _wandb_file(run).parent
+            self._report(f"not all sent after {limit:g} s; the rest: wandb sync {folder}")
 
 
 def _shown(config: RunConfig, folder: Path) -> dict[str, Any]:

@@ -1,4 +1,5 @@
 import subprocess
+import threading
 
 from ddp_sgd.report.git_commit import GitCommit, git_commit
 
@@ -30,3 +31,11 @@ def test_the_commit_is_looked_up_beside_the_run(monkeypatch, tmp_path):
     identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run(["git", *identity, "commit", "-qm", "x"], check=True)
     assert GitCommit().wait() == git_commit() is not None
+
+
+def test_a_system_without_a_free_thread_has_no_commit(monkeypatch):
+    def refuse(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert GitCommit().wait() is None
