@@ -10,7 +10,6 @@ import fcntl
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -124,13 +123,21 @@ def _last_place(file: Path) -> int:
     Raises:
         OutputError: The reader fails. To send all rows again could show them twice.
     """
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    # What `wandb leet inspect --json FILE` starts, which takes a second of imports for each file:
+    # a run that was killed over and over has many, and the follower little time.
+    options = ["--no-observability", "--json", "--run-file", str(file.absolute())]
+    command = [_core(), "leet", "inspect", *options, str(file.absolute().parent.parent)]
     null, pipe, last = subprocess.DEVNULL, subprocess.PIPE, b""
-    with subprocess.Popen(command, stdin=null, stdout=pipe, stderr=null, env=environ) as reader:
+    with subprocess.Popen(command, stdin=null, stdout=pipe, stderr=null) as reader:
         for line in reader.stdout or ():
             if b'"type":"history"' in line:
                 last = line
     if reader.returncode:
         raise OutputError(f"{file} is not readable by wandb; move it out of the run folder.")
     return int(json.loads(last)["history"]["item"]["_step"]) if last else NOWHERE
+
+
+def _core() -> str:
+    from wandb.util import get_core_path
+
+    return str(get_core_path())

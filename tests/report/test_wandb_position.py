@@ -106,8 +106,7 @@ def test_the_mark_of_an_earlier_version_is_understood(tmp_path):
 
 def test_a_file_that_wandb_cannot_read_ends_in_one_line(tmp_path, monkeypatch):
     file = log(tmp_path, 3)
-    (tmp_path / "wandb.py").write_text("raise SystemExit(1)")
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(module, "_core", lambda: "false")
     with pytest.raises(OutputError, match="is not readable by wandb; move it out") as caught:
         read_back(new_file(tmp_path), tmp_path / "last_row")
     assert str(file) in str(caught.value)
