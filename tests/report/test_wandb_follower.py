@@ -422,6 +422,7 @@ def test_every_row_comes_once_where_the_trainer_is_killed_again_and_again(tmp_pa
     subprocess.run(
         program, cwd=tmp_path, env=environ, check=True, capture_output=True, timeout=WAIT_S
     )
+    assert by_hand(folder).returncode == 0  # where its own follower ran out of time
     written = in_journal(folder)
     assert len(written) == epochs * (45 + 1)
     assert in_wandb(folder) == written
