@@ -74,8 +74,8 @@ $(TESTS): $(RUNS)
 # What takes long with the pinned versions is left out: these are to touch every package once.
 LOWEST_TESTS := tests/config tests/data tests/test_instantiate.py tests/test_models.py \
 	tests/test_plan.py tests/test_platforms.py tests/report/test_journal.py tests/report/test_tensorboard.py \
-	tests/report/test_wandb_arguments.py tests/report/test_run_folder.py tests/checkpointing/test_exporting.py \
-	tests/report/test_weights_and_biases.py::test_the_configuration_the_plan_the_commit_and_the_world_size_are_recorded
+	tests/report/test_run_folder.py tests/checkpointing/test_exporting.py \
+	tests/report/test_wandb_logger.py::test_the_configuration_the_plan_the_commit_and_the_world_size_are_recorded
 
 # torch, torchvision and what has no promise are found behind the packages of this environment.
 $(LOWEST)/.installed: $(TESTS) tests/lowest_versions.py
@@ -97,7 +97,7 @@ NEWER_TESTS := tests/config --ignore=tests/config/test_reference.py tests/test_p
 	tests/test_time_limits.py tests/test_cli.py tests/test_child_process.py tests/checkpointing/test_retrying.py \
 	tests/checkpointing/test_table.py tests/test_rank_differences.py tests/report/test_curve.py \
 	tests/report/test_failures.py tests/report/test_journal.py tests/report/test_lost_result.py tests/report/test_plan_table.py \
-	tests/report/test_row_mark.py tests/report/test_scaling_table.py tests/report/test_wandb_arguments.py \
+	tests/report/test_scaling_table.py tests/report/test_git_commit.py \
 	tests/engine/test_timetable.py tests/distributed/test_hang_report.py tests/data/test_digits.py
 
 $(NEWER)/.installed: constraints.txt

@@ -10,7 +10,8 @@ import io
 import os
 import select
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 from ddp_sgd.errors import OutputError, StoppedError
@@ -110,6 +111,22 @@ def fill_descriptors() -> None:
         except OSError:
             null = os.open(os.devnull, mode)  # the lowest that is free: this one
             os.set_inheritable(null, True)  # noqa: FBT003  it takes no keyword
+
+
+@contextmanager
+def silent_descriptors() -> Iterator[None]:
+    """Send what this process and those that it starts print to ``/dev/null`` meanwhile."""
+    kept = [(number, os.dup(number)) for number in (1, 2)]
+    null = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for number, _ in kept:
+            os.dup2(null, number)
+        yield
+    finally:
+        for number, copy in kept:
+            os.dup2(copy, number)
+            os.close(copy)
+        os.close(null)
 
 
 class _LastingFile(io.FileIO):

@@ -19,7 +19,7 @@ from ddp_sgd.distributed.cpus import batch_scheduling
 from ddp_sgd.distributed.environment import may_be_rank_0, only_on_rank, read_ranks
 from ddp_sgd.engine.triggers import leave_undisturbed, stop_on_signal
 from ddp_sgd.instantiate import uncollected
-from ddp_sgd.report.weights_and_biases import start_ahead
+from ddp_sgd.report.wandb_logger import start_ahead
 
 _OPTIONS = (
     Option(

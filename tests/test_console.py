@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 from launching import ROOT, environment
 
-from ddp_sgd.console import deliver, fill_descriptors, is_terminal, say, say_error, settle, silence
+from ddp_sgd.console import (
+    deliver,
+    fill_descriptors,
+    is_terminal,
+    say,
+    say_error,
+    settle,
+    silence,
+    silent_descriptors,
+)
 from ddp_sgd.errors import ExitCode, OutputError
 from ddp_sgd.report.journal import read_journal
 
@@ -259,3 +268,11 @@ def test_buffering_is_that_of_before(flags):
     )
     process = python(code, *flags, stdout=subprocess.PIPE, text=True)
     assert process.communicate(timeout=LIMIT_S)[0] == f"{bool(flags)} True utf-8\n"
+
+
+def test_silent_descriptors_take_what_a_child_prints(capfd):
+    with silent_descriptors():
+        subprocess.run([sys.executable, "-c", "import os; os.write(2, b'a')"], check=True)
+        os.write(1, b"b")
+    os.write(1, b"c")
+    assert tuple(capfd.readouterr()) == ("c", "")

@@ -259,7 +259,7 @@ class WandbConfig(Section):
     """Weights & Biases. What is left null follows the user's settings, such as WANDB_PROJECT."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: as WANDB_MODE says, else online with an API key, else offline."""
+    """auto: as WANDB_DISABLED and WANDB_MODE say, else online with an API key, else offline."""
 
     project: Text | None = None
     """Project of the run; null: WANDB_PROJECT, else ddp_sgd."""

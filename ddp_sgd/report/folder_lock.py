@@ -192,6 +192,50 @@ class FolderLock:
             os.close(descriptor)  # on NFS this is what sends it to the server
 
 
+class OwnerWatch:
+    """Liveness of the run that owns a run folder, seen from any host, by its owner note.
+
+    Args:
+        folder: The run folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Look at nothing yet."""
+        self._folder = folder
+        self._here = Owner.here(os.environ)
+        self._before: bytes | None = None
+        self._changed = 0.0
+
+    def wait_for_end(self, seconds: float) -> bool:
+        """Wait for so long; return whether the run has ended by then."""
+        time.sleep(seconds)
+        return not self.is_alive()
+
+    def is_alive(self) -> bool:
+        """Whether a run has the folder: there is a note, and it is renewed."""
+        try:
+            note = _read(self._folder)
+        except OSError:  # a disk that is out of reach for a moment says nothing about the run
+            return True
+        if note is None:
+            return False
+        if note.text != self._before:
+            self._before, self._changed = note.text, time.monotonic()
+        if note.owner and self._here.shares_locks_with(note.owner) and _is_gone(note.owner.pid):
+            return False
+        return time.monotonic() - self._changed < scaled(SILENT_RENEWALS * RENEW_S)
+
+
+def _is_gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # another user's
+        return False
+    return False
+
+
 class _Note(NamedTuple):
     """An owner note as it was read; without an owner where it is no JSON object of ours."""
 

@@ -2,11 +2,11 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ddp_sgd.errors import DataError
 from ddp_sgd.files import replace_file
@@ -80,6 +80,71 @@ class Journal:
             self._file = None
 
 
+class JournalTail:
+    """Follows a journal that another process writes, as ``tail -F`` does.
+
+    A journal that a resumed run has cut back, and so replaced, is read again from its beginning.
+
+    Args:
+        path: The journal; it may be missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read nothing yet."""
+        self._path = path
+        self._stream: IO[bytes] | None = None
+
+    def read(self, *, is_over: bool) -> Iterator[dict[str, Any]]:
+        """Read the rows that were appended since the last call.
+
+        Args:
+            is_over: Whether nobody writes any more: a last line without its newline then counts,
+                if it is a row.
+
+        Raises:
+            DataError: A line is no JSON object.
+        """
+        try:
+            self._open()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise _unreadable(self._path, error) from error
+        stream = self._stream
+        while stream is not None:
+            start = stream.tell()
+            line = stream.readline()
+            row = _parse(line)
+            if line.endswith(b"\n") and row is None:
+                raise DataError(
+                    f"{self._path} holds a line at byte {start} that is not a JSON object; take "
+                    "the line out, or restore the file."
+                )
+            if row is None or not (line.endswith(b"\n") or is_over):
+                stream.seek(start)
+                return
+            yield row
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._stream is not None:
+            self._stream.close()
+
+    def _open(self) -> None:
+        """Open the file by its name again: on NFS only that shows what another host has written.
+
+        The file that was open before stays open meanwhile, so that its inode number is not free
+        for the one that replaces it.
+        """
+        stream = self._path.open("rb")
+        before, self._stream = self._stream, stream
+        if before is not None:
+            old, new = os.fstat(before.fileno()), os.fstat(stream.fileno())
+            if os.path.samestat(old, new) and before.tell() <= new.st_size:
+                stream.seek(before.tell())
+            before.close()
+
+
 def has_journal(folder: Path) -> bool:
     """Whether a run has written rows into a folder."""
     path = folder / FILE_NAME
@@ -126,9 +191,7 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
     try:
         *lines, last = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise DataError(
-            f"{path} is not readable ({error.strerror}); name the metrics.jsonl of a run folder."
-        ) from error
+        raise _unreadable(path, error) from error
     rows = []
     for number, line in enumerate(lines, start=1):
         row = _parse(line)
@@ -139,6 +202,12 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
         rows.append(row)
     torn_or_whole = _parse(last)
     return rows if torn_or_whole is None else [*rows, torn_or_whole]
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(
+        f"{path} is not readable ({error.strerror}); name the metrics.jsonl of a run folder."
+    )
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -14,12 +14,13 @@ from ddp_sgd.errors import ExitCode, UserError
 from ddp_sgd.masking import mask
 from ddp_sgd.plan import Plan
 from ddp_sgd.report.async_writer import AsyncWriter
+from ddp_sgd.report.git_commit import GitCommit
 from ddp_sgd.report.journal import Journal
 from ddp_sgd.report.logger import Logger, Loggers, NoLogger, Origin, Row, RunRecord
 from ddp_sgd.report.progress import Progress, last_line
 from ddp_sgd.report.run_folder import RunFolder
 from ddp_sgd.report.tensorboard import TensorBoard
-from ddp_sgd.report.weights_and_biases import WeightsAndBiases
+from ddp_sgd.report.wandb_logger import WandbLogger
 from ddp_sgd.slurm import life_of_job
 
 
@@ -74,7 +75,8 @@ class Reporter:
         self._world_size = world_size
         self._origin = origin
         life = life_of_job(os.environ)
-        self._context = {"job": life} if life else {}
+        self._job = {"job": life} if life else {}
+        self._commit = GitCommit() if folder is not None else None
         self._start = time.perf_counter()
         self._plan: Plan | None = None
         self._state: Progressing | None = None
@@ -106,7 +108,9 @@ class Reporter:
         for logger in (self._result_logger, self._loggers):
             self._opened.append(logger)
             logger.start(record)
-        world: Row = {"world_size": self._world_size, **self._context}
+        commit = self._commit.wait() if self._commit else None
+        code: Row = {"git_commit": commit} if commit else {}
+        world: Row = {"world_size": self._world_size, **self._job, **code}
         if not origin.has_rows:
             self._write("start", {**world, "run_id": origin.run_id})
         if origin.is_resumed:
@@ -183,7 +187,7 @@ class Reporter:
         if self._pid != os.getpid():
             return
         wall = {"wall_s": time.perf_counter() - self._start}
-        full = {key: _number(value) for key, value in {**result, **self._context, **wall}.items()}
+        full = {key: _number(value) for key, value in {**result, **self._job, **wall}.items()}
         try:  # the result first: others may take their time, and a launcher may lose patience
             self._result_logger.finish(full)
         finally:
@@ -261,7 +265,7 @@ def tell_of_the_end(result: Row, folder: RunFolder | None) -> None:
 
 def _loggers(config: RunConfig) -> list[Logger]:
     progress = Progress()
-    loggers: list[Logger] = [Journal(), progress, WeightsAndBiases(config.wandb, say=progress.say)]
+    loggers: list[Logger] = [Journal(), progress, WandbLogger(config.wandb, say=progress.say)]
     if config.log.tensorboard:
         loggers.append(TensorBoard(say=progress.say))
     return loggers

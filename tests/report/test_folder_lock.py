@@ -11,7 +11,7 @@ from limits import WAIT_S
 
 from ddp_sgd.errors import ExitCode, RefusedError
 from ddp_sgd.report import folder_lock as module
-from ddp_sgd.report.folder_lock import LOCK_NAME, OWNER_NAME, FolderLock, Owner
+from ddp_sgd.report.folder_lock import LOCK_NAME, OWNER_NAME, FolderLock, Owner, OwnerWatch
 
 HOLD = (
     "import sys; from pathlib import Path; "
@@ -230,3 +230,42 @@ def test_the_kernel_is_known_on_linux():
     if not path.exists():
         pytest.skip("no /proc")
     assert Owner.here({}).boot == path.read_text().strip()
+
+
+def test_a_run_is_alive_until_it_ends(tmp_path, hold):
+    assert not OwnerWatch(tmp_path).is_alive()
+    run = hold(tmp_path)
+    watch = OwnerWatch(tmp_path)
+    assert watch.is_alive()
+    assert not watch.wait_for_end(0.0)
+    run.communicate(b"\n", timeout=WAIT_S)
+    assert watch.wait_for_end(0.0)
+
+
+def test_a_run_that_was_killed_on_this_host_is_dead_at_once(tmp_path, hold, monkeypatch):
+    monkeypatch.setattr(module, "RENEW_S", 1e6)
+    run = hold(tmp_path)
+    watch = OwnerWatch(tmp_path)
+    assert watch.is_alive()
+    run.kill()
+    run.wait(WAIT_S)
+    assert not watch.is_alive()
+
+
+def test_a_run_on_another_host_is_dead_when_its_note_is_not_renewed(tmp_path, monkeypatch):
+    leave_note(tmp_path)
+    watch = OwnerWatch(tmp_path)
+    assert watch.is_alive()
+    leave_note(tmp_path, renewed=1.0)
+    monkeypatch.setattr(module, "RENEW_S", 0.0)
+    assert not watch.is_alive()
+    monkeypatch.setattr(module, "RENEW_S", 1e6)
+    assert watch.is_alive()
+
+
+def test_a_folder_that_is_out_of_reach_says_nothing_about_its_run(tmp_path, monkeypatch):
+    def fail(path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(module, "_read", fail)
+    assert OwnerWatch(tmp_path).is_alive()

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from ddp_sgd.errors import DataError, ExitCode, OutputError
-from ddp_sgd.report.journal import FILE_NAME, Journal, read_journal
+from ddp_sgd.files import replace_file
+from ddp_sgd.report.journal import FILE_NAME, Journal, JournalTail, read_journal
 
 ROW = {"time": 1.7e9, "step": 10, "epoch": 0.5, "samples": 320, "train/loss": 2.25}
 
@@ -148,3 +149,52 @@ def test_a_row_before_the_start_is_a_mistake_of_ours_and_an_end_is_not():
     with pytest.raises(RuntimeError, match="came before the journal was started"):
         journal.write([("train", ROW)])
     journal.finish({})
+
+
+def tail_of(folder, *lines):
+    path = folder / FILE_NAME
+    path.write_text("".join(lines))
+    return path, JournalTail(path)
+
+
+def steps(tail, *, is_over=False):
+    return [row["step"] for row in tail.read(is_over=is_over)]
+
+
+def test_a_tail_gives_every_row_once_as_it_comes(tmp_path):
+    path, tail = tail_of(tmp_path, '{"step": 1}\n{"step": 2}\n{"st')
+    assert steps(tail) == [1, 2]
+    assert steps(tail) == []
+    with path.open("a") as stream:
+        stream.write('ep": 3}\n{"step": 4}')
+    assert steps(tail) == [3]
+    assert steps(tail, is_over=True) == [4], "the newline was lost in a crash"
+    tail.close()
+
+
+def test_a_tail_leaves_a_torn_line_out(tmp_path):
+    _, tail = tail_of(tmp_path, '{"step": 1}\n{"st')
+    assert steps(tail, is_over=True) == [1]
+    tail.close()
+
+
+def test_a_tail_begins_again_where_the_journal_was_replaced(tmp_path):
+    path, tail = tail_of(tmp_path, '{"step": 1}\n{"step": 2}\n')
+    assert steps(tail) == [1, 2]
+    replace_file(path, '{"step": 1}\n{"step": 7}\n')
+    assert steps(tail) == [1, 7]
+    path.write_text('{"step": 1}\n')  # in place
+    assert steps(tail) == [1]
+    tail.close()
+
+
+def test_a_tail_waits_for_a_journal_and_names_damage(tmp_path):
+    tail = JournalTail(tmp_path / FILE_NAME)
+    assert steps(tail) == []
+    tail.close()
+    _, tail = tail_of(tmp_path, '{"step": 1}\nzero\n')
+    with pytest.raises(DataError, match="holds a line at byte 12 that is not a JSON object"):
+        steps(tail)
+    tail.close()
+    with pytest.raises(DataError, match="is not readable"):
+        steps(JournalTail(tmp_path))
