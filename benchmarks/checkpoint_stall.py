@@ -17,10 +17,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ddp_sgd.checkpointing.checkpointer import AsyncCheckpointer
-from ddp_sgd.checkpointing.folder import CheckpointFolder
+from ddp_sgd.checkpointing.checkpointer import AsyncCheckpointer, Snapshot
 from ddp_sgd.checkpointing.manifest import Header
-from ddp_sgd.checkpointing.snapshot import Snapshot
+from ddp_sgd.checkpointing.store import CheckpointFolder
 from ddp_sgd.config import RunConfig
 from ddp_sgd.engine.train_state import State, run_state_dict
 from ddp_sgd.optim.sgd import SGD, build_sgd

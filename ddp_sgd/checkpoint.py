@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
-from ddp_sgd.checkpointing.listing import (
+from ddp_sgd.checkpointing.inspection import (
     epochs_of,
     fault_at,
     files_to_verify,
@@ -97,8 +97,8 @@ def _verify(asked: argparse.Namespace) -> int:
 
 
 def _export(asked: argparse.Namespace) -> int:
-    from ddp_sgd.checkpointing.exporting import export_weights, refuse_overwriting
-    from ddp_sgd.checkpointing.reading import find_checkpoint, read_tensors
+    from ddp_sgd.checkpointing.convert import export_weights, refuse_overwriting
+    from ddp_sgd.checkpointing.serialization import find_checkpoint, read_tensors
     from ddp_sgd.engine.result import weights_digest
 
     refuse_overwriting(asked.output, force=asked.force)
@@ -112,7 +112,7 @@ def _export(asked: argparse.Namespace) -> int:
 
 
 def _average(asked: argparse.Namespace) -> int:
-    from ddp_sgd.checkpointing.averaging import choose_checkpoints, write_average
+    from ddp_sgd.checkpointing.convert import choose_checkpoints, write_average
 
     chosen = choose_checkpoints(asked.paths, last=asked.last)
     written = write_average(chosen, asked.output)
@@ -124,7 +124,7 @@ def _average(asked: argparse.Namespace) -> int:
 
 def _diff(asked: argparse.Namespace) -> int:
     from ddp_sgd.checkpointing.comparing import compare_plain, compare_trees, difference_lines
-    from ddp_sgd.checkpointing.reading import find_checkpoint, read_tensors
+    from ddp_sgd.checkpointing.serialization import find_checkpoint, read_tensors
 
     (one, first), (other, second) = (find_checkpoint(path) for path in (asked.first, asked.second))
     settings = compare_plain(_settings(first.header), _settings(second.header))

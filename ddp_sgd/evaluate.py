@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddp_sgd.checkpointing.listing import epochs_of
+from ddp_sgd.checkpointing.inspection import epochs_of
 from ddp_sgd.cli import run_command
 from ddp_sgd.config import CommandLine, Option, dump_yaml
 from ddp_sgd.console import deliver

@@ -11,8 +11,7 @@ from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.instantiate import instantiate
 from ddp_sgd.optim.schedule import build_schedule
 from ddp_sgd.plan import Plan, make_plan
-from ddp_sgd.report.curve import curve
-from ddp_sgd.report.plan_table import plan_table
+from ddp_sgd.report.plan_table import curve, plan_table
 from ddp_sgd.report.scaling_table import scaling_table
 from ddp_sgd.scaling import Network, Workload
 

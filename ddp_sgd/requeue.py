@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddp_sgd.checkpointing.folder import FOLDER_NAME, CheckpointFolder
+from ddp_sgd.checkpointing.store import FOLDER_NAME, CheckpointFolder
 from ddp_sgd.cli import run_command
 from ddp_sgd.config import CommandLine, Option
 from ddp_sgd.console import say
 from ddp_sgd.errors import DataError, ExitCode
 from ddp_sgd.files import replace_file
 from ddp_sgd.report.journal import read_journal
-from ddp_sgd.report.lost_result import BEGINNINGS, result_from_rows, write_result
+from ddp_sgd.report.run_folder import BEGINNINGS, result_from_rows, write_result
 from ddp_sgd.slurm import life_of_job, times_requeued
 
 _OPTIONS = (

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from ddp_sgd.checkpointing.checkpointer import AsyncCheckpointer
-from ddp_sgd.checkpointing.folder import CheckpointFolder
-from ddp_sgd.checkpointing.reading import read_tensors
+from ddp_sgd.checkpointing.serialization import read_tensors
+from ddp_sgd.checkpointing.store import CheckpointFolder
 from ddp_sgd.config import RunConfig
 from ddp_sgd.engine.train_state import State, run_state_dict
 from ddp_sgd.optim.sgd import build_sgd

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from ddp_sgd.checkpointing.folder import CheckpointFolder
 from ddp_sgd.checkpointing.manifest import Header
-from ddp_sgd.checkpointing.packing import write_checkpoint
+from ddp_sgd.checkpointing.serialization import write_checkpoint
+from ddp_sgd.checkpointing.store import CheckpointFolder
 
 
 def header(step=1, **changes):

@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from ddp_sgd.errors import RefusedError
-from ddp_sgd.trust import is_trusted, refuse_untrusted
+from ddp_sgd.instantiate import is_trusted, refuse_untrusted
 
 TRUSTED = [
     "ddp_sgd.data.Digits",
@@ -72,7 +72,7 @@ def test_a_name_that_is_nowhere_is_left_to_whoever_builds_it():
 
 def test_nothing_foreign_is_imported():
     code = (
-        "import sys; from ddp_sgd.trust import is_trusted; "
+        "import sys; from ddp_sgd.instantiate import is_trusted; "
         "is_trusted('user_code.Zeros'), is_trusted('antigravity.fly'); "
         "sys.exit(any(name in sys.modules for name in ('user_code', 'antigravity', 'torch')))"
     )

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from benchmarks.peers.task import Task
-from ddp_sgd.checkpointing.reading import find_checkpoint, read_tensors
+from ddp_sgd.checkpointing.serialization import find_checkpoint, read_tensors
 
 _BATCH = 128
 

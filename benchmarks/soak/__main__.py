@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.soak.faults import FAULTS
 from benchmarks.soak.job import INTERVAL, ROWS, Job
-from ddp_sgd.checkpointing.folder import CheckpointFolder
+from ddp_sgd.checkpointing.store import CheckpointFolder
 
 STEPS_A_FAULT = 184
 """Eight epochs of 23 steps."""

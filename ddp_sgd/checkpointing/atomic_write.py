@@ -11,8 +11,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ddp_sgd.checkpointing.folder import UNFINISHED, CheckpointFolder, fault_of
 from ddp_sgd.checkpointing.manifest import Header, Manifest
+from ddp_sgd.checkpointing.store import UNFINISHED, CheckpointFolder, fault_of
 from ddp_sgd.files import make_folder, sync_folder
 
 

@@ -2,7 +2,7 @@
 
 from ddp_sgd.config.changes import changes_that_matter, leaves, rank_batch
 from ddp_sgd.config.command_line import CommandLine, dump_yaml, load_config, read_command_line
-from ddp_sgd.config.options import Option
+from ddp_sgd.config.keys import Option
 from ddp_sgd.config.processes import ParallelConfig, RuntimeConfig
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.config.sections import (

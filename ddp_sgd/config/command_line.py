@@ -9,8 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ddp_sgd.config.faults import explain_faults, nearest, show
-from ddp_sgd.config.fields import all_keys
-from ddp_sgd.config.options import OWN_OPTIONS, Option
+from ddp_sgd.config.keys import OWN_OPTIONS, Option, all_keys
 from ddp_sgd.config.reference import help_text
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.config.sections import expand_home

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ddp_sgd.config.fields import Key, all_keys, keys_below, yaml_value
+from ddp_sgd.config.keys import Key, all_keys, keys_below, yaml_value
 from ddp_sgd.config.sections import Component
 from ddp_sgd.errors import ConfigError
 

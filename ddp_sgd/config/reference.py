@@ -3,8 +3,7 @@
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from ddp_sgd.config.fields import Key, all_keys, keys_below, yaml_value
-from ddp_sgd.config.options import Option
+from ddp_sgd.config.keys import Key, Option, all_keys, keys_below, yaml_value
 
 _EXAMPLES = (
     "--config=configs/digits.yaml --optim.lr=0.1",

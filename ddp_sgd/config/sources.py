@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ddp_sgd.config.fields import all_keys
+from ddp_sgd.config.keys import all_keys
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.config.sections import Component
 from ddp_sgd.config.yaml_events import MAX_DEPTH

@@ -11,12 +11,16 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import TensorDataset, default_collate
 
-from ddp_sgd.data.sample_faults import is_pair, no_batch, no_pair, no_tensor, shape_of
-from ddp_sgd.data.whole_batches import (
+from ddp_sgd.data.dataset_checks import (
     draws_numbers,
     gives_whole_batches,
+    is_pair,
     may_give_whole_batches,
+    no_batch,
+    no_pair,
+    no_tensor,
     require_rows,
+    shape_of,
     single,
     take_whole_batch,
 )

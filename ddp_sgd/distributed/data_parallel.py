@@ -13,9 +13,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddp_sgd.distributed.collectives import sum_over_ranks
+from ddp_sgd.distributed.collectives import broadcast_buffers, broadcast_parameters, sum_over_ranks
 from ddp_sgd.distributed.comm_hooks import CommHook
-from ddp_sgd.distributed.model_state import broadcast_buffers, broadcast_parameters
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.errors import ConfigError
 

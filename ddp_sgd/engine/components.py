@@ -1,24 +1,65 @@
-"""The components of a run: model, loss and data, given or built from the configuration."""
+"""The components of a run: model, loss and data, given or built from the configuration.
 
+Lazy modules are materialized by one forward pass before anything is compared or restored.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ddp_sgd.config.schema import RunConfig
+from ddp_sgd.data.dataset_checks import OpenFiles
 from ddp_sgd.data.fetcher import Collate
-from ddp_sgd.data.open_files import OpenFiles
+from ddp_sgd.data.loader import move
+from ddp_sgd.engine.evaluation import evaluating
 from ddp_sgd.engine.fingerprint import Marks, mark_samples
-from ddp_sgd.engine.lazy_modules import is_materialized, materialize
 from ddp_sgd.engine.model_check import check_loss_parameters, check_model
-from ddp_sgd.engine.model_inputs import choose_spread
-from ddp_sgd.engine.sample_batch import Batch, check_dataset, read_batch
+from ddp_sgd.engine.sample_batch import Batch, check_dataset, choose_spread, read_batch
+from ddp_sgd.engine.side_effects import undo_side_effects
 from ddp_sgd.engine.train_state import describe_loss
 from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.instantiate import instantiate
 from ddp_sgd.losses import LossFunction, Objective, as_module, loss_modules
 from ddp_sgd.seeds import seed_for
+
+
+def is_materialized(model: nn.Module) -> bool:
+    """Whether all parameters and buffers have a shape."""
+    return not _lazy_names(model)
+
+
+def materialize(
+    model: nn.Module, inputs: Any, call: Callable[[nn.Module, Any], Any], seed: int
+) -> None:
+    """Give lazy parameters their shapes and first values, which follow from the seed alone.
+
+    Args:
+        model: The model, on any device; only its lazy modules change.
+        inputs: Inputs of a batch, on the host.
+        call: Calls the model with such inputs.
+        seed: Seed of the weights.
+
+    Raises:
+        ConfigError: The model fails, or leaves lazy modules out.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with undo_side_effects([model], [torch.default_generator]), evaluating(model):
+        torch.manual_seed(seed)
+        call(model, move(inputs, device))
+    if names := _lazy_names(model):
+        raise ConfigError(
+            f"model.{names[0]} is not initialized by a forward pass in evaluation mode; run the "
+            "model once before the training, or give that layer its sizes."
+        )
+
+
+def _lazy_names(model: nn.Module) -> list[str]:
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return [name for name, tensor in named if is_lazy(tensor)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

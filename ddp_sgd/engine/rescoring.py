@@ -8,27 +8,30 @@ from typing import Any
 from torch import nn
 
 from ddp_sgd.checkpointing.manifest import Header
-from ddp_sgd.checkpointing.reading import find_checkpoint, read_tensors
+from ddp_sgd.checkpointing.serialization import find_checkpoint, read_tensors
 from ddp_sgd.config import Component, RunConfig
-from ddp_sgd.data.open_files import OpenFiles
-from ddp_sgd.distributed.collectives import from_rank_0
-from ddp_sgd.distributed.model_state import broadcast_buffers, broadcast_parameters
+from ddp_sgd.data.dataset_checks import OpenFiles
+from ddp_sgd.distributed.collectives import broadcast_buffers, broadcast_parameters, from_rank_0
 from ddp_sgd.distributed.progress import ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import buffers_by_name
-from ddp_sgd.engine.components import materialize_lazy, ready_collate, ready_loss, ready_model
+from ddp_sgd.engine.components import (
+    is_materialized,
+    materialize_lazy,
+    ready_collate,
+    ready_loss,
+    ready_model,
+)
 from ddp_sgd.engine.error_translation import translate_errors
 from ddp_sgd.engine.evaluation import Metrics
-from ddp_sgd.engine.lazy_modules import is_materialized
 from ddp_sgd.engine.restoring import model_misfits, restore
 from ddp_sgd.engine.result import weights_digest
 from ddp_sgd.engine.sample_batch import check_dataset, read_batch
 from ddp_sgd.engine.setup import build_scorer
 from ddp_sgd.engine.train_state import describe_loss
 from ddp_sgd.errors import ConfigError, DataError
-from ddp_sgd.instantiate import instantiate
+from ddp_sgd.instantiate import instantiate, refuse_untrusted
 from ddp_sgd.losses import LossFunction, as_module, loss_modules
-from ddp_sgd.trust import refuse_untrusted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

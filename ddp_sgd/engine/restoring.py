@@ -11,11 +11,10 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ddp_sgd.checkpointing.comparing import misfits
 from ddp_sgd.checkpointing.manifest import Header
-from ddp_sgd.checkpointing.reading import read_tensors
+from ddp_sgd.checkpointing.serialization import read_tensors
 from ddp_sgd.config import RunConfig, rank_batch
 from ddp_sgd.data.sampler import ORDER
-from ddp_sgd.distributed.collectives import from_rank_0
-from ddp_sgd.distributed.model_state import broadcast_buffers, broadcast_parameters
+from ddp_sgd.distributed.collectives import broadcast_buffers, broadcast_parameters, from_rank_0
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, buffers_by_name, unset_buffers
 from ddp_sgd.engine.train_state import State, describe_loss, momentum_buffers

@@ -7,10 +7,10 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-from ddp_sgd.checkpointing.folder import FOLDER_NAME, CheckpointFolder, Choice
 from ddp_sgd.checkpointing.manifest import Header
-from ddp_sgd.checkpointing.reading import find_checkpoint
 from ddp_sgd.checkpointing.retrying import is_missing, retry, unreadable
+from ddp_sgd.checkpointing.serialization import find_checkpoint
+from ddp_sgd.checkpointing.store import FOLDER_NAME, CheckpointFolder, Choice
 from ddp_sgd.config import RunConfig, changes_that_matter
 from ddp_sgd.config.yaml_text import read_yaml
 from ddp_sgd.distributed.collectives import from_rank_0

@@ -18,7 +18,6 @@ from ddp_sgd.distributed.collectives import gather_over_ranks
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, statistics_of
 from ddp_sgd.engine.evaluation import evaluating
-from ddp_sgd.engine.labels import check_labels, count_classes, listed_targets
 from ddp_sgd.engine.loss_check import examine_loss
 from ddp_sgd.engine.model_check import (
     check_changed_parameters,
@@ -27,10 +26,15 @@ from ddp_sgd.engine.model_check import (
     check_registered,
     list_registered,
 )
-from ddp_sgd.engine.model_inputs import choose_spread
 from ddp_sgd.engine.output_tensors import list_tensors
 from ddp_sgd.engine.randomness import Randomness
-from ddp_sgd.engine.sample_batch import Batch
+from ddp_sgd.engine.sample_batch import (
+    Batch,
+    check_labels,
+    choose_spread,
+    count_classes,
+    listed_targets,
+)
 from ddp_sgd.engine.side_effects import (
     CollectiveWatch,
     Place,

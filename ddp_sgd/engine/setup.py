@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from ddp_sgd.checkpointing.checkpointer import AsyncCheckpointer, Checkpointer, NoCheckpointer
-from ddp_sgd.checkpointing.folder import FOLDER_NAME, CheckpointFolder
 from ddp_sgd.checkpointing.manifest import Header
-from ddp_sgd.checkpointing.reading import read_tensors
+from ddp_sgd.checkpointing.serialization import read_tensors
+from ddp_sgd.checkpointing.store import FOLDER_NAME, CheckpointFolder
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.data.fetcher import Collate
 from ddp_sgd.data.loader import EvalLoader, TrainLoader
@@ -26,7 +26,7 @@ from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, buffers_by_name
 from ddp_sgd.engine.components import Components, mark_training_set
 from ddp_sgd.engine.evaluation import Metrics, Score, evaluate
 from ddp_sgd.engine.fingerprint import Marks, refuse_other_data, with_marks
-from ddp_sgd.engine.normalization import check_normalization
+from ddp_sgd.engine.model_check import check_normalization
 from ddp_sgd.engine.restoring import (
     broadcast_state,
     plan_from,

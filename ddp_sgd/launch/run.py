@@ -8,7 +8,7 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
-from ddp_sgd.checkpointing.folder import FOLDER_NAME, CheckpointFolder
+from ddp_sgd.checkpointing.store import FOLDER_NAME, CheckpointFolder
 from ddp_sgd.config import load_config
 from ddp_sgd.console import report_error, say_error
 from ddp_sgd.distributed.cpus import usable_cpus
@@ -27,7 +27,7 @@ from ddp_sgd.launch.torchrun import (
 )
 from ddp_sgd.report.folder_lock import FolderLock
 from ddp_sgd.report.journal import read_journal
-from ddp_sgd.report.lost_result import BEGINNINGS, result_from_rows, write_result
+from ddp_sgd.report.run_folder import BEGINNINGS, result_from_rows, write_result
 from ddp_sgd.time_limits import scaled
 
 _ASKS_FOR_TEXT = ("-h", "--help", "--print_config", "--print_folder", "--print_timeout")

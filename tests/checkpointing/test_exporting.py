@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, load_model
 from torch import nn
 
-from ddp_sgd.checkpointing.exporting import export_weights, refuse_overwriting, untie
+from ddp_sgd.checkpointing.convert import export_weights, refuse_overwriting, untie
 from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.config import RunConfig, load_config
 from ddp_sgd.errors import ConfigError, DataError, OutputError

@@ -100,5 +100,5 @@ def test_only_scores_of_the_weights_that_are_saved_count():
 
 
 def test_reading_needs_no_torch():
-    code = "import sys, ddp_sgd.checkpointing.folder; sys.exit('torch' in sys.modules)"
+    code = "import sys, ddp_sgd.checkpointing.store; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

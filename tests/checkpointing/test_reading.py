@@ -15,9 +15,9 @@ import torch
 from saving import write
 
 from ddp_sgd.checkpointing import retrying
-from ddp_sgd.checkpointing.folder import CheckpointFolder
 from ddp_sgd.checkpointing.manifest import read_manifest
-from ddp_sgd.checkpointing.reading import find_checkpoint, read_tensors
+from ddp_sgd.checkpointing.serialization import find_checkpoint, read_tensors
+from ddp_sgd.checkpointing.store import CheckpointFolder
 from ddp_sgd.errors import DataError, ExitCode
 
 
@@ -207,7 +207,7 @@ def plant(file, trace, *, legacy=False):
 READ = """
 import sys
 from pathlib import Path
-from ddp_sgd.checkpointing.reading import find_checkpoint, read_tensors
+from ddp_sgd.checkpointing.serialization import find_checkpoint, read_tensors
 from ddp_sgd.errors import UserError
 try:
     read_tensors(find_checkpoint(Path(sys.argv[1]))[0])

@@ -3,9 +3,9 @@ import torch
 from saving import header
 from torch import nn
 
-from ddp_sgd.checkpointing.folder import CheckpointFolder
-from ddp_sgd.checkpointing.packing import write_checkpoint
-from ddp_sgd.checkpointing.snapshot import Snapshot
+from ddp_sgd.checkpointing.checkpointer import Snapshot
+from ddp_sgd.checkpointing.serialization import write_checkpoint
+from ddp_sgd.checkpointing.store import CheckpointFolder
 
 CPU = torch.device("cpu")
 

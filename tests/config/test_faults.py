@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from ddp_sgd.config.faults import explain_faults, nearest, show
-from ddp_sgd.config.fields import all_keys
+from ddp_sgd.config.keys import all_keys
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.config.sections import Component
 from ddp_sgd.config.sources import Sources, lay_over

@@ -1,6 +1,6 @@
 import pytest
 
-from ddp_sgd.config.options import CONFIG, DEBUG, Option
+from ddp_sgd.config.keys import CONFIG, DEBUG, Option
 from ddp_sgd.errors import ConfigError
 
 

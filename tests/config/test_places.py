@@ -1,6 +1,6 @@
 import pytest
 
-from ddp_sgd.config.places import without_places
+from ddp_sgd.config.changes import without_places
 
 ROOT = "data.train.init_args.root"
 PLACE = "a path of its own"

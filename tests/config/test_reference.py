@@ -4,8 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddp_sgd.config.fields import all_keys
-from ddp_sgd.config.options import OWN_OPTIONS, Option
+from ddp_sgd.config.keys import OWN_OPTIONS, Option, all_keys
 from ddp_sgd.config.reference import help_text, reference_markdown
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.config.sections import Component

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from torch.utils.data import ConcatDataset, Subset
 
-from ddp_sgd.data.open_files import OpenFiles
+from ddp_sgd.data.dataset_checks import OpenFiles
 
 
 class Lazy:

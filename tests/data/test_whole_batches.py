@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import Subset, TensorDataset
 
 from ddp_sgd.data import Digits
+from ddp_sgd.data.dataset_checks import gives_whole_batches, may_give_whole_batches, require_rows
 from ddp_sgd.data.fetcher import Fetcher, Request, Unreadable
-from ddp_sgd.data.whole_batches import gives_whole_batches, may_give_whole_batches, require_rows
 from ddp_sgd.errors import DataError
 
 

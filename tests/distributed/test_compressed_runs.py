@@ -4,8 +4,8 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from ddp_sgd.checkpointing.folder import CheckpointFolder
-from ddp_sgd.checkpointing.reading import read_tensors
+from ddp_sgd.checkpointing.serialization import read_tensors
+from ddp_sgd.checkpointing.store import CheckpointFolder
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data import Digits, InMemory
 from ddp_sgd.engine.fit import fit

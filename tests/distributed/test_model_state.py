@@ -4,7 +4,7 @@ import torch
 from ranks import run_ranks
 from torch import nn
 
-from ddp_sgd.distributed.model_state import broadcast_buffers, broadcast_parameters
+from ddp_sgd.distributed.collectives import broadcast_buffers, broadcast_parameters
 from ddp_sgd.distributed.runtime import Runtime
 
 

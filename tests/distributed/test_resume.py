@@ -12,7 +12,7 @@ from torch import nn
 from wandb_reader import inspect_offline_run
 from wandb_stub import isolate_wandb
 
-from ddp_sgd.checkpointing.folder import CheckpointFolder
+from ddp_sgd.checkpointing.store import CheckpointFolder
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data import Digits
 from ddp_sgd.engine.fit import fit

@@ -8,7 +8,7 @@ import pytest
 import torch
 from saving import header
 
-from ddp_sgd.checkpointing.reading import find_checkpoint, read_tensors
+from ddp_sgd.checkpointing.serialization import find_checkpoint, read_tensors
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data import InMemory
 from ddp_sgd.distributed.runtime import Runtime

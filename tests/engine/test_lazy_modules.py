@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ddp_sgd.engine.lazy_modules import is_materialized, materialize
+from ddp_sgd.engine.components import is_materialized, materialize
 from ddp_sgd.errors import ConfigError
 
 

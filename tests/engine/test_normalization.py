@@ -6,7 +6,7 @@ from torch import nn
 
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data.sampler import TrainSampler
-from ddp_sgd.engine.normalization import check_normalization
+from ddp_sgd.engine.model_check import check_normalization
 from ddp_sgd.errors import ConfigError, ExitCode
 from ddp_sgd.models import ConvNet
 from ddp_sgd.plan import make_plan

@@ -15,7 +15,7 @@ import torch
 from limits import WAIT_S
 
 from ddp_sgd.checkpointing import retrying
-from ddp_sgd.checkpointing.reading import find_checkpoint
+from ddp_sgd.checkpointing.serialization import find_checkpoint
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data import InMemory
 from ddp_sgd.distributed.runtime import Runtime

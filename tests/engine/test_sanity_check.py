@@ -14,8 +14,7 @@ from torch.utils.data import TensorDataset
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data import Digits, InMemory
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.labels import listed_targets
-from ddp_sgd.engine.sample_batch import read_batch
+from ddp_sgd.engine.sample_batch import listed_targets, read_batch
 from ddp_sgd.engine.sanity_check import check_evaluation, check_training, describe
 from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.models import MLP, ConvNet

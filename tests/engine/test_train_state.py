@@ -9,9 +9,8 @@ import torch
 from saving import header
 from torch import nn
 
-from ddp_sgd.checkpointing.folder import CheckpointFolder
-from ddp_sgd.checkpointing.packing import write_checkpoint
-from ddp_sgd.checkpointing.reading import read_tensors
+from ddp_sgd.checkpointing.serialization import read_tensors, write_checkpoint
+from ddp_sgd.checkpointing.store import CheckpointFolder
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data.sampler import ORDER
 from ddp_sgd.distributed.runtime import Runtime

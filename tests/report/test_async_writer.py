@@ -5,8 +5,8 @@ import threading
 import pytest
 from limits import WAIT_S
 
-from ddp_sgd.report import async_writer as module
-from ddp_sgd.report.async_writer import AsyncWriter
+from ddp_sgd.report import reporter as module
+from ddp_sgd.report.reporter import AsyncWriter
 
 
 class Book:

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from ddp_sgd.errors import ExitCode, OutputError
-from ddp_sgd.report.lost_result import result_from_rows, write_result
+from ddp_sgd.report.run_folder import result_from_rows, write_result
 
 ROWS = [
     {"event": "start", "step": 0, "epoch": 0.0, "samples": 0, "world_size": 4},

@@ -10,8 +10,8 @@ import torch
 from ddp_sgd.config import load_config
 from ddp_sgd.config.sections import Component
 from ddp_sgd.data import Columns, InMemory
+from ddp_sgd.data.dataset_checks import is_pair, shape_of
 from ddp_sgd.data.fetcher import Fetcher, Request, Unreadable
-from ddp_sgd.data.sample_faults import is_pair, shape_of
 from ddp_sgd.instantiate import instantiate
 
 

@@ -7,7 +7,7 @@ import pytest
 from ranks import run_ranks
 from saved_run import cut_short, files_of, flip_a_bit, train
 
-from ddp_sgd.checkpointing.listing import (
+from ddp_sgd.checkpointing.inspection import (
     epochs_of,
     fault_at,
     files_to_verify,

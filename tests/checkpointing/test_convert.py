@@ -8,8 +8,8 @@ import torch
 from ranks import run_ranks
 from saved_run import EPOCHS, files_of, flip_a_bit, plant_a_bomb, train, vouch_for
 
-from ddp_sgd.checkpointing.averaging import average_tensors, choose_checkpoints, write_average
-from ddp_sgd.checkpointing.reading import find_checkpoint, read_tensors
+from ddp_sgd.checkpointing.convert import average_tensors, choose_checkpoints, write_average
+from ddp_sgd.checkpointing.serialization import find_checkpoint, read_tensors
 from ddp_sgd.errors import ConfigError, DataError, OutputError
 from ddp_sgd.report.journal import read_journal
 

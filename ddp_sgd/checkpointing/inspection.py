@@ -6,8 +6,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddp_sgd.checkpointing.folder import FOLDER_NAME, SET_ASIDE, CheckpointFolder, fault_of
 from ddp_sgd.checkpointing.manifest import Header, Manifest, read_manifest
+from ddp_sgd.checkpointing.store import FOLDER_NAME, SET_ASIDE, CheckpointFolder, fault_of
 from ddp_sgd.checkpointing.table import columns
 from ddp_sgd.errors import DataError
 

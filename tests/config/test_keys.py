@@ -1,4 +1,4 @@
-from ddp_sgd.config.fields import all_keys, keys_below, yaml_value
+from ddp_sgd.config.keys import all_keys, keys_below, yaml_value
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.config.sources import gather
 from ddp_sgd.config.yaml_text import read_yaml
