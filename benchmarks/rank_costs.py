@@ -18,7 +18,7 @@ from ddp_sgd import RunConfig, fit, start_runtime
 from ddp_sgd.data import Digits
 from ddp_sgd.data.datasets import InMemory
 from ddp_sgd.distributed import collectives
-from ddp_sgd.distributed.progress import ProgressTracker
+from ddp_sgd.distributed.progress import Phase, ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine import setup
 from ddp_sgd.engine.randomness import Randomness
@@ -27,12 +27,12 @@ BATCH = 32
 WARM_UP, GETTING_WARM = 100, 50
 """Steps before the measurement; how many of them a rank takes after its turn has come."""
 KINDS = {
-    "forward pass": "compute",
-    "backward pass": "compute",
-    "moving weights": "compute",
-    "reducing gradients": "all-reduce",
-    "reading data": "data",
-    "sync": "sync",
+    Phase.FORWARD: "compute",
+    Phase.BACKWARD: "compute",
+    Phase.OPTIMIZER: "compute",
+    Phase.ALL_REDUCE: "all-reduce",
+    Phase.DATA: "data",
+    Phase.SYNC: Phase.SYNC,
 }
 
 Costs = dict[str, float]

@@ -20,17 +20,19 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from ddp_sgd.distributed.progress import Phase
+
 if TYPE_CHECKING:
     from ddp_sgd import Runtime
 
 RANKS = (1, 2)
 EPOCHS = 120
 PARTS = {
-    "data": ("reading data",),
-    "forward": ("forward pass",),
-    "backward, reduction": ("backward pass", "reducing gradients"),
-    "weights": ("moving weights",),
-    "bookkeeping": ("sync", "saving"),
+    "data": (Phase.DATA,),
+    "forward": (Phase.FORWARD,),
+    "backward, reduction": (Phase.BACKWARD, Phase.ALL_REDUCE),
+    "weights": (Phase.OPTIMIZER,),
+    "bookkeeping": (Phase.SYNC, Phase.SAVE),
 }
 """Components of a step, by the phases that make them up."""
 
@@ -114,20 +116,20 @@ def tutorial(epochs: int) -> Spent:
     loss_fn = nn.CrossEntropyLoss()
     progress, steps, total = ProgressTracker(), 0, 0.0
     for epoch in range(epochs):
-        progress.enter("reading data")
+        progress.enter(Phase.DATA)
         sampler.set_epoch(epoch)
         for inputs, targets in loader:
-            progress.enter("forward pass")
+            progress.enter(Phase.FORWARD)
             optimizer.zero_grad()
             loss = loss_fn(model(inputs), targets)
-            progress.enter("backward pass")
+            progress.enter(Phase.BACKWARD)
             loss.backward()
-            progress.enter("moving weights")
+            progress.enter(Phase.OPTIMIZER)
             optimizer.step()
-            progress.enter("sync")
+            progress.enter(Phase.SYNC)
             total += loss.item()
             steps += 1
-            progress.enter("reading data")
+            progress.enter(Phase.DATA)
     return by_part(progress.spent_s(), steps)
 
 

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ddp_sgd.distributed.collectives import broadcast_buffers, broadcast_parameters, sum_over_ranks
 from ddp_sgd.distributed.comm_hooks import CommHook
+from ddp_sgd.distributed.progress import Phase
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.errors import ConfigError
 
@@ -43,7 +44,7 @@ class DataParallelModel:
         meets_in: Phases of a step in which ranks wait for each other.
     """
 
-    meets_in: tuple[str, ...] = ()
+    meets_in: tuple[Phase, ...] = ()
 
     def __init__(self, model: nn.Module, runtime: Runtime) -> None:
         self.inner = model
@@ -112,7 +113,7 @@ class FlatAllReduce(DataParallelModel):
     Weights and buffers become rank 0's.
     """
 
-    meets_in: tuple[str, ...] = ("reducing gradients",)
+    meets_in: tuple[Phase, ...] = (Phase.ALL_REDUCE,)
 
     def __init__(self, model: nn.Module, runtime: Runtime) -> None:
         super().__init__(model, runtime)
@@ -164,7 +165,7 @@ class WrappedDDP(DataParallelModel):
         options: Arguments of the wrapper.
     """
 
-    meets_in = ("backward pass",)
+    meets_in = (Phase.BACKWARD,)
 
     def __init__(
         self, model: nn.Module, runtime: Runtime, hook: CommHook | None = None, **options: Any

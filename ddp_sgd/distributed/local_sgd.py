@@ -7,6 +7,7 @@ from torch import nn
 
 from ddp_sgd.distributed.collectives import sum_over_ranks
 from ddp_sgd.distributed.data_parallel import FlatAllReduce
+from ddp_sgd.distributed.progress import Phase
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.plan import Plan
 
@@ -30,7 +31,7 @@ class LocalSGD(FlatAllReduce):
         momentum buffers stay apart; here they are averaged, too, so that one checkpoint is enough.
     """
 
-    meets_in = ("reducing gradients", "averaging weights")
+    meets_in = (Phase.ALL_REDUCE, Phase.AVERAGE)
 
     def __init__(
         self,

@@ -6,8 +6,25 @@ Hang report: which ranks hang, by two readings of all notes, and the line for th
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple
+
+
+class Phase(StrEnum):
+    """Phases of the training thread; the values are those of messages and stacks."""
+
+    START = "start"
+    DATA = "reading data"
+    FORWARD = "forward pass"
+    BACKWARD = "backward pass"
+    ALL_REDUCE = "reducing gradients"
+    OPTIMIZER = "moving weights"
+    AVERAGE = "averaging weights"
+    BUFFERS = "synchronizing buffers"
+    SYNC = "sync"
+    SAVE = "saving"
+    EVALUATE = "evaluating"
 
 
 class ProgressTracker:
@@ -18,7 +35,7 @@ class ProgressTracker:
 
     Attributes:
         step: Step of the run.
-        phase: What is being done, such as ``reading data``.
+        phase: What is being done.
         count: Phases entered: comparable, since all ranks enter the same phases in the same order.
         ticks: Signs of life, phases included.
     """
@@ -27,18 +44,18 @@ class ProgressTracker:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.step = 0
-        self.phase = "start"
+        self.phase = Phase.START
         self.count = 0
         self.ticks = 0
         self._clock = clock
         self._since = clock()
-        self._spent_s: defaultdict[str, float] = defaultdict(float)
+        self._spent_s: defaultdict[Phase, float] = defaultdict(float)
 
-    def enter(self, phase: str, step: int | None = None) -> None:
+    def enter(self, phase: Phase, step: int | None = None) -> None:
         """Enter a phase that every rank enters, in the same order.
 
         Args:
-            phase: Its name, for people.
+            phase: The phase.
             step: Step of the run; None keeps the one before.
         """
         now = self._clock()
@@ -54,7 +71,7 @@ class ProgressTracker:
         """Show life within a phase; ranks may do so unequally often."""
         self.ticks += 1
 
-    def spent_s(self) -> Mapping[str, float]:
+    def spent_s(self) -> Mapping[Phase, float]:
         """Tell how long this thread was in each phase up to now, in seconds."""
         spent = self._spent_s.copy()
         spent[self.phase] += self._clock() - self._since

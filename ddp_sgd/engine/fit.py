@@ -17,6 +17,7 @@ from ddp_sgd.data.loader import StepBatches
 from ddp_sgd.distributed.error_propagation import propagate_errors
 from ddp_sgd.distributed.error_watch import end_process
 from ddp_sgd.distributed.hang_watch import watch_for_hangs
+from ddp_sgd.distributed.progress import Phase
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.components import gather_components, mark_training_set
 from ddp_sgd.engine.error_translation import refuse_divergence, translate_errors
@@ -72,7 +73,7 @@ class Loop:
             OutputError: The state cannot be saved.
         """
         context, state = self._context, self._context.state
-        context.progress.enter("reading data", state.step)
+        context.progress.enter(Phase.DATA, state.step)
         scored_before = state.scored_at
         go_on = self._score_if_due()  # the run may have been stopped just before
         if state.scored_at != scored_before:  # it may be the best, and must not be forgotten
@@ -84,14 +85,14 @@ class Loop:
                 self._save()
             if not go_on:
                 break
-            context.progress.enter("reading data", state.step)
+            context.progress.enter(Phase.DATA, state.step)
         if not go_on:
             self._report.stop(self._rank_sync.reason)
-        context.progress.enter("saving")
+        context.progress.enter(Phase.SAVE)
         self._checkpointer.finish()
 
     def _save(self) -> None:
-        self._context.progress.enter("saving")
+        self._context.progress.enter(Phase.SAVE)
         self._checkpointer.save(self._context.state, self._context.wrapper.state_dict())
 
     def _take_step(self, batches: StepBatches) -> SyncResult | None:
@@ -101,7 +102,7 @@ class Loop:
         context.seed_model(state.step)
         result = context.stepper.step(batches, lr)
         state.step += 1
-        context.progress.enter("sync")
+        context.progress.enter(Phase.SYNC)
         synced = self._rank_sync.after(state.step, result, lr=lr)
         if synced:
             state.skipped = synced.skipped
@@ -129,7 +130,7 @@ class Loop:
         def is_unwanted() -> bool:
             return self._rank_sync.reason is not None and state.step < context.plan.total_steps
 
-        context.progress.enter("evaluating", state.step)
+        context.progress.enter(Phase.EVALUATE, state.step)
         start = time.perf_counter()
         try:
             state.scores, state.scored_at = context.score(is_unwanted), state.step

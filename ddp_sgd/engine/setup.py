@@ -19,7 +19,7 @@ from ddp_sgd.data.loader import EvalLoader, TrainLoader
 from ddp_sgd.data.sampler import EvalSampler, TrainSampler
 from ddp_sgd.distributed.collectives import broadcast_over_ranks
 from ddp_sgd.distributed.data_parallel import DataParallelModel
-from ddp_sgd.distributed.progress import ProgressTracker
+from ddp_sgd.distributed.progress import Phase, ProgressTracker
 from ddp_sgd.distributed.replication import wrap_model
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, buffers_by_name
@@ -171,7 +171,7 @@ def build_context(
         state=state,
         skip=skip,
         progress=progress,
-        shares=TimeShares(progress, runtime, (*wrapper.meets_in, "synchronizing buffers")),
+        shares=TimeShares(progress, runtime, (*wrapper.meets_in, Phase.BUFFERS)),
         buffers=facts.buffers,
         loss_modules=modules,
         notes=facts.notes,

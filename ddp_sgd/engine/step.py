@@ -9,7 +9,7 @@ from torch.nn.utils import clip_grads_with_norm_
 from ddp_sgd.data.loader import StepBatches
 from ddp_sgd.distributed.collectives import sum_over_ranks
 from ddp_sgd.distributed.data_parallel import DataParallelModel
-from ddp_sgd.distributed.progress import ProgressTracker
+from ddp_sgd.distributed.progress import Phase, ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import TrainingBuffers
 from ddp_sgd.losses import Objective, wide_float
@@ -87,7 +87,7 @@ class Stepper:
         """
         if self._buffers:
             self._prepare_buffers(self._buffers, batches.step)
-        self._progress.enter("forward pass", batches.step)
+        self._progress.enter(Phase.FORWARD, batches.step)
         for parameter in self._parameters:
             parameter.grad = None
         local_units, units = self._count_units(batches)
@@ -101,16 +101,16 @@ class Stepper:
                 loss = self._objective(outputs, ready.targets)
                 weight = self._objective.weight(ready.samples)
                 if batch.is_last:
-                    self._progress.enter("backward pass")
+                    self._progress.enter(Phase.BACKWARD)
                 backward(loss, _as_gradient(weight * divisor / units, loss))
             losses.append(loss.detach())
             weights.append(weight)
-        self._progress.enter("reducing gradients")
+        self._progress.enter(Phase.ALL_REDUCE)
         gradient = self._wrapper.reduce(batches.step)
-        self._progress.enter("moving weights")
+        self._progress.enter(Phase.OPTIMIZER)
         grad_norm = self._update(gradient, lr)
         if self._wrapper.averages_after(batches.step):
-            self._progress.enter("averaging weights")
+            self._progress.enter(Phase.AVERAGE)
             self._wrapper.average()
         return StepResult(losses, weights, units, local_units, grad_norm)
 
@@ -138,7 +138,7 @@ class Stepper:
     def _prepare_buffers(self, buffers: TrainingBuffers, step: int) -> None:
         """Make the buffers equal on all ranks, where the weights are, and remember them."""
         if buffers.synced and self._wrapper.is_equal_before(step):
-            self._progress.enter("synchronizing buffers", step)
+            self._progress.enter(Phase.BUFFERS, step)
             buffers.sync()
         buffers.keep()
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ddp_sgd.distributed.collectives import sum_over_ranks
-from ddp_sgd.distributed.progress import ProgressTracker
+from ddp_sgd.distributed.progress import Phase, ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.step import StepResult
 from ddp_sgd.engine.train_state import State
@@ -19,15 +19,15 @@ from ddp_sgd.plan import Plan
 
 _KINDS = ("data", "compute", "waiting", "bookkeeping")
 _KIND_OF = {
-    "reading data": "data",
-    "synchronizing buffers": "waiting",
-    "forward pass": "compute",
-    "backward pass": "compute",
-    "moving weights": "compute",
-    "reducing gradients": "waiting",
-    "averaging weights": "waiting",
-    "sync": "bookkeeping",
-    "saving": "bookkeeping",
+    Phase.DATA: "data",
+    Phase.BUFFERS: "waiting",
+    Phase.FORWARD: "compute",
+    Phase.BACKWARD: "compute",
+    Phase.OPTIMIZER: "compute",
+    Phase.ALL_REDUCE: "waiting",
+    Phase.AVERAGE: "waiting",
+    Phase.SYNC: "bookkeeping",
+    Phase.SAVE: "bookkeeping",
 }
 """Phases of training; evaluation is left out."""
 
@@ -43,11 +43,11 @@ class Spent:
 
     Args:
         by_kind: Time by kind: ``data``, ``compute``, ``waiting`` and ``bookkeeping``.
-        rendezvous_s: Time of each rank in the phase in which ranks wait for each other.
+        waiting_s: Time of each rank in the phase in which ranks wait for each other.
     """
 
     by_kind: dict[str, float]
-    rendezvous_s: list[float]
+    waiting_s: list[float]
 
     @property
     def elapsed_s(self) -> float:
@@ -101,7 +101,7 @@ class TimeShares:
         """Understand the sum over ranks of what ``measure`` gave."""
         kinds = {k: s / self._runtime.world_size for k, s in zip(_KINDS, summed, strict=False)}
         waiting = summed[len(_KINDS) :]
-        if "backward pass" in self._meets_in:
+        if Phase.BACKWARD in self._meets_in:
             late = sum(waiting) / len(waiting) - min(waiting)
             kinds["waiting"] += late
             kinds["compute"] -= late
@@ -112,7 +112,7 @@ class TimeShares:
         before = self._total
         self._total = Spent(
             {kind: before.by_kind[kind] + spent.by_kind[kind] for kind in _KINDS},
-            [a + b for a, b in zip(before.rendezvous_s, spent.rendezvous_s, strict=True)],
+            [a + b for a, b in zip(before.waiting_s, spent.waiting_s, strict=True)],
         )
         self._before = self._progress.spent_s()
 
@@ -130,10 +130,10 @@ class TimeShares:
         }
         others = self._runtime.world_size - 1
         if others:
-            least = min(total.rendezvous_s)
-            lag = (sum(total.rendezvous_s) - least) / others - least
+            least = min(total.waiting_s)
+            lag = (sum(total.waiting_s) - least) / others - least
             row |= {
-                "slowest_rank": total.rendezvous_s.index(least),
+                "slowest_rank": total.waiting_s.index(least),
                 "share/lag": lag / total.elapsed_s,
             }
         return row

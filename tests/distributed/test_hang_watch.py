@@ -18,7 +18,7 @@ from ranks import run_ranks
 
 from ddp_sgd.distributed.collectives import sum_over_ranks
 from ddp_sgd.distributed.hang_watch import watch_for_hangs
-from ddp_sgd.distributed.progress import HangReport, ProgressTracker
+from ddp_sgd.distributed.progress import HangReport, Phase, ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.errors import PeerError
 
@@ -71,8 +71,8 @@ def read_a_disk_that_is_gone():
 
 
 def a_step(runtime, progress, step):
-    progress.enter("reading data", step)
-    progress.enter("step")
+    progress.enter(Phase.DATA, step)
+    progress.enter(Phase.ALL_REDUCE)
     sum_over_ranks(torch.zeros(1), runtime)
 
 
@@ -80,10 +80,10 @@ def block(runtime, folder, culprit):
     progress = ProgressTracker()
     with watched(runtime, progress, folder):
         a_step(runtime, progress, 56)
-        progress.enter("reading data", 57)
+        progress.enter(Phase.DATA, 57)
         if runtime.rank == culprit:
             read_a_disk_that_is_gone()
-        progress.enter("step")
+        progress.enter(Phase.ALL_REDUCE)
         sum_over_ranks(torch.zeros(1), runtime)
 
 
@@ -104,7 +104,7 @@ def freeze(runtime, folder, culprit):
     progress = ProgressTracker()
     with watched(runtime, progress, folder):
         a_step(runtime, progress, 8)
-        progress.enter("reading data", 9)
+        progress.enter(Phase.DATA, 9)
         if runtime.rank == culprit:
             os.kill(os.getpid(), signal.SIGSTOP)
         while True:
@@ -140,12 +140,12 @@ def crawl(runtime, folder):
     """One rank shows life often enough, within one phase; the others wait too long."""
     progress = ProgressTracker()
     with watched(runtime, progress, folder):
-        progress.enter("evaluating")
+        progress.enter(Phase.EVALUATE)
         if runtime.rank == 1:
             for _ in range(10):
                 time.sleep(1.5 * HANG_S / 10)
                 progress.touch()
-        progress.enter("summing scores")
+        progress.enter(Phase.SYNC)
         sum_over_ranks(torch.zeros(1), runtime)
     return progress.phase
 
@@ -158,7 +158,7 @@ def leave_early(runtime, folder):
     progress = ProgressTracker()
     with watched(runtime, progress, folder):
         if runtime.rank == 0:
-            progress.enter("closing the report")
+            progress.enter(Phase.SAVE)
             read_a_disk_that_is_gone()
     return "left"
 
@@ -303,10 +303,15 @@ def test_a_rank_whose_agent_died_is_told_so(is_torchrun, hang_s, said, tmp_path)
 
 def test_the_tracker_knows_the_phase():
     progress = ProgressTracker()
-    progress.enter("reading data", 7)
-    progress.enter("step")
+    progress.enter(Phase.DATA, 7)
+    progress.enter(Phase.ALL_REDUCE)
     progress.touch()
-    assert (progress.step, progress.phase, progress.count, progress.ticks) == (7, "step", 2, 3)
+    assert (progress.step, progress.phase, progress.count, progress.ticks) == (
+        7,
+        Phase.ALL_REDUCE,
+        2,
+        3,
+    )
 
 
 def test_off_there_is_no_board_and_errors_of_callbacks_do_not_matter(monkeypatch):

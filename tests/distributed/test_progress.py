@@ -1,4 +1,4 @@
-from ddp_sgd.distributed.progress import ProgressTracker
+from ddp_sgd.distributed.progress import Phase, ProgressTracker
 
 
 class Clock:
@@ -11,12 +11,12 @@ class Clock:
 def test_phases_are_counted_and_timed():
     clock = Clock()
     progress = ProgressTracker(clock)
-    progress.enter("reading data", 7)
+    progress.enter(Phase.DATA, 7)
     clock.now += 2
-    progress.enter("forward pass")
+    progress.enter(Phase.FORWARD)
     progress.touch()
     clock.now += 3
-    progress.enter("reading data", 8)
+    progress.enter(Phase.DATA, 8)
     clock.now += 4
     assert (progress.step, progress.phase, progress.count, progress.ticks) == (
         8,

@@ -7,7 +7,7 @@ from ranks import run_ranks
 
 from ddp_sgd.config import RunConfig
 from ddp_sgd.distributed import collectives
-from ddp_sgd.distributed.progress import ProgressTracker
+from ddp_sgd.distributed.progress import Phase, ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine import sync as module
 from ddp_sgd.engine.step import StepResult
@@ -40,7 +40,7 @@ class Day:
             state or State(),
         )
 
-    def spend(self, seconds, phase="forward pass"):
+    def spend(self, seconds, phase=Phase.FORWARD):
         self.progress.enter(phase)
         self.now += seconds
 
@@ -61,7 +61,7 @@ def test_a_row_every_so_many_steps_and_at_the_end_of_an_epoch():
     rows_at = {}
     day = Day(every_steps=7, samples=30)  # ten steps an epoch
     for step in range(1, 31):
-        day.spend(0.1, "reading data")
+        day.spend(0.1, Phase.DATA)
         if synced := day.after(step, result(), 0.4):
             rows_at[step] = synced
     assert [step for step, synced in rows_at.items() if synced.row] == [7, 10, 14, 20, 21, 28, 30]
@@ -141,7 +141,7 @@ def test_time_spent_elsewhere_is_left_out():
     day = Day(every_steps=2)
     day.after(1, result())
     day.after(2, result())
-    day.spend(100, "evaluating")
+    day.spend(100, Phase.EVALUATE)
     day.after(3, result())
     assert day.after(4, result()).row["time/step_ms"] == pytest.approx(1000)
 

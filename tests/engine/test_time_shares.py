@@ -2,7 +2,7 @@
 
 import pytest
 
-from ddp_sgd.distributed.progress import ProgressTracker
+from ddp_sgd.distributed.progress import Phase, ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.sync import TimeShares, is_share
 
@@ -30,15 +30,15 @@ def ranks(meets_in, *days):
 
 
 ALONE = {
-    "reading data": 1.0,
-    "forward pass": 2.0,
-    "backward pass": 3.0,
-    "reducing gradients": 0.25,
-    "moving weights": 0.25,
-    "sync": 0.25,
-    "saving": 0.25,
-    "evaluating": 50.0,
-    "start": 9.0,
+    Phase.DATA: 1.0,
+    Phase.FORWARD: 2.0,
+    Phase.BACKWARD: 3.0,
+    Phase.ALL_REDUCE: 0.25,
+    Phase.OPTIMIZER: 0.25,
+    Phase.SYNC: 0.25,
+    Phase.SAVE: 0.25,
+    Phase.EVALUATE: 50.0,
+    Phase.START: 9.0,
 }
 
 
@@ -56,9 +56,9 @@ def test_a_rank_alone():
 
 
 def test_where_ranks_meet_after_the_backward_pass_that_phase_is_waiting():
-    slow = {"forward pass": 4.0, "backward pass": 4.0, "reducing gradients": 1.0}
-    quick = {"forward pass": 2.0, "backward pass": 2.0, "reducing gradients": 5.0}
-    shares, spent = ranks(("reducing gradients",), quick, slow, quick)
+    slow = {Phase.FORWARD: 4.0, Phase.BACKWARD: 4.0, Phase.ALL_REDUCE: 1.0}
+    quick = {Phase.FORWARD: 2.0, Phase.BACKWARD: 2.0, Phase.ALL_REDUCE: 5.0}
+    shares, spent = ranks((Phase.ALL_REDUCE,), quick, slow, quick)
     assert spent.by_kind["waiting"] == pytest.approx(11 / 3)
     assert spent.by_kind["compute"] == pytest.approx(16 / 3)
     shares.close_row(spent)
@@ -68,9 +68,9 @@ def test_where_ranks_meet_after_the_backward_pass_that_phase_is_waiting():
 
 
 def test_where_ranks_meet_in_the_backward_pass_the_quickest_shows_how_long_it_takes():
-    slow = {"forward pass": 6.0, "backward pass": 3.0}
-    quick = {"forward pass": 2.0, "backward pass": 7.0}
-    shares, spent = ranks(("backward pass",), slow, quick)
+    slow = {Phase.FORWARD: 6.0, Phase.BACKWARD: 3.0}
+    quick = {Phase.FORWARD: 2.0, Phase.BACKWARD: 7.0}
+    shares, spent = ranks((Phase.BACKWARD,), slow, quick)
     assert spent.by_kind["waiting"] == pytest.approx(2.0)  # 0 and 4 s
     assert spent.by_kind["compute"] == pytest.approx(7.0)
     shares.close_row(spent)
@@ -83,9 +83,9 @@ def test_rows_add_up_to_the_run():
     progress = ProgressTracker(clock)
     shares = TimeShares(progress, Runtime(), ())
     for seconds in (1.0, 3.0):
-        progress.enter("reading data")
+        progress.enter(Phase.DATA)
         clock.now += seconds
-        progress.enter("forward pass")
+        progress.enter(Phase.FORWARD)
         clock.now += 1.0
         spent = shares.read(shares.measure())
         assert spent.by_kind["data"] == seconds
@@ -98,6 +98,6 @@ def test_a_run_without_a_row_has_no_shares_to_divide():
 
 
 def test_what_comes_from_here_is_known_by_its_key():
-    summary = ranks(("backward pass",), ALONE, ALONE)[0].summary()
+    summary = ranks((Phase.BACKWARD,), ALONE, ALONE)[0].summary()
     assert all(map(is_share, summary))
     assert not is_share("eval/loss")
