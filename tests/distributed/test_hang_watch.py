@@ -151,7 +151,7 @@ def crawl(runtime, folder):
 
 
 def test_slow_progress_is_progress_and_those_who_wait_for_it_do_not_hang(tmp_path):
-    assert run_ranks(2, crawl, tmp_path) == ["summing scores"] * 2
+    assert run_ranks(2, crawl, tmp_path) == [Phase.SYNC] * 2
 
 
 def leave_early(runtime, folder):
