@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ddp_sgd.checkpointing.manifest import Header
+from ddp_sgd.checkpointing.manifest import Header, SkippedSteps
 from ddp_sgd.checkpointing.serialization import write_checkpoint
 from ddp_sgd.checkpointing.store import CheckpointFolder
 
@@ -27,7 +27,7 @@ def header(step=1, **changes):
             "samples": 10 * step,
             "scored_at": 0,
             "scores": {},
-            "skipped": (0, 0, 0),
+            "skipped": SkippedSteps(),
             "world_size": 1,
             "run_id": "0a1b2c3d",
             "loss": "torch.nn.modules.loss.CrossEntropyLoss()",

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from ddp_sgd.checkpointing.manifest import Header, Manifest
+from ddp_sgd.checkpointing.manifest import Header, Manifest, SkippedSteps
 from ddp_sgd.errors import ExitCode
 from ddp_sgd.requeue import Life, main, why_not
 
@@ -70,7 +70,7 @@ def save(folder, *, samples):
     """Leave a checkpoint that this command looks at, but does not load."""
     header = Header(
         step=4, epoch=0, position=samples, samples=samples, scored_at=-1, scores={},
-        skipped=(0, 0, 0), world_size=2, run_id="a", loss="", plan={}, config={}, versions={},
+        skipped=SkippedSteps(), world_size=2, run_id="a", loss="", plan={}, config={}, versions={},
     )  # fmt: skip
     file = folder / "checkpoints" / "step-00000004.pt"
     manifest = Manifest(file=file.name, size_bytes=4, sha256="0" * 64, time=1.0, header=header)

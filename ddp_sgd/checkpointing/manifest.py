@@ -8,12 +8,33 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ddp_sgd.checkpointing.retrying import is_missing, retry
 
 FORMAT = 1
 """Version of what a checkpoint holds; a reader refuses others."""
+
+
+class SkippedSteps(NamedTuple):
+    """Steps of a run that were skipped, since their gradient was not finite.
+
+    Args:
+        total: All of them.
+        in_a_row: Those in a row up to now.
+        longest_row: The most that ever were in a row.
+    """
+
+    total: int = 0
+    in_a_row: int = 0
+    longest_row: int = 0
+
+    def after(self, *, is_finite: bool) -> "SkippedSteps":
+        """Count one more step, which was skipped unless its gradient is finite."""
+        if is_finite:
+            return self._replace(in_a_row=0)
+        in_a_row = self.in_a_row + 1
+        return SkippedSteps(self.total + 1, in_a_row, max(self.longest_row, in_a_row))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +48,7 @@ class Header:
         samples: Samples that the run trained.
         scored_at: Step of the last evaluation.
         scores: The last evaluation, by name.
-        skipped: Steps without a finite gradient: all, those in a row by now, the longest row.
+        skipped: Steps without a finite gradient.
         world_size: Ranks.
         run_id: Identity of the run, also in W&B.
         loss: What the loss is: its class, and the shapes of what it holds.
@@ -42,7 +63,7 @@ class Header:
     samples: int
     scored_at: int
     scores: dict[str, float | int]
-    skipped: tuple[int, int, int]
+    skipped: SkippedSteps
     world_size: int
     run_id: str
     loss: str
@@ -108,7 +129,7 @@ def read_manifest(path: Path) -> Manifest | None:
         content = json.loads(text)
         del content["format"], content["check"]
         header = content.pop("header")
-        header["skipped"] = tuple(header["skipped"])
+        header["skipped"] = SkippedSteps(*header["skipped"])
         manifest = Manifest(header=Header(**header), **content)
         # Byte by byte: the last digit of a float can change without a change of the number.
         return manifest if manifest.to_text().encode() == text else None

@@ -57,6 +57,7 @@ def _plain(header: Header) -> dict[str, Any]:
     return {
         "cursor": {name: getattr(header, name) for name in cursor},
         **{name: getattr(header, name) for name in names},
+        "skipped": tuple(header.skipped),  # weights_only takes no class of ours
     }
 
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
+from ddp_sgd.checkpointing.manifest import SkippedSteps
 from ddp_sgd.data.loader import lost_worker
 from ddp_sgd.distributed.data_parallel import unused_parameters
 from ddp_sgd.engine.triggers import StopRequest
@@ -80,19 +81,19 @@ def _lost_workers(stop: StopRequest | None) -> Iterator[None]:
         ) from error
 
 
-def refuse_divergence(skipped: tuple[int, int, int], lr: float) -> None:
+def refuse_divergence(skipped: SkippedSteps, lr: float) -> None:
     """End a run whose gradients stay non-finite.
 
     Args:
-        skipped: Steps without a finite gradient: all, those in a row by now, the longest row.
+        skipped: Steps without a finite gradient.
         lr: Rate of the last step.
 
     Raises:
         DivergedError: There were 10 or more.
     """
-    if skipped[2] >= _PATIENCE:
+    if skipped.longest_row >= _PATIENCE:
         raise DivergedError(
-            f"the gradient is not finite for {skipped[2]} steps in a row at a rate of "
+            f"the gradient is not finite for {skipped.longest_row} steps in a row at a rate of "
             f"{lr:g}; lower optim.lr, warm up longer, set optim.clip_norm, or look for bad samples."
         )
 

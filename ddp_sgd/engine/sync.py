@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ddp_sgd.checkpointing.manifest import SkippedSteps
 from ddp_sgd.distributed.collectives import sum_over_ranks
 from ddp_sgd.distributed.progress import Phase, ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
@@ -154,13 +155,13 @@ class SyncResult:
         row: Measurements since the last row, by name, where one is due; else None.
         stop: Whether any rank was asked to stop.
         save: Whether the state is to be saved; then there is a row, so that none is half full.
-        skipped: Steps without a finite gradient: all, those in a row by now, the longest row.
+        skipped: Steps without a finite gradient.
     """
 
     row: dict[str, float | None] | None
     stop: bool
     save: bool
-    skipped: tuple[int, int, int]
+    skipped: SkippedSteps
 
 
 class RankSync:
@@ -258,7 +259,7 @@ class RankSync:
             "train/loss_rank0": tally.loss / tally.own_units if tally.own_units else None,
             "train/lr": lr,
             "train/grad_norm": tally.grad_norm,
-            "train/skipped_steps": float(tally.skipped[0]),
+            "train/skipped_steps": float(tally.skipped.total),
             "throughput/samples_per_s": samples / spent.elapsed_s,
             "time/step_ms": 1e3 * spent.elapsed_s / steps,
             "time/data_ms": step_ms["data"],
@@ -281,10 +282,10 @@ class _Tally:
         units: Units of all ranks since the last row.
         own_units: Units of this rank since the last row.
         grad_norm: L2 norm of the last gradient.
-        skipped: Steps of the run that were skipped; those in a row by now; the longest such row.
+        skipped: Steps of the run that were skipped.
     """
 
-    def __init__(self, skipped: tuple[int, int, int]) -> None:
+    def __init__(self, skipped: SkippedSteps) -> None:
         self.unread: list[StepResult] = []
         self.skipped = skipped
         self.grad_norm = 0.0
@@ -302,13 +303,11 @@ class _Tally:
             losses = [next(numbers) for _ in result.weights]
             units = next(numbers) if isinstance(result.units, torch.Tensor) else result.units
             self.grad_norm = next(numbers)
-            all_skipped, in_a_row, longest = self.skipped
-            if math.isfinite(self.grad_norm):
-                self.skipped = all_skipped, 0, longest
+            is_finite = math.isfinite(self.grad_norm)
+            self.skipped = self.skipped.after(is_finite=is_finite)
+            if is_finite:
                 pairs = zip(result.weights, losses, strict=True)
                 self.loss += sum([weight * loss for weight, loss in pairs if weight])  # no dummy
                 self.units += units
                 self.own_units += result.local_units
-            else:
-                self.skipped = all_skipped + 1, in_a_row + 1, max(longest, in_a_row + 1)
         self.unread.clear()

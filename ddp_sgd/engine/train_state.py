@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ddp_sgd import __version__
-from ddp_sgd.checkpointing.manifest import Header
+from ddp_sgd.checkpointing.manifest import Header, SkippedSteps
 from ddp_sgd.data.sampler import ORDER
 from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, buffers_by_name, is_saved
 from ddp_sgd.engine.evaluation import Metrics
@@ -31,13 +31,13 @@ class State:
         step: Optimizer steps taken, skipped ones included.
         scores: The last evaluation.
         scored_at: Step of the last evaluation.
-        skipped: Steps without a finite gradient: all, those in a row by now, the longest row.
+        skipped: Steps without a finite gradient.
     """
 
     step: int = 0
     scores: Metrics = field(default_factory=dict)
     scored_at: int = 0
-    skipped: tuple[int, int, int] = (0, 0, 0)
+    skipped: SkippedSteps = field(default_factory=SkippedSteps)
 
 
 Tree = Mapping[str, Any]

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, load_model
 from torch import nn
 
 from ddp_sgd.checkpointing.convert import export_weights, refuse_overwriting, untie
-from ddp_sgd.checkpointing.manifest import Header
+from ddp_sgd.checkpointing.manifest import Header, SkippedSteps
 from ddp_sgd.config import RunConfig, load_config
 from ddp_sgd.errors import ConfigError, DataError, OutputError
 
@@ -20,7 +20,7 @@ HEADER = Header(
     samples=150,
     scored_at=-1,
     scores={},
-    skipped=(0, 0, 0),
+    skipped=SkippedSteps(),
     world_size=2,
     run_id="abc",
     loss="",

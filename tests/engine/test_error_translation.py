@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from ddp_sgd.checkpointing.manifest import SkippedSteps
 from ddp_sgd.engine.error_translation import refuse_divergence, translate_errors
 from ddp_sgd.errors import ConfigError, DataError, DeviceError, DivergedError, ExitCode
 
@@ -86,9 +87,9 @@ def test_other_errors_pass_unchanged(error):
 
 
 def test_ten_in_a_row_end_the_run():
-    refuse_divergence((40, 1, 9), 0.1)
+    refuse_divergence(SkippedSteps(40, 1, 9), 0.1)
     with pytest.raises(
         DivergedError, match=r"not finite for 10 steps in a row at a rate of 0.1; lower optim.lr"
     ):
-        refuse_divergence((10, 0, 10), 0.1)
+        refuse_divergence(SkippedSteps(10, 0, 10), 0.1)
     assert DivergedError.exit_code == ExitCode.DIVERGED

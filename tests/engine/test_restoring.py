@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from ddp_sgd.checkpointing.manifest import SkippedSteps
 from ddp_sgd.config import RunConfig
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import TrainingBuffers
@@ -29,7 +30,7 @@ def saved(step, *, world_size=2, samples=100, scored_at=0, model=None, **changes
     plan = make_plan(config, samples=samples, world_size=world_size)
     model = model or MLP(3, [5], 2)
     return run_state_dict(
-        State(step=step, scored_at=scored_at, skipped=(3, 1, 2)),
+        State(step=step, scored_at=scored_at, skipped=SkippedSteps(3, 1, 2)),
         model=model,
         optimizer=build_sgd(model, momentum=0.9),
         plan=plan,

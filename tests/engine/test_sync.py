@@ -5,6 +5,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
+from ddp_sgd.checkpointing.manifest import SkippedSteps
 from ddp_sgd.config import RunConfig
 from ddp_sgd.distributed import collectives
 from ddp_sgd.distributed.progress import Phase, ProgressTracker
@@ -159,7 +160,7 @@ def test_a_save_closes_the_row():
 
 
 def test_skipped_steps_of_an_earlier_life_count():
-    day = Day(every_steps=8, samples=3200, state=State(step=7, skipped=(5, 2, 3)))
+    day = Day(every_steps=8, samples=3200, state=State(step=7, skipped=SkippedSteps(5, 2, 3)))
     assert day.after(8, result(**BAD)).skipped == (6, 3, 3)
 
 

@@ -9,6 +9,7 @@ import torch
 from saving import header
 from torch import nn
 
+from ddp_sgd.checkpointing.manifest import SkippedSteps
 from ddp_sgd.checkpointing.serialization import read_tensors, write_checkpoint
 from ddp_sgd.checkpointing.store import CheckpointFolder
 from ddp_sgd.config import RunConfig
@@ -73,7 +74,7 @@ def test_a_dropped_tail_does_not_count():
 
 
 def test_a_header_says_what_the_run_is():
-    head, _ = gather(3, scores={"eval/accuracy": 0.5}, scored_at=3, skipped=(4, 1, 2))
+    head, _ = gather(3, scores={"eval/accuracy": 0.5}, scored_at=3, skipped=SkippedSteps(4, 1, 2))
     assert (head.scores, head.scored_at, head.skipped) == ({"eval/accuracy": 0.5}, 3, (4, 1, 2))
     assert head.is_scored
     assert head.versions == {

@@ -10,7 +10,7 @@ import pytest
 from launching import children, environment, is_running, kill
 from limits import WAIT_S
 
-from ddp_sgd.checkpointing.manifest import Header, Manifest
+from ddp_sgd.checkpointing.manifest import Header, Manifest, SkippedSteps
 from ddp_sgd.errors import ExitCode
 from ddp_sgd.launch.options import LaunchOptions, Nodes
 from ddp_sgd.launch.run import launch, restore_stop_result, torchrun_environment, torchrun_flags
@@ -164,7 +164,7 @@ def files(tmp_path):
         folder, {"event": "start", "step": 0, "world_size": 2}, {"event": "train", "step": 5}
     )
     header = Header(
-        step=4, epoch=1, position=28, samples=128, scored_at=-1, scores={}, skipped=(0, 0, 0),
+        step=4, epoch=1, position=28, samples=128, scored_at=-1, scores={}, skipped=SkippedSteps(),
         world_size=2, run_id="a", loss="", plan={"samples_per_epoch": 100}, config={}, versions={},
     )  # fmt: skip
     file = folder / "checkpoints" / "step-00000004.pt"
