@@ -95,7 +95,7 @@ NEWER_TESTS := tests/config --ignore=tests/config/test_reference.py tests/test_p
 	--deselect=tests/test_explain.py::test_a_model_that_is_frozen_has_no_gradients tests/test_requeue.py tests/test_slurm.py \
 	tests/test_slurm_job.py tests/launch/test_gpus.py tests/launch/test_options.py tests/launch/test_run_files.py \
 	tests/test_time_limits.py tests/test_cli.py tests/checkpointing/test_retrying.py \
-	tests/checkpointing/test_table.py tests/test_rank_differences.py tests/report/test_curve.py \
+	tests/test_text.py tests/test_rank_differences.py tests/report/test_curve.py \
 	tests/report/test_failures.py tests/report/test_journal.py tests/report/test_lost_result.py tests/report/test_plan_table.py \
 	tests/report/test_scaling_table.py tests/report/test_git_commit.py \
 	tests/engine/test_timetable.py tests/distributed/test_hang_report.py tests/data/test_digits.py

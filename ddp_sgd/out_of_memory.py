@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from enum import Enum
 
 from ddp_sgd.errors import ConfigError
+from ddp_sgd.text import first_line
 
 _ON_DEVICE = re.compile(
     r"(CUDA|HIP|XPU|MPS)\b.*out of memory|(CUBLAS|CUDNN|HIPBLAS|NCCL\w*)_STATUS_ALLOC_FAILED",
@@ -81,6 +82,6 @@ def describe_out_of_memory(error: Exception, use: Use, where: str = "data.train"
     if not (on_device or isinstance(error, MemoryError) or _ON_HOST.search(text)):
         return None
     what, remedy = use.value
-    first_line = text.splitlines()[0].rstrip(".") if text else type(error).__name__
+    cause = first_line(error).rstrip(".")
     place = "device" if on_device else "host"
-    return f"{what.format(where=where)} for the memory of the {place}: {first_line}; {remedy}"
+    return f"{what.format(where=where)} for the memory of the {place}: {cause}; {remedy}"

@@ -16,6 +16,7 @@ from ddp_sgd.checkpointing.serialization import write_checkpoint
 from ddp_sgd.checkpointing.store import CheckpointFolder
 from ddp_sgd.errors import OutputError
 from ddp_sgd.out_of_memory import Use, describe_out_of_memory
+from ddp_sgd.text import first_line
 
 _Key = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
 
@@ -325,5 +326,4 @@ def _out_of_memory(error: Exception | None) -> str | None:
 def _reason(error: Exception | None) -> str:
     if text := _out_of_memory(error):
         return text
-    strerror = getattr(error, "strerror", None)
-    return strerror or (str(error).strip() or type(error).__name__).splitlines()[0]
+    return getattr(error, "strerror", None) or (first_line(error) if error else "")

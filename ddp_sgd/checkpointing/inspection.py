@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ddp_sgd.checkpointing.manifest import Header, Manifest, read_manifest
 from ddp_sgd.checkpointing.store import FOLDER_NAME, SET_ASIDE, CheckpointFolder, fault_of
-from ddp_sgd.checkpointing.table import columns
 from ddp_sgd.errors import DataError
+from ddp_sgd.text import columns
 
 _HEAD = ("checkpoint", "step", "epoch", "samples", "ranks", "MB", "age", "score", "")
 _NAME = re.compile(rf".*\.pt({re.escape(SET_ASIDE)}(\.\d+)?)?")

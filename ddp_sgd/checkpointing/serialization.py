@@ -17,6 +17,7 @@ from ddp_sgd.checkpointing.manifest import FORMAT, Header, Manifest, read_manife
 from ddp_sgd.checkpointing.retrying import is_missing, retry, unreadable
 from ddp_sgd.checkpointing.store import FOLDER_NAME, CheckpointFolder, fault_of
 from ddp_sgd.errors import DataError
+from ddp_sgd.text import first_line
 
 _GATHER_BYTES = 1 << 18
 _ENVELOPE_BYTES = 1 << 16
@@ -97,7 +98,7 @@ def read_tensors(file: Path) -> dict[str, Any]:
     except Exception as error:  # of a damaged pickle comes any
         if isinstance(error, OSError) and not is_missing(error):
             raise unreadable(file, error, _ANOTHER) from error
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cause = first_line(error)
         raise DataError(
             f"{file} is no checkpoint that can be read: {cause}; name a file that "
             "`python -m ddp_sgd.checkpoint verify` accepts."

@@ -29,6 +29,7 @@ from ddp_sgd.data.fetcher import (
 from ddp_sgd.data.sampler import EvalSampler, TrainSampler
 from ddp_sgd.errors import DataError, LostWorkerError
 from ddp_sgd.seeds import seed_for
+from ddp_sgd.text import first_line
 
 _LOST_WORKER = re.compile(
     r"DataLoader worker|Pin memory thread|Too many open files|shared memory"
@@ -323,7 +324,7 @@ def lost_worker(error: Exception) -> LostWorkerError | None:
     is_lost = isinstance(error, (EOFError, ConnectionError)) or _LOST_WORKER.search(str(error))
     if not is_lost:
         return None
-    cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+    cause = first_line(error)
     return LostWorkerError(
         f"data.workers lost a process: {cause}; lower data.workers, or give the job more memory."
     )

@@ -25,6 +25,7 @@ from ddp_sgd.errors import (
     StopInterrupt,
     UserError,
 )
+from ddp_sgd.text import first_line
 from ddp_sgd.time_limits import scaled
 
 _POLL_S = 0.1
@@ -263,7 +264,7 @@ class StoreErrorPropagation:
 
 def _cause_of(error: Exception) -> str:
     """Return what an error of gloo says, without where and the chat that follows."""
-    cause = re.sub(r"^\[[^\]]*\]\s*", "", str(error).strip().splitlines()[0])
+    cause = re.sub(r"^\[[^\]]*\]\s*", "", first_line(error))
     return re.split(r"\.\s+(?=[A-Z])", cause)[0].rstrip(".")
 
 

@@ -16,6 +16,7 @@ from ddp_sgd.distributed.addresses import whereabouts
 from ddp_sgd.distributed.bounded import call_with_timeout
 from ddp_sgd.distributed.environment import Ranks
 from ddp_sgd.errors import PeerError, UserError
+from ddp_sgd.text import first_line
 from ddp_sgd.time_limits import scaled
 
 _INTRODUCTION_S = scaled(10.0)
@@ -80,7 +81,7 @@ def could_not_join(ranks: Ranks, timeout_s: float, error: Exception, remedy: str
     """
     if isinstance(error, UserError):
         return error
-    cause = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    cause = first_line(error).rstrip(".")
     return PeerError(
         f"rank {ranks.rank} of {ranks.world_size} could not join at {ranks.address}:{ranks.port} "
         f"within {timeout_s:g} s: {cause}; {remedy or _remedy(ranks)}"

@@ -11,6 +11,7 @@ from ddp_sgd.distributed.bounded import call_with_timeout
 from ddp_sgd.distributed.environment import Ranks
 from ddp_sgd.distributed.rendezvous import could_not_join, open_whole_store
 from ddp_sgd.errors import PeerError
+from ddp_sgd.text import first_line
 
 
 def reach_store(ranks: Ranks, timeout_s: float, environ: Mapping[str, str]) -> Store:
@@ -74,5 +75,5 @@ def needs_store() -> Iterator[None]:
         yield
     except RuntimeError as error:  # torch's own classes are RuntimeErrors
         raise PeerError(
-            f"rank 0 cannot be reached any more: {str(error).splitlines()[0]}; look at its log."
+            f"rank 0 cannot be reached any more: {first_line(error)}; look at its log."
         ) from error

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from ddp_sgd.doctor.facts import Answers, Clock, Facts
 from ddp_sgd.doctor.links import PAIR_BYTES, SIZES, Link, Timing
 from ddp_sgd.rank_differences import number_spans, tell_apart
+from ddp_sgd.text import columns
 
 _MOST_LINKS = 16
 """Pairs of hosts that are shown; of more, the slowest."""
@@ -50,7 +51,7 @@ def facts_table(answers: Answers) -> list[str]:
         if name not in ("python", "torch")
     }
     return [
-        *_aligned([_HEAD, *rows]),
+        *columns([_HEAD, *rows], left=range(len(_HEAD))),
         "",
         f"rank 0 has {', '.join(f'{name} {version}' for name, version in others.items())}",
         f"MASTER_ADDR is {_endpoints(facts)}",
@@ -74,7 +75,7 @@ def timing_table(timings: Sequence[Timing], world_size: int) -> list[str]:
     head = (f"all-reduce of {world_size} ranks", "median time", "bus bandwidth", "rounds")
     left_out = [_size(size) for size in SIZES[len(timings) :]]
     note = [f"{', '.join(left_out)} would take too long here"] if left_out else []
-    return ["", *_aligned([head, *rows]), *note]
+    return ["", *columns([head, *rows], left=range(len(head))), *note]
 
 
 def link_table(links: Sequence[Link], num_left_out: int) -> list[str]:
@@ -95,7 +96,7 @@ def link_table(links: Sequence[Link], num_left_out: int) -> list[str]:
         for link in shown
     ]
     head = ("pair of hosts, slowest first", "4 B", _size(PAIR_BYTES), "bus bandwidth")
-    table = ["", *_aligned([head, *rows])] if rows else []
+    table = ["", *columns([head, *rows], left=range(len(head)))] if rows else []
     if len(links) > len(shown):
         table.append(f"and {len(links) - len(shown)} faster pairs")
     if num_left_out:
@@ -165,11 +166,3 @@ def _rate(bytes_per_s: float) -> str:
 
 def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]

@@ -18,6 +18,7 @@ from ddp_sgd.errors import (
     StoppedError,
 )
 from ddp_sgd.out_of_memory import Use, refuse_out_of_memory
+from ddp_sgd.text import first_line
 
 _PATIENCE = 10
 """Steps in a row without a finite gradient that end a run."""
@@ -58,7 +59,7 @@ def translate_errors(stop: StopRequest | None = None) -> Iterator[None]:
             raise _index_out_of_range() from error
         if isinstance(error, torch.AcceleratorError):
             raise DeviceError(
-                f"the device reports: {_first_line(error)}; set CUDA_LAUNCH_BLOCKING=1 and run "
+                f"the device reports: {first_line(error)}; set CUDA_LAUNCH_BLOCKING=1 and run "
                 "again with --debug, which then shows where."
             ) from error
         raise
@@ -100,7 +101,7 @@ def refuse_divergence(skipped: SkippedSteps, lr: float) -> None:
 
 def _label_out_of_range(error: Exception) -> DataError:
     return DataError(
-        f"a batch has a label that the model has no score for: {_first_line(error)}; number the "
+        f"a batch has a label that the model has no score for: {first_line(error)}; number the "
         "labels from 0 to the number of classes less one."
     )
 
@@ -110,7 +111,3 @@ def _index_out_of_range() -> DataError:
         "a batch has an index, such as that of a word, for which an embedding of the model has no "
         "row; number the indices from 0, or set num_embeddings of the embedding to their number."
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

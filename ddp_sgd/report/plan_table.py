@@ -9,6 +9,7 @@ from itertools import pairwise
 
 from ddp_sgd.optim.schedule import Schedule, step_of
 from ddp_sgd.plan import Plan, micro_batch_sizes
+from ddp_sgd.text import columns
 
 _RULES = {
     "linear": "linear: peak = base x k",
@@ -181,11 +182,7 @@ def _tenths(plan: Plan, schedule: Schedule) -> list[str]:
         )
         for step in steps
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  " + "   ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    ]
+    return [f"  {line}" for line in columns(rows, left=(), gap="   ")]
 
 
 def _product(plan: Plan) -> str:

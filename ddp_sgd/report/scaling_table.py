@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Iterator
 
-from ddp_sgd.checkpointing.table import columns
 from ddp_sgd.plan import Plan
 from ddp_sgd.scaling import Network, Workload, predict_step
+from ddp_sgd.text import columns
 
 _HEAD = ("ranks", "step", "waiting", "efficiency", "samples/s", "an epoch", "the run")
 _MIB = 2**20

@@ -24,6 +24,7 @@ from ddp_sgd.errors import ConfigError, DataError, ExitCode, OutputError, Stoppe
 from ddp_sgd.report.folder_lock import OwnerWatch
 from ddp_sgd.report.journal import FILE_NAME, JournalTail, first_row, has_journal
 from ddp_sgd.report.wandb_position import NOWHERE, kept_id, lock_out_others, place_of, read_back
+from ddp_sgd.text import first_line
 from ddp_sgd.time_limits import scaled
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def follow_trainer() -> None:
             _Follower(request, report, lambda s: bool(poll.poll(1e3 * s))).run()
         # BaseException: wandb leaves by sys.exit when its helper process failed.
         except BaseException as error:
-            report(f"stopped ({_reason(error)}); training goes on, metrics.jsonl has every row")
+            report(f"stopped ({first_line(error)}); training goes on, metrics.jsonl has every row")
 
 
 def _leave_after_trainer(descriptor: int) -> None:
@@ -181,7 +182,7 @@ class _Follower:
                     return run
                 why = " (no API key)"
             except Exception as error:  # whatever it is, the run can go on offline
-                why = f" ({_reason(error)})"
+                why = f" ({first_line(error)})"
             _tear_down()
             self._set_up()
         run = wandb.init(**arguments, mode="offline")
@@ -336,11 +337,6 @@ def _tear_down() -> None:
         wandb.teardown()
 
 
-def _reason(error: BaseException) -> str:
-    """Give the first line of an error; wandb's later lines are advice for its own callers."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
-
-
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are ours."""
 
@@ -393,7 +389,7 @@ def _follow_by_hand(argv: Sequence[str] | None) -> None:
     except BaseException as error:  # wandb leaves by sys.exit when its helper process failed
         if isinstance(error, UserError):
             raise
-        raise OutputError(f"W&B is not complete ({_reason(error)}); run it again.") from error
+        raise OutputError(f"W&B is not complete ({first_line(error)}); run it again.") from error
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-from ddp_sgd.checkpointing.table import columns
+from ddp_sgd.text import columns, first_line
 
 
 def test_cells_stand_below_each_other():
@@ -8,3 +8,8 @@ def test_cells_stand_below_each_other():
         "a       1,000  first",
         "longer      2",
     ]
+
+
+def test_an_error_without_a_message_is_its_class():
+    assert first_line(ValueError("\n of the kernel \nand more")) == "of the kernel "
+    assert first_line(ValueError(" ")) == "ValueError"
