@@ -119,7 +119,7 @@ def test_a_write_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ddp_sgd.checkpointing.averaging.write_checkpoint", full)
+    monkeypatch.setattr("ddp_sgd.checkpointing.convert.write_checkpoint", full)
     with pytest.raises(OutputError, match="cannot be written: No space left on device"):
         write_average(choose_checkpoints([run]), tmp_path / "mean")
     assert not (tmp_path / "mean").exists()
