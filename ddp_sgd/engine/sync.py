@@ -43,11 +43,11 @@ class Spent:
 
     Args:
         by_kind: Time by kind: ``data``, ``compute``, ``waiting`` and ``bookkeeping``.
-        rendezvous_s: Time of each rank in the phase in which ranks wait for each other.
+        waiting_s: Time of each rank in the phase in which ranks wait for each other.
     """
 
     by_kind: dict[str, float]
-    rendezvous_s: list[float]
+    waiting_s: list[float]
 
     @property
     def elapsed_s(self) -> float:
@@ -108,11 +108,11 @@ class TimeShares:
         return Spent(kinds, waiting)
 
     def close_row(self, spent: Spent) -> None:
-        """Add what a row tells to the total of the run, and start the next row."""
+        """Add a row to the total of the run, and start the next row."""
         before = self._total
         self._total = Spent(
             {kind: before.by_kind[kind] + spent.by_kind[kind] for kind in _KINDS},
-            [a + b for a, b in zip(before.rendezvous_s, spent.rendezvous_s, strict=True)],
+            [a + b for a, b in zip(before.waiting_s, spent.waiting_s, strict=True)],
         )
         self._before = self._progress.spent_s()
 
@@ -130,10 +130,10 @@ class TimeShares:
         }
         others = self._runtime.world_size - 1
         if others:
-            least = min(total.rendezvous_s)
-            lag = (sum(total.rendezvous_s) - least) / others - least
+            least = min(total.waiting_s)
+            lag = (sum(total.waiting_s) - least) / others - least
             row |= {
-                "slowest_rank": total.rendezvous_s.index(least),
+                "slowest_rank": total.waiting_s.index(least),
                 "share/lag": lag / total.elapsed_s,
             }
         return row

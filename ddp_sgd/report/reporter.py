@@ -74,7 +74,7 @@ class Reporter:
         self._world_size = world_size
         self._origin = origin
         life = life_of_job(os.environ)
-        self._context = {"job": life} if life else {}
+        self._job = {"job": life} if life else {}
         self._start = time.perf_counter()
         self._plan: Plan | None = None
         self._state: Progressing | None = None
@@ -106,7 +106,7 @@ class Reporter:
         for logger in (self._result_logger, self._loggers):
             self._opened.append(logger)
             logger.start(record)
-        world: Row = {"world_size": self._world_size, **self._context}
+        world: Row = {"world_size": self._world_size, **self._job}
         if not origin.has_rows:
             self._write("start", {**world, "run_id": origin.run_id})
         if origin.is_resumed:
@@ -183,7 +183,7 @@ class Reporter:
         if self._pid != os.getpid():
             return
         wall = {"wall_s": time.perf_counter() - self._start}
-        full = {key: _number(value) for key, value in {**result, **self._context, **wall}.items()}
+        full = {key: _number(value) for key, value in {**result, **self._job, **wall}.items()}
         try:  # the result first: others may take their time, and a launcher may lose patience
             self._result_logger.finish(full)
         finally:
