@@ -48,7 +48,7 @@ def measure(folder: Path, megabytes: float, rounds: int) -> str:
 
     Args:
         folder: Where to write.
-        megabytes: Size of weights and momentum_buffers together.
+        megabytes: Size of weights and momentum buffers together.
         rounds: Measurements of each.
 
     Returns:

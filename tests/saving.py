@@ -45,7 +45,7 @@ def scored(step, accuracy, **changes):
 
 
 def tensors(value, size=64):
-    """Weights and momentum_buffers that are all of one value."""
+    """Weights and momentum buffers that are all of one value."""
     return {
         "model": {"weight": torch.full((size,), float(value))},
         "optimizer": {"momentum_buffer": {"weight": torch.full((size,), -float(value))}},

@@ -132,7 +132,7 @@ class StoreErrorPropagation:
     """Errors of ranks in a group: the first one is kept in their store.
 
     A rank that fails leaves the group, so that collectives of the others fail within moments; they
-    find the first fault on the board and end with its code, in silence.
+    find the first error in the store and end with its code, without a line.
 
     If a host is gone, and takes the store along or not, each side names the other. Without a store
     ranks cannot agree on who tells, so it is one of each host: the lowest that can be there.

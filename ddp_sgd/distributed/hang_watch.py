@@ -44,11 +44,11 @@ class LivenessStore:
     """Notes and one report in a store; no call waits longer than it is told to.
 
     A client of torch's store does not heed its own timeout while the host of the store is stopped:
-    the wait times out, but what it then sends is answered by nobody. So a thread of the board talks
+    the wait times out, but what it then sends is answered by nobody. So a thread of its own talks
     to the store, and the caller waits for that thread as long as it likes.
 
     Args:
-        store: Client for this board alone, since a client does one thing at a time.
+        store: Client for this alone, since a client does one thing at a time.
         rank: Number of this process.
         world_size: Number of processes.
 
@@ -65,7 +65,7 @@ class LivenessStore:
         self._is_free.set()
         self._answer: object = None
         self._thread = threading.Thread(
-            target=self._run_errands, args=(store,), name="ddp_sgd-board", daemon=True
+            target=self._run_errands, args=(store,), name="ddp_sgd-liveness", daemon=True
         )
         self._thread.start()
 
@@ -160,7 +160,7 @@ def watch_for_hangs(
 ) -> Iterator[None]:
     """End every process of the job if the training thread of a rank shows no life for too long.
 
-    All ranks enter together. A thread writes notes on a board in the group's store; who has shown
+    All ranks enter together. A thread writes notes into the group's store; who has shown
     no life for almost ``hang_s`` looks for the rank with the least progress, and posts a report,
     upon which every rank writes down its stacks and ends with ``ExitCode.PEER``. Time counts as
     polls saw it pass: a job that is suspended as a whole, and goes on, does not hang.

@@ -94,7 +94,7 @@ class Note(NamedTuple):
         phases: Phases that it has entered; comparable among ranks.
         idle_s: Time since its last sign of life, in seconds, as far as polls saw it pass.
         polls: Polls of the watch; stands still only if the whole process does.
-        left: Whether the rank needs the board no more.
+        left: Whether the rank needs the store no more.
     """
 
     step: int

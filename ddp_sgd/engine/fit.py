@@ -4,7 +4,7 @@ The training loop: step, sync, evaluation, checkpoint.
 """
 
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ddp_sgd.distributed.error_watch import end_process
 from ddp_sgd.distributed.hang_watch import watch_for_hangs
 from ddp_sgd.distributed.progress import Phase
 from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.engine.checkpoint import open_checkpointer
 from ddp_sgd.engine.components import gather_components, mark_training_set
 from ddp_sgd.engine.error_translation import refuse_divergence, translate_errors
 from ddp_sgd.engine.evaluation import Interrupted
@@ -27,7 +28,7 @@ from ddp_sgd.engine.rank_consistency import require_consistency
 from ddp_sgd.engine.restoring import hand_over, refuse_other_parts
 from ddp_sgd.engine.result import RunResult, build_result
 from ddp_sgd.engine.resume import find_resume_point
-from ddp_sgd.engine.setup import TrainContext, build_context, open_checkpointer
+from ddp_sgd.engine.setup import TrainContext, build_context
 from ddp_sgd.engine.sync import RankSync, SyncResult
 from ddp_sgd.engine.train_state import State
 from ddp_sgd.engine.triggers import Deadline, HasReason, StopRequest, Timetable, stop_on_signal
@@ -186,9 +187,8 @@ def fit(
         resume_point = find_resume_point(config, folder, runtime)
         if resume_point.ending:
             refuse_other_parts(resume_point.header, train_set, loss)
-            refuse_data_of_another_run(
-                resume_point, partial(mark_training_set, config, train_set), runtime
-            )
+            marks_of = partial(mark_training_set, config, train_set)
+            refuse_data_of_another_run(resume_point, marks_of, runtime)
             return _repeat_result(resume_point.ending, resume_point.file, model, runtime, folder)
         with (
             open_report(config, runtime, folder, resume_point.origin) as report,
@@ -200,28 +200,36 @@ def fit(
             context = build_context(config, components, runtime, resume_point, marks)
             report.start(context.plan, context.state, context.notes)
             with (
-                open_checkpointer(
-                    config, context, resume_point.run_id, folder, report
-                ) as checkpointer,
-                watch_for_hangs(
-                    runtime,
-                    context.progress,
-                    hang_s=config.runtime.hang_s,
-                    stacks=Path(config.output_dir) / config.name / "logs",
-                    on_hang=report.fail,
-                    on_orphaned=lambda: request.ask("the launcher is gone"),
-                ),
+                open_checkpointer(config, context, resume_point, folder, report) as checkpointer,
+                _hang_watch(config, context, runtime, report, request),
             ):
                 deadline = Deadline(resume_point.deadline)
                 rank_sync = _rank_sync(config, context, runtime, request, deadline)
                 every = config.eval.every_epochs
                 request.defer()  # from here on a stop waits for the end of a step
                 Loop(context, rank_sync, checkpointer, report, deadline, score_every=every).run()
-                ending = build_result(
+                result = build_result(
                     context.state, context.plan, context.wrapper, context.shares, runtime
                 )
-            report.end(ending.as_row())
-            return ending
+            report.end(result.as_row())
+            return result
+
+
+def _hang_watch(
+    config: RunConfig,
+    context: TrainContext,
+    runtime: Runtime,
+    report: Reporter,
+    request: StopRequest,
+) -> AbstractContextManager[None]:
+    return watch_for_hangs(
+        runtime,
+        context.progress,
+        hang_s=config.runtime.hang_s,
+        stacks=Path(config.output_dir) / config.name / "logs",
+        on_hang=report.fail,
+        on_orphaned=lambda: request.ask("the launcher is gone"),
+    )
 
 
 def _repeat_result(

@@ -248,7 +248,7 @@ def broadcast_state(model: nn.Module, runtime: Runtime) -> None:
 
 
 def restore_momentum_buffers(model: nn.Module, optimizer: SGD, tensors: Mapping[str, Any]) -> None:
-    """Put the momentum_buffers back; one that was not saved, such as without momentum, stays."""
+    """Put the momentum buffers back; one that was not saved, such as without momentum, stays."""
     saved = tensors["optimizer"]["momentum_buffer"]
     for name, buffer in momentum_buffers(model, optimizer):
         if name in saved:

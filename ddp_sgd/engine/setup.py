@@ -1,7 +1,6 @@
 """Setup of a run: components become a context that is ready to train."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,10 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddp_sgd.checkpointing.checkpointer import AsyncCheckpointer, Checkpointer, NoCheckpointer
-from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.checkpointing.serialization import read_tensors
-from ddp_sgd.checkpointing.store import FOLDER_NAME, CheckpointFolder
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.data.fetcher import Collate
 from ddp_sgd.data.loader import EvalLoader, TrainLoader
@@ -25,7 +21,7 @@ from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, buffers_by_name
 from ddp_sgd.engine.components import Components, mark_training_set
 from ddp_sgd.engine.evaluation import Metrics, Score, evaluate
-from ddp_sgd.engine.fingerprint import Marks, refuse_other_data, with_marks
+from ddp_sgd.engine.fingerprint import Marks, refuse_other_data
 from ddp_sgd.engine.model_check import check_normalization
 from ddp_sgd.engine.restoring import (
     broadcast_state,
@@ -43,20 +39,13 @@ from ddp_sgd.engine.step import Stepper
 from ddp_sgd.engine.sync import TimeShares
 from ddp_sgd.engine.train_state import (
     State,
-    Tree,
     momentum_buffers,
-    other_state_dict,
-    refuse_foreign,
-    run_state_dict,
 )
-from ddp_sgd.files import make_folder
 from ddp_sgd.losses import LossFunction, loss_modules
 from ddp_sgd.optim.schedule import Schedule, build_schedule
 from ddp_sgd.optim.sgd import SGD, build_sgd
 from ddp_sgd.out_of_memory import Use, memory_for
 from ddp_sgd.plan import Plan
-from ddp_sgd.report.reporter import Reporter
-from ddp_sgd.report.run_folder import RunFolder, unwritable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -344,65 +333,3 @@ def build_scorer(
             facts.buffers.restore()
 
     return score_without_trace
-
-
-@contextmanager
-def open_checkpointer(
-    config: RunConfig,
-    context: TrainContext,
-    run_id: str,
-    folder: RunFolder | None,
-    report: Reporter,
-) -> Iterator[Checkpointer[State]]:
-    """Open the checkpointer, on the rank that has the run folder; the others save nothing.
-
-    Args:
-        config: Description of the run.
-        context: The run, ready to start.
-        run_id: Identity of the run.
-        folder: The run folder, on rank 0.
-        report: Takes a row about every save.
-
-    Raises:
-        ConfigError: The state holds objects that a resume could not load safely.
-        OutputError: The folder of checkpoints cannot be made.
-    """
-    if folder is None:
-        yield NoCheckpointer()
-        return
-    saved = CheckpointFolder(folder.path / FOLDER_NAME)
-    try:
-        make_folder(saved.path)
-    except OSError as error:
-        raise unwritable(saved.path, error) from error
-    state_dict = with_marks(
-        context.marks,
-        partial(
-            _whole_state_dict,
-            context,
-            optimizer=context.optimizer,
-            plan=context.plan,
-            config=config.model_dump(mode="json"),
-            run_id=run_id,
-            loss=context.loss,
-        ),
-    )
-    _, tensors = state_dict(State())
-    refuse_foreign(tensors["model"])
-    with AsyncCheckpointer(
-        saved,
-        state_dict,
-        tensors,
-        device=context.device,
-        keep=config.checkpoint.keep,
-        before=report.catch_up,  # a run that is killed has every row up to where it goes on
-        report=lambda header, row: report.checkpoint(header.step, row),
-    ) as checkpointer:
-        yield checkpointer
-
-
-def _whole_state_dict(context: TrainContext, state: State, **others: Any) -> tuple[Header, Tree]:
-    """Gather all that a resume of this run needs."""
-    header, tree = run_state_dict(state, model=context.wrapper.inner, **others)
-    more = other_state_dict(context.wrapper.inner, context.loss_modules, context.buffers)
-    return header, {**tree, **more}

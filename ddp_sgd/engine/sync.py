@@ -109,7 +109,7 @@ class TimeShares:
         return Spent(kinds, waiting)
 
     def close_row(self, spent: Spent) -> None:
-        """Add what a row tells to the total of the run, and start the next row."""
+        """Add a row to the total of the run, and start the next row."""
         before = self._total
         self._total = Spent(
             {kind: before.by_kind[kind] + spent.by_kind[kind] for kind in _KINDS},

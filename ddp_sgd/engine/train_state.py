@@ -25,7 +25,7 @@ from ddp_sgd.plan import Plan
 
 @dataclass(slots=True)
 class State:
-    """The moving part of a run besides weights and momentum_buffers.
+    """The moving part of a run besides weights and momentum buffers.
 
     Attributes:
         step: Optimizer steps taken, skipped ones included.
@@ -153,7 +153,7 @@ def refuse_foreign(tree: Any, path: str = "model") -> None:
 
 
 def momentum_buffers(model: nn.Module, optimizer: SGD) -> list[tuple[str, torch.Tensor]]:
-    """List the momentum_buffers with the names of their parameters, in the order of the model."""
+    """List the momentum buffers with the names of their parameters, in the order of the model."""
     return [
         (name, optimizer.momentum_buffers[parameter])
         for name, parameter in model.named_parameters()

@@ -1,4 +1,4 @@
-"""A step whose gradient is not finite leaves nothing behind: weights, momentum_buffers, buffers and
+"""A step whose gradient is not finite leaves nothing behind: weights, momentum, buffers and
 scores are those of a loop that leaves it out, and keeps number, seed and rate of the later ones.
 """
 
