@@ -137,8 +137,10 @@ def test_what_a_save_took_is_told(training, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
     write = module.write_checkpoint
+    returned = threading.Event()  # the clock is one for both threads
 
     def slow(*args, **kwargs):
+        assert returned.wait(WAIT_S)
         now[0] += 5
         return write(*args, **kwargs)
 
@@ -148,6 +150,7 @@ def test_what_a_save_took_is_told(training, monkeypatch):
         assert checkpoints.save_s == pytest.approx(estimate)
         training.step()
         checkpoints.save(training.state, {})
+        returned.set()
         until_over(checkpoints)
         now[0] += 1000  # until somebody asks
         training.step()
