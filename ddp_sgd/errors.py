@@ -2,7 +2,7 @@
 
 from enum import IntEnum
 
-from ddp_sgd.masking import mask
+from ddp_sgd.text import mask
 
 
 class ExitCode(IntEnum):

@@ -6,7 +6,7 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
-from ddp_sgd.time_limits import scaled
+from ddp_sgd.host import scaled
 
 _INTERACTIVE_STEP = "4294967290"
 """Number of the step in which salloc runs its shell, where ``use_interactive_step`` is set."""

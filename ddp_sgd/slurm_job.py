@@ -15,8 +15,7 @@ from pathlib import Path
 from ddp_sgd.cli import run_command
 from ddp_sgd.config import CommandLine, Option
 from ddp_sgd.console import deliver
-from ddp_sgd.distributed.environment import first_host, port_of_job, tasks_of_nodes
-from ddp_sgd.distributed.launcher_files import EXIT_CODE_FILE
+from ddp_sgd.distributed.environment import EXIT_CODE_FILE, first_host, port_of_job, tasks_of_nodes
 from ddp_sgd.errors import ConfigError, OutputError
 from ddp_sgd.slurm import life_of_job, name_of_job
 

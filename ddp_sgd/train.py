@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
 
-from ddp_sgd.allocation import keep_freed_memory
 from ddp_sgd.cli import run_command
 from ddp_sgd.config import CommandLine, Option
 from ddp_sgd.console import deliver, outlive_console
 from ddp_sgd.distributed.bounded import leave
-from ddp_sgd.distributed.cpus import batch_scheduling
 from ddp_sgd.distributed.environment import may_be_rank_0, only_on_rank, read_ranks
 from ddp_sgd.engine.triggers import leave_undisturbed, stop_on_signal
+from ddp_sgd.host import batch_scheduling, keep_freed_memory
 from ddp_sgd.instantiate import uncollected
 from ddp_sgd.report.wandb_logger import start_ahead
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from limits import WAIT_S, scaled
 
-from ddp_sgd.distributed.addresses import free_port
+from ddp_sgd.distributed.environment import free_port
 from ddp_sgd.errors import DataError
 from ddp_sgd.report.journal import read_journal
 

@@ -3,7 +3,7 @@
 The factor of the environment, ``DDP_SGD_TIMEOUT_FACTOR``, raises this, and pytest's own timeout.
 """
 
-from ddp_sgd.time_limits import scaled
+from ddp_sgd.host import scaled
 
 __all__ = ["WAIT_S", "scaled"]
 

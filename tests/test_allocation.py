@@ -5,7 +5,7 @@ import pytest
 
 COUNT = """
 import ctypes, resource, sys
-from ddp_sgd.allocation import keep_freed_memory
+from ddp_sgd.host import keep_freed_memory
 if len(sys.argv) > 1: sys.platform = sys.argv[1]
 keep_freed_memory()
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from limits import WAIT_S
 
-from ddp_sgd.distributed.addresses import free_port
+from ddp_sgd.distributed.environment import free_port
 from ddp_sgd.errors import ExitCode
 from ddp_sgd.train import main
 

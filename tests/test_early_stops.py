@@ -19,7 +19,7 @@ from launching import LOCAL, Launch, children, environment, is_alive, is_running
 from limits import WAIT_S, scaled
 from ranks import rank_environment
 
-from ddp_sgd.distributed.addresses import free_port
+from ddp_sgd.distributed.environment import free_port
 from ddp_sgd.errors import ExitCode
 
 MOMENTS = 40 if "RESTARTS" in os.environ else 4

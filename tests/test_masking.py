@@ -1,7 +1,7 @@
 import pytest
 
 from ddp_sgd.errors import ConfigError
-from ddp_sgd.masking import env_name, is_secret, mask, read_secret
+from ddp_sgd.text import env_name, is_secret, mask, read_secret
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_an_error_masks_its_message():
 
 
 def test_what_the_environment_gave_is_masked_wherever_it_turns_up(monkeypatch):
-    monkeypatch.setattr("ddp_sgd.masking._known", {})
+    monkeypatch.setattr("ddp_sgd.text._known", {})
     monkeypatch.setenv("CANARY", "hunter2")
     assert mask("cannot log in with hunter2") == "cannot log in with hunter2"
     assert read_secret("CANARY") == "hunter2"
@@ -61,7 +61,7 @@ def test_what_the_environment_gave_is_masked_wherever_it_turns_up(monkeypatch):
 
 
 def test_a_short_value_is_left_alone(monkeypatch):
-    monkeypatch.setattr("ddp_sgd.masking._known", {})
+    monkeypatch.setattr("ddp_sgd.text._known", {})
     monkeypatch.setenv("CANARY", "on")
     assert read_secret("CANARY") == "on"
     assert mask("one more") == "one more"

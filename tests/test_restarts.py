@@ -15,7 +15,7 @@ import pytest
 import torch
 from launching import LOCAL, MULTINODE, Launch, is_alive, kill
 
-from ddp_sgd.distributed.addresses import free_port
+from ddp_sgd.distributed.environment import free_port
 from ddp_sgd.errors import ExitCode
 
 KILLS = int(os.environ.get("RESTARTS", "3"))

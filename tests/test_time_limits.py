@@ -5,7 +5,7 @@ import pytest
 
 from ddp_sgd.config.sources import gather
 from ddp_sgd.errors import ConfigError
-from ddp_sgd.time_limits import FACTOR, scaled, timeout_factor
+from ddp_sgd.host import FACTOR, scaled, timeout_factor
 
 
 @pytest.mark.parametrize(("factor", "seconds"), [(None, 2.0), ("", 2.0), ("1", 2.0), ("4.5", 9.0)])

@@ -19,7 +19,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from ddp_sgd.time_limits import FACTOR
+from ddp_sgd.host import FACTOR
 
 ENTITY = "tester"
 KEY = "0123456789abcdef0123456789abcdef01234567"

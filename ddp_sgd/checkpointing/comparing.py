@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from ddp_sgd.masking import MASK, is_secret
 from ddp_sgd.tensor_bytes import bytes_of
-from ddp_sgd.text import columns
+from ddp_sgd.text import MASK, columns, is_secret
 
 _HEAD = ("tensor", "elements", "differ", "max abs", "relative L2", "")
 _SHOWN = 40

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ddp_sgd.checkpointing.retrying import is_missing, retry
+from ddp_sgd.files import is_missing, retry
 
 FORMAT = 1
 """Version of what a checkpoint holds; a reader refuses others."""

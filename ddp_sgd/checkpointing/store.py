@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddp_sgd.checkpointing.manifest import Header, Manifest, read_manifest
-from ddp_sgd.checkpointing.retrying import is_missing, is_taken, retry, unreadable
 from ddp_sgd.errors import DataError
+from ddp_sgd.files import is_missing, is_taken, retry, unreadable
 
 FOLDER_NAME = "checkpoints"
 UNFINISHED = ".new"

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ddp_sgd.config.schema import RunConfig
-from ddp_sgd.masking import MASK, is_secret
+from ddp_sgd.text import MASK, is_secret
 
 _ARGUMENTS = tuple(
     f"data.{name}.{key}" for name in ("train", "eval") for key in ("args", "init_args")

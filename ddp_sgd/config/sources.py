@@ -12,8 +12,8 @@ from ddp_sgd.config.sections import Component
 from ddp_sgd.config.yaml_events import MAX_DEPTH
 from ddp_sgd.config.yaml_text import read_value, read_words, read_yaml_file
 from ddp_sgd.errors import ConfigError
-from ddp_sgd.masking import env_name
-from ddp_sgd.time_limits import FACTOR, timeout_factor
+from ddp_sgd.host import FACTOR, timeout_factor
+from ddp_sgd.text import env_name
 
 PREFIX = "DDP_SGD_"
 _FROM_ENVIRONMENT = re.compile(r"\{ *env: *(\w+) *\}")

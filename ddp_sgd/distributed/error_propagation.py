@@ -25,8 +25,8 @@ from ddp_sgd.errors import (
     StopInterrupt,
     UserError,
 )
+from ddp_sgd.host import scaled
 from ddp_sgd.text import first_line
-from ddp_sgd.time_limits import scaled
 
 _POLL_S = 0.1
 

@@ -18,10 +18,10 @@ from torch.distributed.distributed_c10d import Store
 
 from ddp_sgd.console import report_error
 from ddp_sgd.distributed.bounded import run_with_timeout
+from ddp_sgd.distributed.environment import leave_for_launcher
 from ddp_sgd.distributed.error_propagation import ErrorPropagation, StoreErrorPropagation
-from ddp_sgd.distributed.launcher_files import leave_for_launcher
 from ddp_sgd.errors import ExitCode, RemoteError, UserError
-from ddp_sgd.time_limits import scaled
+from ddp_sgd.host import scaled
 
 _POLL_S = 1.0
 """Time between two looks at the store, in seconds."""

@@ -22,8 +22,7 @@ from torch.distributed.distributed_c10d import Store
 from ddp_sgd.console import report_error
 from ddp_sgd.distributed.bounded import run_with_timeout
 from ddp_sgd.distributed.collectives import gather_over_ranks
-from ddp_sgd.distributed.environment import is_orphaned
-from ddp_sgd.distributed.launcher_files import leave_for_launcher
+from ddp_sgd.distributed.environment import is_orphaned, leave_for_launcher
 from ddp_sgd.distributed.progress import (
     NOTE_S,
     HangReport,
@@ -35,7 +34,7 @@ from ddp_sgd.distributed.progress import (
 )
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.errors import ExitCode, PeerError
-from ddp_sgd.time_limits import scaled
+from ddp_sgd.host import scaled
 
 T = TypeVar("T")
 

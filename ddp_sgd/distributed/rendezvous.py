@@ -12,12 +12,11 @@ from typing import NamedTuple
 from torch.distributed import DistStoreError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from ddp_sgd.distributed.addresses import whereabouts
 from ddp_sgd.distributed.bounded import call_with_timeout
-from ddp_sgd.distributed.environment import Ranks
+from ddp_sgd.distributed.environment import Ranks, whereabouts
 from ddp_sgd.errors import PeerError, UserError
+from ddp_sgd.host import scaled
 from ddp_sgd.text import first_line
-from ddp_sgd.time_limits import scaled
 
 _INTRODUCTION_S = scaled(10.0)
 """Longest wait of a rank for the name of the run whose store it has reached."""

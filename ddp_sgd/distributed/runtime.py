@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from ddp_sgd.distributed.bounded import call_with_timeout
-from ddp_sgd.distributed.cpus import batch_scheduling, usable_cpus
 from ddp_sgd.distributed.environment import Ranks, may_be_rank_0, only_on_rank, read_ranks
 from ddp_sgd.distributed.error_propagation import (
     ErrorPropagation,
@@ -30,7 +29,7 @@ from ddp_sgd.distributed.rendezvous import (
     read_rendezvous_info,
 )
 from ddp_sgd.errors import ConfigError
-from ddp_sgd.time_limits import scaled
+from ddp_sgd.host import batch_scheduling, scaled, usable_cpus
 
 _FAREWELL_S = scaled(5.0)
 """Longest wait of the store's host for the others to read of a fault."""

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ddp_sgd.config import RunConfig
-from ddp_sgd.distributed.cpus import usable_cpus
 from ddp_sgd.distributed.environment import Ranks
+from ddp_sgd.host import usable_cpus
 from ddp_sgd.rank_differences import read_versions, settings_that_agree
 
 

@@ -27,11 +27,18 @@ from ddp_sgd.doctor.findings import (
     known_hosts,
     summarize,
 )
-from ddp_sgd.doctor.links import Link, Timing, time_all_ranks, time_pairs
+from ddp_sgd.doctor.links import (
+    Link,
+    Timing,
+    facts_table,
+    link_table,
+    time_all_ranks,
+    time_pairs,
+    timing_table,
+)
 from ddp_sgd.doctor.store import is_there, needs_store, reach_store, read_key
-from ddp_sgd.doctor.tables import facts_table, link_table, timing_table
 from ddp_sgd.errors import ConfigError, ExitCode, PeerError, UserError
-from ddp_sgd.time_limits import scaled
+from ddp_sgd.host import scaled
 
 _ROUNDS = 5
 """Round trips from which the shortest tells of a clock."""

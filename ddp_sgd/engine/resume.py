@@ -8,7 +8,6 @@ from secrets import token_hex
 from typing import Any
 
 from ddp_sgd.checkpointing.manifest import Header
-from ddp_sgd.checkpointing.retrying import is_missing, retry, unreadable
 from ddp_sgd.checkpointing.serialization import find_checkpoint
 from ddp_sgd.checkpointing.store import FOLDER_NAME, CheckpointFolder, Choice
 from ddp_sgd.config import RunConfig, changes_that_matter
@@ -18,7 +17,7 @@ from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.result import RunResult, read_result
 from ddp_sgd.engine.triggers import read_deadline
 from ddp_sgd.errors import ConfigError, DataError, RefusedError
-from ddp_sgd.files import replace_file, sync_file, sync_folder
+from ddp_sgd.files import is_missing, replace_file, retry, sync_file, sync_folder, unreadable
 from ddp_sgd.report.journal import first_row, has_journal
 from ddp_sgd.report.logger import Origin
 from ddp_sgd.report.run_folder import RunFolder, refuse_endless_failure, unwritable

@@ -12,10 +12,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddp_sgd.distributed.addresses import whereabouts
-from ddp_sgd.distributed.cpus import usable_cpus
+from ddp_sgd.distributed.environment import whereabouts
 from ddp_sgd.errors import ConfigError
-from ddp_sgd.time_limits import scaled
+from ddp_sgd.host import scaled, usable_cpus
 
 _NARROWED_BY = (
     "CUDA_VISIBLE_DEVICES",

@@ -11,9 +11,9 @@ from typing import Any
 from ddp_sgd.checkpointing.store import FOLDER_NAME, CheckpointFolder
 from ddp_sgd.config import load_config
 from ddp_sgd.console import report_error, say_error
-from ddp_sgd.distributed.cpus import usable_cpus
-from ddp_sgd.distributed.launcher_files import EXIT_CODE_FILE
+from ddp_sgd.distributed.environment import EXIT_CODE_FILE
 from ddp_sgd.errors import DataError, ExitCode, UserError
+from ddp_sgd.host import scaled, usable_cpus
 from ddp_sgd.launch.options import LaunchOptions
 from ddp_sgd.launch.run_files import RunFiles
 from ddp_sgd.launch.torchrun import (
@@ -28,7 +28,6 @@ from ddp_sgd.launch.torchrun import (
 from ddp_sgd.report.folder_lock import FolderLock
 from ddp_sgd.report.journal import read_journal
 from ddp_sgd.report.run_folder import BEGINNINGS, result_from_rows, write_result
-from ddp_sgd.time_limits import scaled
 
 _ASKS_FOR_TEXT = ("-h", "--help", "--print_config", "--print_folder", "--print_timeout")
 _POLL_S = 0.1

@@ -20,8 +20,8 @@ from types import FrameType
 from typing import NamedTuple
 
 from ddp_sgd.errors import ExitCode
+from ddp_sgd.host import scaled
 from ddp_sgd.launch.run_files import RunFiles
-from ddp_sgd.time_limits import scaled
 
 _POLL_S = 0.05
 """Longest time until a signal is passed on."""

@@ -4,7 +4,7 @@ import subprocess
 from contextlib import suppress
 from threading import Thread
 
-from ddp_sgd.time_limits import scaled
+from ddp_sgd.host import scaled
 
 _TIMEOUT_S = 5.0
 """How long ``git`` may take; a large working tree on a network file system is not worth more."""

@@ -16,7 +16,6 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 from ddp_sgd.config import RunConfig
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.errors import ExitCode, UserError
-from ddp_sgd.masking import mask
 from ddp_sgd.plan import Plan
 from ddp_sgd.report.git_commit import GitCommit
 from ddp_sgd.report.journal import Journal
@@ -26,6 +25,7 @@ from ddp_sgd.report.run_folder import RunFolder
 from ddp_sgd.report.tensorboard import TensorBoard
 from ddp_sgd.report.wandb_logger import WandbLogger
 from ddp_sgd.slurm import life_of_job
+from ddp_sgd.text import mask
 
 BURST_S = 0.1
 """How long rows gather before they are written together. Each time the writing thread takes the

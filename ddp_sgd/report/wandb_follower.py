@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from ddp_sgd.config import RunConfig, WandbConfig, load_config
 from ddp_sgd.console import deliver, fill_descriptors, report_error, say, silent_descriptors
 from ddp_sgd.errors import ConfigError, DataError, ExitCode, OutputError, StoppedError, UserError
+from ddp_sgd.host import scaled
 from ddp_sgd.report.folder_lock import OwnerWatch
 from ddp_sgd.report.journal import FILE_NAME, JournalTail, first_row, has_journal
 from ddp_sgd.report.wandb_position import NOWHERE, kept_id, lock_out_others, place_of, read_back
 from ddp_sgd.text import first_line
-from ddp_sgd.time_limits import scaled
 
 if TYPE_CHECKING:
     import wandb

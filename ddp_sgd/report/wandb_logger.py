@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from ddp_sgd.config import WandbConfig
 from ddp_sgd.console import fill_descriptors
+from ddp_sgd.host import scaled
 from ddp_sgd.report.logger import EventRow, RunRecord
 from ddp_sgd.report.wandb_follower import (
     FINISH_TIMEOUT_S,
@@ -27,7 +28,6 @@ from ddp_sgd.report.wandb_follower import (
     FollowRequest,
     is_disabled,
 )
-from ddp_sgd.time_limits import scaled
 
 _MOST_ARGV = 4000
 """Characters of the command line that W&B shows: with them the pipe takes the request at once."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ddp_sgd.errors import OutputError, RefusedError
-from ddp_sgd.time_limits import scaled
+from ddp_sgd.host import scaled
 
 NOWHERE = -1
 """The place before every row."""

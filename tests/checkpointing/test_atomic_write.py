@@ -16,7 +16,7 @@ import torch
 from limits import WAIT_S
 from saving import fill, flip, names, small_disk, write
 
-from ddp_sgd.checkpointing import atomic_write, serialization
+from ddp_sgd.checkpointing import serialization
 from ddp_sgd.checkpointing.serialization import read_tensors
 from ddp_sgd.checkpointing.store import CheckpointFolder
 
@@ -110,7 +110,7 @@ def test_nothing_goes_before_the_new_one_was_read_back(tmp_path, monkeypatch):
         write(tmp_path, step)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with monkeypatch.context() as patch:
-        patch.setattr(atomic_write, "_forget_cached", damage)
+        patch.setattr(serialization, "_forget_cached", damage)
         with pytest.raises(OSError, match="what was written is damaged: its SHA-256") as caught:
             write(tmp_path, 3, keep=1)
     assert caught.value.errno == errno.EIO
@@ -137,7 +137,7 @@ def save_too_much(folder):
 
 
 def test_a_full_disk_shows_before_anything_is_written(disk, monkeypatch):
-    monkeypatch.setattr(atomic_write._Hashed, "write", None)  # it is not called
+    monkeypatch.setattr(serialization._Hashed, "write", None)  # it is not called
     assert save_too_much(disk) == errno.ENOSPC
 
 
@@ -184,7 +184,7 @@ def test_a_disk_that_takes_less_at_once_than_it_is_given():
             return super().write(data[:3])
 
     raw = Sipping()
-    stream = atomic_write._Hashed(raw)
+    stream = serialization._Hashed(raw)
     assert stream.write(b"0123456789") == stream.size == 10
     assert raw.getvalue() == b"0123456789"
     assert stream.digest.hexdigest() == hashlib.sha256(b"0123456789").hexdigest()
@@ -213,7 +213,7 @@ def test_a_save_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
 
     write(tmp_path, 1)
     before = names(tmp_path)
-    monkeypatch.setattr(atomic_write, "_forget_cached", interrupt)
+    monkeypatch.setattr(serialization, "_forget_cached", interrupt)
     with suppress(KeyboardInterrupt):
         write(tmp_path, 2)
     assert names(tmp_path) == before

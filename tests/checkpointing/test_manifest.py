@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from saving import flip, header, scored
 
-from ddp_sgd.checkpointing import retrying
+from ddp_sgd import files
 from ddp_sgd.checkpointing.manifest import Manifest, read_manifest
 
 MANIFEST = Manifest(
@@ -87,7 +87,7 @@ def test_one_that_cannot_be_read_is_not_missing(path, monkeypatch):
     def fail(*args, **options):
         raise OSError(errno.ESTALE, "told by the test")
 
-    monkeypatch.setattr(retrying, "sleep", lambda pause: None)
+    monkeypatch.setattr(files, "sleep", lambda pause: None)
     monkeypatch.setattr(Path, "open", fail)
     with pytest.raises(OSError, match="told by the test"):
         read_manifest(path)

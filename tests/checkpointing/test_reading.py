@@ -14,7 +14,7 @@ import pytest
 import torch
 from saving import write
 
-from ddp_sgd.checkpointing import retrying
+from ddp_sgd import files
 from ddp_sgd.checkpointing.manifest import read_manifest
 from ddp_sgd.checkpointing.serialization import find_checkpoint, read_tensors
 from ddp_sgd.checkpointing.store import CheckpointFolder
@@ -150,7 +150,7 @@ def failing(monkeypatch):
 
     def install(file, failures):
         Failing.failures = failures
-        monkeypatch.setattr(retrying, "sleep", lambda pause: None)
+        monkeypatch.setattr(files, "sleep", lambda pause: None)
         monkeypatch.setattr(
             builtins,
             "open",

@@ -3,14 +3,14 @@ import os
 
 import pytest
 
-from ddp_sgd.checkpointing import retrying
-from ddp_sgd.checkpointing.retrying import PAUSES_S, is_missing, is_taken, retry, unreadable
+from ddp_sgd import files
+from ddp_sgd.files import PAUSES_S, is_missing, is_taken, retry, unreadable
 
 
 @pytest.fixture
 def pauses(monkeypatch):
     taken = []
-    monkeypatch.setattr(retrying, "sleep", taken.append)
+    monkeypatch.setattr(files, "sleep", taken.append)
     return taken
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from saving import flip, header, names, scored, tensors, write
 
-from ddp_sgd.checkpointing import retrying
+from ddp_sgd import files
 from ddp_sgd.checkpointing.serialization import find_checkpoint, write_checkpoint
 from ddp_sgd.checkpointing.store import CheckpointFolder, goodness
 from ddp_sgd.errors import DataError, ExitCode
@@ -196,7 +196,7 @@ OTHER = {"step-00000020.pt": "step-00000020.json", "step-00000020.json": "step-0
 @pytest.mark.parametrize("name", OTHER)
 def test_what_may_not_be_read_is_not_taken_for_damaged(name, folder, monkeypatch):
     """It may be whole: an older one would train its steps a second time."""
-    monkeypatch.setattr(retrying, "sleep", None)  # the same answer would come again
+    monkeypatch.setattr(files, "sleep", None)  # the same answer would come again
     with forbidden(folder / name):
         with pytest.raises(DataError) as caught:
             chosen(folder)
@@ -217,7 +217,7 @@ def test_what_may_not_be_read_can_be_moved_away(folder, tmp_path):
 def pauses(monkeypatch):
     """Pauses between attempts, which a test notes instead of waiting."""
     taken = []
-    monkeypatch.setattr(retrying, "sleep", taken.append)
+    monkeypatch.setattr(files, "sleep", taken.append)
     return taken
 
 

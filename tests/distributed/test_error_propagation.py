@@ -14,8 +14,8 @@ from limits import WAIT_S
 from ranks import rank_environment, run_ranks
 from torch.distributed import HashStore, TCPStore
 
-from ddp_sgd.distributed.addresses import free_port
 from ddp_sgd.distributed.collectives import sum_over_ranks
+from ddp_sgd.distributed.environment import free_port
 from ddp_sgd.distributed.error_propagation import (
     LocalErrorPropagation,
     StoreErrorPropagation,

@@ -15,7 +15,7 @@ from ranks import rank_environment, run_ranks
 from torch import nn
 from torch.distributed import HashStore
 
-from ddp_sgd.distributed.addresses import free_port
+from ddp_sgd.distributed.environment import free_port
 from ddp_sgd.distributed.error_propagation import StoreErrorPropagation
 from ddp_sgd.distributed.error_watch import watch_errors
 from ddp_sgd.distributed.rendezvous import RendezvousInfo

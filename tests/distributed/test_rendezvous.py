@@ -10,8 +10,7 @@ import pytest
 import torch.distributed as dist
 from limits import WAIT_S
 
-from ddp_sgd.distributed.addresses import free_port
-from ddp_sgd.distributed.environment import Ranks
+from ddp_sgd.distributed.environment import Ranks, free_port
 from ddp_sgd.distributed.rendezvous import (
     _fresh_part,
     _name_of_run,

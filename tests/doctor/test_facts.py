@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from ddp_sgd.config import RunConfig
-from ddp_sgd.distributed.cpus import usable_cpus
 from ddp_sgd.distributed.environment import Ranks
 from ddp_sgd.doctor.facts import Facts, gather_facts
+from ddp_sgd.host import usable_cpus
 
 RANKS = Ranks(rank=3, world_size=8, local_rank=1, local_world_size=2, launcher="torchrun")
 

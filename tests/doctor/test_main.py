@@ -9,7 +9,7 @@ import pytest
 from limits import WAIT_S
 from ranks import rank_environment
 
-from ddp_sgd.distributed.addresses import free_port
+from ddp_sgd.distributed.environment import free_port
 from ddp_sgd.doctor.__main__ import main
 from ddp_sgd.errors import ExitCode
 

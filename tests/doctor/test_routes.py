@@ -6,7 +6,7 @@ import sys
 import pytest
 from limits import WAIT_S
 
-from ddp_sgd.distributed.addresses import whereabouts
+from ddp_sgd.distributed.environment import whereabouts
 from ddp_sgd.doctor.facts import address_toward, interface_of, is_loopback, resolve
 
 

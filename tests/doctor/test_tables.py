@@ -4,8 +4,7 @@ from dataclasses import replace
 from made_up_ranks import answers, cluster, links
 
 from ddp_sgd.doctor.facts import Clock
-from ddp_sgd.doctor.links import SIZES, Link, Timing
-from ddp_sgd.doctor.tables import facts_table, link_table, timing_table
+from ddp_sgd.doctor.links import SIZES, Link, Timing, facts_table, link_table, timing_table
 
 
 def shown(lines):

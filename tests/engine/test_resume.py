@@ -14,7 +14,7 @@ import pytest
 import torch
 from limits import WAIT_S
 
-from ddp_sgd.checkpointing import retrying
+from ddp_sgd import files
 from ddp_sgd.checkpointing.serialization import find_checkpoint
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data import InMemory
@@ -181,7 +181,7 @@ def stale(monkeypatch, *names, times=10**9):
         return opened(path, *args, **options)
 
     monkeypatch.setattr(Path, "open", open_or_fail)
-    monkeypatch.setattr(retrying, "sleep", lambda pause: None)
+    monkeypatch.setattr(files, "sleep", lambda pause: None)
 
 
 @pytest.mark.parametrize("ending", ["pt", "json"])

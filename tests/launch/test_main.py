@@ -13,7 +13,7 @@ import pytest
 from launching import LOCAL, MULTINODE, ROOT, Launch, environment, is_alive, kill
 from limits import WAIT_S
 
-from ddp_sgd.distributed.addresses import free_port
+from ddp_sgd.distributed.environment import free_port
 from ddp_sgd.errors import ExitCode
 from ddp_sgd.launch.__main__ import main
 

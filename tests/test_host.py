@@ -6,7 +6,7 @@ import threading
 import pytest
 from ranks import run_ranks
 
-from ddp_sgd.distributed.cpus import batch_scheduling, leave_batch_scheduling, usable_cpus
+from ddp_sgd.host import batch_scheduling, leave_batch_scheduling, usable_cpus
 
 ASK = "import os; print(os.sched_getscheduler(0))"
 
@@ -41,7 +41,7 @@ def test_a_policy_that_somebody_chose_stays():
     """In a process of its own, which cannot get rid of this one without a privilege."""
     code = (
         "import os; os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))\n"
-        "from ddp_sgd.distributed.cpus import batch_scheduling\n"
+        "from ddp_sgd.host import batch_scheduling\n"
         "with batch_scheduling(): print(os.sched_getscheduler(0) == os.SCHED_IDLE)"
     )
     asked = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
