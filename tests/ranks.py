@@ -39,8 +39,30 @@ def rank_environment(rank, world_size, port):
     }
 
 
+def srun_environment(rank, world_size, port):
+    """Describe a rank to which srun has bound a device of its own: the first that it sees."""
+    return {
+        "SLURM_JOB_ID": "7",
+        "SLURM_PROCID": str(rank),
+        "SLURM_NTASKS": str(world_size),
+        "SLURM_LOCALID": str(rank),
+        "SLURM_STEP_NODELIST": "localhost",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
 def run_ranks(
-    world_size, work, *args, timeout_s=60.0, raises=False, deadline_s=WAIT_S, device="cpu"
+    world_size,
+    work,
+    *args,
+    timeout_s=60.0,
+    raises=False,
+    deadline_s=WAIT_S,
+    device="cpu",
+    backend="auto",
+    environment_of=rank_environment,
 ):
     """Call ``work(runtime, *args)`` on every rank; return the values in order, or what each one
     raised.
@@ -52,9 +74,10 @@ def run_ranks(
         # The server keeps the environment of its start, so each rank is given that of the test.
         environment = dict(os.environ)
         if world_size > 1:
-            environment |= rank_environment(rank, world_size, port)
+            environment |= environment_of(rank, world_size, port)
+        options = {"device": device, "backend": backend, "timeout_s": timeout_s}
         process = _CONTEXT.Process(
-            target=_rank, args=(send, environment, rank, device, timeout_s, work, args)
+            target=_rank, args=(send, environment, rank, options, work, args)
         )
         process.start()
         send.close()
@@ -86,8 +109,7 @@ def _rank(
     send: Any,
     environment: dict[str, str],
     rank: int,
-    device: str,
-    timeout_s: float,
+    options: dict[str, Any],
     work: Any,
     args: Any,
 ):
@@ -103,7 +125,7 @@ def _rank(
 
     torch.set_num_threads(1)
     try:
-        with start_runtime(device=device, timeout_s=timeout_s) as runtime:
+        with start_runtime(**options) as runtime:
             value = work(runtime, *args)
     except Exception as error:
         value = RankError(rank, type(error).__name__, "".join(traceback.format_exception(error)))
