@@ -20,17 +20,15 @@ from ddp_sgd.distributed.hang_watch import watch_for_hangs
 from ddp_sgd.distributed.progress import Phase
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.checkpoint import open_checkpointer
-from ddp_sgd.engine.components import gather_components, mark_training_set
+from ddp_sgd.engine.components import gather_components
 from ddp_sgd.engine.error_translation import refuse_divergence, translate_errors
 from ddp_sgd.engine.evaluation import Interrupted
-from ddp_sgd.engine.fingerprint import refuse_data_of_another_run
-from ddp_sgd.engine.rank_consistency import require_consistency
-from ddp_sgd.engine.restoring import hand_over, refuse_other_parts
+from ddp_sgd.engine.rank_consistency import mark_training_set, require_consistency
 from ddp_sgd.engine.result import RunResult, build_result
-from ddp_sgd.engine.resume import find_resume_point
+from ddp_sgd.engine.resume import find_resume_point, refuse_data_of_another_run
 from ddp_sgd.engine.setup import TrainContext, build_context
 from ddp_sgd.engine.sync import RankSync, SyncResult
-from ddp_sgd.engine.train_state import State
+from ddp_sgd.engine.train_state import State, hand_over, refuse_other_parts
 from ddp_sgd.engine.triggers import Deadline, HasReason, StopRequest, Timetable, stop_on_signal
 from ddp_sgd.losses import LossFunction
 from ddp_sgd.report.reporter import Reporter, open_report, tell_of_the_end

@@ -17,8 +17,9 @@ from ddp_sgd.data.loader import move
 from ddp_sgd.distributed.collectives import gather_over_ranks
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, statistics_of
+from ddp_sgd.engine.components import Batch, choose_spread
 from ddp_sgd.engine.evaluation import evaluating
-from ddp_sgd.engine.loss_check import examine_loss
+from ddp_sgd.engine.loss_check import check_labels, count_classes, examine_loss, listed_targets
 from ddp_sgd.engine.model_check import (
     check_changed_parameters,
     check_embeddings,
@@ -28,13 +29,6 @@ from ddp_sgd.engine.model_check import (
 )
 from ddp_sgd.engine.output_tensors import list_tensors
 from ddp_sgd.engine.randomness import Randomness
-from ddp_sgd.engine.sample_batch import (
-    Batch,
-    check_labels,
-    choose_spread,
-    count_classes,
-    listed_targets,
-)
 from ddp_sgd.engine.side_effects import (
     CollectiveWatch,
     Place,
@@ -209,7 +203,7 @@ class _Check:
         self._model = model
         self._loss = loss
         self._where = where
-        self._listed = listed_targets(dataset, batch)
+        self._listed = listed_targets(dataset, batch.targets, batch.indices)
         self._labels = batch.targets if self._listed is None else self._listed
         self._inputs, self._targets = move(batch.inputs, device), move(batch.targets, device)
         self._targets_of_one = move(batch.targets_of_one, device)

@@ -19,27 +19,22 @@ from ddp_sgd.distributed.progress import Phase, ProgressTracker
 from ddp_sgd.distributed.replication import wrap_model
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, buffers_by_name
-from ddp_sgd.engine.components import Components, mark_training_set
+from ddp_sgd.engine.components import Components, read_batch
 from ddp_sgd.engine.evaluation import Metrics, Score, evaluate
-from ddp_sgd.engine.fingerprint import Marks, refuse_other_data
 from ddp_sgd.engine.model_check import check_normalization
-from ddp_sgd.engine.restoring import (
-    broadcast_state,
-    plan_from,
-    refuse_misfit,
-    restore,
-    restore_buffers,
-    restore_momentum_buffers,
-    state_from,
-)
-from ddp_sgd.engine.resume import ResumePoint
-from ddp_sgd.engine.sample_batch import read_batch
+from ddp_sgd.engine.rank_consistency import Marks, mark_training_set
+from ddp_sgd.engine.resume import ResumePoint, plan_from, refuse_other_data, state_from
 from ddp_sgd.engine.sanity_check import TrainingFacts, check_evaluation, check_training
 from ddp_sgd.engine.step import Stepper
 from ddp_sgd.engine.sync import TimeShares
 from ddp_sgd.engine.train_state import (
     State,
+    broadcast_state,
     momentum_buffers,
+    refuse_misfit,
+    restore,
+    restore_buffers,
+    restore_momentum_buffers,
 )
 from ddp_sgd.losses import LossFunction, loss_modules
 from ddp_sgd.optim.schedule import Schedule, build_schedule
