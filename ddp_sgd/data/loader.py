@@ -3,7 +3,6 @@
 import atexit
 import multiprocessing
 import os
-import re
 import signal
 import sys
 from collections import deque
@@ -27,16 +26,9 @@ from ddp_sgd.data.fetcher import (
     Unreadable,
 )
 from ddp_sgd.data.sampler import EvalSampler, TrainSampler
-from ddp_sgd.errors import DataError, LostWorkerError
+from ddp_sgd.errors import DataError
 from ddp_sgd.seeds import seed_for
-from ddp_sgd.text import first_line
-
-_LOST_WORKER = re.compile(
-    r"DataLoader worker|Pin memory thread|Too many open files|shared memory"
-    r"|unable to (open|mmap|resize)",
-    re.IGNORECASE,
-)
-"""What torch says where a loader process ended, or its batch got lost."""
+from ddp_sgd.torch_errors import lost_worker
 
 
 class MicroBatch(NamedTuple):
@@ -312,21 +304,6 @@ def _flag_of_leaving() -> Any:
 
     atexit.register(leave)  # runs before multiprocessing's own hook, which was registered earlier
     return leaving
-
-
-def lost_worker(error: Exception) -> LostWorkerError | None:
-    """Translate an error that reports a killed loader process; None for any other error.
-
-    torch raises that in whatever the main thread is doing. A process that is killed while it sends
-    a batch shows as a broken connection.
-    """
-    is_lost = isinstance(error, (EOFError, ConnectionError)) or _LOST_WORKER.search(str(error))
-    if not is_lost:
-        return None
-    cause = first_line(error)
-    return LostWorkerError(
-        f"data.workers lost a process: {cause}; lower data.workers, or give the job more memory."
-    )
 
 
 def move(value: Any, device: torch.device) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from ddp_sgd.checkpointing.checkpointer import Checkpointer
+from ddp_sgd.checkpointing.manifest import SkippedSteps
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.data.loader import StepBatches
 from ddp_sgd.distributed.error_propagation import propagate_errors
@@ -21,7 +22,6 @@ from ddp_sgd.distributed.progress import Phase
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.checkpoint import open_checkpointer
 from ddp_sgd.engine.components import gather_components
-from ddp_sgd.engine.error_translation import refuse_divergence, translate_errors
 from ddp_sgd.engine.evaluation import Interrupted
 from ddp_sgd.engine.rank_consistency import mark_training_set, require_consistency
 from ddp_sgd.engine.result import RunResult, build_result
@@ -30,9 +30,14 @@ from ddp_sgd.engine.setup import TrainContext, build_context
 from ddp_sgd.engine.sync import RankSync, SyncResult
 from ddp_sgd.engine.train_state import State, hand_over, refuse_other_parts
 from ddp_sgd.engine.triggers import Deadline, HasReason, StopRequest, Timetable, stop_on_signal
+from ddp_sgd.errors import DivergedError
 from ddp_sgd.losses import LossFunction
 from ddp_sgd.report.reporter import Reporter, open_report, tell_of_the_end
 from ddp_sgd.report.run_folder import RunFolder, claim_run_folder
+from ddp_sgd.torch_errors import translate_errors
+
+_PATIENCE = 10
+"""Steps in a row without a finite gradient that end a run."""
 
 
 class Loop:
@@ -191,7 +196,7 @@ def fit(
         with (
             open_report(config, runtime, folder, resume_point.origin) as report,
             propagate_errors(runtime.error_propagation),
-            translate_errors(request),
+            translate_errors(lambda: request.reason),
         ):
             components = gather_components(config, model, loss, train_set, eval_set)
             marks = require_consistency(config, components, runtime)
@@ -264,3 +269,20 @@ def _rank_sync(
         context.shares,
         context.state,
     )
+
+
+def refuse_divergence(skipped: SkippedSteps, lr: float) -> None:
+    """End a run whose gradients stay non-finite.
+
+    Args:
+        skipped: Steps without a finite gradient.
+        lr: Rate of the last step.
+
+    Raises:
+        DivergedError: There were 10 or more.
+    """
+    if skipped.longest_row >= _PATIENCE:
+        raise DivergedError(
+            f"the gradient is not finite for {skipped.longest_row} steps in a row at a rate of "
+            f"{lr:g}; lower optim.lr, warm up longer, set optim.clip_norm, or look for bad samples."
+        )

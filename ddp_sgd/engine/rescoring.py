@@ -24,7 +24,6 @@ from ddp_sgd.engine.components import (
     ready_loss,
     ready_model,
 )
-from ddp_sgd.engine.error_translation import translate_errors
 from ddp_sgd.engine.evaluation import Metrics
 from ddp_sgd.engine.result import weights_digest
 from ddp_sgd.engine.setup import build_scorer
@@ -32,6 +31,7 @@ from ddp_sgd.engine.train_state import describe_loss, model_misfits, restore
 from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.instantiate import instantiate, refuse_untrusted
 from ddp_sgd.losses import LossFunction, as_module, loss_modules
+from ddp_sgd.torch_errors import translate_errors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

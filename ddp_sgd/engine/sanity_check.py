@@ -46,8 +46,8 @@ from ddp_sgd.losses import (
     is_of_classes,
     loss_modules,
 )
-from ddp_sgd.out_of_memory import Use, refuse_out_of_memory
 from ddp_sgd.plan import Plan
+from ddp_sgd.torch_errors import Use, refuse_out_of_memory
 
 _SHOWN = 6
 """Components of a container that an error describes."""

@@ -39,8 +39,8 @@ from ddp_sgd.engine.train_state import (
 from ddp_sgd.losses import LossFunction, loss_modules
 from ddp_sgd.optim.schedule import Schedule, build_schedule
 from ddp_sgd.optim.sgd import SGD, build_sgd
-from ddp_sgd.out_of_memory import Use, memory_for
 from ddp_sgd.plan import Plan
+from ddp_sgd.torch_errors import Use, memory_for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

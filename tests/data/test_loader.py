@@ -19,11 +19,11 @@ from ddp_sgd.data.loader import (
     _pin,
     _read,
     _start_method,
-    lost_worker,
     move,
 )
 from ddp_sgd.data.sampler import EvalSampler, TrainSampler
 from ddp_sgd.errors import DataError
+from ddp_sgd.torch_errors import lost_worker
 
 CPU = torch.device("cpu")
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from ddp_sgd.checkpointing import checkpointer as module
+from ddp_sgd.checkpointing.manifest import SkippedSteps
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data import InMemory
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.fit import fit
+from ddp_sgd.engine.fit import fit, refuse_divergence
 from ddp_sgd.engine.triggers import StopRequest
-from ddp_sgd.errors import ExitCode, OutputError
+from ddp_sgd.errors import DivergedError, ExitCode, OutputError
 from ddp_sgd.models import MLP
 from ddp_sgd.report.journal import read_journal
 
@@ -164,3 +165,12 @@ def test_a_folder_where_a_file_should_be_ends_a_resume_before_its_first_step(nam
     assert caught.value.exit_code == ExitCode.OUTPUT
     assert place.exists()
     assert not (tmp_path / "x.1").exists()
+
+
+def test_ten_in_a_row_end_the_run():
+    refuse_divergence(SkippedSteps(40, 1, 9), 0.1)
+    with pytest.raises(
+        DivergedError, match=r"not finite for 10 steps in a row at a rate of 0.1; lower optim.lr"
+    ):
+        refuse_divergence(SkippedSteps(10, 0, 10), 0.1)
+    assert DivergedError.exit_code == ExitCode.DIVERGED
