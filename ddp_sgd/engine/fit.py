@@ -4,6 +4,7 @@ The training loop: step, sync, evaluation, checkpoint.
 """
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from ddp_sgd.engine.train_state import State, hand_over, refuse_other_parts
 from ddp_sgd.engine.triggers import Deadline, HasReason, StopRequest, Timetable, stop_on_signal
 from ddp_sgd.errors import DivergedError
 from ddp_sgd.losses import LossFunction
+from ddp_sgd.optim.schedule import Schedule, build_schedule
 from ddp_sgd.report.reporter import Reporter, open_report, tell_of_the_end
 from ddp_sgd.report.run_folder import RunFolder, claim_run_folder
 from ddp_sgd.torch_errors import translate_errors
@@ -45,29 +47,31 @@ class Loop:
 
     Args:
         context: The run; its state moves.
+        schedule: Factor of the peak rate for each step.
+        seed_for_step: Seed of what the model draws in a step, on this rank.
+        timetable: When the model is scored; is told how long saves and evaluations take.
         rank_sync: The periodic all-reduce besides that of gradients.
         checkpointer: Saves the state.
         report: Where measurements go.
-        deadline: Is told how long saves and evaluations take.
-        score_every: Epochs between evaluations.
     """
 
     def __init__(
         self,
         context: TrainContext,
+        schedule: Schedule,
+        seed_for_step: Callable[[int], int],
+        timetable: Timetable,
         rank_sync: RankSync,
         checkpointer: Checkpointer[State],
         report: Reporter,
-        deadline: Deadline,
-        *,
-        score_every: int,
     ) -> None:
         self._context = context
+        self._schedule = schedule
+        self._seed_for_step = seed_for_step
+        self._timetable = timetable
         self._rank_sync = rank_sync
         self._checkpointer = checkpointer
         self._report = report
-        self._deadline = deadline
-        self._score_every = score_every
 
     def run(self) -> None:
         """Take steps; whatever ends them, the state is saved at the last one.
@@ -102,8 +106,8 @@ class Loop:
     def _take_step(self, batches: StepBatches) -> SyncResult | None:
         """Take a step, and log what the ranks have synchronized, if it was time."""
         context, state = self._context, self._context.state
-        lr = context.rate(state.step)
-        context.seed_model(state.step)
+        lr = context.plan.peak_lr * self._schedule(state.step)
+        context.randomness.seed(self._seed_for_step(state.step))
         result = context.stepper.step(batches, lr)
         state.step += 1
         context.progress.enter(Phase.SYNC)
@@ -113,7 +117,7 @@ class Loop:
             self._report.train(synced.row)
             refuse_divergence(synced.skipped, lr)
             self._checkpointer.poll()
-            self._deadline.save_s = self._checkpointer.save_s
+            self._timetable.deadline.save_s = self._checkpointer.save_s
         return synced
 
     def _is_to_stop(self, synced: SyncResult | None) -> bool:
@@ -125,10 +129,7 @@ class Loop:
     def _score_if_due(self) -> bool:
         """Score at the end of an epoch; False if a stop request cut that short, on any rank."""
         context, state = self._context, self._context.state
-        if (
-            not context.plan.ends_epochs(state.step, self._score_every)
-            or state.scored_at == state.step
-        ):
+        if not self._timetable.score_is_due_at(state.step) or state.scored_at == state.step:
             return True
 
         def is_unwanted() -> bool:
@@ -141,7 +142,7 @@ class Loop:
         except Interrupted:
             return False
         self._report.eval(state.scores)
-        self._deadline.score_s = time.perf_counter() - start
+        self._timetable.deadline.score_s = time.perf_counter() - start
         return True
 
 
@@ -206,11 +207,22 @@ def fit(
                 open_checkpointer(config, context, resume_point, folder, report) as checkpointer,
                 _hang_watch(config, context, runtime, report, request),
             ):
-                deadline = Deadline(resume_point.deadline)
-                rank_sync = _rank_sync(config, context, runtime, request, deadline)
-                every = config.eval.every_epochs
+                timetable = Timetable(
+                    config.checkpoint,
+                    context.plan,
+                    row_steps=config.log.every_steps,
+                    score_epochs=config.eval.every_epochs,
+                    deadline=Deadline(resume_point.deadline),
+                )
+                schedule = build_schedule(config.schedule, context.plan)
+                seed_for_step = partial(runtime.seed_for, "model", config.seed)
+                rank_sync = RankSync(
+                    context.plan, runtime, request, timetable, context.shares, context.state
+                )
                 request.defer()  # from here on a stop waits for the end of a step
-                Loop(context, rank_sync, checkpointer, report, deadline, score_every=every).run()
+                Loop(
+                    context, schedule, seed_for_step, timetable, rank_sync, checkpointer, report
+                ).run()
                 result = build_result(
                     context.state, context.plan, context.wrapper, context.shares, runtime
                 )
@@ -251,24 +263,6 @@ def _repeat_result(
 
 def _stop_request(stop: HasReason) -> StopRequest:
     return stop if isinstance(stop, StopRequest) else StopRequest(stop)
-
-
-def _rank_sync(
-    config: RunConfig,
-    context: TrainContext,
-    runtime: Runtime,
-    request: StopRequest,
-    deadline: Deadline,
-) -> RankSync:
-    return RankSync(
-        context.plan,
-        runtime,
-        request,
-        Timetable(config.checkpoint, context.plan, row_steps=config.log.every_steps),
-        deadline,
-        context.shares,
-        context.state,
-    )
 
 
 def refuse_divergence(skipped: SkippedSteps, lr: float) -> None:

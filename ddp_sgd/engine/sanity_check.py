@@ -28,7 +28,6 @@ from ddp_sgd.engine.model_check import (
     list_registered,
 )
 from ddp_sgd.engine.output_tensors import list_tensors
-from ddp_sgd.engine.randomness import Randomness
 from ddp_sgd.engine.side_effects import (
     CollectiveWatch,
     Place,
@@ -47,6 +46,7 @@ from ddp_sgd.losses import (
     loss_modules,
 )
 from ddp_sgd.plan import Plan
+from ddp_sgd.seeds import Randomness
 from ddp_sgd.torch_errors import Use, refuse_out_of_memory
 
 _SHOWN = 6
@@ -134,7 +134,7 @@ def check_training(
         check.backward(value)
         check_gradients(model)
         check_changed_parameters(model, effects.changed_parameters(), plan)
-        randomness.follow(effects)
+        _follow(randomness, effects)
         changed = effects.changed_buffers(_written_in_a_pass(check, whole))
         resized = effects.resized_buffers()
         read = _read_in_training(check, effects, randomness, changed, runtime)
@@ -177,7 +177,7 @@ def check_evaluation(
         check = _Check(model, loss, dataset, batch, runtime.device, "data.eval")
         with watch:
             outputs, _ = check.forward()
-        randomness.follow(effects)
+        _follow(randomness, effects)
         changed = effects.changed_buffers(_written_in_a_pass(check, whole))
         objective, _ = check.judge(outputs)
     return EvaluationFacts(
@@ -307,6 +307,13 @@ def _written_in_a_pass(check: _Check, modules: list[nn.Module]) -> set[int]:
         with watch:
             check.forward()
     return watch.written
+
+
+def _follow(randomness: Randomness, effects: SideEffects) -> None:
+    """Let all be seeded that passes were seen to draw from."""
+    randomness.follow(
+        draws_from_random=effects.draws_from_random, draws_from_numpy=effects.draws_from_numpy
+    )
 
 
 def _read_in_training(

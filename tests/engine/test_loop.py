@@ -174,3 +174,31 @@ def test_ten_in_a_row_end_the_run():
     ):
         refuse_divergence(SkippedSteps(10, 0, 10), 0.1)
     assert DivergedError.exit_code == ExitCode.DIVERGED
+
+
+def test_rates_follow_the_schedule(tmp_path):
+    run(tmp_path, log={"every_steps": 1}, schedule={"name": "linear"}, optim={"lr": 0.08})
+    rates = [row["train/lr"] for row in rows(tmp_path, "train")]
+    assert rates == pytest.approx([0.01 * left for left in range(8, 0, -1)])
+
+
+class Drawing(MLP):
+    """Keeps a number that it draws in each step."""
+
+    def __init__(self):
+        super().__init__(4, [], 2)
+        self.drawn = []
+
+    def forward(self, inputs):
+        if self.training:
+            self.drawn.append(torch.rand(()).item())
+        return super().forward(inputs)
+
+
+def test_the_model_s_random_numbers_follow_from_the_step(tmp_path):
+    unbroken, stopped, resumed = Drawing(), Drawing(), Drawing()
+    run(tmp_path / "unbroken", model=unbroken)
+    assert run(tmp_path / "broken", Late(3), stopped, log={"every_steps": 1}).step == 4
+    run(tmp_path / "broken", model=resumed)
+    assert stopped.drawn[-4:] + resumed.drawn[-4:] == unbroken.drawn[-8:]
+    assert len(set(unbroken.drawn[-8:])) == 8

@@ -103,16 +103,16 @@ def test_what_steps_depend_on_is_found():
     assert (model.norm, "running_mean") in facts.buffers
     assert not facts.buffers.synced  # there is one rank
     assert facts.objective.counts_samples
-    facts.randomness.seed_step(0, 3, 1)
+    facts.randomness.seed(3)
     drawn = [random.random(), np.random.rand(), torch.rand(()).item()]
-    facts.randomness.seed_step(0, 3, 1)
+    facts.randomness.seed(3)
     assert [random.random(), np.random.rand(), torch.rand(()).item()] == drawn
 
 
 def test_generators_that_are_not_used_are_not_seeded():
     facts = train_check(MLP(64, [], 10), CE, Digits())
     before = generators()[1:]
-    facts.randomness.seed_step(0, 3, 1)
+    facts.randomness.seed(3)
     assert generators()[1:] == before
 
 
