@@ -22,7 +22,7 @@ from wandb_stub import ENTITY, KEY, WandbStub, isolate_wandb
 from ddp_sgd.config import WandbConfig
 from ddp_sgd.report import wandb_logger
 from ddp_sgd.report.journal import read_journal
-from ddp_sgd.report.wandb_follower import PROGRAM, _numbers, _reason
+from ddp_sgd.report.wandb_follower import PROGRAM, _numbers
 
 KILLS = int(os.environ.get("RESTARTS", "3"))
 EACH_ONCE = places(row for _, row in rows_of(10, 60))
@@ -469,11 +469,3 @@ def test_numbers_of_a_row_with_its_own_time():
     row = {"time": 5.0, "step": 3, "train/loss": 0.5, "note": "text", "train/lr": None}
     assert _numbers(row) == {"_timestamp": 5.0, "step": 3, "train/loss": 0.5}
     assert row["time"] == 5.0
-
-
-@pytest.mark.parametrize(
-    ("error", "line"),
-    [(ValueError("a\nb"), "a"), (KeyError(), "KeyError"), (OSError(""), "OSError")],
-)
-def test_the_reason_is_one_line(error, line):
-    assert _reason(error) == line
