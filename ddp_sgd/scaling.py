@@ -1,4 +1,4 @@
-"""Scaling model and table: time of a step on any number of ranks, by a ring all-reduce; no torch."""
+"""Scaling model and table: step time on any number of ranks, by a ring all-reduce. No torch."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

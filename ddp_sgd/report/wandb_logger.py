@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from ddp_sgd.config import WandbConfig
 from ddp_sgd.console import fill_descriptors
-from ddp_sgd.report.logger import EventRow, RunRecord
+from ddp_sgd.report.journal import EventRow, RunRecord
 from ddp_sgd.report.wandb_follower import (
     FINISH_TIMEOUT_S,
     INIT_TIMEOUT_S,
@@ -79,8 +79,8 @@ class WandbLogger:
         self._folder = record.folder
         request = FollowRequest(
             folder=str(record.folder.absolute()),
-            run_id=record.run_id,
-            resumed=record.resumed,
+            run_id=record.origin.run_id,
+            resumed=record.origin.has_rows,
             mode=None,
             trainer=os.getpid(),
             argv=sys.argv if sum(map(len, sys.argv)) < _MOST_ARGV else sys.argv[:1],

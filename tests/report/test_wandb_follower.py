@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from launching import ROOT, children, environment, is_alive, kill
@@ -19,9 +20,9 @@ from wandb_reader import inspect_offline_run, offline_folders, offline_records, 
 from wandb_runs import OFFLINE, RESULT, STOPPED, TrackedRun, make_record, places, resumed, rows_of
 from wandb_stub import ENTITY, KEY, WandbStub, isolate_wandb
 
-from ddp_sgd.config import WandbConfig
+from ddp_sgd.config import RunConfig, WandbConfig
 from ddp_sgd.report import wandb_logger
-from ddp_sgd.report.journal import read_journal
+from ddp_sgd.report.journal import Origin, read_journal
 from ddp_sgd.report.wandb_follower import PROGRAM, _numbers
 
 KILLS = int(os.environ.get("RESTARTS", "3"))
@@ -192,9 +193,7 @@ def wait_for(holds, process):
 def test_a_new_run_in_an_old_folder_leaves_nothing_out(record, said):
     attempt(record, said, rows=rows_of(10, 40), result=STOPPED)
     (record.folder / "metrics.jsonl").unlink()
-    new = record.__class__(
-        **{name: getattr(record, name) for name in record.__slots__} | {"run_id": "d00d4567"}
-    )
+    new = replace(record, origin=Origin(run_id="d00d4567"))
     attempt(new, said, rows=rows_of(10, 20))
     assert places(inspect_offline_run(record.folder)) == EACH_ONCE[:5] + EACH_ONCE[:2]
     assert ids(record.folder) == {"cafe0123", "d00d4567"}
@@ -204,7 +203,7 @@ def test_a_resumed_run_goes_on_in_the_servers_run(stub, record, said, capfd):
     attempt(record, said, rows=rows_of(10, 40), result=STOPPED)
     assert stub.preempting == {"cafe0123"}
     assert stub.exit_code == 75
-    changed = {**record.config, "epochs": 3, "model": {"class_path": "x.Y"}}
+    changed = RunConfig(name="trial", epochs=3, model={"class_path": "x.Y"})
     attempt(resumed(record, 20, config=changed), said, rows=rows_of(30, 60))
     assert list(stub.rows) == ["cafe0123"]
     assert places(stub.rows["cafe0123"]) == EACH_ONCE
