@@ -16,7 +16,7 @@ from ddp_sgd.config import RunConfig
 from ddp_sgd.errors import DataError
 from ddp_sgd.files import replace_file
 from ddp_sgd.plan import Plan
-from ddp_sgd.report.run_folder import unwritable
+from ddp_sgd.report.run_folder import translate_os_errors, unwritable
 
 FILE_NAME = "metrics.jsonl"
 
@@ -117,11 +117,9 @@ class Journal:
         origin = record.origin
         if origin.has_rows:
             _cut_back(self._path, origin.samples, is_scored=origin.is_scored)
-        try:
+        with translate_os_errors(self._path):
             # Unbuffered: a line that met a full disk is not tried again when the file is closed.
             self._file = self._path.open("ab", buffering=0)
-        except OSError as error:
-            raise unwritable(self._path, error) from error
 
     def write(self, rows: Sequence[EventRow]) -> None:
         """Append a line for each row: its event, then the row as it is.
@@ -148,14 +146,10 @@ class Journal:
         Raises:
             OutputError: The file system reports a failure of an earlier write.
         """
-        if self._file is None:
-            return
-        try:
-            self._file.close()
-        except OSError as error:
-            raise unwritable(self._path, error) from error
-        finally:
-            self._file = None
+        stream, self._file = self._file, None
+        if stream is not None:
+            with translate_os_errors(self._path):
+                stream.close()
 
 
 class JournalTail:
@@ -238,6 +232,19 @@ def first_row(folder: Path) -> dict[str, Any]:
         return {}
 
 
+def place_of(row: Mapping[str, Any]) -> int | None:
+    """Number a row of training or evaluation by its place in the run, the same after every resume.
+
+    Returns:
+        ``2 * samples``, plus 1 for an evaluation, which comes after the row of training of the same
+        samples; None for any other row.
+    """
+    event, samples = row.get("event"), row.get("samples")
+    if event not in ("train", "eval"):
+        return None
+    return 2 * (samples if isinstance(samples, int) else 0) + int(event == "eval")
+
+
 def _cut_back(path: Path, samples: int, *, is_scored: bool) -> None:
     """Keep the rows up to a place in the run, in a new file that takes the place of the old.
 
@@ -252,10 +259,8 @@ def _cut_back(path: Path, samples: int, *, is_scored: bool) -> None:
         if row["samples"] < samples
         or (row["samples"] == samples and (is_scored or row["event"] != "eval"))
     ]
-    try:
+    with translate_os_errors(path):
         replace_file(path, "".join(f"{json.dumps(row)}\n" for row in rows))
-    except OSError as error:
-        raise unwritable(path, error) from error
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:

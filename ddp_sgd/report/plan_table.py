@@ -1,7 +1,4 @@
-"""Plan table: the plan of a run in words and numbers, for ``explain`` and the log.
-
-Text plot of the learning rate over the run, in ASCII.
-"""
+"""Plan table and plot of the learning rate: a run in words and numbers, before it starts."""
 
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -59,13 +56,11 @@ def plan_table(plan: Plan, schedule: Schedule, milestones: Sequence[float]) -> s
         "Steps": _step_rows(plan),
         "Learning rate": [*_rate_rows(plan), *_note_rows(plan, milestones)],
     }
-    width = max(len(name) for rows in sections.values() for name, _ in rows)
-    blocks = {
-        title: [f"  {name:<{width}}   {value}" for name, value in rows]
-        for title, rows in sections.items()
-    }
+    every_row = [row for rows in sections.values() for row in rows]
+    lines = iter(columns(every_row, left=(0, 1), gap="   "))
+    blocks = {title: [f"  {next(lines)}" for _ in rows] for title, rows in sections.items()}
     blocks["Rate over the run"] = _tenths(plan, schedule)
-    return "\n\n".join("\n".join([title, *lines]) for title, lines in blocks.items())
+    return "\n\n".join("\n".join([title, *block]) for title, block in blocks.items())
 
 
 def _batch_rows(plan: Plan) -> list[tuple[str, str]]:

@@ -57,7 +57,7 @@ class RunFolder:
         self._lock: FolderLock | None = None
         # A forked loader process would hold the lock for as long as it outlives a killed rank.
         os.register_at_fork(after_in_child=self.release)
-        with _writing(self.path):
+        with translate_os_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 self._enter(config)
@@ -74,12 +74,10 @@ class RunFolder:
                 _refuse_links(self.path)
             if config.resume == "never" or not self.path.is_dir():
                 self.renew()
-            elif self._lock is None:
-                self._lock = _lock_if_there(self.path)
 
     def renew(self) -> None:
         """Move what is there aside, to NAME.1, NAME.2, ..., and begin with an empty folder."""
-        with _writing(self.path):
+        with translate_os_errors(self.path):
             while self._lock is None or not _is_empty(self.path):
                 before = self._lock
                 # Another start may have made the folder just now: that one is not ours to move.
@@ -100,9 +98,9 @@ class RunFolder:
         Raises:
             OutputError: They cannot be written.
         """
-        self._write("config.yaml", self._config_text)
-        self._write("plan.json", json.dumps(asdict(plan), indent=2) + "\n")
-        with _writing(self.path / "result.json"):
+        _write(self.path / "config.yaml", self._config_text)
+        _write(self.path / "plan.json", json.dumps(asdict(plan), indent=2) + "\n")
+        with translate_os_errors(self.path / "result.json"):
             (self.path / "result.json").unlink(missing_ok=True)
 
     def check(self) -> None:
@@ -125,21 +123,16 @@ class RunFolder:
             self.check()
             write_result(self.path / "result.json", result)
             if result.get("status") == "failed":
-                with _writing(self.path):
+                with translate_os_errors(self.path):
                     note_failure(self.path, result["step"], result["exit_code"], result["error"])
         finally:
             self.release()
 
     def release(self) -> None:
-        """Give the folder free."""
+        """Release the folder."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
-
-    def _write(self, name: str, text: str) -> None:
-        path = self.path / name
-        with _writing(path):
-            replace_file(path, text)
 
 
 @contextmanager
@@ -161,7 +154,7 @@ def claim_run_folder(config: RunConfig, runtime: "Runtime") -> Iterator[RunFolde
 
 
 def unwritable(path: Path, error: OSError) -> OutputError:
-    """Say that a path cannot be written, and why."""
+    """Return the error of a path that cannot be written."""
     return OutputError(
         f"{path} cannot be written: {error.strerror or error}; set output_dir to a folder that you "
         "may write, with room on its disk."
@@ -169,11 +162,17 @@ def unwritable(path: Path, error: OSError) -> OutputError:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def translate_os_errors(path: Path) -> Iterator[None]:
+    """Raise an OSError as an OutputError that names the path that cannot be written."""
     try:
         yield
     except OSError as error:
         raise unwritable(path, error) from error
+
+
+def _write(path: Path, text: str) -> None:
+    with translate_os_errors(path):
+        replace_file(path, text)
 
 
 def _refuse_links(folder: Path) -> None:
@@ -298,5 +297,4 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
     Raises:
         OutputError: It cannot be written.
     """
-    with _writing(path):
-        replace_file(path, json.dumps(result, indent=2, allow_nan=False) + "\n")
+    _write(path, json.dumps(result, indent=2, allow_nan=False) + "\n")
