@@ -107,7 +107,7 @@ class FolderLock:
     def __init__(self, folder: Path, *, patience_s: float | None = None) -> None:
         self._folder = folder
         self._owner = Owner.here(os.environ)
-        self._usurper: Owner | None = None
+        self._taken_over_by: Owner | None = None
         self._over = threading.Event()
         try:
             patience_s = _PATIENCE_S if patience_s is None else patience_s
@@ -134,10 +134,11 @@ class FolderLock:
             RefusedError: The folder is no longer that of this process, which was suspended, or cut
                 off from the disk, for too long.
         """
-        if self._usurper is not None:
+        if self._taken_over_by is not None:
             raise RefusedError(
-                f"{self._folder} is in use by {self._usurper} now, which took it over when this "
-                "process did not renew its owner note; let that run end, or choose another name."
+                f"{self._folder} is in use by {self._taken_over_by} now, which took it over when "
+                "this process did not renew its owner note; let that run end, or choose another "
+                "name."
             )
 
     def follow(self, folder: Path) -> None:
@@ -154,7 +155,7 @@ class FolderLock:
         if os.getpid() == self._owner.pid and self._descriptor != -1:
             self._stop()
             with suppress(OSError):
-                if self._usurper is None and self._is_ours(_read(self._folder)):
+                if self._taken_over_by is None and self._is_ours(_read(self._folder)):
                     (self._folder / OWNER_NAME).unlink()
         self._close()
 
@@ -176,7 +177,7 @@ class FolderLock:
     def _renew(self) -> None:
         note = _read(self._folder)
         if note is not None and note.owner is not None and not self._is_ours(note):
-            self._usurper = note.owner
+            self._taken_over_by = note.owner
             self._over.set()
             return
         self._write(os.O_CREAT)
@@ -371,7 +372,7 @@ def _in_use(folder: Path) -> RefusedError:
 
 
 def _last_seen(folder: Path) -> str:
-    """Say how long ago the note was renewed, by the clock of the file server; empty if unknown."""
+    """Return how long ago the note was renewed, by the file server's clock; empty if unknown."""
     try:
         os.utime(folder / LOCK_NAME, follow_symlinks=False)
         now = (folder / LOCK_NAME).lstat().st_mtime

@@ -104,7 +104,7 @@ def _note_rows(plan: Plan, milestones: Sequence[float]) -> list[tuple[str, str]]
 
 
 def _tail(plan: Plan) -> str:
-    """Say what becomes of the samples that do not fill a global batch."""
+    """Describe what becomes of the samples that do not fill a global batch."""
     left_out = plan.samples - plan.samples_per_epoch
     if left_out:
         return f"{_count(left_out, 'sample')} of each epoch left out"
@@ -114,7 +114,7 @@ def _tail(plan: Plan) -> str:
 
 
 def _shares(plan: Plan) -> Iterator[str]:
-    """Say which ranks get how much of an unfilled last step, in which micro-batches, and notes.
+    """List which ranks get how much of an unfilled last step, in which micro-batches, and notes.
 
     Shares differ by one sample at most, and the lower ranks have the larger ones.
     """
@@ -154,7 +154,7 @@ def _warm_up(plan: Plan) -> str:
 
 
 def _schedule_notes(plan: Plan, milestones: Sequence[float]) -> Iterator[str]:
-    """Say what a run leaves out of its schedule, as a run does that is shortened for a trial."""
+    """List what a run leaves out of its schedule, as a run does that is shortened for a trial."""
     epochs = _count(plan.epochs, "epoch")
     late = [epoch for epoch in milestones if step_of(epoch, plan) >= plan.total_steps]
     if late:

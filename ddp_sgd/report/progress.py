@@ -125,7 +125,7 @@ def last_line(result: Mapping[str, Any]) -> str:
 
 
 def _time_lines(result: Mapping[str, Any]) -> Iterator[str]:
-    """Say where the time of training went, if any did, and who made the others wait."""
+    """Show where the time of training went, if any did, and which rank made the others wait."""
     shares = {key: result.get(f"share/{key}", 0.0) for key in _KINDS}
     if not any(shares.values()):
         return
@@ -139,7 +139,7 @@ def _time_lines(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _origin_lines(row: Row) -> Iterator[str]:
-    """Say from where a run goes on, and what was passed over."""
+    """Show from where a run goes on, and what was passed over."""
     if row.get("passed_over"):
         yield f"passed over: {row['passed_over']}"
     if row.get("file"):

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ddp_sgd.config import RunConfig
 from ddp_sgd.errors import ExitCode, UserError
@@ -38,37 +38,44 @@ MOST_ROWS = 10_000
 _GIT_TIMEOUT_S = 5.0
 """How long ``git`` may take; a large working tree on a network file system is not worth more."""
 
-Note = TypeVar("Note")
+
+class _PendingRow(NamedTuple):
+    """A row as it is handed over: its place in the run follows from the step."""
+
+    event: str
+    time: float
+    step: int
+    row: Row
 
 
-class AsyncWriter(Generic[Note]):
-    """Hands over what it is given in a thread of its own, in order, in bursts.
+class AsyncWriter:
+    """Writes rows in a thread of its own, in order, in bursts.
 
     Args:
-        write: Takes the notes of a burst. What it raises comes up in the next ``put`` or ``flush``,
+        write: Takes the rows of a burst. What it raises comes up in the next ``put`` or ``flush``,
             and the rest of that burst is lost.
     """
 
-    def __init__(self, write: Callable[[list[Note]], None]) -> None:
+    def __init__(self, write: Callable[[list[_PendingRow]], None]) -> None:
         """Start the thread."""
         self._write = write
-        self._waiting: deque[Note] = deque()
+        self._waiting: deque[_PendingRow] = deque()
         self._turn = threading.Lock()
         self._arrived, self._over = threading.Event(), threading.Event()
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._work, name="ddp_sgd-async-writer", daemon=True)
         self._thread.start()
 
-    def put(self, note: Note) -> None:
-        """Take a note, which must not change any more; waits only if too many wait already."""
-        self._waiting.append(note)
+    def put(self, row: _PendingRow) -> None:
+        """Take a row, which must not change any more; waits only if too many wait already."""
+        self._waiting.append(row)
         if self._failure or len(self._waiting) >= MOST_ROWS:
             self.flush()
         elif not self._arrived.is_set():
             self._arrived.set()
 
     def flush(self) -> None:
-        """Return when all notes so far are written; this thread writes what is left itself."""
+        """Return when all rows so far are written; this thread writes what is left itself."""
         with self._turn:
             self._write_burst()
             failure, self._failure = self._failure, None
@@ -76,7 +83,7 @@ class AsyncWriter(Generic[Note]):
             raise failure
 
     def catch_up(self) -> None:
-        """Return when all notes so far were given; what failed comes up in the others' calls."""
+        """Flush from another thread: what failed comes up in the next call of the first one."""
         with self._turn:
             self._write_burst()
 
@@ -111,15 +118,6 @@ class Progressing(Protocol):
     step: int
 
 
-class _Note(NamedTuple):
-    """A row as it is handed over: its place in the run follows from the step."""
-
-    event: str
-    time: float
-    step: int
-    row: Row
-
-
 class Reporter:
     """Gives every row its time and place, and writes the result however the run ends.
 
@@ -147,7 +145,7 @@ class Reporter:
         self._folder = folder
         self._loggers = loggers
         self._opened: list[Logger] = []
-        self._writer: AsyncWriter[_Note] | None = None
+        self._writer: AsyncWriter | None = None
         self._pid = os.getpid()
         self._config = config
         self._world_size = world_size
@@ -258,7 +256,7 @@ class Reporter:
         if self._folder is None or self._pid != os.getpid():
             return
         wall = {"wall_s": time.perf_counter() - self._start}
-        full = {key: _number(value) for key, value in {**result, **self._job, **wall}.items()}
+        full = _finite({**result, **self._job, **wall})
         try:  # the result first: loggers may take their time, and a launcher may lose patience
             self._folder.finish(full)
         finally:
@@ -272,18 +270,17 @@ class Reporter:
             raise RuntimeError(f"row {event!r} was written before the run had a plan")
         if self._writer and self._state and self._pid == os.getpid():
             at = self._state.step if step is None else step
-            self._writer.put(_Note(event, time.time(), at, row))
+            self._writer.put(_PendingRow(event, time.time(), at, row))
 
-    def _write_burst(self, notes: list[_Note]) -> None:
+    def _write_burst(self, pending: list[_PendingRow]) -> None:
         if self._folder:
             self._folder.check()
-        rows = [(note.event, self._full(note)) for note in notes]
+        rows = [
+            (event, _finite({"time": at, **self._place(step), **row}))
+            for event, at, step, row in pending
+        ]
         for logger in self._opened:
             logger.write(rows)
-
-    def _full(self, note: _Note) -> Row:
-        full = {"time": note.time, **self._place(note.step), **note.row}
-        return {key: _number(value) for key, value in full.items()}
 
     def _place(self, step: int | None = None) -> dict[str, int | float]:
         """Where the run is, or was after a step; before it has a plan, where it began."""
@@ -339,9 +336,12 @@ def _loggers(config: RunConfig) -> list[Logger]:
     return loggers
 
 
-def _number(value: Any) -> Any:
-    """Strict JSON has no word for what is not finite."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _finite(row: Row) -> Row:
+    """Replace NaN and infinity by None, since strict JSON has neither."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
+    }
 
 
 class GitCommit:
