@@ -23,7 +23,8 @@ from wandb_stub import ENTITY, KEY, WandbStub, isolate_wandb
 from ddp_sgd.config import RunConfig, WandbConfig
 from ddp_sgd.report import wandb_logger
 from ddp_sgd.report.journal import Origin, read_journal
-from ddp_sgd.report.wandb_follower import PROGRAM, _numbers
+from ddp_sgd.report.wandb_follower import _numbers
+from ddp_sgd.report.wandb_logger import PROGRAM
 
 KILLS = int(os.environ.get("RESTARTS", "3"))
 EACH_ONCE = places(row for _, row in rows_of(10, 60))
@@ -333,6 +334,18 @@ def test_a_user_who_disables_wandb_is_asked_for_a_mode(record, said, monkeypatch
         "give --mode=online or --mode=offline.\n"
     )
     assert by_hand(record.folder, "--mode=offline").returncode == 0
+    assert places(inspect_offline_run(record.folder)) == EACH_ONCE
+
+
+def test_an_unwritable_home_is_one_line_by_hand(record, said, monkeypatch):
+    attempt(record, said, WandbConfig(mode="disabled"), rows=rows_of(10, 60))
+    monkeypatch.setenv("HOME", "/proc/nobody")
+    for name in ("CACHE", "CONFIG", "DATA", "ARTIFACT"):
+        monkeypatch.delenv(f"WANDB_{name}_DIR")
+    done = by_hand(record.folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("W&B: offline (no API key), in ")
+    assert done.stdout.count("\n") == 1
     assert places(inspect_offline_run(record.folder)) == EACH_ONCE
 
 
