@@ -97,7 +97,7 @@ NEWER_TESTS := tests/config --ignore=tests/config/test_reference.py tests/test_p
 	tests/test_time_limits.py tests/test_cli.py tests/checkpointing/test_retrying.py \
 	tests/test_text.py tests/test_rank_differences.py tests/report/test_curve.py \
 	tests/report/test_failures.py tests/report/test_journal.py tests/report/test_lost_result.py tests/report/test_plan_table.py \
-	tests/report/test_scaling_table.py tests/report/test_git_commit.py \
+	tests/test_scaling_table.py tests/report/test_git_commit.py \
 	tests/engine/test_timetable.py tests/distributed/test_hang_report.py tests/data/test_digits.py
 
 $(NEWER)/.installed: constraints.txt

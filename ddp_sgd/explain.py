@@ -12,8 +12,7 @@ from ddp_sgd.instantiate import instantiate
 from ddp_sgd.optim.schedule import build_schedule
 from ddp_sgd.plan import Plan, make_plan
 from ddp_sgd.report.plan_table import curve, plan_table
-from ddp_sgd.report.scaling_table import scaling_table
-from ddp_sgd.scaling import Network, Workload
+from ddp_sgd.scaling import Network, Workload, scaling_table
 
 _SCALING = (
     Option(

@@ -12,8 +12,7 @@ from ddp_sgd.explain import main
 from ddp_sgd.optim.schedule import build_schedule
 from ddp_sgd.plan import make_plan
 from ddp_sgd.report.plan_table import curve, plan_table
-from ddp_sgd.report.scaling_table import scaling_table
-from ddp_sgd.scaling import Network, Workload
+from ddp_sgd.scaling import Network, Workload, scaling_table
 
 SCALING = ("--step_ms=12.5", "--bandwidth_gbit=10", "--latency_us=20")
 MIB = 2**20

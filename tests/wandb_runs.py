@@ -8,8 +8,7 @@ from typing import Any
 
 from ddp_sgd.config import RunConfig, WandbConfig, dump_yaml
 from ddp_sgd.plan import make_plan
-from ddp_sgd.report.journal import Journal
-from ddp_sgd.report.logger import EventRow, RunRecord
+from ddp_sgd.report.journal import EventRow, Journal, Origin, RunRecord
 from ddp_sgd.report.wandb_logger import WandbLogger
 
 CONFIG = RunConfig(name="trial", epochs=2)
@@ -24,23 +23,21 @@ def make_record(folder: Path) -> RunRecord:
     folder.mkdir()
     return RunRecord(
         folder=folder,
-        name="trial",
-        config=CONFIG.model_dump(mode="json"),
+        config=CONFIG,
         plan=make_plan(CONFIG, samples=1437, world_size=2),
-        world_size=2,
-        run_id="cafe0123",
-        resumed=False,
+        origin=Origin(run_id="cafe0123"),
     )
 
 
 def resumed(record: RunRecord, step: int = 0, **changes: Any) -> RunRecord:
     """Describe the same run when it goes on after a step, whose evaluation was done."""
-    return replace(record, resumed=True, samples=32 * step, is_scored=True, **changes)
+    origin = replace(record.origin, has_rows=True, samples=32 * step, is_scored=True)
+    return replace(record, origin=origin, **changes)
 
 
 def write_plan(record: RunRecord, config: WandbConfig) -> None:
     """Write what a run folder holds before the first row."""
-    full = RunConfig.model_validate({**record.config, "wandb": config.model_dump()})
+    full = record.config.model_copy(update={"wandb": config})
     (record.folder / "config.yaml").write_text(dump_yaml(full))
     (record.folder / "plan.json").write_text(json.dumps(asdict(record.plan)))
     (record.folder / "result.json").unlink(missing_ok=True)
@@ -64,9 +61,10 @@ class TrackedRun:
         self.journal, self.logger = Journal(), WandbLogger(config, say=say)
         self.journal.start(record)
         self.logger.start(record)
-        axes = {"time": 1.7e9, "step": record.samples // 32, "samples": record.samples}
-        row = {**axes, "git_commit": COMMIT, "run_id": record.run_id}
-        self.write([("resume" if record.resumed else "start", row)])
+        origin = record.origin
+        axes = {"time": 1.7e9, "step": origin.samples // 32, "samples": origin.samples}
+        row = {**axes, "git_commit": COMMIT, "run_id": origin.run_id}
+        self.write([("resume" if origin.has_rows else "start", row)])
 
     def write(self, rows: Sequence[EventRow]) -> None:
         """Write rows."""

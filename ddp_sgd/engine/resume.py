@@ -26,8 +26,7 @@ from ddp_sgd.engine.triggers import read_deadline
 from ddp_sgd.errors import ConfigError, DataError, RefusedError
 from ddp_sgd.files import is_missing, replace_file, retry, sync_file, sync_folder, unreadable
 from ddp_sgd.plan import Plan, make_plan
-from ddp_sgd.report.journal import first_row, has_journal
-from ddp_sgd.report.logger import Origin
+from ddp_sgd.report.journal import Origin, first_row, has_journal
 from ddp_sgd.report.run_folder import RunFolder, refuse_endless_failure, unwritable
 
 _ADOPTING = ".adopting#"

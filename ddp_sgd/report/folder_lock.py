@@ -50,7 +50,7 @@ class Owner(NamedTuple):
         host: Name of its host.
         boot: Identity of the running kernel, for hosts of one name; empty where there is none.
         pid: Number of the process.
-        context: Its SLURM job; None outside of SLURM.
+        job: Its SLURM job; None outside of SLURM.
         restarts: How often that job was requeued before.
         token: Tells this use of the folder from every other.
     """
@@ -81,7 +81,7 @@ class Owner(NamedTuple):
         return (self.host, self.boot) == (other.host, other.boot)
 
     def succeeds(self, other: "Owner") -> bool:
-        """Whether this is a later life of the same SLURM job, which has only one at a time."""
+        """Whether this is a later attempt of the same SLURM job, which has only one at a time."""
         return self.job is not None and self.job == other.job and self.restarts > other.restarts
 
     def __str__(self) -> str:
@@ -92,7 +92,7 @@ class FolderLock:
     """Keeps other runs out of a folder, from its making to ``release``.
 
     The system takes the lock back if this process dies. The note stays then: a start under the same
-    kernel knows better by the lock, and so does the next life of the same SLURM job; any other
+    kernel knows better by the lock, and so does the next attempt of the same SLURM job; any other
     waits ``SILENT_RENEWALS * RENEW_S`` for the note to be renewed before it takes over.
 
     Args:
@@ -107,9 +107,13 @@ class FolderLock:
     def __init__(self, folder: Path, *, patience_s: float | None = None) -> None:
         self._folder = folder
         self._owner = Owner.here(os.environ)
-        self._usurper: Owner | None = None
+        self._taken_over_by: Owner | None = None
         self._over = threading.Event()
-        self._descriptor = _lock(folder, _PATIENCE_S if patience_s is None else patience_s)
+        try:
+            patience_s = _PATIENCE_S if patience_s is None else patience_s
+            self._descriptor = lock_file(folder / LOCK_NAME, patience_s)
+        except BlockingIOError:
+            raise _in_use(folder) from None
         try:
             _wait_for_owner(folder, self._owner, is_locked=self._descriptor is not None)
             with suppress(FileNotFoundError):
@@ -130,10 +134,11 @@ class FolderLock:
             RefusedError: The folder is no longer that of this process, which was suspended, or cut
                 off from the disk, for too long.
         """
-        if self._usurper is not None:
+        if self._taken_over_by is not None:
             raise RefusedError(
-                f"{self._folder} is in use by {self._usurper} now, which took it over when this "
-                "process did not renew its owner note; let that run end, or choose another name."
+                f"{self._folder} is in use by {self._taken_over_by} now, which took it over when "
+                "this process did not renew its owner note; let that run end, or choose another "
+                "name."
             )
 
     def follow(self, folder: Path) -> None:
@@ -150,7 +155,7 @@ class FolderLock:
         if os.getpid() == self._owner.pid and self._descriptor != -1:
             self._stop()
             with suppress(OSError):
-                if self._usurper is None and self._is_ours(_read(self._folder)):
+                if self._taken_over_by is None and self._is_ours(_read(self._folder)):
                     (self._folder / OWNER_NAME).unlink()
         self._close()
 
@@ -172,7 +177,7 @@ class FolderLock:
     def _renew(self) -> None:
         note = _read(self._folder)
         if note is not None and note.owner is not None and not self._is_ours(note):
-            self._usurper = note.owner
+            self._taken_over_by = note.owner
             self._over.set()
             return
         self._write(os.O_CREAT)
@@ -195,35 +200,55 @@ class FolderLock:
 class OwnerWatch:
     """Liveness of the run that owns a run folder, seen from any host, by its owner note.
 
+    Nothing depends on clocks, which differ between hosts: only changes of the note count.
+
     Args:
         folder: The run folder.
+        here: This process; None describes it.
+
+    Attributes:
+        owner: Who the note named at the last look; None if nobody.
+        renewals: How often the note was seen to change.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, here: Owner | None = None) -> None:
         """Look at nothing yet."""
+        self.owner: Owner | None = None
+        self.renewals = 0
         self._folder = folder
-        self._here = Owner.here(os.environ)
+        self._here = here or Owner.here(os.environ)
         self._before: bytes | None = None
-        self._changed = 0.0
+        self._changed = time.monotonic()
+
+    def look(self) -> bool:
+        """Read the note; return whether there is one, and it is renewed.
+
+        Raises:
+            OSError: It cannot be read.
+            RefusedError: It is a link.
+        """
+        note = _read(self._folder)
+        if note is None:
+            return False
+        self.owner = note.owner
+        if note.text != self._before:
+            self.renewals += self._before is not None
+            self._before, self._changed = note.text, time.monotonic()
+        return time.monotonic() - self._changed < scaled(SILENT_RENEWALS * RENEW_S)
+
+    def is_alive(self) -> bool:
+        """Whether a run has the folder; one that was killed on this host has it no more."""
+        try:
+            is_renewed = self.look()
+        except OSError:  # a disk that is out of reach for a moment says nothing about the run
+            return True
+        is_here = self.owner is not None and self._here.shares_locks_with(self.owner)
+        return is_renewed and not (is_here and self.owner and _is_gone(self.owner.pid))
 
     def wait_for_end(self, seconds: float) -> bool:
         """Wait for so long; return whether the run has ended by then."""
         time.sleep(seconds)
         return not self.is_alive()
-
-    def is_alive(self) -> bool:
-        """Whether a run has the folder: there is a note, and it is renewed."""
-        try:
-            note = _read(self._folder)
-        except OSError:  # a disk that is out of reach for a moment says nothing about the run
-            return True
-        if note is None:
-            return False
-        if note.text != self._before:
-            self._before, self._changed = note.text, time.monotonic()
-        if note.owner and self._here.shares_locks_with(note.owner) and _is_gone(note.owner.pid):
-            return False
-        return time.monotonic() - self._changed < scaled(SILENT_RENEWALS * RENEW_S)
 
 
 def _is_gone(pid: int) -> bool:
@@ -272,13 +297,22 @@ def _content(path: Path) -> bytes:
         return stream.read(4096)
 
 
-def _lock(folder: Path, patience_s: float) -> int | None:
-    """Lock the lock file of a folder; None where the file system has no locks.
+def lock_file(path: Path, patience_s: float) -> int | None:
+    """Lock a file, which is made if it is missing.
+
+    Args:
+        path: The file.
+        patience_s: Longest wait for another process to give it up.
+
+    Returns:
+        A descriptor, which holds the lock until it is closed; None where the file system has no
+        locks.
 
     Raises:
-        RefusedError: Another run has it and does not give it up, or it is a link.
+        BlockingIOError: Another process has it and does not give it up.
+        RefusedError: It is a link.
+        OSError: It cannot be made.
     """
-    path = folder / LOCK_NAME
     deadline = time.monotonic() + patience_s
     while True:
         descriptor = _open(path)
@@ -290,7 +324,7 @@ def _lock(folder: Path, patience_s: float) -> int | None:
         except BlockingIOError:
             if time.monotonic() > deadline:
                 os.close(descriptor)
-                raise _in_use(folder) from None
+                raise
         except OSError as error:
             # Another run has moved that folder aside meanwhile; all else means no locks.
             if not isinstance(error, FileNotFoundError) and error.errno != errno.ESTALE:
@@ -312,8 +346,6 @@ def _open(path: Path) -> int:
 def _wait_for_owner(folder: Path, here: Owner, *, is_locked: bool) -> None:
     """Wait until the owner whom the note names has left, or has ceased to renew it.
 
-    Nothing depends on clocks, which differ between hosts: only changes of the note count.
-
     Args:
         folder: The run folder.
         here: This process.
@@ -322,21 +354,14 @@ def _wait_for_owner(folder: Path, here: Owner, *, is_locked: bool) -> None:
     Raises:
         RefusedError: The note was renewed meanwhile, and its owner does not leave.
     """
-    start = changed = time.monotonic()
-    before: _Note | None = None
-    renewals = 0
-    while (note := _read(folder)) is not None:
-        owner = note.owner
+    deadline = time.monotonic() + _PATIENCE_S
+    watch = OwnerWatch(folder, here)
+    while watch.look():
+        owner = watch.owner
         if owner and (here.succeeds(owner) or (is_locked and here.shares_locks_with(owner))):
             return
-        now = time.monotonic()
-        if before and note.text != before.text:
-            renewals, changed = renewals + 1, now
-        if now - changed >= scaled(SILENT_RENEWALS * RENEW_S):
-            return
-        if renewals and now - start >= _PATIENCE_S:
+        if watch.renewals and time.monotonic() >= deadline:
             raise _in_use(folder)
-        before = note
         time.sleep(_POLL_S)
 
 
@@ -347,7 +372,7 @@ def _in_use(folder: Path) -> RefusedError:
 
 
 def _last_seen(folder: Path) -> str:
-    """Say how long ago the note was renewed, by the clock of the file server; empty if unknown."""
+    """Return how long ago the note was renewed, by the file server's clock; empty if unknown."""
     try:
         os.utime(folder / LOCK_NAME, follow_symlinks=False)
         now = (folder / LOCK_NAME).lstat().st_mtime

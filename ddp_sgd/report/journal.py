@@ -1,21 +1,98 @@
-"""Journal: ``metrics.jsonl``, one JSON object per line, which all other loggers follow."""
+"""Journal: ``metrics.jsonl``, one JSON object per line; the logger protocol.
+
+All other loggers follow the journal, or get the rows that it gets.
+"""
 
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
+from ddp_sgd.config import RunConfig
 from ddp_sgd.errors import DataError
 from ddp_sgd.files import replace_file
-from ddp_sgd.report.logger import EventRow, RunRecord
-from ddp_sgd.report.run_folder import unwritable
+from ddp_sgd.plan import Plan
+from ddp_sgd.report.run_folder import translate_os_errors, unwritable
 
 FILE_NAME = "metrics.jsonl"
 
+Value = float | int | str | None
+Row = Mapping[str, Value]
+EventRow = tuple[str, Row]
+
 _ENCODE = json.JSONEncoder(allow_nan=False, check_circular=False).encode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where this attempt of a run begins: at step 0, or where it is resumed.
+
+    Args:
+        run_id: Identity of the run, 8 letters and digits; the same after every resume, also in W&B.
+        has_rows: Whether there is a journal of an earlier attempt.
+        is_resumed: Whether the run goes on from something.
+        step: Steps that were taken before.
+        epoch: Passes over the data before.
+        samples: Samples that were trained before.
+        is_scored: Whether the evaluation at this place was done.
+        note: What the row ``resume`` has about the checkpoint.
+    """
+
+    run_id: str
+    has_rows: bool = False
+    is_resumed: bool = False
+    step: int = 0
+    epoch: float = 0.0
+    samples: int = 0
+    is_scored: bool = False
+    note: Row = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """What is known about a run before its first step.
+
+    Args:
+        folder: The run folder, which exists.
+        config: Resolved configuration.
+        plan: The run's arithmetic.
+        origin: Where this attempt begins.
+        notes: What the user should know, one line each.
+    """
+
+    folder: Path
+    config: RunConfig
+    plan: Plan
+    origin: Origin
+    notes: tuple[str, ...] = ()
+
+
+class Logger(Protocol):
+    """One way out for measurements; only rank 0 has loggers."""
+
+    def start(self, record: RunRecord) -> None:
+        """Open the outlet; called once, before the first row."""
+
+    def write(self, rows: Sequence[EventRow]) -> None:
+        """Take a burst of rows, in the order in which they came.
+
+        Args:
+            rows: Pairs of an event (``start``, ``resume``, ``train``, ``eval``, ``checkpoint``,
+                ``stop`` or ``end``) and its row: values by name. Each row has ``time`` (unix s),
+                ``step``, ``epoch`` (real) and ``samples``; a measurement that is not finite comes
+                as None.
+        """
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Close the outlet; called once, also when the run failed, if it was opened.
+
+        Args:
+            result: The content of ``result.json``.
+        """
 
 
 class Journal:
@@ -37,13 +114,12 @@ class Journal:
             DataError: It is damaged.
         """
         self._path = record.folder / FILE_NAME
-        if record.resumed:
-            _cut_back(self._path, record.samples, is_scored=record.is_scored)
-        try:
+        origin = record.origin
+        if origin.has_rows:
+            _cut_back(self._path, origin.samples, is_scored=origin.is_scored)
+        with translate_os_errors(self._path):
             # Unbuffered: a line that met a full disk is not tried again when the file is closed.
             self._file = self._path.open("ab", buffering=0)
-        except OSError as error:
-            raise unwritable(self._path, error) from error
 
     def write(self, rows: Sequence[EventRow]) -> None:
         """Append a line for each row: its event, then the row as it is.
@@ -70,14 +146,10 @@ class Journal:
         Raises:
             OutputError: The file system reports a failure of an earlier write.
         """
-        if self._file is None:
-            return
-        try:
-            self._file.close()
-        except OSError as error:
-            raise unwritable(self._path, error) from error
-        finally:
-            self._file = None
+        stream, self._file = self._file, None
+        if stream is not None:
+            with translate_os_errors(self._path):
+                stream.close()
 
 
 class JournalTail:
@@ -160,6 +232,19 @@ def first_row(folder: Path) -> dict[str, Any]:
         return {}
 
 
+def place_of(row: Mapping[str, Any]) -> int | None:
+    """Number a row of training or evaluation by its place in the run, the same after every resume.
+
+    Returns:
+        ``2 * samples``, plus 1 for an evaluation, which comes after the row of training of the same
+        samples; None for any other row.
+    """
+    event, samples = row.get("event"), row.get("samples")
+    if event not in ("train", "eval"):
+        return None
+    return 2 * (samples if isinstance(samples, int) else 0) + int(event == "eval")
+
+
 def _cut_back(path: Path, samples: int, *, is_scored: bool) -> None:
     """Keep the rows up to a place in the run, in a new file that takes the place of the old.
 
@@ -174,10 +259,8 @@ def _cut_back(path: Path, samples: int, *, is_scored: bool) -> None:
         if row["samples"] < samples
         or (row["samples"] == samples and (is_scored or row["event"] != "eval"))
     ]
-    try:
+    with translate_os_errors(path):
         replace_file(path, "".join(f"{json.dumps(row)}\n" for row in rows))
-    except OSError as error:
-        raise unwritable(path, error) from error
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,4 @@
-"""Plan table: the plan of a run in words and numbers, for ``explain`` and the log.
-
-Text plot of the learning rate over the run, in ASCII.
-"""
+"""Plan table and plot of the learning rate: a run in words and numbers, before it starts."""
 
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -59,13 +56,11 @@ def plan_table(plan: Plan, schedule: Schedule, milestones: Sequence[float]) -> s
         "Steps": _step_rows(plan),
         "Learning rate": [*_rate_rows(plan), *_note_rows(plan, milestones)],
     }
-    width = max(len(name) for rows in sections.values() for name, _ in rows)
-    blocks = {
-        title: [f"  {name:<{width}}   {value}" for name, value in rows]
-        for title, rows in sections.items()
-    }
+    every_row = [row for rows in sections.values() for row in rows]
+    lines = iter(columns(every_row, left=(0, 1), gap="   "))
+    blocks = {title: [f"  {next(lines)}" for _ in rows] for title, rows in sections.items()}
     blocks["Rate over the run"] = _tenths(plan, schedule)
-    return "\n\n".join("\n".join([title, *lines]) for title, lines in blocks.items())
+    return "\n\n".join("\n".join([title, *block]) for title, block in blocks.items())
 
 
 def _batch_rows(plan: Plan) -> list[tuple[str, str]]:
@@ -109,7 +104,7 @@ def _note_rows(plan: Plan, milestones: Sequence[float]) -> list[tuple[str, str]]
 
 
 def _tail(plan: Plan) -> str:
-    """Say what becomes of the samples that do not fill a global batch."""
+    """Describe what becomes of the samples that do not fill a global batch."""
     left_out = plan.samples - plan.samples_per_epoch
     if left_out:
         return f"{_count(left_out, 'sample')} of each epoch left out"
@@ -119,7 +114,7 @@ def _tail(plan: Plan) -> str:
 
 
 def _shares(plan: Plan) -> Iterator[str]:
-    """Say which ranks get how much of an unfilled last step, in which micro-batches, and notes.
+    """List which ranks get how much of an unfilled last step, in which micro-batches, and notes.
 
     Shares differ by one sample at most, and the lower ranks have the larger ones.
     """
@@ -159,7 +154,7 @@ def _warm_up(plan: Plan) -> str:
 
 
 def _schedule_notes(plan: Plan, milestones: Sequence[float]) -> Iterator[str]:
-    """Say what a run leaves out of its schedule, as a run does that is shortened for a trial."""
+    """List what a run leaves out of its schedule, as a run does that is shortened for a trial."""
     epochs = _count(plan.epochs, "epoch")
     late = [epoch for epoch in milestones if step_of(epoch, plan) >= plan.total_steps]
     if late:

@@ -9,7 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ddp_sgd.console import is_terminal, say, silence
-from ddp_sgd.report.logger import EventRow, Row, RunRecord
+from ddp_sgd.report.journal import EventRow, Row, RunRecord
 from ddp_sgd.report.plan_table import plan_lines
 
 _KINDS = ("compute", "data", "waiting", "bookkeeping")
@@ -48,7 +48,7 @@ class Progress:
     def start(self, record: RunRecord) -> None:
         """Print the plan, and open the bar on a terminal."""
         self._record = record
-        for line in plan_lines(record.plan, record.config["schedule"]["milestones"]):
+        for line in plan_lines(record.plan, record.config.schedule.milestones):
             self.say(line)
         for note in record.notes:
             self.say(f"note      {note}")
@@ -85,7 +85,7 @@ class Progress:
             return
         for line in _time_lines(result):
             self.say(line)
-        samples = result["samples"] - self._record.samples
+        samples = result["samples"] - self._record.origin.samples
         self.say(f"{last_line({**result, 'samples': samples})}, results in {self._record.folder}")
 
     def _show_training(self, row: Mapping[str, Any]) -> None:
@@ -125,7 +125,7 @@ def last_line(result: Mapping[str, Any]) -> str:
 
 
 def _time_lines(result: Mapping[str, Any]) -> Iterator[str]:
-    """Say where the time of training went, if any did, and who made the others wait."""
+    """Show where the time of training went, if any did, and which rank made the others wait."""
     shares = {key: result.get(f"share/{key}", 0.0) for key in _KINDS}
     if not any(shares.values()):
         return
@@ -139,7 +139,7 @@ def _time_lines(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _origin_lines(row: Row) -> Iterator[str]:
-    """Say from where a run goes on, and what was passed over."""
+    """Show from where a run goes on, and what was passed over."""
     if row.get("passed_over"):
         yield f"passed over: {row['passed_over']}"
     if row.get("file"):

@@ -5,27 +5,28 @@ Asynchronous writer: rows are written by a thread, off the path of the step.
 
 import math
 import os
+import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ddp_sgd.config import RunConfig
-from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.errors import ExitCode, UserError
+from ddp_sgd.host import scaled
 from ddp_sgd.plan import Plan
-from ddp_sgd.report.git_commit import GitCommit
-from ddp_sgd.report.journal import Journal
-from ddp_sgd.report.logger import Logger, Loggers, NoLogger, Origin, Row, RunRecord
+from ddp_sgd.report.journal import Journal, Logger, Origin, Row, RunRecord
 from ddp_sgd.report.progress import Progress, last_line
 from ddp_sgd.report.run_folder import RunFolder
 from ddp_sgd.report.tensorboard import TensorBoard
 from ddp_sgd.report.wandb_logger import WandbLogger
 from ddp_sgd.slurm import life_of_job
 from ddp_sgd.text import mask
+
+if TYPE_CHECKING:
+    from ddp_sgd.distributed.runtime import Runtime
 
 BURST_S = 0.1
 """How long rows gather before they are written together. Each time the writing thread takes the
@@ -34,37 +35,47 @@ interpreter from the training thread costs both a switch: few long turns are che
 MOST_ROWS = 10_000
 """Rows that may wait for a slow disk; then training waits, since none may be lost."""
 
-Note = TypeVar("Note")
+_GIT_TIMEOUT_S = 5.0
+"""How long ``git`` may take; a large working tree on a network file system is not worth more."""
 
 
-class AsyncWriter(Generic[Note]):
-    """Hands over what it is given in a thread of its own, in order, in bursts.
+class _PendingRow(NamedTuple):
+    """A row as it is handed over: its place in the run follows from the step."""
+
+    event: str
+    time: float
+    step: int
+    row: Row
+
+
+class AsyncWriter:
+    """Writes rows in a thread of its own, in order, in bursts.
 
     Args:
-        write: Takes the notes of a burst. What it raises comes up in the next ``put`` or ``flush``,
+        write: Takes the rows of a burst. What it raises comes up in the next ``put`` or ``flush``,
             and the rest of that burst is lost.
     """
 
-    def __init__(self, write: Callable[[list[Note]], None]) -> None:
+    def __init__(self, write: Callable[[list[_PendingRow]], None]) -> None:
         """Start the thread."""
         self._write = write
-        self._waiting: deque[Note] = deque()
+        self._waiting: deque[_PendingRow] = deque()
         self._turn = threading.Lock()
         self._arrived, self._over = threading.Event(), threading.Event()
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._work, name="ddp_sgd-async-writer", daemon=True)
         self._thread.start()
 
-    def put(self, note: Note) -> None:
-        """Take a note, which must not change any more; waits only if too many wait already."""
-        self._waiting.append(note)
+    def put(self, row: _PendingRow) -> None:
+        """Take a row, which must not change any more; waits only if too many wait already."""
+        self._waiting.append(row)
         if self._failure or len(self._waiting) >= MOST_ROWS:
             self.flush()
         elif not self._arrived.is_set():
             self._arrived.set()
 
     def flush(self) -> None:
-        """Return when all notes so far are written; this thread writes what is left itself."""
+        """Return when all rows so far are written; this thread writes what is left itself."""
         with self._turn:
             self._write_burst()
             failure, self._failure = self._failure, None
@@ -72,7 +83,7 @@ class AsyncWriter(Generic[Note]):
             raise failure
 
     def catch_up(self) -> None:
-        """Return when all notes so far were given; what failed comes up in the others' calls."""
+        """Flush from another thread: what failed comes up in the next call of the first one."""
         with self._turn:
             self._write_burst()
 
@@ -102,18 +113,9 @@ class AsyncWriter(Generic[Note]):
 
 
 class Progressing(Protocol):
-    """Whoever knows how far the run is."""
+    """State that knows the step of the run."""
 
     step: int
-
-
-class _Note(NamedTuple):
-    """A row as it is handed over: its place in the run follows from the step."""
-
-    event: str
-    time: float
-    step: int
-    row: Row
 
 
 class Reporter:
@@ -125,34 +127,31 @@ class Reporter:
     write nothing.
 
     Args:
-        folder: The run folder; None writes nothing.
-        result_logger: Logger that keeps the result; open from the beginning.
-        loggers: All others; they open when the plan is known.
+        folder: The run folder, which keeps the result; None writes nothing.
+        loggers: They open when the plan is known, and each gets every row, the first logger first.
         config: Description of the run.
         world_size: Ranks.
-        origin: Where this life of the run begins.
+        origin: Where this attempt of the run begins.
     """
 
     def __init__(
         self,
-        folder: Path | None,
-        result_logger: Logger,
-        loggers: Logger,
+        folder: RunFolder | None,
+        loggers: Sequence[Logger],
         config: RunConfig,
         world_size: int,
         origin: Origin,
     ) -> None:
         self._folder = folder
-        self._result_logger = result_logger
         self._loggers = loggers
         self._opened: list[Logger] = []
-        self._writer: AsyncWriter[_Note] | None = None
+        self._writer: AsyncWriter | None = None
         self._pid = os.getpid()
         self._config = config
         self._world_size = world_size
         self._origin = origin
-        life = life_of_job(os.environ)
-        self._job = {"job": life} if life else {}
+        job = life_of_job(os.environ)
+        self._job = {"job": job} if job else {}
         self._commit = GitCommit() if folder is not None else None
         self._start = time.perf_counter()
         self._plan: Plan | None = None
@@ -167,24 +166,17 @@ class Reporter:
             notes: What the user should know, one line each.
         """
         self._plan, self._state = plan, state
+        if self._folder is None:
+            return
         origin = self._origin
+        self._folder.begin(plan)
+        self._writer = AsyncWriter(self._write_burst)
         record = RunRecord(
-            folder=self._folder or Path(),
-            name=self._config.name,
-            config=self._config.model_dump(mode="json"),
-            plan=plan,
-            world_size=self._world_size,
-            run_id=origin.run_id,
-            resumed=origin.has_rows,
-            samples=origin.samples,
-            is_scored=origin.is_scored,
-            notes=notes,
+            folder=self._folder.path, config=self._config, plan=plan, origin=origin, notes=notes
         )
-        if self._folder is not None:
-            self._writer = AsyncWriter(self._write_burst)
-        for logger in (self._result_logger, self._loggers):
-            self._opened.append(logger)
+        for logger in self._loggers:
             logger.start(record)
+            self._opened.append(logger)
         commit = self._commit.wait() if self._commit else None
         code: Row = {"git_commit": commit} if commit else {}
         world: Row = {"world_size": self._world_size, **self._job, **code}
@@ -192,29 +184,29 @@ class Reporter:
             self._write("start", {**world, "run_id": origin.run_id})
         if origin.is_resumed:
             self._write("resume", {**world, **origin.note})
-        self.flush()  # who finds the run dead must see that it began
+        self.flush()  # if the run dies at once, its journal shows that it began
 
     def train(self, row: Row | None) -> None:
-        """Say what the steps since the last row measured, if there is a row."""
+        """Log what the steps since the last row measured, if there is a row."""
         if row is not None:
             self._write("train", row)
 
     def eval(self, scores: Row) -> None:
-        """Say how the model scored, if it did."""
+        """Log how the model scored, if it did."""
         if scores:
             self._write("eval", scores)
 
     def checkpoint(self, step: int, row: Row) -> None:
-        """Say what became of a save.
+        """Log what became of a save.
 
         Args:
             step: The step that was saved; the run is further by now.
-            row: What there is to be said.
+            row: The file, or what went wrong.
         """
         self._write("checkpoint", row, step)
 
     def stop(self, reason: str | None) -> None:
-        """Say that the run ends early, since somebody asked."""
+        """Log that the run ends early, on a stop request."""
         self._write("stop", {"reason": reason or "another rank was asked to stop"})
 
     def flush(self) -> None:
@@ -261,18 +253,16 @@ class Reporter:
             self._close(result)
 
     def _close(self, result: Mapping[str, Any]) -> None:
-        if self._pid != os.getpid():
+        if self._folder is None or self._pid != os.getpid():
             return
         wall = {"wall_s": time.perf_counter() - self._start}
-        full = {key: _number(value) for key, value in {**result, **self._job, **wall}.items()}
-        try:  # the result first: others may take their time, and a launcher may lose patience
-            self._result_logger.finish(full)
+        full = _finite({**result, **self._job, **wall})
+        try:  # the result first: loggers may take their time, and a launcher may lose patience
+            self._folder.finish(full)
         finally:
             if self._writer:
                 self._writer.close()
-            for logger in [
-                logger for logger in reversed(self._opened) if logger is not self._result_logger
-            ]:
+            for logger in reversed(self._opened):
                 logger.finish(full)
 
     def _write(self, event: str, row: Row, step: int | None = None) -> None:
@@ -280,16 +270,17 @@ class Reporter:
             raise RuntimeError(f"row {event!r} was written before the run had a plan")
         if self._writer and self._state and self._pid == os.getpid():
             at = self._state.step if step is None else step
-            self._writer.put(_Note(event, time.time(), at, row))
+            self._writer.put(_PendingRow(event, time.time(), at, row))
 
-    def _write_burst(self, notes: list[_Note]) -> None:
-        rows = [(note.event, self._full(note)) for note in notes]
+    def _write_burst(self, pending: list[_PendingRow]) -> None:
+        if self._folder:
+            self._folder.check()
+        rows = [
+            (event, _finite({"time": at, **self._place(step), **row}))
+            for event, at, step, row in pending
+        ]
         for logger in self._opened:
             logger.write(rows)
-
-    def _full(self, note: _Note) -> Row:
-        full = {"time": note.time, **self._place(note.step), **note.row}
-        return {key: _number(value) for key, value in full.items()}
 
     def _place(self, step: int | None = None) -> dict[str, int | float]:
         """Where the run is, or was after a step; before it has a plan, where it began."""
@@ -303,7 +294,7 @@ class Reporter:
 
 @contextmanager
 def open_report(
-    config: RunConfig, runtime: Runtime, folder: RunFolder | None, origin: Origin
+    config: RunConfig, runtime: "Runtime", folder: RunFolder | None, origin: Origin
 ) -> Iterator[Reporter]:
     """Make the loggers, on the rank that has the run folder; the other ranks log nothing.
 
@@ -311,16 +302,13 @@ def open_report(
         config: Description of the run.
         runtime: This process.
         folder: The run folder, on rank 0.
-        origin: Where this life of the run begins.
+        origin: Where this attempt of the run begins.
 
     Raises:
         ConfigError: A logger that the configuration asks for is not installed.
     """
-    if folder is None:
-        report = Reporter(None, NoLogger(), NoLogger(), config, runtime.world_size, origin)
-    else:
-        loggers = Loggers(_loggers(config))
-        report = Reporter(folder.path, folder, loggers, config, runtime.world_size, origin)
+    loggers = _loggers(config) if folder else []
+    report = Reporter(folder, loggers, config, runtime.world_size, origin)
     runtime.error_propagation.before_exit = report.fail
     try:
         yield report
@@ -348,6 +336,40 @@ def _loggers(config: RunConfig) -> list[Logger]:
     return loggers
 
 
-def _number(value: Any) -> Any:
-    """Strict JSON has no word for what is not finite."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _finite(row: Row) -> Row:
+    """Replace NaN and infinity by None, since strict JSON has neither."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
+    }
+
+
+class GitCommit:
+    """The git commit of the working directory, looked up in a thread while the run is set up."""
+
+    def __init__(self) -> None:
+        """Start ``git``."""
+        self._commit: str | None = None
+        self._thread = threading.Thread(
+            target=self._look_up, name="ddp_sgd-git-commit", daemon=True
+        )
+        with suppress(RuntimeError):  # the system has no thread left for us
+            self._thread.start()
+
+    def wait(self) -> str | None:
+        """Return the commit, ``+changes`` appended if files differ; None if there is none."""
+        if self._thread.ident is not None:
+            self._thread.join(scaled(_GIT_TIMEOUT_S))
+        return self._commit
+
+    def _look_up(self) -> None:
+        command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+        with suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                timeout=scaled(_GIT_TIMEOUT_S),
+                check=False,
+            )
+            self._commit = done.stdout.strip() or None

@@ -1,10 +1,6 @@
-"""Run folder: locked for one run at a time, and nothing in it is overwritten.
+"""Run folder: config.yaml, plan.json, result.json and failures.jsonl, locked for one run at a time.
 
-Failure history of a run, so that a restart that fixes nothing has an end.
-
-Only failures that a rank told of itself count. A lost peer says nothing about the run: hosts die.
-
-result.json of a run whose rank 0 was killed before it could write one. No torch.
+Nothing in it is overwritten. No torch.
 """
 
 import json
@@ -19,18 +15,203 @@ from typing import TYPE_CHECKING, Any
 from ddp_sgd.config import RunConfig, dump_yaml
 from ddp_sgd.errors import ExitCode, OutputError, RefusedError, RepeatedFailureError
 from ddp_sgd.files import make_folder, replace_file
+from ddp_sgd.plan import Plan
 from ddp_sgd.report.folder_lock import LOCK_NAME, OWNER_NAME, FolderLock
-from ddp_sgd.report.logger import EventRow, RunRecord
 
 if TYPE_CHECKING:
     from ddp_sgd.distributed.runtime import Runtime
-
 
 FILE_NAME = "failures.jsonl"
 _RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", "LAUNCH_RESTART_COUNT")
 
 SAME_STEP = 3
 """Failures in a row at one step after which a run is not started again by its launcher."""
+
+BEGINNINGS = ("start", "resume")
+"""Events that an attempt writes into the journal when it begins."""
+
+_WRITTEN_INTO = ("checkpoints", "logs", "wandb", "tensorboard")
+"""Folders of a run folder in which files are made."""
+
+
+class RunFolder:
+    """Writes config.yaml and plan.json at the start, result.json at the end.
+
+    From its making to its end it holds a lock on the folder, which the system takes back if the
+    process dies, so that no other run writes into it or moves it away.
+
+    Args:
+        config: Description of the run.
+
+    Attributes:
+        path: The folder.
+
+    Raises:
+        OutputError: It cannot be made.
+        RefusedError: Another run is writing into it, or links in it lead out of it.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.path = Path(config.output_dir) / config.name
+        self._config_text = dump_yaml(config)
+        self._lock: FolderLock | None = None
+        # A forked loader process would hold the lock for as long as it outlives a killed rank.
+        os.register_at_fork(after_in_child=self.release)
+        with translate_os_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._enter(config)
+            except BaseException:
+                self.release()
+                raise
+
+    def _enter(self, config: RunConfig) -> None:
+        """Lock what is there, and make what is not."""
+        while self._lock is None:
+            if _is_real_folder(self.path):
+                self._lock = _lock_if_there(self.path)
+            if config.resume != "never":
+                _refuse_links(self.path)
+            if config.resume == "never" or not self.path.is_dir():
+                self.renew()
+
+    def renew(self) -> None:
+        """Move what is there aside, to NAME.1, NAME.2, ..., and begin with an empty folder."""
+        with translate_os_errors(self.path):
+            while self._lock is None or not _is_empty(self.path):
+                before = self._lock
+                # Another start may have made the folder just now: that one is not ours to move.
+                if os.path.lexists(self.path) and (before or not _is_real_folder(self.path)):
+                    aside = _free_name(self.path)
+                    with suppress(FileNotFoundError):  # another start has moved it already
+                        self.path.rename(aside)
+                    if before:
+                        before.follow(aside)
+                make_folder(self.path)
+                self._lock = _lock_if_there(self.path)
+                if before:
+                    before.release()
+
+    def begin(self, plan: Plan) -> None:
+        """Write config.yaml and plan.json; an earlier result.json does not count any more.
+
+        Raises:
+            OutputError: They cannot be written.
+        """
+        _write(self.path / "config.yaml", self._config_text)
+        _write(self.path / "plan.json", json.dumps(asdict(plan), indent=2) + "\n")
+        with translate_os_errors(self.path / "result.json"):
+            (self.path / "result.json").unlink(missing_ok=True)
+
+    def check(self) -> None:
+        """Raise if the folder is no longer this run's.
+
+        Raises:
+            RefusedError: Another run took it over.
+        """
+        if self._lock is not None:
+            self._lock.check()
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Write how the run ended, and release the folder.
+
+        Raises:
+            OutputError: It cannot be written.
+            RefusedError: Another run took the folder over; nothing is written then.
+        """
+        try:
+            self.check()
+            write_result(self.path / "result.json", result)
+            if result.get("status") == "failed":
+                with translate_os_errors(self.path):
+                    note_failure(self.path, result["step"], result["exit_code"], result["error"])
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Release the folder."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+
+@contextmanager
+def claim_run_folder(config: RunConfig, runtime: "Runtime") -> Iterator[RunFolder | None]:
+    """Make or enter the run folder, on rank 0; the others have none.
+
+    Raises:
+        OutputError: It cannot be made.
+        RefusedError: It is in use, or links in it lead out of it.
+    """
+    if runtime.rank != 0:
+        yield None
+        return
+    folder = RunFolder(config)
+    try:
+        yield folder
+    finally:
+        folder.release()
+
+
+def unwritable(path: Path, error: OSError) -> OutputError:
+    """Return the error of a path that cannot be written."""
+    return OutputError(
+        f"{path} cannot be written: {error.strerror or error}; set output_dir to a folder that you "
+        "may write, with room on its disk."
+    )
+
+
+@contextmanager
+def translate_os_errors(path: Path) -> Iterator[None]:
+    """Raise an OSError as an OutputError that names the path that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def _write(path: Path, text: str) -> None:
+    with translate_os_errors(path):
+        replace_file(path, text)
+
+
+def _refuse_links(folder: Path) -> None:
+    """Refuse to write where a link leads out of the folder."""
+    inside = [folder]
+    for place in (folder, *(folder / name for name in _WRITTEN_INTO)):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            inside += sorted(place.iterdir())
+    home = folder.parent.resolve() / folder.name
+    for path in inside:
+        if path.is_symlink() and not path.resolve().is_relative_to(home):
+            raise RefusedError(
+                f"{path} is a link that leads out of the run folder, to {path.resolve()}; remove "
+                "it, choose another name, or set resume=never to begin with a new folder."
+            )
+
+
+def _free_name(folder: Path) -> Path:
+    number = 1
+    while os.path.lexists(aside := folder.with_name(f"{folder.name}.{number}")):
+        number += 1
+    return aside
+
+
+def _lock_if_there(folder: Path) -> FolderLock | None:
+    """Lock a folder; None if another start has moved it aside meanwhile."""
+    try:
+        return FolderLock(folder)
+    except FileNotFoundError:
+        return None
+
+
+def _is_real_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether nothing is in a folder but what keeps other runs out of it."""
+    return {path.name for path in folder.iterdir()} <= {LOCK_NAME, OWNER_NAME}
 
 
 def note_failure(folder: Path, step: int, code: int, error: str) -> None:
@@ -90,192 +271,6 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         return []
 
 
-_WRITTEN_INTO = ("checkpoints", "logs", "wandb", "tensorboard")
-"""Folders of a run folder in which files are made."""
-
-
-class RunFolder:
-    """Writes config.yaml and plan.json at the start, result.json at the end.
-
-    From its making to its end it holds a lock on the folder, which the system takes back if the
-    process dies, so that no other run writes into it or moves it away.
-
-    Args:
-        config: Description of the run.
-
-    Attributes:
-        path: The folder.
-
-    Raises:
-        OutputError: It cannot be made.
-        RefusedError: Another run is writing into it, or links in it lead out of it.
-    """
-
-    def __init__(self, config: RunConfig) -> None:
-        self.path = Path(config.output_dir) / config.name
-        self._config_text = dump_yaml(config)
-        self._lock: FolderLock | None = None
-        # A forked loader process would hold the lock for as long as it outlives a killed rank.
-        os.register_at_fork(after_in_child=self.release)
-        with _saying_what_cannot_be_written(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                self._enter(config)
-            except BaseException:
-                self.release()
-                raise
-
-    def _enter(self, config: RunConfig) -> None:
-        """Lock what is there, and make what is not."""
-        while self._lock is None:
-            if _is_real_folder(self.path):
-                self._lock = _lock_if_there(self.path)
-            if config.resume != "never":
-                _refuse_links(self.path)
-            if config.resume == "never" or not self.path.is_dir():
-                self.renew()
-            elif self._lock is None:
-                self._lock = _lock_if_there(self.path)
-
-    def renew(self) -> None:
-        """Move what is there aside, to NAME.1, NAME.2, ..., and begin with an empty folder."""
-        with _saying_what_cannot_be_written(self.path):
-            while self._lock is None or not _is_empty(self.path):
-                before = self._lock
-                # Another start may have made the folder just now: that one is not ours to move.
-                if os.path.lexists(self.path) and (before or not _is_real_folder(self.path)):
-                    aside = _free_name(self.path)
-                    with suppress(FileNotFoundError):  # another start has moved it already
-                        self.path.rename(aside)
-                    if before:
-                        before.follow(aside)
-                make_folder(self.path)
-                self._lock = _lock_if_there(self.path)
-                if before:
-                    before.release()
-
-    def start(self, record: RunRecord) -> None:
-        """Write what was asked for and what follows from it; an earlier result is none any more."""
-        self._write("config.yaml", self._config_text)
-        self._write("plan.json", json.dumps(asdict(record.plan), indent=2) + "\n")
-        with _saying_what_cannot_be_written(self.path / "result.json"):
-            (self.path / "result.json").unlink(missing_ok=True)
-
-    def write(self, rows: Sequence[EventRow]) -> None:  # noqa: ARG002
-        """Look whether the folder is still this run's; the rows are the journal's.
-
-        Raises:
-            RefusedError: Another run took it over.
-        """
-        if self._lock is not None:
-            self._lock.check()
-
-    def finish(self, result: Mapping[str, Any]) -> None:
-        """Write how the run ended, and give the folder free.
-
-        Raises:
-            OutputError: It cannot be written.
-            RefusedError: Another run took the folder over; nothing is written then.
-        """
-        try:
-            if self._lock is not None:
-                self._lock.check()
-            self._write("result.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
-            if result.get("status") == "failed":
-                with _saying_what_cannot_be_written(self.path):
-                    note_failure(self.path, result["step"], result["exit_code"], result["error"])
-        finally:
-            self.release()
-
-    def release(self) -> None:
-        """Give the folder free."""
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
-
-    def _write(self, name: str, text: str) -> None:
-        path = self.path / name
-        with _saying_what_cannot_be_written(path):
-            replace_file(path, text)
-
-
-@contextmanager
-def claim_run_folder(config: RunConfig, runtime: "Runtime") -> Iterator[RunFolder | None]:
-    """Make or enter the run folder, on rank 0; the others have none.
-
-    Raises:
-        OutputError: It cannot be made.
-        RefusedError: It is in use, or links in it lead out of it.
-    """
-    if runtime.rank != 0:
-        yield None
-        return
-    folder = RunFolder(config)
-    try:
-        yield folder
-    finally:
-        folder.release()
-
-
-def unwritable(path: Path, error: OSError) -> OutputError:
-    """Say that a path cannot be written, and why."""
-    return OutputError(
-        f"{path} cannot be written: {error.strerror or error}; set output_dir to a folder that you "
-        "may write, with room on its disk."
-    )
-
-
-@contextmanager
-def _saying_what_cannot_be_written(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise unwritable(path, error) from error
-
-
-def _refuse_links(folder: Path) -> None:
-    """Refuse to write where a link leads out of the folder."""
-    inside = [folder]
-    for place in (folder, *(folder / name for name in _WRITTEN_INTO)):
-        with suppress(FileNotFoundError, NotADirectoryError):
-            inside += sorted(place.iterdir())
-    home = folder.parent.resolve() / folder.name
-    for path in inside:
-        if path.is_symlink() and not path.resolve().is_relative_to(home):
-            raise RefusedError(
-                f"{path} is a link that leads out of the run folder, to {path.resolve()}; remove "
-                "it, choose another name, or set resume=never to begin with a new folder."
-            )
-
-
-def _free_name(folder: Path) -> Path:
-    number = 1
-    while os.path.lexists(aside := folder.with_name(f"{folder.name}.{number}")):
-        number += 1
-    return aside
-
-
-def _lock_if_there(folder: Path) -> FolderLock | None:
-    """Lock a folder; None if another start has moved it aside meanwhile."""
-    try:
-        return FolderLock(folder)
-    except FileNotFoundError:
-        return None
-
-
-def _is_real_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
-
-
-def _is_empty(folder: Path) -> bool:
-    """Whether nothing is in a folder but what keeps other runs out of it."""
-    return {path.name for path in folder.iterdir()} <= {LOCK_NAME, OWNER_NAME}
-
-
-BEGINNINGS = ("start", "resume")
-"""Events that an attempt writes into the journal when it begins."""
-
-
 def result_from_rows(
     rows: Sequence[Mapping[str, Any]], *, exit_code: ExitCode, error: str
 ) -> dict[str, Any]:
@@ -302,9 +297,4 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
     Raises:
         OutputError: It cannot be written.
     """
-    try:
-        replace_file(path, json.dumps(result, indent=2) + "\n")
-    except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written: {error.strerror or error}; make room on its disk."
-        ) from error
+    _write(path, json.dumps(result, indent=2, allow_nan=False) + "\n")

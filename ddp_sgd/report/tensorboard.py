@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ddp_sgd.errors import ConfigError
-from ddp_sgd.report.logger import EventRow, RunRecord
+from ddp_sgd.report.journal import EventRow, RunRecord
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

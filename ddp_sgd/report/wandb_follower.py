@@ -1,90 +1,63 @@
-"""Weights & Biases (W&B) logger: a subprocess that follows ``metrics.jsonl`` and logs its rows.
+"""Weights & Biases (W&B) follower: logs every row of ``metrics.jsonl`` to W&B once.
 
-The trainer starts it (``wandb_logger``), and it logs on until the trainer has ended, or died. By
-hand, ``python -m ddp_sgd.report.wandb_follower RUN`` completes a W&B run after a crash, or follows
-a run that trains where there is no network. Rows that W&B has are left out (``wandb_position``).
+As a subprocess of the trainer it logs on until the trainer has ended, or died. By hand,
+``python -m ddp_sgd.report.wandb_follower RUN`` completes a W&B run after a crash, or follows a run
+that trains where there is no network.
+
+A row's place in the run is its ``_step`` in W&B. Rows up to the last one that W&B has are left out;
+that one is read back from wandb's newest file of the run, or from the server.
 """
 
 import argparse
 import json
 import os
 import select
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
+from glob import escape
 from pathlib import Path
 from secrets import token_hex
 from threading import Thread
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from ddp_sgd.config import RunConfig, WandbConfig, load_config
-from ddp_sgd.console import deliver, fill_descriptors, report_error, say, silent_descriptors
-from ddp_sgd.errors import ConfigError, DataError, ExitCode, OutputError, StoppedError, UserError
+from ddp_sgd.console import deliver, fill_descriptors, report_error, say
+from ddp_sgd.errors import (
+    ConfigError,
+    DataError,
+    ExitCode,
+    OutputError,
+    RefusedError,
+    StoppedError,
+    UserError,
+)
 from ddp_sgd.host import scaled
-from ddp_sgd.report.folder_lock import OwnerWatch
-from ddp_sgd.report.journal import FILE_NAME, JournalTail, first_row, has_journal
-from ddp_sgd.report.wandb_position import NOWHERE, kept_id, lock_out_others, place_of, read_back
+from ddp_sgd.report.folder_lock import OwnerWatch, lock_file
+from ddp_sgd.report.journal import FILE_NAME, JournalTail, first_row, has_journal, place_of
+from ddp_sgd.report.wandb_logger import FINISH_TIMEOUT_S, PROGRAM, WandbRun, tear_down, wandb_file
 from ddp_sgd.text import first_line
 
 if TYPE_CHECKING:
     import wandb
 
-INIT_TIMEOUT_S = 10.0
-"""How long wandb may try its server, which takes under a second on a good link, before the run goes
-offline."""
-
-UPLOAD_TIMEOUT_S = 20.0
-"""How long wandb may go on uploading at the end."""
-
-FINISH_TIMEOUT_S = 30.0
-"""How long the subprocess may live on when the trainer is done or dead: an upload that runs into
-its limit (20 s), or a run that ends while its server is still being tried (10 s, 2 s to give up,
-1 s to go offline), and room for the last rows."""
-
-FLUSH_INTERVAL_S = 0.2
-"""How often wandb writes rows to its file; its own 15 s are what is read back and sent again."""
+NOWHERE = -1
+"""The place before every row."""
 
 _POLL_S = 0.5
 """Time from one look at the journal to the next: wandb itself sends no more often."""
 
-PROGRAM = "python -m ddp_sgd.report.wandb_follower"
-"""How a user starts a follower."""
+_LOCK_TIMEOUT_S = 40.0
+"""How long to wait for another follower, which may outlive its trainer by FINISH_TIMEOUT_S."""
 
 _BEST = "best/eval/accuracy"
-_OUTCOME = ("status", "exit_code", "weights_digest")
-_DISABLED = (
-    "W&B is disabled by WANDB_MODE, WANDB_DISABLED or wandb's settings file; give --mode=online or "
-    "--mode=offline."
-)
-
-
-class FollowRequest(NamedTuple):
-    """What a follower is asked for, and what the files of the run folder do not say.
-
-    Args:
-        folder: The run folder.
-        run_id: Identity of the run; W&B uses it, unless it has another one.
-        resumed: Whether the run goes on, so that W&B may know it.
-        mode: What to use instead of the mode of the configuration; None to use that.
-        trainer: Process that trains, whose use of the machine W&B shows; None if it is elsewhere.
-        argv: Its command line; empty if it is elsewhere.
-        init_timeout_s: How long wandb may try its server before the run goes offline.
-        upload_timeout_s: How long wandb may go on uploading at the end.
-    """
-
-    folder: str
-    run_id: str
-    resumed: bool
-    mode: str | None
-    trainer: int | None
-    argv: list[str]
-    init_timeout_s: float
-    upload_timeout_s: float
 
 
 def follow_trainer() -> None:
-    """Serve the process that has started this one: log its run to W&B until it ends or dies."""
+    """Log the run of the process that has started this one to W&B, until it ends or dies."""
+    trainer = os.getppid()
     control, held, lines = os.dup(0), os.dup(0), os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     Thread(target=_leave_after_trainer, args=(held,), daemon=True).start()
@@ -94,18 +67,21 @@ def follow_trainer() -> None:
         line = stream.readline()
         if not line:  # there is no run after all
             return
-        request = FollowRequest(*json.loads(line))
-        sys.argv = request.argv
-        os.environ.setdefault("WANDB_PROGRAM", request.argv[0])
+        request = json.loads(line)
+        sys.argv = request.pop("argv")
+        os.environ.setdefault("WANDB_PROGRAM", sys.argv[0])
         poll = select.poll()
         poll.register(stream, select.POLLIN)
+
+        def wait(seconds: float) -> bool:
+            return bool(poll.poll(1e3 * seconds))
 
         def report(text: str) -> None:
             with suppress(OSError):  # the trainer is dead
                 print(text, file=lines)
 
         try:
-            _Follower(request, report, lambda s: bool(poll.poll(1e3 * s))).run()
+            follow(WandbRun(**request, trainer=trainer, report=report), wait)
         # BaseException: wandb leaves by sys.exit when its helper process failed.
         except BaseException as error:
             report(f"stopped ({first_line(error)}); training goes on, metrics.jsonl has every row")
@@ -124,192 +100,68 @@ def _leave_after_trainer(descriptor: int) -> None:
     os._exit(1)
 
 
-class _Follower:
-    """One attempt of a run in W&B: opened, logged from the journal, closed.
+def follow(attempt: WandbRun, wait: Callable[[float], bool]) -> None:
+    """Log the rows of a run to W&B until it is over; raises whatever wandb raises.
 
     Args:
-        request: What is asked for.
-        report: Prints a line for the user.
+        attempt: The run in W&B, to be opened.
         wait: Waits so many seconds; returns whether nothing more will be written.
     """
-
-    def __init__(
-        self, request: FollowRequest, report: Callable[[str], None], wait: Callable[[float], bool]
-    ) -> None:
-        self._request = request
-        self._report = report
-        self._wait = wait
-        self._folder = Path(request.folder)
-        self._config = load_config([f"--config={self._folder / 'config.yaml'}"], environ={})
-        self._mode = request.mode or self._config.wandb.mode
-        if request.trainer is None and self._mode == "disabled":  # while it trained
-            self._mode = "auto"
-        self._mark = self._folder / "wandb" / "last_row"
-
-    def run(self) -> None:
-        """Do all that touches wandb; raises whatever that raises."""
-        # The helper of a run of the user's own is not for this one, and may end before.
-        os.environ.pop("WANDB_SERVICE", None)
-        # wandb's reports about itself leave from an exit hook of their own, which a silent server
-        # holds for 20 s and whose failures are printed; only the environment turns them off.
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        try:
-            lock_out_others(self._folder / "wandb" / ".lock")
-            run = self._open()
-            if run is not None:
-                self._log(run)
-                self._close(run)
-        finally:
-            _tear_down()
-
-    def _open(self) -> "wandb.Run | None":
-        """Start the run online or, where that fails, offline; None if the user disabled wandb."""
-        import wandb
-
-        settings = self._set_up()
-        if settings.mode == "disabled":
-            if self._request.trainer is None:
-                raise ConfigError(_DISABLED)
-            return None
-        arguments = self._init_arguments(settings)
-        why = ""
-        if settings.mode not in ("offline", "dryrun"):
-            try:
-                # Finds the key where wandb itself does, asks nobody for one and no server about it.
-                if wandb.login(prompt=False, verify=False):
-                    run = wandb.init(**arguments)
-                    self._opened(run, f"online, {run.url}")
-                    return run
-                why = " (no API key)"
-            except Exception as error:  # whatever it is, the run can go on offline
-                why = f" ({first_line(error)})"
-            _tear_down()
-            self._set_up()
-        run = wandb.init(**arguments, mode="offline")
-        folder = Path(run.dir).parent
-        self._opened(run, f"offline{why}, in {folder}; send it later: wandb sync {folder}")
-        return run
-
-    def _set_up(self) -> "wandb.Settings":
-        """Start wandb's helper, silent; returns the user's settings with the mode of ours on top.
-
-        The helper logs to stderr where it cannot write to the home folder, hence the descriptors.
-        """
-        import wandb
-
-        mode: dict[str, Any] = {} if self._mode == "auto" else {"mode": self._mode}
-        with silent_descriptors():
-            return wandb.setup(wandb.Settings(silent=True, **mode)).settings
-
-    def _init_arguments(self, settings: "wandb.Settings") -> dict[str, Any]:
-        """Give the arguments of ``wandb.init``; None leaves a value to the user's own settings."""
-        import wandb
-
-        request, config = self._request, self._config.wandb
-        kept = kept_id(self._folder) if request.resumed else None
-        own = wandb.Settings(
-            silent=True,
-            console="off",
-            init_timeout=request.init_timeout_s,
-            finish_timeout=request.upload_timeout_s,
-            finish_timeout_raises=True,
-            x_transaction_log_flush_interval=FLUSH_INTERVAL_S,
-            x_stats_pid=request.trainer or os.getpid(),
-            x_disable_stats=request.trainer is None,
-            save_code=False,
-            disable_code=True,
-            disable_git=True,
-            x_save_requirements=False,
-        )
-        return {
-            "dir": None if os.environ.get("WANDB_DIR") else request.folder,
-            "id": kept or (None if settings.run_id else request.run_id),
-            # Also offline: `wandb sync` follows it, and appends the rows to those of before.
-            "resume": "allow" if request.resumed else None,
-            "allow_val_change": True,
-            "project": config.project or (None if settings.project else "ddp_sgd"),
-            "name": config.name or (None if settings.run_name else self._config.name),
-            "entity": config.entity,
-            "group": config.group,
-            "tags": config.tags or None,
-            "config": _shown(self._config, self._folder),
-            "settings": own,
-        }
-
-    def _opened(self, run: "wandb.Run", text: str) -> None:
-        """Keep what a resumed run needs, and name the axes."""
-        (self._folder / "wandb" / "run_id").write_text(f"{run.id}\n", encoding="utf-8")
-        run.define_metric("step")
-        run.define_metric("samples")
-        run.define_metric("*", step_metric="step")
-        self._report(text)
-
-    def _log(self, run: "wandb.Run") -> None:
-        """Log the rows of the journal that W&B does not have, until the run is over."""
-        last, is_over = self._position(run), False
-        best = shown = float("-inf")
-        tail = JournalTail(self._folder / FILE_NAME)
-        pause_s = 0.0
-        while not is_over:
-            is_over = self._wait(pause_s)  # before the look, so that this one is the last
-            before, pause_s = last, _POLL_S
-            for row in tail.read(is_over=is_over):
-                if row.get("git_commit"):
-                    commit = {"git_commit": row["git_commit"]}
-                    run.config.update(commit, allow_val_change=True)  # type: ignore[no-untyped-call]
-                place = place_of(row)
-                if place is None:
-                    continue
-                numbers = _numbers(row)
-                best = max(best, numbers.get("eval/accuracy", best))
-                if place > last:
-                    run.log(numbers, step=place, commit=True)
-                    last = place
-            if best > shown:
-                run.summary[_BEST] = shown = best
-            if last > before:
-                with suppress(OSError):
-                    self._mark.write_text(f"{last} {_wandb_file(run)}\n", encoding="utf-8")
-        tail.close()
-
-    def _position(self, run: "wandb.Run") -> int:
-        """Give the place of the last row that W&B has, or will have after ``wandb sync``."""
-        if not self._request.resumed:
-            return NOWHERE
-        place, is_online = read_back(_wandb_file(run), self._mark)
-        if run.offline:
-            return place
-        on_server = run.starting_step - 1 if run.resumed else NOWHERE
-        # What was on its way to a server when the process was killed has not come to it.
-        return on_server if is_online else max(place, on_server)
-
-    def _close(self, run: "wandb.Run") -> None:
-        """Write how the run ended, and upload what is left for at most ``upload_timeout_s``."""
-        result: dict[str, Any] = {}
-        with suppress(OSError, ValueError):
-            result = json.loads((self._folder / "result.json").read_bytes())
-        run.summary.update({key: result[key] for key in _OUTCOME if key in result})
-        if result.get("status") == "stopped":
-            run.mark_preempting()  # with an exit code other than 0 W&B shows it as preempted
-        try:
-            run.finish(exit_code=result.get("exit_code", ExitCode.PEER.value))
-        except TimeoutError:
-            limit, folder = self._request.upload_timeout_s, _wandb_file(run).parent
-            self._report(f"not all sent after {limit:g} s; the rest: wandb sync {folder}")
-
-
-def _shown(config: RunConfig, folder: Path) -> dict[str, Any]:
-    """Give what W&B shows as the configuration of the run."""
+    # The helper of a run of the user's own is not for this one, and may end before.
+    os.environ.pop("WANDB_SERVICE", None)
+    # wandb's reports about itself leave from an exit hook of their own, which a silent server
+    # holds for 20 s and whose failures are printed; only the environment turns them off.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     try:
-        plan = json.loads((folder / "plan.json").read_bytes())
-        world_size = plan["world_size"]
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder / 'plan.json'} is not readable; name a run folder.") from error
-    return {**config.model_dump(mode="json"), "plan": plan, "world_size": world_size}
+        lock_out_others(attempt.folder / "wandb" / ".lock")
+        run = attempt.open()
+        if run is not None:
+            _log_rows(attempt, run, wait)
+            attempt.close(run)
+    finally:
+        tear_down()
 
 
-def _wandb_file(run: "wandb.Run") -> Path:
-    return Path(run.dir).parent / f"run-{run.id}.wandb"
+def _log_rows(attempt: WandbRun, run: "wandb.Run", wait: Callable[[float], bool]) -> None:
+    """Log the rows of the journal that W&B does not have, until the run is over."""
+    mark = attempt.folder / "wandb" / "last_row"
+    last, is_over = _position(attempt, run, mark), False
+    best = shown = float("-inf")
+    tail = JournalTail(attempt.folder / FILE_NAME)
+    pause_s = 0.0
+    while not is_over:
+        is_over = wait(pause_s)  # before the look, so that this one is the last
+        before, pause_s = last, _POLL_S
+        for row in tail.read(is_over=is_over):
+            if row.get("git_commit"):
+                commit = {"git_commit": row["git_commit"]}
+                run.config.update(commit, allow_val_change=True)  # type: ignore[no-untyped-call]
+            place = place_of(row)
+            if place is None:
+                continue
+            numbers = _numbers(row)
+            best = max(best, numbers.get("eval/accuracy", best))
+            if place > last:
+                run.log(numbers, step=place, commit=True)
+                last = place
+        if best > shown:
+            run.summary[_BEST] = shown = best
+        if last > before:
+            with suppress(OSError):
+                mark.write_text(f"{last} {wandb_file(run)}\n", encoding="utf-8")
+    tail.close()
+
+
+def _position(attempt: WandbRun, run: "wandb.Run", mark: Path) -> int:
+    """Give the place of the last row that W&B has, or will have after ``wandb sync``."""
+    if not attempt.is_resumed:
+        return NOWHERE
+    place, is_online = read_back(wandb_file(run), mark)
+    if run.offline:
+        return place
+    on_server = run.starting_step - 1 if run.resumed else NOWHERE
+    # What was on its way to a server when the process was killed has not come to it.
+    return on_server if is_online else max(place, on_server)
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
@@ -320,21 +172,88 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
     return numbers
 
 
-def is_disabled(config: WandbConfig) -> bool:
-    """Whether the configuration or, where it leaves that open, the environment disables W&B."""
-    if config.mode != "auto":
-        return config.mode == "disabled"
-    is_off = os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on")
-    return is_off or os.environ.get("WANDB_MODE") == "disabled"
+def lock_out_others(path: Path) -> None:
+    """Lock out other followers of a run until this process and wandb's helper have ended.
+
+    Else another one could begin before all rows of this one are where they can be read back. The
+    lock file becomes stdin, which the helper inherits. Where the file system has no locks, all go
+    on without.
+
+    Raises:
+        OutputError: The lock file cannot be made.
+        RefusedError: Another follower does not end, or the lock file is a link.
+    """
+    try:
+        path.parent.mkdir(exist_ok=True)
+        descriptor = lock_file(path, scaled(_LOCK_TIMEOUT_S))
+    except BlockingIOError:
+        raise RefusedError(
+            f"{path.parent} is in use by another process that sends this run to W&B; wait for its "
+            "end."
+        ) from None
+    except OSError as error:
+        raise OutputError(f"{path} is not writable ({error.strerror}); see to that.") from error
+    if descriptor is not None:
+        os.dup2(descriptor, 0)
+        os.close(descriptor)
 
 
-def _tear_down() -> None:
-    """End wandb's helper and take away wandb's exit hook, whatever state they are in."""
-    # BaseException: it leaves by sys.exit when the helper failed; the user has been told.
-    with suppress(BaseException):
-        import wandb
+def read_back(current: Path, mark: Path) -> tuple[int, bool]:
+    """Find the last row that earlier attempts gave to W&B.
 
-        wandb.teardown()
+    Clocks, time zones and copies change the order of files by name or by time: the newest by either
+    counts, and so does that of the mark, where they went if WANDB_DIR was another.
+
+    Args:
+        current: wandb's file of this attempt.
+        mark: Hint of ours: a place and the file of that row; if the file is gone the place counts.
+
+    Returns:
+        The place of the row, and whether the attempt was online.
+    """
+    files = {
+        file
+        for file in current.parent.parent.glob(f"*/{escape(current.name)}")
+        if file != current and not file.parent.is_symlink()
+    }
+    found = [(NOWHERE, current)]
+    with suppress(OSError, ValueError):
+        number, name = mark.read_text(encoding="utf-8").split(maxsplit=1)
+        marked = Path(name.strip())
+        if marked.is_file():
+            files.add(marked)
+        else:
+            found = [(int(number), marked)]
+    by_name = sorted(files, key=lambda file: file.parent.name.removeprefix("offline-"))
+    by_time = sorted(files, key=lambda file: file.stat().st_mtime)
+    last_place = cache(_last_place)
+    for oldest_first in (by_name, by_time):
+        newest_first = ((last_place(file), file) for file in reversed(oldest_first))
+        found.append(next((row for row in newest_first if row[0] > NOWHERE), found[0]))
+    place, file = max(found)
+    return place, not file.parent.name.startswith("offline-")
+
+
+def _last_place(file: Path) -> int:
+    """Read the last row in a file of wandb's, by its own reader; a torn end counts as no row.
+
+    Raises:
+        OutputError: The reader fails. To send all rows again could show them twice.
+    """
+    from wandb.util import get_core_path
+
+    # What `wandb leet inspect --json FILE` starts, which takes a second of imports for each file:
+    # a run that was killed over and over has many, and the follower little time.
+    options = ["--no-observability", "--json", "--run-file", str(file.absolute())]
+    command = [get_core_path(), "leet", "inspect", *options, str(file.absolute().parent.parent)]
+    null, pipe, last = subprocess.DEVNULL, subprocess.PIPE, b""
+    with subprocess.Popen(command, stdin=null, stdout=pipe, stderr=null) as reader:
+        for line in reader.stdout or ():
+            if b'"type":"history"' in line:
+                last = line
+    if reader.returncode:
+        raise OutputError(f"{file} is not readable by wandb; move it out of the run folder.")
+    return int(json.loads(last)["history"]["item"]["_step"]) if last else NOWHERE
 
 
 class _Parser(argparse.ArgumentParser):
@@ -367,23 +286,17 @@ def _follow_by_hand(argv: Sequence[str] | None) -> None:
         asked = parser.parse_args(argv)
     except SystemExit:  # after --help
         return deliver("")
-    if asked.mode is None and is_disabled(WandbConfig()):
-        raise ConfigError(_DISABLED)
     if not has_journal(asked.folder):
         raise DataError(f"{asked.folder} is no folder with a {FILE_NAME}; name a run folder.")
-    request = FollowRequest(
-        folder=str(asked.folder.absolute()),
+    attempt = WandbRun(
+        folder=asked.folder.absolute(),
         run_id=first_row(asked.folder).get("run_id") or token_hex(4),
-        resumed=True,
+        is_resumed=True,
+        report=lambda text: say(f"W&B: {text}"),
         mode=asked.mode,
-        trainer=None,
-        argv=[],
-        init_timeout_s=scaled(INIT_TIMEOUT_S),
-        upload_timeout_s=scaled(UPLOAD_TIMEOUT_S),
     )
-    watch = OwnerWatch(asked.folder)
     try:
-        _Follower(request, lambda text: say(f"W&B: {text}"), watch.wait_for_end).run()
+        follow(attempt, OwnerWatch(asked.folder).wait_for_end)
     except KeyboardInterrupt:
         raise StoppedError("stopped by SIGINT; run it again to send the rest.") from None
     except BaseException as error:  # wandb leaves by sys.exit when its helper process failed

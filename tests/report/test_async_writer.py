@@ -33,7 +33,7 @@ class Book:
 
 @pytest.fixture
 def patient(monkeypatch):
-    """A scribe's thread that takes no turn of its own."""
+    """A writer's thread that takes no turn of its own."""
     monkeypatch.setattr(module, "BURST_S", 1000.0)
 
 

@@ -8,14 +8,15 @@ import pytest
 
 from ddp_sgd.errors import DataError, ExitCode, OutputError
 from ddp_sgd.files import replace_file
-from ddp_sgd.report.journal import FILE_NAME, Journal, JournalTail, read_journal
+from ddp_sgd.report.journal import FILE_NAME, Journal, JournalTail, Origin, read_journal
 
+NEW = Origin(run_id="0a1b2c3d")
 ROW = {"time": 1.7e9, "step": 10, "epoch": 0.5, "samples": 320, "train/loss": 2.25}
 
 
 def _written(folder, *rows):
     journal = Journal()
-    journal.start(SimpleNamespace(folder=folder, resumed=False))
+    journal.start(SimpleNamespace(folder=folder, origin=NEW))
     journal.write(rows)
     journal.finish({})
     return folder / FILE_NAME
@@ -40,7 +41,7 @@ def test_what_was_written_is_read_back(tmp_path):
 
 def test_a_line_is_on_disk_when_write_returns(tmp_path):
     journal = Journal()
-    journal.start(SimpleNamespace(folder=tmp_path, resumed=False))
+    journal.start(SimpleNamespace(folder=tmp_path, origin=NEW))
     journal.write([("train", ROW), ("eval", ROW)])
     assert len(read_journal(tmp_path / FILE_NAME)) == 2
     journal.finish({})
@@ -49,7 +50,7 @@ def test_a_line_is_on_disk_when_write_returns(tmp_path):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_value_that_json_has_no_word_for_is_a_mistake_of_ours(tmp_path, value):
     journal = Journal()
-    journal.start(SimpleNamespace(folder=tmp_path, resumed=False))
+    journal.start(SimpleNamespace(folder=tmp_path, origin=NEW))
     with pytest.raises(ValueError, match="not JSON compliant"):
         journal.write([("train", {"train/loss": value})])
     journal.finish({})
@@ -96,16 +97,17 @@ def test_an_empty_journal_has_no_rows(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_an_output_error(tmp_path):
     with pytest.raises(OutputError, match=r"metrics\.jsonl cannot be written: .*; set output_dir"):
-        Journal().start(SimpleNamespace(folder=tmp_path / "missing", resumed=False))
+        Journal().start(SimpleNamespace(folder=tmp_path / "missing", origin=NEW))
 
 
 def test_a_line_that_did_not_fit_leaves_nothing_of_itself(tmp_path):
     """Else a later line that fits would follow half of it, and the journal could not be read."""
     code = (
         "import resource, signal, sys; from pathlib import Path; from types import SimpleNamespace;"
-        "from ddp_sgd.errors import OutputError; from ddp_sgd.report.journal import Journal;"
+        "from ddp_sgd.errors import OutputError;"
+        "from ddp_sgd.report.journal import Journal, Origin;"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); journal = Journal();"
-        "journal.start(SimpleNamespace(folder=Path(sys.argv[1]), resumed=False));"
+        "journal.start(SimpleNamespace(folder=Path(sys.argv[1]), origin=Origin(run_id='')));"
         "journal.write([('train', {'step': 1})]);"
         "limit = (Path(sys.argv[1]) / 'metrics.jsonl').stat().st_size + 50;"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))\n"
@@ -126,7 +128,7 @@ def test_a_line_that_did_not_fit_leaves_nothing_of_itself(tmp_path):
 def test_a_full_disk_is_an_output_error_and_closing_is_quiet(tmp_path):
     (tmp_path / FILE_NAME).symlink_to("/dev/full")
     journal = Journal()
-    journal.start(SimpleNamespace(folder=tmp_path, resumed=False))
+    journal.start(SimpleNamespace(folder=tmp_path, origin=NEW))
     with pytest.raises(OutputError, match="No space left on device; set output_dir") as caught:
         journal.write([("train", ROW)])
     assert caught.value.exit_code == ExitCode.OUTPUT

@@ -35,5 +35,5 @@ def test_a_result_is_written_whole(tmp_path):
 
 
 def test_a_result_that_cannot_be_written_is_an_error_of_the_output(tmp_path):
-    with pytest.raises(OutputError, match="result.json cannot be written: .*; make room"):
+    with pytest.raises(OutputError, match=r"result.json cannot be written: .*; set output_dir"):
         write_result(tmp_path / "none" / "result.json", {})

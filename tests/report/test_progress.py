@@ -13,8 +13,7 @@ from limits import WAIT_S
 from ddp_sgd.config import RunConfig
 from ddp_sgd.plan import make_plan
 from ddp_sgd.report import progress as module
-from ddp_sgd.report.journal import read_journal
-from ddp_sgd.report.logger import RunRecord
+from ddp_sgd.report.journal import Origin, RunRecord, read_journal
 from ddp_sgd.report.progress import Progress
 
 
@@ -24,12 +23,9 @@ def record(tmp_path):
     plan = make_plan(config, samples=64, world_size=1)
     return RunRecord(
         folder=tmp_path,
-        name="x",
-        config=config.model_dump(mode="json"),
+        config=config,
         plan=plan,
-        world_size=1,
-        run_id="0a1b2c3d",
-        resumed=False,
+        origin=Origin(run_id="0a1b2c3d"),
     )
 
 

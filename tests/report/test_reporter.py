@@ -10,10 +10,9 @@ from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.train_state import State
 from ddp_sgd.errors import DataError, OutputError
 from ddp_sgd.plan import make_plan
-from ddp_sgd.report.journal import read_journal
-from ddp_sgd.report.logger import Origin
-from ddp_sgd.report.reporter import open_report
-from ddp_sgd.report.run_folder import claim_run_folder
+from ddp_sgd.report.journal import Origin, read_journal
+from ddp_sgd.report.reporter import Reporter, open_report
+from ddp_sgd.report.run_folder import RunFolder, claim_run_folder
 
 ORIGIN = Origin(run_id="0123cafe")
 PLAN = make_plan(RunConfig(), samples=100, world_size=1)
@@ -213,3 +212,51 @@ def test_rows_can_be_written_from_another_thread_and_a_fault_is_the_training_thr
 
 def fail(rows):
     raise OutputError("full")
+
+
+class Recorder:
+    """A logger that keeps its calls in a list; it may fail to open."""
+
+    def __init__(self, name, calls, error=None):
+        self._name, self._calls, self._error = name, calls, error
+
+    def start(self, record):
+        if self._error:
+            raise self._error
+        self._calls.append((self._name, "start"))
+
+    def write(self, rows):
+        self._calls.extend((self._name, event) for event, _ in rows)
+
+    def finish(self, result):
+        self._calls.append((self._name, result["status"]))
+
+
+def reporter(folder, *loggers):
+    settings = config(folder)
+    return Reporter(RunFolder(settings), loggers, settings, 1, ORIGIN)
+
+
+def test_several_loggers_get_everything_in_order_and_close_backwards(tmp_path):
+    calls = []
+    report = reporter(tmp_path, Recorder("first", calls), Recorder("second", calls))
+    report.start(PLAN, State())
+    report.train({"train/loss": 1.0})
+    report.eval({"eval/loss": 1.0})
+    report.end({"status": "finished"})
+    first = [event for name, event in calls if name == "first"]
+    assert first == ["start", "start", "train", "eval", "end", "finished"]
+    assert [event for name, event in calls if name == "second"] == first
+    assert [name for name, event in calls if event == "train"] == ["first", "second"]
+    assert calls[-2:] == [("second", "finished"), ("first", "finished")]
+
+
+def test_loggers_that_were_never_opened_get_nothing(tmp_path):
+    calls, shut = [], OutputError("shut.")
+    loggers = [Recorder("first", calls), Recorder("second", calls, shut), Recorder("third", calls)]
+    report = reporter(tmp_path, *loggers)
+    with pytest.raises(OutputError, match="shut"):
+        report.start(PLAN, State())
+    report.fail(shut)
+    assert calls == [("first", "start"), ("first", "end"), ("first", "failed")]
+    assert result(tmp_path)["error"] == "shut."

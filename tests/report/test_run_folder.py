@@ -16,7 +16,6 @@ from ddp_sgd.errors import ExitCode, OutputError, RefusedError
 from ddp_sgd.plan import make_plan
 from ddp_sgd.report import folder_lock, run_folder
 from ddp_sgd.report.folder_lock import LOCK_NAME, OWNER_NAME, FolderLock
-from ddp_sgd.report.logger import RunRecord
 from ddp_sgd.report.run_folder import RunFolder, claim_run_folder
 
 
@@ -72,27 +71,17 @@ def test_what_cannot_be_written_is_named(output_dir, tmp_path):
     assert caught.value.exit_code == ExitCode.OUTPUT
 
 
-def record(folder):
-    plan = make_plan(RunConfig(), samples=10, world_size=1)
-    return RunRecord(
-        folder=folder,
-        name="x",
-        config={},
-        plan=plan,
-        world_size=1,
-        run_id="0a1b2c3d",
-        resumed=False,
-    )
+PLAN = make_plan(RunConfig(), samples=10, world_size=1)
 
 
 def test_plan_and_result_are_strict_json(tmp_path):
     made = RunFolder(describe(tmp_path))
     folder = made.path
-    made.start(record(folder))
-    made.write([("train", {})])
+    made.begin(PLAN)
+    made.check()
     made.finish({"status": "finished", "eval/loss": None})
     assert (folder / "config.yaml").read_text() == dump_yaml(describe(tmp_path))
-    assert json.loads((folder / "plan.json").read_text()) == asdict(record(folder).plan)
+    assert json.loads((folder / "plan.json").read_text()) == asdict(PLAN)
     assert json.loads((folder / "result.json").read_text()) == {
         "status": "finished",
         "eval/loss": None,
@@ -105,7 +94,7 @@ def test_plan_and_result_are_strict_json(tmp_path):
 def test_a_result_is_none_any_more_when_the_run_goes_on(tmp_path):
     RunFolder(describe(tmp_path)).finish({"status": "stopped"})
     made = RunFolder(describe(tmp_path))
-    made.start(record(made.path))
+    made.begin(PLAN)
     assert not (tmp_path / "x" / "result.json").exists()
     made.release()
 
@@ -228,7 +217,7 @@ def test_a_folder_that_another_run_took_over_is_left_to_it(tmp_path, monkeypatch
         RefusedError, match="took it over when this process did not renew"
     ) as caught:
         while time.monotonic() < deadline:
-            folder.write([])
+            folder.check()
     assert caught.value.exit_code == ExitCode.REFUSED
     with pytest.raises(RefusedError, match="took it over"):
         folder.finish({"status": "failed", "step": 0, "exit_code": 77, "error": ""})

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from launching import ROOT, children, environment, is_alive, kill
@@ -19,10 +20,11 @@ from wandb_reader import inspect_offline_run, offline_folders, offline_records, 
 from wandb_runs import OFFLINE, RESULT, STOPPED, TrackedRun, make_record, places, resumed, rows_of
 from wandb_stub import ENTITY, KEY, WandbStub, isolate_wandb
 
-from ddp_sgd.config import WandbConfig
+from ddp_sgd.config import RunConfig, WandbConfig
 from ddp_sgd.report import wandb_logger
-from ddp_sgd.report.journal import read_journal
-from ddp_sgd.report.wandb_follower import PROGRAM, _numbers, _reason
+from ddp_sgd.report.journal import Origin, read_journal
+from ddp_sgd.report.wandb_follower import _numbers
+from ddp_sgd.report.wandb_logger import PROGRAM
 
 KILLS = int(os.environ.get("RESTARTS", "3"))
 EACH_ONCE = places(row for _, row in rows_of(10, 60))
@@ -192,9 +194,7 @@ def wait_for(holds, process):
 def test_a_new_run_in_an_old_folder_leaves_nothing_out(record, said):
     attempt(record, said, rows=rows_of(10, 40), result=STOPPED)
     (record.folder / "metrics.jsonl").unlink()
-    new = record.__class__(
-        **{name: getattr(record, name) for name in record.__slots__} | {"run_id": "d00d4567"}
-    )
+    new = replace(record, origin=Origin(run_id="d00d4567"))
     attempt(new, said, rows=rows_of(10, 20))
     assert places(inspect_offline_run(record.folder)) == EACH_ONCE[:5] + EACH_ONCE[:2]
     assert ids(record.folder) == {"cafe0123", "d00d4567"}
@@ -204,7 +204,7 @@ def test_a_resumed_run_goes_on_in_the_servers_run(stub, record, said, capfd):
     attempt(record, said, rows=rows_of(10, 40), result=STOPPED)
     assert stub.preempting == {"cafe0123"}
     assert stub.exit_code == 75
-    changed = {**record.config, "epochs": 3, "model": {"class_path": "x.Y"}}
+    changed = RunConfig(name="trial", epochs=3, model={"class_path": "x.Y"})
     attempt(resumed(record, 20, config=changed), said, rows=rows_of(30, 60))
     assert list(stub.rows) == ["cafe0123"]
     assert places(stub.rows["cafe0123"]) == EACH_ONCE
@@ -334,6 +334,18 @@ def test_a_user_who_disables_wandb_is_asked_for_a_mode(record, said, monkeypatch
         "give --mode=online or --mode=offline.\n"
     )
     assert by_hand(record.folder, "--mode=offline").returncode == 0
+    assert places(inspect_offline_run(record.folder)) == EACH_ONCE
+
+
+def test_an_unwritable_home_is_one_line_by_hand(record, said, monkeypatch):
+    attempt(record, said, WandbConfig(mode="disabled"), rows=rows_of(10, 60))
+    monkeypatch.setenv("HOME", "/proc/nobody")
+    for name in ("CACHE", "CONFIG", "DATA", "ARTIFACT"):
+        monkeypatch.delenv(f"WANDB_{name}_DIR")
+    done = by_hand(record.folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("W&B: offline (no API key), in ")
+    assert done.stdout.count("\n") == 1
     assert places(inspect_offline_run(record.folder)) == EACH_ONCE
 
 
@@ -469,11 +481,3 @@ def test_numbers_of_a_row_with_its_own_time():
     row = {"time": 5.0, "step": 3, "train/loss": 0.5, "note": "text", "train/lr": None}
     assert _numbers(row) == {"_timestamp": 5.0, "step": 3, "train/loss": 0.5}
     assert row["time"] == 5.0
-
-
-@pytest.mark.parametrize(
-    ("error", "line"),
-    [(ValueError("a\nb"), "a"), (KeyError(), "KeyError"), (OSError(""), "OSError")],
-)
-def test_the_reason_is_one_line(error, line):
-    assert _reason(error) == line

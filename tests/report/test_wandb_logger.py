@@ -123,7 +123,7 @@ def test_the_configuration_the_plan_the_commit_and_the_world_size_are_recorded(r
     _report(record, said)
     (run,) = offline_records(record.folder, "run")
     config = run["run"]["config"]["update"]
-    assert config["optim"] == record.config["optim"]
+    assert config["optim"] == record.config.model_dump(mode="json")["optim"]
     assert config["plan"] == asdict(record.plan)
     assert set(config["plan"]) == {field.name for field in fields(record.plan)}
     (changed,) = offline_records(record.folder, "config")

@@ -7,10 +7,12 @@ from limits import WAIT_S
 from wandb_stub import isolate_wandb
 
 from ddp_sgd.errors import OutputError, RefusedError
-from ddp_sgd.report import wandb_position as module
-from ddp_sgd.report.wandb_position import NOWHERE, kept_id, place_of, read_back
+from ddp_sgd.report import wandb_follower as module
+from ddp_sgd.report.journal import place_of
+from ddp_sgd.report.wandb_follower import NOWHERE, read_back
+from ddp_sgd.report.wandb_logger import kept_id
 
-LOCK = "import sys; from pathlib import Path; from ddp_sgd.report.wandb_position import "
+LOCK = "import sys; from pathlib import Path; from ddp_sgd.report.wandb_follower import "
 LOCK += "lock_out_others; lock_out_others(Path(sys.argv[1])); "
 LOG = """
 import sys, wandb
@@ -106,7 +108,7 @@ def test_the_mark_of_an_earlier_version_is_understood(tmp_path):
 
 def test_a_file_that_wandb_cannot_read_ends_in_one_line(tmp_path, monkeypatch):
     file = log(tmp_path, 3)
-    monkeypatch.setattr(module, "_core", lambda: "false")
+    monkeypatch.setattr("wandb.util.get_core_path", lambda: "false")
     with pytest.raises(OutputError, match="is not readable by wandb; move it out") as caught:
         read_back(new_file(tmp_path), tmp_path / "last_row")
     assert str(file) in str(caught.value)
@@ -146,5 +148,8 @@ def test_the_lock_is_held_until_the_process_and_its_child_have_ended(tmp_path, m
 
 def test_a_lock_file_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / ".lock").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(OutputError, match="is not writable"):
+    with pytest.raises(RefusedError, match="is a link; remove it"):
         module.lock_out_others(tmp_path / ".lock")
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="is not writable"):
+        module.lock_out_others(tmp_path / "file" / ".lock")

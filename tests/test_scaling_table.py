@@ -2,8 +2,7 @@ import pytest
 
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.plan import make_plan
-from ddp_sgd.report.scaling_table import scaling_table
-from ddp_sgd.scaling import Network, Workload, predict_step
+from ddp_sgd.scaling import Network, Workload, predict_step, scaling_table
 
 WORKLOAD = Workload(
     compute_s=0.18, micro_batches=1, gradient_bytes=100_000_000, bucket_bytes=25 * 2**20
