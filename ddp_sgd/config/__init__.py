@@ -16,7 +16,7 @@ from ddp_sgd.config.sections import (
     WandbConfig,
 )
 from ddp_sgd.config.sources import changes_that_matter, leaves, rank_batch
-from ddp_sgd.config.yaml_text import read_yaml_file
+from ddp_sgd.config.yaml_io import read_yaml_file
 
 __all__ = [
     "CheckpointConfig",

@@ -12,8 +12,7 @@ from typing import Any
 from ddp_sgd.config.keys import all_keys
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.config.sections import Component
-from ddp_sgd.config.yaml_events import MAX_DEPTH
-from ddp_sgd.config.yaml_text import read_value, read_words, read_yaml_file
+from ddp_sgd.config.yaml_io import MAX_DEPTH, read_value, read_words, read_yaml_file
 from ddp_sgd.errors import ConfigError
 from ddp_sgd.masking import MASK, env_name, is_secret
 from ddp_sgd.time_limits import FACTOR, timeout_factor

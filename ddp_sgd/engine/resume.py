@@ -12,7 +12,7 @@ from ddp_sgd.checkpointing.retrying import is_missing, retry, unreadable
 from ddp_sgd.checkpointing.serialization import find_checkpoint
 from ddp_sgd.checkpointing.store import FOLDER_NAME, CheckpointFolder, Choice
 from ddp_sgd.config import RunConfig, changes_that_matter
-from ddp_sgd.config.yaml_text import read_yaml
+from ddp_sgd.config.yaml_io import read_yaml
 from ddp_sgd.distributed.collectives import from_rank_0
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.result import RunResult, read_result
