@@ -12,7 +12,7 @@ from operator import itemgetter
 import numpy as np
 
 from ddp_sgd.config import RunConfig, leaves
-from ddp_sgd.config.changes import without_places
+from ddp_sgd.config.sources import without_places
 
 _SHOWN = 3
 """Values, hosts and pieces of ranks that a sentence names before it counts the rest."""

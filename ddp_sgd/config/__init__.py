@@ -1,9 +1,7 @@
 """Configuration: typed sections, and loading from files, environment and command line."""
 
-from ddp_sgd.config.changes import changes_that_matter, leaves, rank_batch
 from ddp_sgd.config.command_line import CommandLine, dump_yaml, load_config, read_command_line
 from ddp_sgd.config.keys import Option
-from ddp_sgd.config.processes import ParallelConfig, RuntimeConfig
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.config.sections import (
     CheckpointConfig,
@@ -12,10 +10,13 @@ from ddp_sgd.config.sections import (
     EvalConfig,
     LogConfig,
     OptimConfig,
+    ParallelConfig,
+    RuntimeConfig,
     ScheduleConfig,
     WandbConfig,
 )
-from ddp_sgd.config.yaml_text import read_yaml_file
+from ddp_sgd.config.sources import changes_that_matter, leaves, rank_batch
+from ddp_sgd.config.yaml_io import read_yaml_file
 
 __all__ = [
     "CheckpointConfig",

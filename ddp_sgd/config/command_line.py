@@ -14,7 +14,7 @@ from ddp_sgd.config.reference import help_text
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.config.sections import expand_home
 from ddp_sgd.config.sources import Sources, gather, lay_over
-from ddp_sgd.config.yaml_text import write_yaml
+from ddp_sgd.config.yaml_io import write_yaml
 from ddp_sgd.errors import ConfigError
 
 

@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any, Literal
 
 from ddp_sgd.config.schema import RunConfig
-from ddp_sgd.config.yaml_text import read_value, write_yaml
+from ddp_sgd.config.yaml_io import read_value, write_yaml
 from ddp_sgd.errors import ConfigError
 
 Node = Mapping[str, Any]

@@ -4,7 +4,6 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StrictInt, StrictStr, model_validator
 
-from ddp_sgd.config.processes import ParallelConfig, RuntimeConfig
 from ddp_sgd.config.sections import (
     CheckpointConfig,
     Component,
@@ -13,7 +12,9 @@ from ddp_sgd.config.sections import (
     EvalConfig,
     LogConfig,
     OptimConfig,
+    ParallelConfig,
     PathText,
+    RuntimeConfig,
     ScheduleConfig,
     Section,
     WandbConfig,

@@ -1,7 +1,7 @@
 from ddp_sgd.config.keys import all_keys, keys_below, yaml_value
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.config.sources import gather
-from ddp_sgd.config.yaml_text import read_yaml
+from ddp_sgd.config.yaml_io import read_yaml
 
 
 def test_keys_are_those_of_the_models():

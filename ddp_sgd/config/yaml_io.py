@@ -3,21 +3,38 @@
 import difflib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ddp_sgd.config.yaml_events import DocumentBuilder, is_null, plain_scalar
 from ddp_sgd.errors import ConfigError
 
 MAX_BYTES = 2**20
+MAX_NODES = 100_000
+MAX_DEPTH = 64
+MAX_DIGITS = 1_000  # Python refuses to show integers from 4,300 on
 
-_PARSER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _FORBIDDEN = re.compile(
     "[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"  # YAML 1.2, section 5.1
 )
+_NULL = re.compile(r"~|null|Null|NULL|")
+_CORE_SCHEMA: tuple[tuple[re.Pattern[str], Callable[[str], Any]], ...] = (  # YAML 1.2, section 10.3
+    (_NULL, lambda _: None),
+    (re.compile(r"true|True|TRUE|false|False|FALSE"), lambda text: text.lower() == "true"),
+    (re.compile(r"[-+]?[0-9]+"), int),
+    (re.compile(r"0o[0-7]+"), lambda text: int(text, base=8)),
+    (re.compile(r"0x[0-9a-fA-F]+"), lambda text: int(text, base=16)),
+    (re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"), float),
+    (re.compile(r"[-+]?\.(inf|Inf|INF)"), lambda text: float(text.replace(".", ""))),
+    (re.compile(r"\.(nan|NaN|NAN)"), lambda _: float("nan")),
+)
+_QUOTED = re.compile(r"""'(?:[^']|'')*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+_PARSER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_OPEN = object()
+"""What an anchor stands for until all of it has been read."""
 
 
 def read_yaml(text: str, where: str) -> Any:
@@ -41,7 +58,7 @@ def read_yaml(text: str, where: str) -> Any:
     text = text.removeprefix("\ufeff")
     _check_characters(text, where)
     try:
-        return DocumentBuilder(where).build(yaml.parse(text, Loader=_PARSER))
+        return _Loader(text, where).load()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         # Unclosed brackets are noticed past the end of the text.
@@ -84,10 +101,12 @@ def read_words(text: str, where: str, *, may_be_null: bool) -> str | None:
         ConfigError: The text is too long, or holds a character that YAML has no place for.
     """
     _check_characters(text, where)
-    if may_be_null and is_null(text):
+    if may_be_null and _NULL.fullmatch(text.strip()):
         return None
-    quoted = _unquoted(text)
-    return text if quoted is None else quoted
+    if _QUOTED.fullmatch(text):
+        with suppress(ConfigError):  # such as an escape that YAML does not know
+            return str(read_yaml(text, where))
+    return text
 
 
 def read_yaml_file(path: str | Path) -> dict[str, Any]:
@@ -152,6 +171,112 @@ def write_yaml(data: Any, *, on_one_line: bool = False) -> str:
         ) from None
 
 
+class _Loader:
+    """Loader of plain data that refuses what a configuration does not need; an alias is a copy.
+
+    It reads the events of PyYAML's parser. ``yaml.SafeLoader`` itself does not fit: with libyaml it
+    has no limit of depth, and without it refuses tabs that YAML allows.
+    """
+
+    def __init__(self, text: str, where: str) -> None:
+        self._events: Iterator[Any] = yaml.parse(text, Loader=_PARSER)
+        self._where = where
+        self._nodes = 0
+        self._anchors: dict[str, Any] = {}
+
+    def load(self) -> Any:
+        """Build the data of the document; None if there is none."""
+        data = None
+        starts = (event for event in self._events if isinstance(event, yaml.DocumentStartEvent))
+        for number, start in enumerate(starts):
+            if number > 0:
+                what = "starts a second document"
+                raise self._fault(start, what, "keep one document in one text")
+            data = self._construct(next(self._events), 0)
+        return data
+
+    def _construct(self, event: Any, depth: int) -> Any:
+        if tag := getattr(event, "tag", None):
+            shown = tag.replace("tag:yaml.org,2002:", "!!")
+            raise self._fault(event, f"has the tag {shown}", "write plain data without tags")
+        if isinstance(event, yaml.AliasEvent):
+            return self._construct_alias(event, depth)
+        self._count(event, depth)
+        self._anchors[event.anchor] = _OPEN
+        data: Any
+        if isinstance(event, yaml.ScalarEvent):
+            data = self._construct_scalar(event)
+        elif isinstance(event, yaml.SequenceStartEvent):
+            items = self._events_until(yaml.SequenceEndEvent)
+            data = [self._construct(item, depth + 1) for item in items]
+        else:
+            data = self._construct_mapping(depth + 1)
+        self._anchors[event.anchor] = data
+        return data
+
+    def _construct_scalar(self, event: Any) -> Any:
+        text, is_plain = event.value, event.implicit[0]
+        if is_plain and text == "<<":
+            remedy = "write the keys out, or give several --config files"
+            raise self._fault(event, "has the merge key <<", remedy)
+        for pattern, convert in _CORE_SCHEMA if is_plain else ():
+            if pattern.fullmatch(text):
+                if len(text) > MAX_DIGITS:
+                    what = f"holds a number of more than {MAX_DIGITS} digits"
+                    raise self._fault(event, what, "shorten it")
+                return convert(text)
+        return text
+
+    def _construct_mapping(self, depth: int) -> dict[str, Any]:
+        mapping: dict[str, Any] = {}
+        lines: dict[str, int] = {}
+        for event in self._events_until(yaml.MappingEndEvent):
+            key = self._construct(event, depth)
+            if not isinstance(key, str):
+                shown = f" {key}" if isinstance(key, int | float) else ""
+                remedy = 'put it in quotes, such as "1"'
+                raise self._fault(event, f"has a key{shown} that is not text", remedy)
+            if key in mapping:
+                what = f"repeats the key {key} of line {lines[key]}"
+                raise self._fault(event, what, "keep one of the two")
+            lines[key] = event.start_mark.line + 1
+            mapping[key] = self._construct(next(self._events), depth)
+        return mapping
+
+    def _construct_alias(self, event: Any, depth: int) -> Any:
+        name = event.anchor
+        if name not in self._anchors:
+            raise self._fault(event, f"uses *{name}", f"define &{name} above it")
+        if self._anchors[name] is _OPEN:
+            raise self._fault(event, f"uses *{name} inside &{name}", "write the value out")
+
+        def copied(data: Any, depth: int) -> Any:
+            self._count(event, depth)
+            if isinstance(data, list):
+                return [copied(item, depth + 1) for item in data]
+            if isinstance(data, dict):
+                return {key: copied(item, depth + 1) for key, item in data.items()}
+            return data
+
+        return copied(self._anchors[name], depth)
+
+    def _events_until(self, end: type) -> Iterator[Any]:
+        while not isinstance(event := next(self._events), end):
+            yield event
+
+    def _count(self, event: Any, depth: int) -> None:
+        """Count one more value, in a number of lists and mappings."""
+        self._nodes += 1
+        if self._nodes > MAX_NODES:
+            what = f"makes more than {MAX_NODES} values, aliases expanded"
+            raise self._fault(event, what, "write less")
+        if depth > MAX_DEPTH:
+            raise self._fault(event, f"nests deeper than {MAX_DEPTH} levels", "flatten it")
+
+    def _fault(self, event: Any, what: str, remedy: str) -> ConfigError:
+        return ConfigError(f"{self._where} line {event.start_mark.line + 1} {what}; {remedy}.")
+
+
 def _check_characters(text: str, where: str) -> None:
     if len(text) > MAX_BYTES:
         raise ConfigError(f"{where} is larger than 1 MiB; keep data out of the configuration.")
@@ -166,7 +291,8 @@ def _check_characters(text: str, where: str) -> None:
 def _is_shortened(text: str, value: Any) -> bool:
     """Whether YAML took a part of a value for a comment, an anchor or the mark of a document."""
     words = text.strip()
-    tokens = _tokens(text)
+    scanned: Iterable[Any] = yaml.scan(text, Loader=_PARSER)
+    tokens = [token for token in scanned if token.end_mark.index > token.start_mark.index]
     end = tokens[-1].end_mark.index if tokens else 0
     if "\n" not in words and text[end:].strip():
         return True
@@ -174,27 +300,6 @@ def _is_shortened(text: str, value: Any) -> bool:
     if isinstance(value, dict | list) or len(scalars) != 1:
         return False
     return bool(scalars[0].plain and scalars[0].value != words)
-
-
-def _unquoted(text: str) -> str | None:
-    """Text of a quoted scalar; None if the quotes are not around the whole."""
-    if len(text) < 2 or text[0] not in "'\"" or text[-1] != text[0]:
-        return None
-    try:
-        tokens = _tokens(text)
-    except yaml.YAMLError:
-        return None
-    is_whole = len(tokens) == 1 and isinstance(tokens[0], yaml.ScalarToken)
-    return tokens[0].value if is_whole else None
-
-
-def _tokens(text: str) -> list[Any]:
-    """Tokens that have characters: not the ends of a stream or a block."""
-    return [
-        token
-        for token in yaml.scan(text, Loader=_PARSER)
-        if token.end_mark.index > token.start_mark.index
-    ]
 
 
 def _remedy_for_missing(path: Path) -> str:
@@ -216,10 +321,9 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    try:
-        is_plain = text.isprintable() and isinstance(plain_scalar(text), str)
-    except ValueError:
-        is_plain = False
+    is_plain = text.isprintable() and not any(
+        pattern.fullmatch(text) for pattern, _ in _CORE_SCHEMA
+    )
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if is_plain else '"')
 
 

@@ -2,11 +2,13 @@ import math
 import os
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddp_sgd.config.yaml_text import (
+from ddp_sgd.config.yaml_io import (
     MAX_BYTES,
+    MAX_DEPTH,
     read_value,
     read_words,
     read_yaml,
@@ -68,6 +70,7 @@ plain_data = st.recursive(
         ("%YAML 1.1\n---\non", "on"),
         ("\ufeffa: 1", {"a": 1}),
         ("|\n  two\n  lines\n", "two\nlines\n"),
+        ("a: 1\t# one\nb: 2\t", {"a": 1, "b": 2}),
     ],
 )
 def test_values_are_what_they_look_like(written, value):
@@ -134,6 +137,30 @@ def test_an_alias_is_a_copy():
     read = read_yaml("a: &x [1]\nb: *x", "x")
     read["a"].append(2)
     assert read["b"] == [1]
+
+
+def test_an_anchor_may_be_used_again():
+    assert read_yaml("[&x 1, *x, &x 2, *x]", "x") == [1, 1, 2, 2]
+
+
+def test_levels_are_counted_with_those_of_aliases():
+    inner = MAX_DEPTH // 2
+    half = f"{'[' * inner}1{']' * inner}"
+    read = read_yaml(f"[&x {half}, {'[' * (inner - 1)}*x{']' * (inner - 1)}]", "x")
+    assert str(read).count("[") == 2 * MAX_DEPTH - inner
+    with pytest.raises(ConfigError, match="x line 2 nests deeper than 64 levels; flatten it."):
+        read_yaml(f"[&x {half},\n {'[' * inner}*x{']' * inner}]", "x")
+    with pytest.raises(ConfigError, match="x line 1 nests deeper than 64 levels; flatten it."):
+        read_yaml(f"{'[' * (MAX_DEPTH + 1)}1{']' * (MAX_DEPTH + 1)}", "x")
+
+
+@pytest.mark.parametrize("loader", [yaml.SafeLoader, getattr(yaml, "CSafeLoader", None)])
+def test_both_parsers_of_pyyaml_give_the_same(loader, monkeypatch):
+    if loader is None:
+        pytest.skip("PyYAML was built without libyaml")
+    monkeypatch.setattr("ddp_sgd.config.yaml_io._PARSER", loader)
+    read = read_yaml("a: [010, 'on', &x {b: ~}]\nc: *x\n", "x")
+    assert read == {"a": [10, "on", {"b": None}], "c": {"b": None}}
 
 
 LAUGHS = "\n".join(
