@@ -7,35 +7,17 @@ import gc
 import os
 import sys
 from collections.abc import Sequence
-from math import ceil
-from pathlib import Path
 
 from ddp_sgd.allocation import keep_freed_memory
 from ddp_sgd.cli import run_command
-from ddp_sgd.config import CommandLine, Option
-from ddp_sgd.console import deliver, outlive_console
+from ddp_sgd.config import CommandLine
+from ddp_sgd.console import outlive_console
 from ddp_sgd.distributed.bounded import leave
 from ddp_sgd.distributed.cpus import batch_scheduling
 from ddp_sgd.distributed.environment import may_be_rank_0, only_on_rank, read_ranks
 from ddp_sgd.engine.triggers import leave_undisturbed, stop_on_signal
 from ddp_sgd.instantiate import uncollected
 from ddp_sgd.report.wandb_logger import start_ahead
-
-_OPTIONS = (
-    Option(
-        "print_folder",
-        bool,
-        "Print the folder of the run instead of running: what launch scripts need to find "
-        "result.json.",
-        default=False,
-    ),
-    Option(
-        "print_timeout",
-        bool,
-        "Print runtime.timeout_s in whole seconds instead of running: how long torchrun may wait.",
-        default=False,
-    ),
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,20 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv,
         program="python -m ddp_sgd.train",
         about="Train a PyTorch model by data-parallel SGD.",
-        options=_OPTIONS,
     )
 
 
 def train(line: CommandLine) -> int:
     """Join the ranks that the environment names, and fit."""
     config = line.config
-    answers = {
-        "print_folder": Path(config.output_dir) / config.name,
-        "print_timeout": ceil(config.runtime.timeout_s),
-    }
-    if any(line.options[name] for name in answers):
-        deliver("".join(f"{answers[name]}\n" for name in answers if line.options[name]))
-        return 0
     with only_on_rank(this_one=may_be_rank_0(os.environ)):
         read_ranks(os.environ)
     outlive_console()

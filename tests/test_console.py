@@ -107,7 +107,6 @@ COMMANDS = [
     "explain --samples=100",
     "train --help",
     "train --print_config",
-    "train --print_folder",
     "checkpoint --help",
     "checkpoint ls nothing",
     "evaluate --help",

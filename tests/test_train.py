@@ -109,14 +109,6 @@ def test_a_wrong_key_is_answered_before_torch_is_imported(environment):
     assert done.stderr == "ddp_sgd: error: unknown key optim.lrr; did you mean optim.lr?\n"
 
 
-def test_the_folder_can_be_asked_for(capsys):
-    assert main(["--print_folder", "--name=x", "--output_dir=y"]) == 0
-    assert capsys.readouterr().out == "y/x\n"
-    flags = ["--print_folder", "--print_timeout", "--runtime.timeout_s=2.5"]
-    assert main(flags) == 0
-    assert capsys.readouterr().out == "runs/digits\n3\n"
-
-
 def test_help_and_configuration_are_printed(capsys):
     assert main(["--help"]) == 0
     assert "--optim.lr" in capsys.readouterr().out

@@ -30,7 +30,7 @@ from ddp_sgd.report.journal import read_journal
 from ddp_sgd.report.run_folder import BEGINNINGS, result_from_rows, write_result
 from ddp_sgd.time_limits import scaled
 
-_ASKS_FOR_TEXT = ("-h", "--help", "--print_config", "--print_folder", "--print_timeout")
+_ASKS_FOR_TEXT = ("-h", "--help", "--print_config")
 _POLL_S = 0.1
 _STOPPED_LINE = "the run was stopped while it was starting again; start it again to go on."
 
