@@ -15,11 +15,11 @@ from ddp_sgd.checkpointing.store import FOLDER_NAME, CheckpointFolder
 from ddp_sgd.cli import run_command
 from ddp_sgd.config import CommandLine, Option
 from ddp_sgd.console import say
+from ddp_sgd.distributed.environment import attempt_of_job, times_requeued
 from ddp_sgd.errors import DataError, ExitCode
 from ddp_sgd.files import replace_file
 from ddp_sgd.report.journal import read_journal
 from ddp_sgd.report.run_folder import BEGINNINGS, result_from_rows, write_result
-from ddp_sgd.slurm import life_of_job, times_requeued
 
 _OPTIONS = (
     Option(
@@ -92,7 +92,7 @@ def requeue(line: CommandLine) -> int:
     """
     asked = line.options
     folder = Path(line.config.output_dir) / line.config.name
-    name = life_of_job(os.environ)
+    name = attempt_of_job(os.environ)
     rows, result = _rows(folder), _result(folder, name)
     life = Life(
         exit_code=result.get("exit_code", asked["exit_code"]),

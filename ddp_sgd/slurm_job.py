@@ -15,10 +15,15 @@ from pathlib import Path
 from ddp_sgd.cli import run_command
 from ddp_sgd.config import CommandLine, Option
 from ddp_sgd.console import deliver
-from ddp_sgd.distributed.environment import first_host, port_of_job, tasks_of_nodes
+from ddp_sgd.distributed.environment import (
+    attempt_of_job,
+    first_host,
+    name_of_job,
+    port_of_job,
+    tasks_of_nodes,
+)
 from ddp_sgd.distributed.launcher_files import EXIT_CODE_FILE
 from ddp_sgd.errors import ConfigError, OutputError
-from ddp_sgd.slurm import life_of_job, name_of_job
 
 _OPTIONS = (
     Option(
@@ -88,7 +93,7 @@ def describe_job(environ: Mapping[str, str], folder: Path, timeout_s: int) -> di
     Raises:
         ConfigError: This is no SLURM job.
     """
-    life, job = life_of_job(environ), name_of_job(environ)
+    life, job = attempt_of_job(environ), name_of_job(environ)
     number = environ.get("SLURM_JOB_ID", "")
     if life is None or job is None or not number.isdigit():
         raise ConfigError(

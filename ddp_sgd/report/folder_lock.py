@@ -19,8 +19,8 @@ from secrets import token_hex
 from typing import NamedTuple, Self
 
 from ddp_sgd.checkpointing.retrying import is_missing, retry
+from ddp_sgd.distributed.environment import times_requeued
 from ddp_sgd.errors import RefusedError
-from ddp_sgd.slurm import times_requeued
 from ddp_sgd.time_limits import scaled
 
 LOCK_NAME = ".lock"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from ddp_sgd.config import RunConfig
+from ddp_sgd.distributed.environment import attempt_of_job
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.errors import ExitCode, UserError
 from ddp_sgd.masking import mask
@@ -25,7 +26,6 @@ from ddp_sgd.report.progress import Progress, last_line
 from ddp_sgd.report.run_folder import RunFolder
 from ddp_sgd.report.tensorboard import TensorBoard
 from ddp_sgd.report.wandb_logger import WandbLogger
-from ddp_sgd.slurm import life_of_job
 
 BURST_S = 0.1
 """How long rows gather before they are written together. Each time the writing thread takes the
@@ -151,7 +151,7 @@ class Reporter:
         self._config = config
         self._world_size = world_size
         self._origin = origin
-        life = life_of_job(os.environ)
+        life = attempt_of_job(os.environ)
         self._job = {"job": life} if life else {}
         self._commit = GitCommit() if folder is not None else None
         self._start = time.perf_counter()
