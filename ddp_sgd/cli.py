@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ddp_sgd.console import deliver, report_error, settle
-from ddp_sgd.distributed.environment import leave_for_launcher, may_be_rank_0, only_on_rank
+from ddp_sgd.distributed.environment import may_be_rank_0, only_on_rank
+from ddp_sgd.distributed.process_exit import leave_for_launcher
 from ddp_sgd.errors import ExitCode, RemoteError, StoppedError, UserError
 from ddp_sgd.text import mask
 

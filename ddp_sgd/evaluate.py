@@ -14,8 +14,8 @@ from ddp_sgd.checkpointing.inspection import epochs_of
 from ddp_sgd.cli import run_command
 from ddp_sgd.config import CommandLine, Option, dump_yaml
 from ddp_sgd.console import deliver
-from ddp_sgd.distributed.bounded import leave
 from ddp_sgd.distributed.environment import may_be_rank_0, only_on_rank, read_ranks
+from ddp_sgd.distributed.process_exit import leave
 
 if TYPE_CHECKING:
     from ddp_sgd.distributed.runtime import Runtime

@@ -1,4 +1,4 @@
-"""This host: usable CPUs, scheduling policy, freed memory that stays, timeouts. No torch.
+"""This host: CPUs, GPUs, scheduling policy, memory, addresses, and timeouts on it. No torch.
 
 The factor of ``DDP_SGD_TIMEOUT_FACTOR`` raises timeouts that are fixed in the code, for hosts that
 are busy. Those of the configuration (``runtime.timeout_s``, ``runtime.hang_s``) are the user's, and
@@ -7,9 +7,25 @@ are not multiplied.
 
 import ctypes
 import os
+import re
+import shutil
+import socket
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from ipaddress import ip_address
+from pathlib import Path
+
+_NARROWED_BY = (
+    "CUDA_VISIBLE_DEVICES",
+    "HIP_VISIBLE_DEVICES",
+    "ROCR_VISIBLE_DEVICES",
+    "ZE_AFFINITY_MASK",
+)
+_OTHER_TOOLS = ("rocm-smi", "amd-smi", "rocminfo", "xpu-smi", "sycl-ls")
+"""Tools of ROCm and XPU, whose output differs by release; that they are there is enough."""
+_COUNT = "import torch; print(torch.accelerator.device_count())"
 
 
 def usable_cpus() -> int:
@@ -52,6 +68,50 @@ def _change_policy(before: str, after: str) -> bool:
     return False
 
 
+def count_gpus(environ: Mapping[str, str]) -> int:
+    """Count the GPUs of NVIDIA (CUDA), AMD (ROCm) or Intel (XPU) that this process may use.
+
+    Args:
+        environ: The environment, such as ``os.environ``.
+    """
+    # SLURM sets all of these, whatever the GPUs are, and a user narrows one: the least counts.
+    named = [_count_names(environ[name]) for name in _NARROWED_BY if name in environ]
+    if named:
+        return min(named)
+    path = environ.get("PATH")
+    if tool := shutil.which("nvidia-smi", path=path):
+        found = sum(line.startswith("GPU") for line in _lines_of([tool, "-L"], environ))
+        if found:  # else it, its driver or its GPUs are missing, and they may be of others
+            return found
+    has_driver = Path("/dev/kfd").exists() or any(Path("/dev/dri").glob("render*"))
+    if not has_driver and not any(shutil.which(tool, path=path) for tool in _OTHER_TOOLS):
+        return 0
+    # torch takes seconds to import.
+    last = next(reversed(_lines_of([sys.executable, "-c", _COUNT], environ)), "")
+    return int(last) if last.isdigit() else 0
+
+
+def _count_names(text: str) -> int:
+    """Count the entries of a list such as ``0,GPU-1b``; ``-1`` and an empty list hide all."""
+    return sum(bool(re.match("[0-9GM]", entry)) for entry in text.split(","))
+
+
+def _lines_of(command: list[str], environ: Mapping[str, str]) -> list[str]:
+    """Return what a command prints on stdout; nothing where it fails."""
+    with suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(
+            command,
+            env=dict(environ),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=scaled(120.0),
+            check=False,
+        )
+        return done.stdout.splitlines()
+    return []
+
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Numbers of mallopt(3)."""
 
@@ -72,6 +132,36 @@ def keep_freed_memory() -> None:
         if mallopt is not None:
             mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
             mallopt(_M_MMAP_THRESHOLD, 2**30)
+
+
+def whereabouts(address: str) -> str:
+    """Say where a name or address leads from here.
+
+    Args:
+        address: Name, IPv4 or IPv6 address of a host.
+
+    Returns:
+        ``loopback`` if back to the machine that asks, whichever it is; ``here`` if to this machine;
+        ``elsewhere``; or ``unknown`` if this machine does not know the name.
+    """
+    try:
+        places = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)
+    except OSError:
+        return "unknown"
+    if all(ip_address(str(place[4][0]).partition("%")[0]).is_loopback for place in places):
+        return "loopback"
+    for family, kind, protocol, _, place in places:
+        with suppress(OSError), socket.socket(family, kind, protocol) as listener:
+            listener.bind(place)  # to an own address only
+            return "here"
+    return "elsewhere"
+
+
+def free_port() -> int:
+    """Find a TCP port that nobody listens on at this moment."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 FACTOR = "DDP_SGD_TIMEOUT_FACTOR"

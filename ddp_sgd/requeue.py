@@ -1,4 +1,4 @@
-"""Command: after a life of a SLURM job, decide whether the job goes on, and say why.
+"""Command: after an attempt of a SLURM job, decide whether it is requeued, and print why.
 
 Batch scripts call it with the options of the run; it touches nothing of SLURM itself.
 """
@@ -15,17 +15,17 @@ from ddp_sgd.checkpointing.store import FOLDER_NAME, CheckpointFolder
 from ddp_sgd.cli import run_command
 from ddp_sgd.config import CommandLine, Option
 from ddp_sgd.console import say
+from ddp_sgd.distributed.environment import attempt_of_job, times_requeued
 from ddp_sgd.errors import DataError, ExitCode
 from ddp_sgd.files import replace_file
 from ddp_sgd.report.journal import read_journal
 from ddp_sgd.report.run_folder import BEGINNINGS, result_from_rows, write_result
-from ddp_sgd.slurm import life_of_job, times_requeued
 
 _OPTIONS = (
     Option(
         "exit_code",
         int,
-        "What a rank ended with, should rank 0 have left no result; left out if none said a word.",
+        "Exit code that a rank left, in case rank 0 wrote no result; left out if none did.",
         None,
     ),
     Option("launcher_code", int, "What srun ended with.", 0),
@@ -34,25 +34,25 @@ _OPTIONS = (
     Option(
         "answer",
         str,
-        "File that is made if the job is to be requeued. It says 'now', or 'later' where a node "
+        "File that is made if the job is to be requeued. It holds 'now', or 'later' where a node "
         "may be dead, which SLURM notices by itself after a while.",
         None,
     ),
 )
 
 _LOST_LINE = (
-    "rank 0 ended without a word; look for its last lines in logs/, and whether its host or its "
+    "rank 0 ended without a result; look for its last lines in logs/, and whether its host or its "
     "memory failed."
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Life:
-    """What became of one life of a job.
+class JobAttempt:
+    """How one attempt of a job ended.
 
     Args:
-        exit_code: What the run ended with; None if no rank said a word.
-        began_at: Samples that the run had trained when this life began; None if it came to nothing.
+        exit_code: Exit code of the run; None if no rank left one.
+        began_at: Samples of the run when this attempt began; None if it did not get that far.
         saved_at: Samples in the newest checkpoint, at least 0.
         requeues: How often the job was requeued before.
         job_state: State of the job by now, as ``squeue`` has it.
@@ -92,22 +92,22 @@ def requeue(line: CommandLine) -> int:
     """
     asked = line.options
     folder = Path(line.config.output_dir) / line.config.name
-    name = life_of_job(os.environ)
+    name = attempt_of_job(os.environ)
     rows, result = _rows(folder), _result(folder, name)
-    life = Life(
+    attempt = JobAttempt(
         exit_code=result.get("exit_code", asked["exit_code"]),
         began_at=_begin(rows, name),
         saved_at=_saved(folder),
         requeues=times_requeued(os.environ),
         job_state=asked["job_state"],
     )
-    if life.exit_code == ExitCode.DONE:
+    if attempt.exit_code == ExitCode.DONE:
         return ExitCode.DONE
-    obstacle = why_not(life, max_requeues=asked["max_requeues"])
-    end = _end(life, asked["launcher_code"])
-    said = f"{end}: {f'not requeued, since {obstacle}' if obstacle else 'requeued'}"
-    decision = {"requeued": obstacle is None, "requeue_reason": said}
-    if life.began_at is not None and not result:
+    obstacle = why_not(attempt, max_requeues=asked["max_requeues"])
+    end = _end(attempt, asked["launcher_code"])
+    reason = f"{end}: {f'not requeued, since {obstacle}' if obstacle else 'requeued'}"
+    decision = {"requeued": obstacle is None, "requeue_reason": reason}
+    if attempt.began_at is not None and not result:
         result = {
             **result_from_rows(rows, exit_code=ExitCode.PEER, error=_LOST_LINE),
             "job": name,
@@ -115,41 +115,41 @@ def requeue(line: CommandLine) -> int:
     try:
         if result:
             write_result(folder / "result.json", {**result, **decision})
-    finally:  # whoever reads the line finds the result
-        say(f"ddp_sgd: {said}")
+    finally:  # the result is there before the line
+        say(f"ddp_sgd: {reason}")
     if obstacle is None and asked["answer"]:
-        stopped = life.exit_code == ExitCode.STOPPED
+        stopped = attempt.exit_code == ExitCode.STOPPED
         replace_file(Path(asked["answer"]), "now\n" if stopped else "later\n")
-    return int(ExitCode.PEER if life.exit_code is None else life.exit_code)
+    return int(ExitCode.PEER if attempt.exit_code is None else attempt.exit_code)
 
 
-def why_not(life: Life, *, max_requeues: int) -> str | None:
-    """Say why a job is not requeued; None if it is.
+def why_not(attempt: JobAttempt, *, max_requeues: int) -> str | None:
+    """Return why a job is not requeued; None if it is.
 
     A job goes on if it was stopped, or lost a machine, and saved a step since it began; not if it
     failed, which a person has to look at, and not if SLURM ends or requeues it by itself.
 
     Args:
-        life: What became of the job.
+        attempt: How the job ended.
         max_requeues: How often it may go back into the queue.
     """
-    if life.exit_code not in (ExitCode.STOPPED, ExitCode.PEER, None):
+    if attempt.exit_code not in (ExitCode.STOPPED, ExitCode.PEER, None):
         return "what failed would fail again"
-    if life.job_state != "RUNNING":
-        return f"SLURM itself ends or requeues it (the job is {life.job_state or 'gone'})"
-    if life.began_at is None:
+    if attempt.job_state != "RUNNING":
+        return f"SLURM itself ends or requeues it (the job is {attempt.job_state or 'gone'})"
+    if attempt.began_at is None:
         return "the run did not begin"
-    if life.saved_at <= life.began_at:
+    if attempt.saved_at <= attempt.began_at:
         return "no step was saved since it began"
-    if life.requeues >= max_requeues:
-        return f"it was requeued {life.requeues} times and MAX_REQUEUES is {max_requeues}"
+    if attempt.requeues >= max_requeues:
+        return f"it was requeued {attempt.requeues} times and MAX_REQUEUES is {max_requeues}"
     return None
 
 
-def _end(life: Life, launcher_code: int) -> str:
-    if life.exit_code is None:
-        return f"no rank said a word, srun ended with code {launcher_code}"
-    return "stopped" if life.exit_code == ExitCode.STOPPED else f"exit code {life.exit_code}"
+def _end(attempt: JobAttempt, launcher_code: int) -> str:
+    if attempt.exit_code is None:
+        return f"no rank left an exit code, srun ended with code {launcher_code}"
+    return "stopped" if attempt.exit_code == ExitCode.STOPPED else f"exit code {attempt.exit_code}"
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
@@ -159,10 +159,10 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
         return []
 
 
-def _begin(rows: Sequence[Mapping[str, Any]], life: str | None) -> int | None:
-    """Samples at the place where this life began; None if it did not get that far."""
+def _begin(rows: Sequence[Mapping[str, Any]], attempt: str | None) -> int | None:
+    """Samples of the run when this attempt began; None if it did not get that far."""
     begins = [row for row in rows if row["event"] in BEGINNINGS]
-    if life is None or not begins or begins[-1].get("job") != life:
+    if attempt is None or not begins or begins[-1].get("job") != attempt:
         return None
     return int(begins[-1]["samples"])
 
@@ -172,13 +172,13 @@ def _saved(folder: Path) -> int:
     return manifests[-1].header.samples if manifests else 0
 
 
-def _result(folder: Path, life: str | None) -> dict[str, Any]:
-    """Read what rank 0 says of this life; empty if it said nothing."""
+def _result(folder: Path, attempt: str | None) -> dict[str, Any]:
+    """Read the result of this attempt; empty if rank 0 wrote none."""
     try:
         result = json.loads((folder / "result.json").read_bytes())
     except (OSError, ValueError):
         return {}
-    return result if life and result.get("job") == life else {}
+    return result if attempt and result.get("job") == attempt else {}
 
 
 if __name__ == "__main__":

@@ -15,9 +15,15 @@ from pathlib import Path
 from ddp_sgd.cli import run_command
 from ddp_sgd.config import CommandLine, Option
 from ddp_sgd.console import deliver
-from ddp_sgd.distributed.environment import EXIT_CODE_FILE, first_host, port_of_job, tasks_of_nodes
+from ddp_sgd.distributed.environment import (
+    attempt_of_job,
+    first_host,
+    name_of_job,
+    port_of_job,
+    tasks_of_nodes,
+)
+from ddp_sgd.distributed.process_exit import EXIT_CODE_FILE
 from ddp_sgd.errors import ConfigError, OutputError
-from ddp_sgd.slurm import life_of_job, name_of_job
 
 _OPTIONS = (
     Option(
@@ -87,19 +93,19 @@ def describe_job(environ: Mapping[str, str], folder: Path, timeout_s: int) -> di
     Raises:
         ConfigError: This is no SLURM job.
     """
-    life, job = life_of_job(environ), name_of_job(environ)
+    attempt, job = attempt_of_job(environ), name_of_job(environ)
     number = environ.get("SLURM_JOB_ID", "")
-    if life is None or job is None or not number.isdigit():
+    if attempt is None or job is None or not number.isdigit():
         raise ConfigError(
             "SLURM_JOB_ID is not set; submit a script of slurm/ with sbatch, or start the run with "
             "python -m ddp_sgd.launch."
         )
     # The run folder is made by rank 0, so the logs begin beside it.
-    logs = folder.with_name(f"{folder.name}.logs") / life
+    logs = folder.with_name(f"{folder.name}.logs") / attempt
     tasks = tasks_of_nodes(environ.get("SLURM_TASKS_PER_NODE", ""))
     return {
         "job": job,
-        "life": life,
+        "attempt": attempt,
         "folder": str(folder),
         "logs": str(logs),
         "MASTER_ADDR": first_host(environ.get("SLURM_JOB_NODELIST", "")),

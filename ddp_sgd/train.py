@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from ddp_sgd.cli import run_command
 from ddp_sgd.config import CommandLine
 from ddp_sgd.console import outlive_console
-from ddp_sgd.distributed.bounded import leave
 from ddp_sgd.distributed.environment import may_be_rank_0, only_on_rank, read_ranks
+from ddp_sgd.distributed.process_exit import leave
 from ddp_sgd.engine.triggers import leave_undisturbed, stop_on_signal
 from ddp_sgd.host import batch_scheduling, keep_freed_memory
 from ddp_sgd.instantiate import uncollected

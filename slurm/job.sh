@@ -20,7 +20,7 @@ here() {
 # prepare OPTION...: learn from SLURM where the ranks meet and how many there are, and from the run where its logs go.
 prepare() {
     local facts
-    job='' life='' folder='' logs='' srun_pid='' stopping='' ending='' code=1
+    job='' attempt='' folder='' logs='' srun_pid='' stopping='' ending='' code=1
     trap 'stopping=yes; forward_stop' USR1
     trap 'stopping=yes; [[ $(job_state) == RUNNING ]] || ending=yes; [[ $ending ]] || forward_stop' TERM
 
@@ -28,7 +28,7 @@ prepare() {
     facts=$(here "$PYTHON" -m ddp_sgd.slurm_job --tasks_per_node="$SLURM_TASKS_PER_NODE" "$@") || exit
     [[ $facts == job=* ]] || { echo "$facts" && exit; } # the options ask for a text, and for no training
     eval "$facts"
-    touch "$logs/begin" || exit 73 # whatever is older in the run folder belongs to an earlier life
+    touch "$logs/begin" || exit 73 # whatever is older in the run folder belongs to an earlier attempt
     export PYTHON MASTER_ADDR MASTER_PORT TIMEOUT_S RANKS_OF_NODES LAUNCH_EXIT_CODE_FILE
     export SLURM_EXPORT_ENV=ALL # sbatch --export=NONE would reach the ranks, too
 }
@@ -37,7 +37,7 @@ prepare() {
 launch() {
     local word
     for word in + "$@"; do
-        [[ $word == *$'\n'* ]] && word='...' # what each node does, it says itself
+        [[ $word == *$'\n'* ]] && word='...' # each node prints its own command
         printf '%q ' "$word"
     done
     echo
@@ -65,9 +65,9 @@ forward_stop() {
 
 # conclude OPTION...: requeue the job if the run is to go on, and exit with the code of the run.
 conclude() {
-    local said=()
-    [[ ! -s $logs/exit_code ]] || said=(--exit_code="$(<"$logs/exit_code")")
-    here "$PYTHON" -m ddp_sgd.requeue "${said[@]}" --launcher_code="$code" --answer="$logs/requeue" \
+    local left=()
+    [[ ! -s $logs/exit_code ]] || left=(--exit_code="$(<"$logs/exit_code")")
+    here "$PYTHON" -m ddp_sgd.requeue "${left[@]}" --launcher_code="$code" --answer="$logs/requeue" \
         --job_state="$(job_state)" --max_requeues="$MAX_REQUEUES" "$@"
     code=$?
     answer=$(cat "$logs/requeue" 2>/dev/null)
@@ -98,9 +98,9 @@ requeue() {
 # keep_logs: the run folder is rank 0's to make, so the logs began beside it; they move in if it was made or entered.
 keep_logs() {
     if [[ $folder/metrics.jsonl -nt $logs/begin ]] && mkdir -p "$folder/logs"; then
-        mv "$logs" "$folder/logs/job-$life"
+        mv "$logs" "$folder/logs/job-$attempt"
         rmdir "$folder.logs" 2>/dev/null || true
-        logs=$folder/logs/job-$life
+        logs=$folder/logs/job-$attempt
     fi
-    ((code == 0)) || echo "exit code $code; what every rank said is in $logs"
+    ((code == 0)) || echo "exit code $code; the output of every rank is in $logs"
 }

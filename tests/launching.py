@@ -11,8 +11,8 @@ from pathlib import Path
 
 from limits import WAIT_S, scaled
 
-from ddp_sgd.distributed.environment import free_port
 from ddp_sgd.errors import DataError
+from ddp_sgd.host import free_port
 from ddp_sgd.report.journal import read_journal
 
 ROOT = Path(__file__).parent.parent
@@ -73,7 +73,7 @@ class Launch:
     @property
     def agent(self):
         """Process of torchrun."""
-        below = [pid for pid in children(self.script.pid) if is_running(pid, "distributed.run")]
+        below = [pid for pid in children(self.script.pid) if is_running(pid, "ddp_sgd.torchrun")]
         return below[0] if below else None
 
     @property
@@ -126,6 +126,15 @@ def kill(pid, number=signal.SIGKILL):
 def is_alive(pid):
     with suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def has_signal(pid, field, number):
+    """Whether a signal is in a set of /proc/PID/status, such as SigCgt, those with a handler."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
     return False
 
 

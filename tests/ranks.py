@@ -10,7 +10,7 @@ from typing import Any
 import coverage
 from limits import WAIT_S, scaled
 
-from ddp_sgd.distributed.environment import free_port
+from ddp_sgd.host import free_port
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "numpy", "ddp_sgd.engine.fit"])

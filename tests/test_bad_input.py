@@ -12,8 +12,8 @@ import pytest
 import torch
 from limits import WAIT_S
 
-from ddp_sgd.distributed.environment import free_port
 from ddp_sgd.errors import ExitCode
+from ddp_sgd.host import free_port
 from ddp_sgd.train import main
 
 ROOT = Path(__file__).parent.parent

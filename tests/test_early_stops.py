@@ -15,16 +15,25 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from launching import LOCAL, Launch, children, environment, is_alive, is_running, kill
+from launching import (
+    LOCAL,
+    Launch,
+    children,
+    environment,
+    has_signal,
+    is_alive,
+    is_running,
+    kill,
+)
 from limits import WAIT_S, scaled
 from ranks import rank_environment
 
-from ddp_sgd.distributed.environment import free_port
 from ddp_sgd.errors import ExitCode
+from ddp_sgd.host import free_port
 
 MOMENTS = 40 if "RESTARTS" in os.environ else 4
-HONOURED_S = scaled(2.0)
-GONE_S = scaled(5.0)
+GONE_S = scaled(25.0)
+"""What is left after 30 s is killed by torchrun, and nothing else ends a process that is stuck."""
 LINE = "ddp_sgd: stopped by {} before the first step; start again to go on.\n"
 STARTED = []
 
@@ -106,7 +115,7 @@ def test_a_process_alone_ends_wherever_it_is_stuck(key, name, how, tmp_path):
     codes, said, took_s = end(processes, since)
     assert codes == [ExitCode.STOPPED], said
     assert said == [LINE.format("SIGTERM")]
-    assert took_s < HONOURED_S
+    assert took_s < GONE_S
     result = json.loads((tmp_path / "runs" / "digits" / "result.json").read_text())
     assert (result["status"], result["exit_code"], result["step"]) == ("stopped", 75, 0)
 
@@ -137,7 +146,7 @@ def test_a_rank_that_waits_for_the_others_ends(tmp_path):
     processes[0].send_signal(signal.SIGTERM)
     codes, said, took_s = end(processes, since)
     assert (codes, said) == ([ExitCode.STOPPED], [LINE.format("SIGTERM")])
-    assert took_s < HONOURED_S
+    assert took_s < GONE_S
     assert not (tmp_path / "runs").exists()
 
 
@@ -156,30 +165,29 @@ def _listens(pid):
     return any(words[3] == "0A" and words[9] in sockets for words in lines)
 
 
-def assert_ends_at_the_second_interrupt(processes):
-    since = time.monotonic()
-    processes[0].send_signal(signal.SIGINT)
-    time.sleep(0.1)
-    processes[0].send_signal(signal.SIGINT)
-    codes, said, took_s = end(processes, since)
+def assert_ends_at_the_second_interrupt(process):
+    process.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + WAIT_S
+    while has_signal(process.pid, "ShdPnd", signal.SIGINT):  # it would swallow the next one
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    codes, said, _ = end([process], time.monotonic())
     assert (codes, said) == ([128 + signal.SIGINT], [""])
-    assert took_s < scaled(1.0)
 
 
 def test_a_second_interrupt_does_not_wait_for_the_end_of_the_step(tmp_path):
-    slow = "--model={class_path: user_code.Slow, init_args: {pause_s: 2.0}}"
-    processes = train(tmp_path, slow, "--epochs=100000", "--log.every_steps=1")
-    journal = tmp_path / "runs" / "digits" / "metrics.jsonl"
-    wait_for(journal, processes)
-    while '"event": "train"' not in journal.read_text():
-        time.sleep(0.01)
-    assert_ends_at_the_second_interrupt(processes)
+    options = _stuck("model", "StuckForward", "python")
+    later = "--model.init_args.after=20"
+    (process,) = train(tmp_path, *options, later, "--epochs=100000")
+    wait_for(tmp_path / "mark", [process])
+    assert_ends_at_the_second_interrupt(process)
 
 
 def test_a_second_interrupt_ends_a_process_that_is_stuck(tmp_path):
     processes = train(tmp_path, *_stuck("model", "StuckModel", "c"))
     wait_for(tmp_path / "mark", processes)
-    assert_ends_at_the_second_interrupt(processes)
+    assert_ends_at_the_second_interrupt(processes[0])
 
 
 def test_plain_torchrun_has_the_stop_in_its_error_files(tmp_path):
@@ -269,7 +277,8 @@ def test_ranks_that_were_started_by_hand(number, start_s, tmp_path):
 def test_the_script(number, start_s, tmp_path):
     draw = random.Random(number)
     run = Launch(tmp_path, LOCAL, "--nproc=2", "--epochs=100000", "--log.every_steps=1")
-    time.sleep(draw.uniform(0.3, 2.0 * start_s))
+    run.wait_until(lambda: has_signal(run.script.pid, "SigCgt", signal.SIGUSR1))
+    time.sleep(draw.uniform(0.0, 2.0 * start_s))
     agent, ranks, since = run.agent, list(run.ranks.values()), time.monotonic()
     run.script.send_signal(draw.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]))
     try:

@@ -44,7 +44,7 @@ def _loaded_by(program):
         "from ddp_sgd import Plan, RunConfig, UserError, make_plan",
         "from ddp_sgd.train import main; main(['--print_config'])",
         "from ddp_sgd.explain import main; main(['--world_size=8'])",
-        "import ddp_sgd.launch.run, ddp_sgd.launch.options",
+        "import ddp_sgd.launch",
         "import ddp_sgd.data",
     ],
 )

@@ -6,22 +6,22 @@ import pytest
 
 from ddp_sgd.checkpointing.manifest import Header, Manifest, SkippedSteps
 from ddp_sgd.errors import ExitCode
-from ddp_sgd.requeue import Life, main, why_not
+from ddp_sgd.requeue import JobAttempt, main, why_not
 
-STOPPED = Life(exit_code=75, began_at=64, saved_at=128, requeues=0, job_state="RUNNING")
+STOPPED = JobAttempt(exit_code=75, began_at=64, saved_at=128, requeues=0, job_state="RUNNING")
 
 
 STOPPED_RESULT = {"status": "stopped", "exit_code": 75, "job": "17.1"}
 
 
-def life(**changes):
+def attempt(**changes):
     fields = {name: getattr(STOPPED, name) for name in STOPPED.__slots__}
-    return Life(**fields | changes)
+    return JobAttempt(**fields | changes)
 
 
 @pytest.mark.parametrize("code", [ExitCode.STOPPED, ExitCode.PEER, None])
 def test_stopped_or_lost_job_goes_on(code):
-    assert why_not(life(exit_code=code), max_requeues=1) is None
+    assert why_not(attempt(exit_code=code), max_requeues=1) is None
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_stopped_or_lost_job_goes_on(code):
     ],
 )
 def test_what_keeps_a_job_from_going_on(changes, reason):
-    assert why_not(life(**changes), max_requeues=3) == reason
+    assert why_not(attempt(**changes), max_requeues=3) == reason
 
 
 @pytest.fixture
@@ -108,10 +108,10 @@ def test_job_that_lost_a_machine_is_requeued_once_slurm_may_know(run, tmp_path, 
 def test_rank_0_that_died_without_a_word_gets_a_result(run, tmp_path, capsys):
     (run / "result.json").unlink()
     assert decide("--launcher_code=137") == ExitCode.PEER
-    said = "no rank said a word, srun ended with code 137: requeued"
+    said = "no rank left an exit code, srun ended with code 137: requeued"
     assert capsys.readouterr().out == f"ddp_sgd: {said}\n"
     result = json.loads((run / "result.json").read_text())
-    assert result.pop("error").startswith("rank 0 ended without a word; look for its last lines")
+    assert result.pop("error").startswith("rank 0 ended without a result; look for its last lines")
     assert result == {
         "status": "failed",
         "exit_code": 69,

@@ -15,8 +15,8 @@ import pytest
 import torch
 from launching import LOCAL, MULTINODE, Launch, is_alive, kill
 
-from ddp_sgd.distributed.environment import free_port
 from ddp_sgd.errors import ExitCode
+from ddp_sgd.host import free_port
 
 KILLS = int(os.environ.get("RESTARTS", "3"))
 EPOCHS = 8

@@ -31,7 +31,7 @@ def test_ranks_meet_on_the_first_node_at_a_port_of_the_job(tmp_path):
     logs = tmp_path / "runs" / "x.logs" / "40017.0"
     assert found == {
         "job": "40017",
-        "life": "40017.0",
+        "attempt": "40017.0",
         "folder": str(tmp_path / "runs" / "x"),
         "logs": str(logs),
         "MASTER_ADDR": "node03",
@@ -44,7 +44,7 @@ def test_ranks_meet_on_the_first_node_at_a_port_of_the_job(tmp_path):
 def test_a_task_of_an_array_has_a_name_of_its_own_and_a_number_too(tmp_path):
     array = {"SLURM_ARRAY_JOB_ID": "40015", "SLURM_ARRAY_TASK_ID": "2", "SLURM_RESTART_COUNT": "3"}
     found = describe_job(JOB | array, tmp_path, 7)
-    assert (found["job"], found["life"]) == ("40015_2", "40017.3")
+    assert (found["job"], found["attempt"]) == ("40015_2", "40017.3")
 
 
 def test_a_port_that_another_program_listens_on_is_passed_over():

@@ -8,7 +8,7 @@ import sys
 import pytest
 from ranks import rank_environment
 
-from ddp_sgd.distributed.environment import free_port
+from ddp_sgd.host import free_port
 from ddp_sgd.report.journal import read_journal
 from ddp_sgd.train import main
 

@@ -1,22 +1,20 @@
-"""Environment of a rank: rank, world size, rendezvous endpoint, files for the launcher. No torch.
+"""Rank, world size and rendezvous endpoint, as torchrun, srun or nothing give them. No torch.
 
-torchrun, srun or nothing set them; the files hold the exit code and the error.
+The SLURM job that this process belongs to, if any: its name, its attempts, its end.
 """
 
-import json
 import os
 import re
-import socket
+import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from ipaddress import ip_address
+from datetime import datetime
 from pathlib import Path
 
 from ddp_sgd.errors import ConfigError, RemoteError, StopInterrupt, StoppedError
 from ddp_sgd.host import scaled
-from ddp_sgd.slurm import find_lone_shell
 
 _HEAD_START_S = scaled(2.0)
 """How long a rank whose error another one reports leaves that one the time to do so."""
@@ -266,90 +264,85 @@ def _number(
     return value
 
 
-def whereabouts(address: str) -> str:
-    """Say where a name or address leads from here.
+_INTERACTIVE_STEP = "4294967290"
+"""Number of the step in which salloc runs its shell, where ``use_interactive_step`` is set."""
+_SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "fish", "csh", "tcsh")
+
+
+def attempt_of_job(environ: Mapping[str, str]) -> str | None:
+    """Name one attempt of a job, such as ``1234.1`` after its first requeue; None outside of SLURM.
 
     Args:
-        address: Name, IPv4 or IPv6 address of a host.
+        environ: The environment, such as ``os.environ``.
+    """
+    job = environ.get("SLURM_JOB_ID")
+    return f"{job}.{times_requeued(environ)}" if job else None
+
+
+def name_of_job(environ: Mapping[str, str]) -> str | None:
+    """Name a job for SLURM's commands; None outside of SLURM.
+
+    The number of one task of an array is that of the whole array.
+
+    Args:
+        environ: The environment, such as ``os.environ``.
+    """
+    if environ.get("SLURM_ARRAY_TASK_ID"):
+        return f"{environ.get('SLURM_ARRAY_JOB_ID')}_{environ['SLURM_ARRAY_TASK_ID']}"
+    return environ.get("SLURM_JOB_ID")
+
+
+def times_requeued(environ: Mapping[str, str]) -> int:
+    """How often the job was put back into the queue, by whomever; at least 0."""
+    count = environ.get("SLURM_RESTART_COUNT", "")
+    return int(count) if count.isdigit() else 0
+
+
+def end_of_job(environ: Mapping[str, str]) -> float | None:
+    """When the job reaches its time limit, unix time in seconds; None if nobody says."""
+    if environ.get("SLURM_JOB_END_TIME", "").isdigit():
+        return float(environ["SLURM_JOB_END_TIME"])
+    job = name_of_job(environ)
+    return _ask_for_end(job) if job else None
+
+
+def find_lone_shell(environ: Mapping[str, str]) -> str | None:
+    """Name the shell of a job below which this process runs, where nothing starts the other tasks.
+
+    Such a shell has the variables of task 0, with the number of tasks of the whole job.
+
+    Args:
+        environ: The environment, such as ``os.environ``.
 
     Returns:
-        ``loopback`` if back to the machine that asks, whichever it is; ``here`` if to this machine;
-        ``elsewhere``; or ``unknown`` if this machine does not know the name.
+        What the shell is, for an error; None if this process is a task of a step.
     """
-    try:
-        places = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)
-    except OSError:
-        return "unknown"
-    if all(ip_address(str(place[4][0]).partition("%")[0]).is_loopback for place in places):
-        return "loopback"
-    for family, kind, protocol, _, place in places:
-        with suppress(OSError), socket.socket(family, kind, protocol) as listener:
-            listener.bind(place)  # to an own address only
-            return "here"
-    return "elsewhere"
+    task = environ.get("SLURM_TASK_PID", "")
+    step = environ.get("SLURM_STEP_ID") or environ.get("SLURM_STEPID")
+    if task and not step:
+        return "the batch script"
+    # srun --pty gives the terminal to task 0; the same shell of the others reads an empty input.
+    if step == _INTERACTIVE_STEP or ("SLURM_PTY_PORT" in environ and _is_bare_shell(task)):
+        return "an interactive shell"
+    return None
 
 
-def free_port() -> int:
-    """Find a TCP port that nobody listens on at this moment."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+def _is_bare_shell(process: str) -> bool:
+    """Whether a process of this host is a shell that was given neither a script nor a command."""
+    with suppress(OSError, ValueError):
+        text = Path(f"/proc/{int(process)}/cmdline").read_text()
+        name, *words = text.rstrip("\0").split("\0")
+        is_shell = name.rpartition("/")[2].lstrip("-") in _SHELLS
+        return is_shell and all(word.startswith("-") and word != "-c" for word in words)
+    return False
 
 
-EXIT_CODE_FILE = "LAUNCH_EXIT_CODE_FILE"
-"""Variable that names the file in which a launch script looks for the exit code of a rank."""
-ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
-"""Variable that names the file of each rank from which torchrun takes the error for its report."""
-
-
-def leave_for_launcher(
-    code: int, message: str, *, traceback: str = "", is_first: bool = True
-) -> None:
-    """Write down how this process ends, where its launcher asked for it; a disk fault is dropped.
-
-    torchrun exits with 1 whatever the code was, and without the error it reports ``error_file:
-    <N/A>`` as the last thing on the screen. Every rank leaves the line of the rank that failed
-    first, since torchrun may see any of them end before it ends the others.
-
-    Args:
-        code: Exit code of this process.
-        message: The line for the user.
-        traceback: Where the error comes from, shown above the line; empty where nobody asked.
-        is_first: Whether this rank failed first, as far as is known.
-    """
-    with suppress(OSError):
-        _leave_code(code)
-    with suppress(OSError):
-        _leave_error(code, message, traceback, is_first=is_first)
-
-
-def _leave_code(code: int) -> None:
-    """Leave the code for launch scripts, from the first rank of each host.
-
-    Rank 0 may be on another, without a shared disk. A run that was refused leaves no
-    ``result.json``: that would be somebody else's.
-    """
-    path = os.environ.get(EXIT_CODE_FILE)
-    if path and (may_be_rank_0(os.environ) or os.environ.get("LOCAL_RANK") == "0"):
-        Path(path).write_text(f"{int(code)}\n")
-
-
-def _leave_error(code: int, message: str, traceback: str, *, is_first: bool) -> None:
-    """Leave the error in torchrun's format, once: what a process ran into first is the cause.
-
-    Source:
-        ``ErrorHandler`` of torch.distributed.elastic.multiprocessing.errors, whose report names the
-        failure with the least timestamp, in whole seconds, and shows ``py_callstack``.
-    """
-    path = os.environ.get(ERROR_FILE)
-    if not path or code == 0 or Path(path).exists():
-        return
-    now_s = int(time.time())
-    extra = {
-        "py_callstack": f"{traceback}{message}",
-        "timestamp": str(now_s if is_first else now_s + 1),  # after a cause of the same second
-    }
-    report = {"message": {"message": message, "errorCode": int(code), "extraInfo": extra}}
-    whole = Path(f"{path}.{os.getpid()}.tmp")  # torchrun fails on a file that is half written
-    whole.write_text(json.dumps(report))
-    whole.replace(path)
+def _ask_for_end(job: str) -> float | None:
+    """Ask for the end of a job; releases of SLURM before 23.02 do not put it into environments."""
+    command = ["squeue", "--noheader", f"--jobs={job}", "--format=%e"]
+    with suppress(OSError, subprocess.SubprocessError, ValueError):
+        answer = subprocess.run(
+            command, capture_output=True, text=True, timeout=scaled(5.0), check=True
+        )
+        return datetime.fromisoformat(answer.stdout.strip()).astimezone().timestamp()
+    return None

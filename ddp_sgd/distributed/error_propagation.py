@@ -15,7 +15,7 @@ from typing import Protocol
 from torch.distributed import DistError, DistNetworkError
 from torch.distributed.distributed_c10d import Store
 
-from ddp_sgd.distributed.bounded import call_with_timeout
+from ddp_sgd.distributed.process_exit import call_with_timeout
 from ddp_sgd.distributed.progress import NOTE_S, Note
 from ddp_sgd.distributed.rendezvous import RendezvousInfo, is_agent_store
 from ddp_sgd.errors import (

@@ -17,9 +17,8 @@ from torch._C._distributed_c10d import ErrorType
 from torch.distributed.distributed_c10d import Store
 
 from ddp_sgd.console import report_error
-from ddp_sgd.distributed.bounded import run_with_timeout
-from ddp_sgd.distributed.environment import leave_for_launcher
 from ddp_sgd.distributed.error_propagation import ErrorPropagation, StoreErrorPropagation
+from ddp_sgd.distributed.process_exit import leave_for_launcher, run_with_timeout
 from ddp_sgd.errors import ExitCode, RemoteError, UserError
 from ddp_sgd.host import scaled
 

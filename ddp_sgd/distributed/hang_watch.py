@@ -20,9 +20,9 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 
 from ddp_sgd.console import report_error
-from ddp_sgd.distributed.bounded import run_with_timeout
 from ddp_sgd.distributed.collectives import gather_over_ranks
-from ddp_sgd.distributed.environment import is_orphaned, leave_for_launcher
+from ddp_sgd.distributed.environment import is_orphaned
+from ddp_sgd.distributed.process_exit import leave_for_launcher, run_with_timeout
 from ddp_sgd.distributed.progress import (
     NOTE_S,
     HangReport,

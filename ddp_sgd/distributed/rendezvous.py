@@ -12,10 +12,10 @@ from typing import NamedTuple
 from torch.distributed import DistStoreError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from ddp_sgd.distributed.bounded import call_with_timeout
-from ddp_sgd.distributed.environment import Ranks, whereabouts
+from ddp_sgd.distributed.environment import Ranks
+from ddp_sgd.distributed.process_exit import call_with_timeout
 from ddp_sgd.errors import PeerError, UserError
-from ddp_sgd.host import scaled
+from ddp_sgd.host import scaled, whereabouts
 from ddp_sgd.text import first_line
 from ddp_sgd.torch_errors import Cause
 

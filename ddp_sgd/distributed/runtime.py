@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from ddp_sgd.distributed.bounded import call_with_timeout
 from ddp_sgd.distributed.environment import Ranks, may_be_rank_0, only_on_rank, read_ranks
 from ddp_sgd.distributed.error_propagation import (
     ErrorPropagation,
@@ -23,6 +22,7 @@ from ddp_sgd.distributed.error_propagation import (
     propagate_errors,
 )
 from ddp_sgd.distributed.error_watch import abort_group, watch_errors
+from ddp_sgd.distributed.process_exit import call_with_timeout
 from ddp_sgd.distributed.rendezvous import (
     could_not_join,
     is_agent_store,

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from ddp_sgd.cli import run_command
 from ddp_sgd.config import CommandLine
 from ddp_sgd.console import deliver
-from ddp_sgd.distributed.bounded import leave
 from ddp_sgd.distributed.environment import Ranks, may_be_rank_0, only_on_rank, read_ranks
+from ddp_sgd.distributed.process_exit import leave
 from ddp_sgd.errors import ConfigError, PeerError, RemoteError
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from datetime import timedelta
 from torch.distributed import DistStoreError
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from ddp_sgd.distributed.bounded import call_with_timeout
 from ddp_sgd.distributed.environment import Ranks
+from ddp_sgd.distributed.process_exit import call_with_timeout
 from ddp_sgd.distributed.rendezvous import could_not_join, open_whole_store
 from ddp_sgd.errors import PeerError
 from ddp_sgd.text import first_line

@@ -18,11 +18,11 @@ from typing import Protocol
 
 from ddp_sgd.config.sections import CheckpointConfig
 from ddp_sgd.console import report_error
-from ddp_sgd.distributed.environment import leave_for_launcher
+from ddp_sgd.distributed.environment import end_of_job
+from ddp_sgd.distributed.process_exit import leave_for_launcher
 from ddp_sgd.errors import ExitCode, StopInterrupt, StoppedError
 from ddp_sgd.host import scaled
 from ddp_sgd.plan import Plan
-from ddp_sgd.slurm import end_of_job
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _INTERRUPTED = 128 + signal.SIGINT

@@ -18,10 +18,10 @@ from pathlib import Path
 from secrets import token_hex
 from typing import NamedTuple, Self
 
+from ddp_sgd.distributed.environment import times_requeued
 from ddp_sgd.errors import RefusedError
 from ddp_sgd.files import is_missing, retry
 from ddp_sgd.host import scaled
-from ddp_sgd.slurm import times_requeued
 
 LOCK_NAME = ".lock"
 """File that is locked. It stays, empty: whoever removes a lock file may remove another's."""

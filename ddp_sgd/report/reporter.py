@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ddp_sgd.config import RunConfig
+from ddp_sgd.distributed.environment import attempt_of_job
 from ddp_sgd.errors import ExitCode, UserError
 from ddp_sgd.host import scaled
 from ddp_sgd.plan import Plan
@@ -22,7 +23,6 @@ from ddp_sgd.report.progress import Progress, last_line
 from ddp_sgd.report.run_folder import RunFolder
 from ddp_sgd.report.tensorboard import TensorBoard
 from ddp_sgd.report.wandb_logger import WandbLogger
-from ddp_sgd.slurm import life_of_job
 from ddp_sgd.text import mask
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class Reporter:
         self._config = config
         self._world_size = world_size
         self._origin = origin
-        job = life_of_job(os.environ)
+        job = attempt_of_job(os.environ)
         self._job = {"job": job} if job else {}
         self._commit = GitCommit() if folder is not None else None
         self._start = time.perf_counter()

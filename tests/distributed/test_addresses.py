@@ -2,7 +2,7 @@ import socket
 
 import pytest
 
-from ddp_sgd.distributed.environment import free_port, whereabouts
+from ddp_sgd.host import free_port, whereabouts
 
 
 @pytest.mark.parametrize(

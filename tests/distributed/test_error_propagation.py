@@ -15,7 +15,6 @@ from ranks import rank_environment, run_ranks
 from torch.distributed import HashStore, TCPStore
 
 from ddp_sgd.distributed.collectives import sum_over_ranks
-from ddp_sgd.distributed.environment import free_port
 from ddp_sgd.distributed.error_propagation import (
     LocalErrorPropagation,
     StoreErrorPropagation,
@@ -25,6 +24,7 @@ from ddp_sgd.distributed.error_propagation import (
 from ddp_sgd.distributed.progress import Note
 from ddp_sgd.distributed.rendezvous import RendezvousInfo
 from ddp_sgd.errors import ConfigError, DataError, ExitCode, PeerError, RemoteError
+from ddp_sgd.host import free_port
 
 
 def fail(runtime, culprit, error):

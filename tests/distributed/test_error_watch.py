@@ -15,11 +15,11 @@ from ranks import rank_environment, run_ranks
 from torch import nn
 from torch.distributed import HashStore
 
-from ddp_sgd.distributed.environment import free_port
 from ddp_sgd.distributed.error_propagation import StoreErrorPropagation
 from ddp_sgd.distributed.error_watch import watch_errors
 from ddp_sgd.distributed.rendezvous import RendezvousInfo
 from ddp_sgd.errors import DataError, RemoteError
+from ddp_sgd.host import free_port
 
 HERE = Path(__file__).parent
 FAILS_AT = 10

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from limits import WAIT_S
 
-from ddp_sgd.distributed.environment import free_port
+from ddp_sgd.host import free_port
 
 HERE = Path(__file__).parent
 

@@ -6,7 +6,7 @@ import pytest
 from launching import environment
 from limits import WAIT_S
 
-from ddp_sgd.distributed.environment import leave_for_launcher
+from ddp_sgd.distributed.process_exit import leave_for_launcher
 from ddp_sgd.errors import ExitCode
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 from limits import WAIT_S
 
-from ddp_sgd.distributed.environment import Ranks, free_port
+from ddp_sgd.distributed.environment import Ranks
 from ddp_sgd.distributed.rendezvous import (
     _fresh_part,
     _name_of_run,
@@ -19,6 +19,7 @@ from ddp_sgd.distributed.rendezvous import (
     read_rendezvous_info,
 )
 from ddp_sgd.errors import ConfigError, PeerError
+from ddp_sgd.host import free_port
 
 HERE = socket.gethostname()
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from ranks import rank_environment, run_ranks
 
 from ddp_sgd.config import RunConfig
-from ddp_sgd.distributed.environment import Ranks, free_port, read_ranks
+from ddp_sgd.distributed.environment import Ranks, read_ranks
 from ddp_sgd.distributed.runtime import (
     Runtime,
     _choose_device,
@@ -18,7 +18,7 @@ from ddp_sgd.distributed.runtime import (
 )
 from ddp_sgd.engine.fit import fit
 from ddp_sgd.errors import ConfigError, PeerError, RemoteError
-from ddp_sgd.host import usable_cpus
+from ddp_sgd.host import free_port, usable_cpus
 
 
 @pytest.fixture(autouse=True)

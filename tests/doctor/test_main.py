@@ -9,9 +9,9 @@ import pytest
 from limits import WAIT_S
 from ranks import rank_environment
 
-from ddp_sgd.distributed.environment import free_port
 from ddp_sgd.doctor.__main__ import main
 from ddp_sgd.errors import ExitCode
+from ddp_sgd.host import free_port
 
 PEER, CONFIG = ExitCode.PEER, ExitCode.CONFIG
 COMMAND = [sys.executable, "-m", "ddp_sgd.doctor"]

@@ -9,9 +9,10 @@ import pytest
 from ranks import rank_environment, run_ranks
 
 from ddp_sgd.config import RunConfig
-from ddp_sgd.distributed.environment import free_port, read_ranks
+from ddp_sgd.distributed.environment import read_ranks
 from ddp_sgd.doctor.facts import gather_facts
 from ddp_sgd.doctor.protocol import Diagnosis, coordinate, visit
+from ddp_sgd.host import free_port
 
 
 def take_part(_, rank, world_size, port, folder, changes, runtime):

@@ -6,8 +6,8 @@ import sys
 import pytest
 from limits import WAIT_S
 
-from ddp_sgd.distributed.environment import whereabouts
 from ddp_sgd.doctor.facts import address_toward, interface_of, is_loopback, resolve
+from ddp_sgd.host import whereabouts
 
 
 def test_names_are_resolved():

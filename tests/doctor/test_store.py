@@ -8,9 +8,10 @@ import pytest
 from limits import WAIT_S
 from ranks import rank_environment, run_ranks
 
-from ddp_sgd.distributed.environment import Ranks, free_port
+from ddp_sgd.distributed.environment import Ranks
 from ddp_sgd.doctor.store import is_there, reach_store, read_key
 from ddp_sgd.errors import PeerError
+from ddp_sgd.host import free_port
 
 
 def rank(number, port):

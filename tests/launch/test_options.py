@@ -1,7 +1,11 @@
+import os
+
 import pytest
 
 from ddp_sgd.errors import ConfigError
-from ddp_sgd.launch.options import count_processes, read_options
+from ddp_sgd.host import usable_cpus
+from ddp_sgd.launch import read_options
+from ddp_sgd.torchrun import Rendezvous
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 NODES = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "NPROC": "1"}
@@ -23,7 +27,7 @@ def read(*argv, **variables):
 )
 def test_own_options_come_first_and_the_rest_is_the_runs(argv, train):
     options = read(*argv)
-    assert (options.nproc, options.train, options.nodes) == (3, train, None)
+    assert (options.nproc, options.train, options.rendezvous) == (3, train, Rendezvous())
 
 
 @pytest.mark.parametrize("argv", [["-h"], ["--nproc", "2", "--help"], ["--help", "--nproc=x"]])
@@ -31,18 +35,19 @@ def test_help_is_no_set_of_options(argv):
     assert read(*argv) is None
 
 
-@pytest.mark.parametrize(
-    ("cpus", "variables", "processes"),
-    [
-        (1, NO_GPU, 1),
-        (2, NO_GPU, 2),
-        (64, NO_GPU, 2),
-        (64, {"CUDA_VISIBLE_DEVICES": "0,1,2"}, 3),
-        (1, {"CUDA_VISIBLE_DEVICES": "0,1,2"}, 3),
-    ],
-)
-def test_one_process_for_each_gpu_and_two_without_any(cpus, variables, processes):
-    assert count_processes(variables, cpus) == processes
+def test_one_process_for_each_gpu_and_two_without_any():
+    assert read(CUDA_VISIBLE_DEVICES="0,1,2").nproc == 3
+    assert read().nproc == min(2, usable_cpus())
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs sched_setaffinity")
+def test_one_process_on_one_cpu():
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        assert read().nproc == 1
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def test_options_count_more_than_variables():
@@ -64,13 +69,14 @@ def test_options_count_more_than_variables():
 )
 def test_several_machines(argv, variables, count, restarts):
     options = read(*argv, **NODES | variables)
-    assert (options.nodes.count, options.max_restarts) == (count, restarts)
-    assert options.nodes.is_elastic == (":" in count)
-    assert (options.nodes.address, options.nodes.port) == ("127.0.0.1", "29400")
+    assert (options.rendezvous.nodes, options.max_restarts) == (count, restarts)
+    assert options.rendezvous.is_elastic == (":" in count)
+    assert not options.rendezvous.is_standalone
+    assert (options.rendezvous.address, options.rendezvous.port) == ("127.0.0.1", "29400")
 
 
 def test_standalone_is_this_machine_whatever_nnodes_is():
-    assert read("--standalone", **NODES).nodes is None
+    assert read("--standalone", **NODES).rendezvous.is_standalone
 
 
 @pytest.mark.parametrize(
@@ -84,9 +90,9 @@ def test_standalone_is_this_machine_whatever_nnodes_is():
     ],
 )
 def test_which_machine_hosts_the_rendezvous(address, node_rank, is_host, remedy):
-    nodes = read(**NODES | {"MASTER_ADDR": address, "NODE_RANK": node_rank}).nodes
-    assert nodes.is_host is is_host
-    assert remedy in nodes.remedy
+    found = read(**NODES | {"MASTER_ADDR": address, "NODE_RANK": node_rank}).rendezvous
+    assert found.is_host is is_host
+    assert remedy in found.remedy
 
 
 @pytest.mark.parametrize(

@@ -220,7 +220,7 @@ def test_job_that_dies_without_a_word_is_not_requeued_for_ever(cluster, tmp_path
     assert story.job.end() == ("FAILED", 0), story.job.said
     result = story.result()
     assert (result["status"], result["exit_code"], result["requeued"]) == ("failed", 69, False)
-    assert "rank 0 ended without a word" in result["error"]
+    assert "rank 0 ended without a result" in result["error"]
     assert "no step was saved since it began" in result["requeue_reason"]
 
 

@@ -5,7 +5,7 @@ import threading
 import pytest
 from limits import WAIT_S
 
-from ddp_sgd.distributed.bounded import call_with_timeout
+from ddp_sgd.distributed.process_exit import call_with_timeout
 
 
 def test_value_and_error_come_through():
@@ -23,7 +23,7 @@ def test_wait_is_bounded():
 
 ABANDONED = """
 import atexit, ctypes
-from ddp_sgd.distributed.bounded import call_with_timeout, leave
+from ddp_sgd.distributed.process_exit import call_with_timeout, leave
 atexit.register(print, ", exit hooks ran")
 try:
     call_with_timeout({limit_s}, lambda: ctypes.CDLL(None).usleep({microseconds}))

@@ -1,6 +1,6 @@
 import pytest
 
-from ddp_sgd.launch.options import count_gpus
+from ddp_sgd.host import count_gpus
 
 LISTS_TWO = 'echo "GPU 0: x (UUID: y)"; echo "GPU 1: x (UUID: z)"'
 

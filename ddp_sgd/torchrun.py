@@ -19,9 +19,11 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
+from ddp_sgd.console import settle
+from ddp_sgd.distributed.process_exit import ERROR_FILE, EXIT_CODE_FILE
 from ddp_sgd.errors import ExitCode
 from ddp_sgd.host import scaled
-from ddp_sgd.launch.run_files import RunFiles
+from ddp_sgd.run_files import RunFiles
 
 _POLL_S = 0.05
 """Longest time until a signal is passed on."""
@@ -31,13 +33,6 @@ _ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.S
 """Signals that ask a process to end. A torchrun that another one ended was killed."""
 _INTERRUPTED = 128 + signal.SIGINT
 """Exit code after a second Ctrl-C: what a shell gives for a death by SIGINT."""
-
-# The file is made when the imports are over, which may take longer than the wait for machines.
-_PROGRAM = """if 1:
-    import pathlib, sys
-    from torch.distributed.run import main
-    pathlib.Path(sys.argv.pop(1)).touch()
-    main()"""
 
 
 class StopSignals:
@@ -70,6 +65,42 @@ class StopSignals:
         self.is_urgent = self._interrupts > 1
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendezvous:
+    """Rendezvous of the machines of a run; without an address, this machine trains alone.
+
+    Args:
+        nodes: Number of machines, or ``MIN:MAX``.
+        address: Name of the machine that hosts it.
+        port: Port on it.
+        run_id: Tells the run from others at the same port; empty for its name.
+        is_host: Whether this machine hosts it; None leaves it to torchrun.
+        remedy: What to do where the machines do not find each other.
+    """
+
+    nodes: str = "1"
+    address: str = ""
+    port: str = ""
+    run_id: str = ""
+    is_host: bool | None = None
+    remedy: str = "start it again."
+
+    @property
+    def is_standalone(self) -> bool:
+        """Whether all workers are on this machine."""
+        return not self.address
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether machines may leave and join."""
+        return ":" in self.nodes
+
+    def __str__(self) -> str:
+        if self.is_standalone:
+            return "torchrun on one host"
+        return f"{self.nodes} machines at {self.address}:{self.port}"
+
+
 class Ending(Enum):
     """Why the launcher ended a torchrun."""
 
@@ -97,11 +128,6 @@ class Attempt:
     error: str = ""
 
     @property
-    def exit_code(self) -> int:
-        """The exit code as a shell has it: 128 and the number of the signal that killed it."""
-        return self.returncode if self.returncode >= 0 else 128 - self.returncode
-
-    @property
     def is_killed(self) -> bool:
         """Whether torchrun was killed, so that its workers go on for a moment without it."""
         return self.ending is None and self.returncode < 0 and -self.returncode not in _ASKED
@@ -115,51 +141,6 @@ class Attempt:
         if self.ending is Ending.STUCK or has_lost_host:
             return "torchrun lost the machine where all meet"
         return None
-
-    def is_restarted(self, *, restarts_left: int, is_stopped: bool) -> bool:
-        """Whether the launcher starts torchrun again.
-
-        Args:
-            restarts_left: How many restarts ``--max-restarts`` still allows.
-            is_stopped: Whether the launcher was asked to stop.
-        """
-        return self.loss is not None and restarts_left > 0 and not is_stopped
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rendezvous:
-    """Where the machines of a run meet, as far as an error line needs it.
-
-    Args:
-        name: Who meets where, such as ``2 machines at node1:29400``.
-        remedy: What to do where they do not find each other.
-        timeout_s: How long they wait for each other.
-        address: Name of the host.
-        port: Port on it.
-    """
-
-    name: str = "torchrun on one host"
-    remedy: str = "start it again."
-    timeout_s: int
-    address: str = ""
-    port: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
-    """What is known about a run when its last torchrun has ended.
-
-    Args:
-        result_code: Exit code in the ``result.json`` that this launch wrote; None if it did not.
-        left_code: Exit code that a rank left for its launcher; None if none did.
-        is_reported: Whether a rank printed an error.
-        is_stopped: Whether the launcher or the workers were asked to stop.
-    """
-
-    result_code: int | None = None
-    left_code: int | None = None
-    is_reported: bool = False
-    is_stopped: bool = False
 
 
 class End(NamedTuple):
@@ -176,31 +157,43 @@ class End(NamedTuple):
     is_from_result: bool = False
 
 
-def decide(attempt: Attempt, evidence: Evidence, rendezvous: Rendezvous) -> End:
+def decide(
+    attempt: Attempt,
+    rendezvous: Rendezvous,
+    timeout_s: int,
+    *,
+    result_code: int | None = None,
+    left_code: int | None = None,
+    is_reported: bool = False,
+    is_stopped: bool = False,
+) -> End:
     """Derive the exit code of a run that is not restarted.
 
     Args:
         attempt: The last start of torchrun.
-        evidence: What the run left.
         rendezvous: Where its machines meet.
+        timeout_s: How long they wait for each other.
+        result_code: Exit code in the ``result.json`` that this launch wrote; None if it did not.
+        left_code: Exit code that a rank left for its launcher; None if none did.
+        is_reported: Whether a rank printed an error.
+        is_stopped: Whether the launcher or the workers were asked to stop.
     """
     if attempt.ending is Ending.INTERRUPTED:
         return End(_INTERRUPTED)
-    is_stopped = evidence.is_stopped
     if attempt.loss and attempt.ending is not Ending.STUCK and not is_stopped:
         line = f"{attempt.loss}; its processes save and end by themselves, start it again."
-        return End(ExitCode.PEER, "" if evidence.is_reported else line)
-    if evidence.result_code is not None:
-        return End(evidence.result_code, is_from_result=True)
+        return End(ExitCode.PEER, "" if is_reported else line)
+    if result_code is not None:
+        return End(result_code, is_from_result=True)
     if is_stopped:
         return End(ExitCode.STOPPED)
-    if evidence.left_code is not None:
-        return End(evidence.left_code)
-    return _explain(attempt, rendezvous)
+    if left_code is not None:
+        return End(left_code)
+    return _explain(attempt, rendezvous, timeout_s)
 
 
-def _explain(attempt: Attempt, rendezvous: Rendezvous) -> End:
-    """Derive the exit code from what torchrun says, where no rank left anything."""
+def _explain(attempt: Attempt, rendezvous: Rendezvous, timeout_s: int) -> End:
+    """Derive the exit code from what torchrun reports, where no rank left anything."""
     if "EADDRINUSE" in attempt.error:
         return End(
             ExitCode.PEER,
@@ -208,15 +201,13 @@ def _explain(attempt: Attempt, rendezvous: Rendezvous) -> End:
             "MASTER_PORT to a free one, the same on every machine.",
         )
     if attempt.ending is Ending.SPARE or re.search("Rendezvous[A-Za-z]*Error", attempt.error):
-        return End(
-            ExitCode.PEER,
-            f"{rendezvous.name} did not come together within {rendezvous.timeout_s} s; "
-            f"{rendezvous.remedy}",
-        )
+        waited = f"did not come together within {timeout_s} s"
+        return End(ExitCode.PEER, f"{rendezvous} {waited}; {rendezvous.remedy}")
     worker = re.search("exitcode *: ([1-9][0-9]*)", attempt.error)
-    if attempt.exit_code == 1 and worker:
+    if attempt.returncode == 1 and worker:
         return End(int(worker[1]))
-    return End(attempt.exit_code)
+    code = attempt.returncode
+    return End(code if code >= 0 else 128 - code)  # as a shell has it, for a death by a signal
 
 
 class Torchrun:
@@ -224,26 +215,18 @@ class Torchrun:
 
     Args:
         files: Files of this launch.
+        rendezvous: Where its machines meet.
         timeout_s: How long machines wait for each other.
         has_restarts: Whether ``--max-restarts`` is above 0: then torchrun may wait for a new host.
-        is_alone: Whether all workers are on this machine.
-        is_elastic: Whether it may wait for more machines than it needs.
     """
 
     def __init__(
-        self,
-        files: RunFiles,
-        *,
-        timeout_s: int,
-        has_restarts: bool,
-        is_alone: bool,
-        is_elastic: bool,
+        self, files: RunFiles, rendezvous: Rendezvous, timeout_s: int, *, has_restarts: bool
     ) -> None:
         self._files = files
+        self._rendezvous = rendezvous
         self._spare_s = timeout_s + scaled(10.0)
         self._stuck_s = timeout_s + scaled(20.0) if has_restarts else scaled(5.0)
-        self._is_alone = is_alone
-        self._is_elastic = is_elastic
 
     def run(self, flags: Sequence[str], environ: Mapping[str, str], stop: StopSignals) -> Attempt:
         """Run torchrun to its end.
@@ -257,8 +240,12 @@ class Torchrun:
         files.begin_attempt()
         begun = len(files.attempts())
         process = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM, str(files.entered), *flags],
-            env={**environ, "TORCHELASTIC_ERROR_FILE": str(files.torchrun_error)},
+            [sys.executable, "-m", "ddp_sgd.torchrun", str(files.entered), *flags],
+            env={
+                **environ,
+                EXIT_CODE_FILE: str(files.exit_code),
+                ERROR_FILE: str(files.torchrun_error),
+            },
             stdin=subprocess.DEVNULL,
             process_group=0,  # a terminal signals the launcher only, which passes on one signal
         )
@@ -277,7 +264,7 @@ class Torchrun:
         ending: Ending | None = None
         is_signalled = False
         looked = waiting_since = left_since = time.monotonic()
-        while not _has_ended(process):
+        while process.poll() is None:
             if stop.is_urgent:
                 _kill_with_workers(process)
                 return Ending.INTERRUPTED
@@ -294,20 +281,21 @@ class Torchrun:
             if (stop.is_requested or ending) and not is_signalled:
                 is_signalled = True
                 process.terminate()
+            time.sleep(_POLL_S)
         return ending
 
     def _is_in_vain(self, waiting_s: float) -> Ending | None:
         """Whether torchrun goes on, or waits, where the run is not to go on."""
         if self._files.has_given_up_and_restarted():
             return Ending.GAVE_UP
-        if self._is_alone and self._files.has_stopped_and_restarted():
+        if self._rendezvous.is_standalone and self._files.has_stopped_and_restarted():
             return Ending.STOPPED
         return Ending.SPARE if waiting_s > self._spare_s else None
 
     def _waits_for_machines(self, begun: int) -> bool:
         """Whether torchrun waits for others, though the number of machines is fixed."""
-        has_entered = self._files.entered.exists()
-        return has_entered and not self._is_elastic and len(self._files.attempts()) <= begun
+        is_fixed = self._files.entered.exists() and not self._rendezvous.is_elastic
+        return is_fixed and len(self._files.attempts()) <= begun
 
     def _has_lost_workers(self, pid: int) -> bool:
         """Whether the workers have ended with an error, and no others were started."""
@@ -346,13 +334,6 @@ def _is_alive(pid: int) -> bool:
     return False
 
 
-def _has_ended(process: "subprocess.Popen[bytes]") -> bool:
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(_POLL_S)
-        return True
-    return False
-
-
 def _kill_with_workers(process: "subprocess.Popen[bytes]") -> None:
     """Kill torchrun and its workers at once, each with the processes that it has started."""
     process.send_signal(signal.SIGSTOP)  # it starts no further worker
@@ -366,3 +347,20 @@ def _name_of_signal(number: int) -> str:
     with suppress(ValueError):
         return signal.Signals(number).name
     return f"signal {number}"
+
+
+def _be_torchrun() -> None:
+    """Run torchrun in this process, whose first argument is a file to make when it is imported."""
+    from torch.distributed.run import main
+
+    Path(sys.argv.pop(1)).touch()  # the imports may take longer than the wait for machines
+    try:
+        main()
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        settle()
+        os._exit(1)  # to take torch apart would take a second, and several on a busy machine
+
+
+if __name__ == "__main__":
+    _be_torchrun()

@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from ddp_sgd.slurm import end_of_job, find_lone_shell, life_of_job, times_requeued
+from ddp_sgd.distributed.environment import (
+    attempt_of_job,
+    end_of_job,
+    find_lone_shell,
+    times_requeued,
+)
 
 
 @pytest.mark.parametrize(
@@ -19,7 +24,7 @@ from ddp_sgd.slurm import end_of_job, find_lone_shell, life_of_job, times_requeu
     ],
 )
 def test_life_of_a_job(environ, life, requeues):
-    assert life_of_job(environ) == life
+    assert attempt_of_job(environ) == life
     assert times_requeued(environ) == requeues
 
 

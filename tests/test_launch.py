@@ -13,9 +13,9 @@ import pytest
 from launching import LOCAL, MULTINODE, ROOT, Launch, environment, is_alive, kill
 from limits import WAIT_S
 
-from ddp_sgd.distributed.environment import free_port
 from ddp_sgd.errors import ExitCode
-from ddp_sgd.launch.__main__ import main
+from ddp_sgd.host import free_port
+from ddp_sgd.launch import main
 
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 STARTED = []
@@ -174,10 +174,11 @@ def test_help_of_the_module_names_every_option(capsys):
     assert [name for name in options if name not in shown] == []
 
 
-def test_the_launcher_imports_no_torch():
-    code = "import sys; from ddp_sgd.launch.__main__ import main; main(['--nproc=x']); "
+def test_the_launcher_imports_no_torch_and_listens_before_it_imports_what_takes_long():
+    code = "import sys; from ddp_sgd.launch import main; print('pydantic' in sys.modules); "
+    code += "main(['--nproc=1', '--optim.lrr=1']); print('torch' in sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", f"{code}import ddp_sgd.launch.run; print('torch' in sys.modules)"],
+        [sys.executable, "-c", code],
         cwd=ROOT,
         env=environment(),
         capture_output=True,
@@ -185,7 +186,8 @@ def test_the_launcher_imports_no_torch():
         check=True,
         timeout=WAIT_S,
     )
-    assert done.stdout == "False\n"
+    assert done.stdout == "False\nFalse\n"
+    assert "unknown key optim.lrr" in done.stderr
 
 
 def test_options_of_local_come_first_and_the_rest_is_the_runs(tmp_path):

@@ -8,11 +8,10 @@ import pytest
 from limits import WAIT_S
 
 from ddp_sgd.errors import ExitCode
-from ddp_sgd.launch.run_files import RunFiles
-from ddp_sgd.launch.torchrun import (
+from ddp_sgd.run_files import RunFiles
+from ddp_sgd.torchrun import (
     Attempt,
     Ending,
-    Evidence,
     Rendezvous,
     StopSignals,
     Torchrun,
@@ -20,9 +19,7 @@ from ddp_sgd.launch.torchrun import (
     find_workers,
 )
 
-PLACE = Rendezvous(
-    name="2 machines at node1:29400", timeout_s=7, remedy="DO IT.", address="node1", port="29400"
-)
+PLACE = Rendezvous(nodes="2", address="node1", port="29400", remedy="DO IT.")
 LOST = "torchrun lost the machine where all meet"
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGQUIT)
 KILLING = (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT)
@@ -33,20 +30,18 @@ def attempt(returncode=1, **changes):
 
 
 def ends(attempt, **evidence):
-    return decide(attempt, Evidence(**evidence), PLACE)
+    return decide(attempt, PLACE, 7, **evidence)
 
 
 @pytest.mark.parametrize("number", KILLING)
 def test_a_torchrun_that_was_killed_is_started_again(number):
     killed = attempt(-number)
     assert killed.loss == f"torchrun was ended by {number.name}"
-    assert killed.is_restarted(restarts_left=1, is_stopped=False)
 
 
 @pytest.mark.parametrize("returncode", [0, 1, *(-number for number in ASKING)])
 def test_a_torchrun_that_ended_with_the_run_or_was_asked_to_is_not(returncode):
     assert attempt(returncode).loss is None
-    assert not attempt(returncode).is_restarted(restarts_left=9, is_stopped=False)
 
 
 def test_a_rendezvous_that_is_lost_while_workers_run_is_a_loss_and_before_none():
@@ -59,11 +54,6 @@ def test_a_rendezvous_that_is_lost_while_workers_run_is_a_loss_and_before_none()
 @pytest.mark.parametrize("ending", [e for e in Ending if e is not Ending.STUCK])
 def test_a_torchrun_that_the_launcher_ended_was_not_lost(ending):
     assert attempt(-9, ending=ending).loss is None
-
-
-@pytest.mark.parametrize(("left", "is_stopped"), [(0, False), (3, True), (0, True)])
-def test_no_restart_is_left_or_wanted(left, is_stopped):
-    assert not attempt(-9).is_restarted(restarts_left=left, is_stopped=is_stopped)
 
 
 @pytest.mark.parametrize("code", [0, 64, 65, 69, 70, 75, 76, 77])
@@ -164,7 +154,7 @@ def test_two_interrupts_are_urgent_and_no_other_two_signals():
 
 LISTEN = """if 1:
     import signal
-    from ddp_sgd.launch.torchrun import StopSignals
+    from ddp_sgd.torchrun import StopSignals
     StopSignals().listen()
     names = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
     print([name for name in names if callable(signal.getsignal(getattr(signal, name)))])"""
@@ -219,7 +209,7 @@ PARENT = """if 1:
 
 def test_a_flag_that_torchrun_refuses_is_its_own_error(tmp_path, capfd):
     files = RunFiles(tmp_path / "run")
-    torchrun = Torchrun(files, timeout_s=7, has_restarts=False, is_alone=True, is_elastic=False)
+    torchrun = Torchrun(files, Rendezvous(), 7, has_restarts=False)
     ended = torchrun.run(["--max-restarts=often", "-m", "x"], os.environ, StopSignals())
     assert (ended.returncode, ended.ending, ended.has_begun) == (2, None, False)
     assert files.entered.exists()

@@ -1,10 +1,14 @@
 import json
 import os
+import subprocess
+import sys
 
 import pytest
+from limits import WAIT_S
 
+from ddp_sgd.checkpointing.manifest import Header, Manifest, SkippedSteps
 from ddp_sgd.errors import OutputError
-from ddp_sgd.launch.run_files import RunFiles
+from ddp_sgd.run_files import RunFiles
 
 STOPPED = {"status": "stopped", "exit_code": 75, "samples": 64}
 FAILED = {"status": "failed", "exit_code": 69, "samples": 64}
@@ -96,7 +100,6 @@ def test_a_stop_that_was_seen_is_kept_though_the_file_goes(folder):
     assert not files.has_stopped_and_restarted()
     (folder / "result.json").unlink()
     assert files.result() is None
-    assert files.stop_result == STOPPED
 
 
 @pytest.mark.parametrize("gives_up", [False, True])
@@ -129,6 +132,17 @@ def test_workers_that_failed_and_were_not_started_again(code, restarted_at, has_
     assert not files.has_failed_without_restart()
 
 
+def test_a_code_that_workers_of_a_killed_torchrun_leave_late_does_not_count(folder):
+    files = RunFiles(folder)
+    begin_workers(files, 0, at=1)
+    late = files.exit_code
+    files.begin_attempt()
+    write(late, "75\n", at=5)
+    begin_workers(files, 1, at=6)
+    assert files.left_code() is None
+    assert not files.has_stopped_and_restarted()
+
+
 def test_an_error_that_a_rank_printed_is_found(folder):
     files = RunFiles(folder)
     begin_workers(files, 0, at=1)
@@ -137,3 +151,107 @@ def test_an_error_that_a_rank_printed_is_found(folder):
     assert not files.has_reported()
     log.write_bytes(b"\xff a warning\nddp_sgd: error: x is y; z.\n")
     assert files.has_reported()
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A run that has begun since the launch, and was saved at sample 128, in epoch 1."""
+    folder = tmp_path / "runs" / "digits"
+    (folder / "checkpoints").mkdir(parents=True)
+    files = RunFiles(folder)
+    write_rows(
+        folder, {"event": "start", "step": 0, "world_size": 2}, {"event": "train", "step": 5}
+    )
+    header = Header(
+        step=4, epoch=1, position=28, samples=128, scored_at=-1, scores={}, skipped=SkippedSteps(),
+        world_size=2, run_id="a", loss="", plan={"samples_per_epoch": 100}, config={}, versions={},
+    )  # fmt: skip
+    file = folder / "checkpoints" / "step-00000004.pt"
+    manifest = Manifest(file=file.name, size_bytes=4, sha256="0" * 64, time=1.0, header=header)
+    file.write_bytes(b"none")
+    file.with_suffix(".json").write_text(manifest.to_text())
+    return files
+
+
+def write_rows(folder, *rows):
+    full = [{"samples": row["step"] * 32, "epoch": row["step"] * 0.32} | row for row in rows]
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in full))
+
+
+def read_result(files):
+    return json.loads((files.folder / "result.json").read_text())
+
+
+def test_a_run_without_a_result_stands_at_its_newest_checkpoint(files):
+    assert files.restore_stop_result()
+    result = read_result(files)
+    assert result.pop("error").startswith("the run was stopped while it was starting again")
+    assert result == {
+        "status": "stopped",
+        "exit_code": 75,
+        "step": 4,
+        "epoch": 1.28,
+        "samples": 128,
+        "world_size": 2,
+    }
+    assert sorted(path.name for path in files.folder.iterdir() if path.name != ".lock") == [
+        "checkpoints",
+        "metrics.jsonl",
+        "result.json",
+    ]
+
+
+def test_a_run_without_a_checkpoint_begins_again(files):
+    for path in (files.folder / "checkpoints").iterdir():
+        path.unlink()
+    assert files.restore_stop_result()
+    assert [read_result(files)[key] for key in ("step", "epoch", "samples")] == [0, 0.0, 0]
+
+
+@pytest.mark.parametrize(("samples", "is_kept"), [(128, True), (96, False)])
+def test_a_result_that_was_seen_comes_back_unless_the_run_went_on(samples, is_kept, files):
+    seen = {"status": "stopped", "exit_code": 75, "samples": samples, "eval/loss": 1.5}
+    path = files.folder / "result.json"
+    path.write_text(json.dumps(seen))
+    files.result()
+    path.unlink()
+    assert files.restore_stop_result()
+    assert (read_result(files) == seen) is is_kept
+    assert read_result(files)["samples"] == 128
+
+
+def test_a_run_that_did_not_begin_gets_no_result(files):
+    (files.folder / "metrics.jsonl").unlink()
+    assert not files.restore_stop_result()
+    assert not RunFiles(files.folder).restore_stop_result()
+    assert not (files.folder / "result.json").exists()
+
+
+def test_rows_of_an_earlier_launch_are_no_beginning(files):
+    later = RunFiles(files.folder)
+    assert not later.restore_stop_result()
+    os.utime(files.folder / "metrics.jsonl", ns=(1, 1))
+    assert later.restore_stop_result()
+
+
+HOLD = """if 1:
+    import sys
+    from pathlib import Path
+    from ddp_sgd.report.folder_lock import FolderLock
+    lock = FolderLock(Path(sys.argv[1]))
+    print("held", flush=True)
+    sys.stdin.read()"""
+
+
+def test_a_folder_that_another_run_has_is_left_alone(files):
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(files.folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert other.stdout.readline() == b"held\n"
+        assert not files.restore_stop_result()
+        assert not (files.folder / "result.json").exists()
+    finally:
+        other.communicate(timeout=WAIT_S)

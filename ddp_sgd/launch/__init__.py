@@ -1,1 +1,0 @@
-"""Launcher: torchrun as a child process, which is restarted, watched and stopped."""
