@@ -29,7 +29,7 @@ from ddp_sgd.engine.buffers import (
     unset_buffers,
 )
 from ddp_sgd.engine.evaluation import Metrics
-from ddp_sgd.errors import ConfigError, RefusedError
+from ddp_sgd.errors import RefusedError
 from ddp_sgd.losses import LossFunction
 from ddp_sgd.optim.sgd import SGD
 from ddp_sgd.plan import Plan
@@ -53,9 +53,6 @@ class State:
 
 
 Tree = Mapping[str, Any]
-
-_PLAIN = (torch.Tensor, nn.Parameter, int, float, bool, str, bytes, complex, type(None))
-"""What a reader takes; a class derived from one of them is code of somebody's."""
 
 
 def run_state_dict(
@@ -103,8 +100,7 @@ def run_state_dict(
             "order": ORDER,
         },
     )
-    momentum = dict(momentum_buffers(model, optimizer))
-    return header, {"model": model.state_dict(), "optimizer": {"momentum_buffer": momentum}}
+    return header, {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
 
 
 def other_state_dict(
@@ -132,45 +128,6 @@ def other_state_dict(
         for key, places in both.items()
         if places
     }
-
-
-def refuse_foreign(tree: Any, path: str = "model") -> None:
-    """Refuse state that could be written but not read back: reading runs no code.
-
-    Args:
-        tree: Tensors and plain data, nested.
-        path: Where the tree is, for the error.
-
-    Raises:
-        ConfigError: It holds something else.
-    """
-    if isinstance(tree, Mapping):
-        for key, value in tree.items():
-            refuse_foreign(key, f"{path}.{key}")
-            refuse_foreign(value, f"{path}.{key}")
-    elif type(tree) in (list, tuple, torch.Size):
-        for number, value in enumerate(tree):
-            refuse_foreign(value, f"{path}.{number}")
-    elif type(tree) not in _PLAIN:
-        raise ConfigError(
-            f"the state {path} is a {type(tree).__name__}, which a checkpoint cannot hold; keep "
-            "tensors and plain numbers, text, lists and mappings in the state of the model."
-        )
-    elif isinstance(tree, torch.Tensor) and tree.layout is not torch.strided:
-        layout = str(tree.layout).removeprefix("torch.")
-        raise ConfigError(
-            f"the state {path} has the layout {layout}, which a checkpoint cannot hold; pass "
-            "persistent=False to register_buffer, or make it dense with .to_dense()."
-        )
-
-
-def momentum_buffers(model: nn.Module, optimizer: SGD) -> list[tuple[str, torch.Tensor]]:
-    """List the momentum buffers with the names of their parameters, in the order of the model."""
-    return [
-        (name, optimizer.momentum_buffers[parameter])
-        for name, parameter in model.named_parameters()
-        if parameter in optimizer.momentum_buffers
-    ]
 
 
 def describe_loss(loss: LossFunction) -> str:
@@ -353,14 +310,6 @@ def broadcast_state(model: nn.Module, runtime: Runtime) -> None:
     }
     other = {name: value for name, value in model.state_dict().items() if name not in known}
     model.load_state_dict(from_rank_0(other, runtime), strict=False)
-
-
-def restore_momentum_buffers(model: nn.Module, optimizer: SGD, tensors: Mapping[str, Any]) -> None:
-    """Put the momentum buffers back; one that was not saved, such as without momentum, stays."""
-    saved = tensors["optimizer"]["momentum_buffer"]
-    for name, buffer in momentum_buffers(model, optimizer):
-        if name in saved:
-            buffer.copy_(saved[name])
 
 
 def _step_of(tensors: Mapping[str, Any]) -> int:
