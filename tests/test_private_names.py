@@ -66,8 +66,8 @@ def _private_methods(node):
     """Name the private methods of a class but for pydantic's validators, which pydantic calls."""
     for each in node.body:
         if isinstance(each, ast.FunctionDef) and _is_private(each.name):
-            if not any("validator" in ast.unparse(by) for by in each.decorator_list):
-                yield each.name
+            decorators = map(ast.unparse, each.decorator_list)
+            yield from [] if any("validator" in text for text in decorators) else [each.name]
 
 
 def _is_private(name):
