@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from ddp_sgd.config import RunConfig
-from ddp_sgd.errors import DataError
+from ddp_sgd.errors import DataError, unwritable
 from ddp_sgd.files import replace_file
 from ddp_sgd.plan import Plan
-from ddp_sgd.report.run_folder import translate_os_errors, unwritable
+from ddp_sgd.report.run_folder import translate_os_errors
 
 FILE_NAME = "metrics.jsonl"
 
