@@ -6,13 +6,14 @@ Usage: ``torchrun --nproc_per_node=4 -m ddp_sgd.evaluate runs/digits/checkpoints
 import json
 import math
 import os
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddp_sgd.checkpointing.inspection import epochs_of
 from ddp_sgd.cli import run_command
-from ddp_sgd.config import CommandLine, Option, dump_yaml
+from ddp_sgd.config import CommandLine, dump_yaml
 from ddp_sgd.console import deliver
 from ddp_sgd.distributed.bounded import leave
 from ddp_sgd.distributed.environment import may_be_rank_0, only_on_rank, read_ranks
@@ -21,15 +22,13 @@ if TYPE_CHECKING:
     from ddp_sgd.distributed.runtime import Runtime
 
 
-_OPTIONS = (
-    Option(
-        "trust",
-        bool,
-        "Build whatever the checkpoint names, which runs its code. Without it, classes outside of "
-        "ddp_sgd, torch, torchvision and timm must be named by the caller.",
-        default=False,
-    ),
-)
+def _add_options(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="build whatever the checkpoint names, which runs its code; without it, classes "
+        "outside of ddp_sgd, torch, torchvision and timm must be named by the caller",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "runs/digits/checkpoints/best, or a run folder, which stands for its newest whole "
         "checkpoint. Model, loss and data are those of the run, with the options that follow laid "
         "over them; runtime.* is of today alone.",
-        options=_OPTIONS,
+        add_options=_add_options,
         argument="CHECKPOINT",
     )
 

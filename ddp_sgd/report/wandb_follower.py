@@ -5,7 +5,6 @@ hand, ``python -m ddp_sgd.report.wandb_follower RUN`` completes a W&B run after 
 a run that trains where there is no network. Rows that W&B has are left out (``wandb_position``).
 """
 
-import argparse
 import json
 import os
 import select
@@ -16,10 +15,17 @@ from contextlib import suppress
 from pathlib import Path
 from secrets import token_hex
 from threading import Thread
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ddp_sgd.config import RunConfig, WandbConfig, load_config
-from ddp_sgd.console import deliver, fill_descriptors, report_error, say, silent_descriptors
+from ddp_sgd.console import (
+    Parser,
+    deliver,
+    fill_descriptors,
+    report_error,
+    say,
+    silent_descriptors,
+)
 from ddp_sgd.errors import ConfigError, DataError, ExitCode, OutputError, StoppedError, UserError
 from ddp_sgd.report.folder_lock import OwnerWatch
 from ddp_sgd.report.journal import FILE_NAME, JournalTail, first_row, has_journal
@@ -337,13 +343,6 @@ def _tear_down() -> None:
         wandb.teardown()
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are ours."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see {self.prog} --help.")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Complete the W&B run of a run folder, or follow a run that goes on; return the exit code.
 
@@ -360,7 +359,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _follow_by_hand(argv: Sequence[str] | None) -> None:
-    parser = _Parser(prog=PROGRAM, description="Send the journal of a run to W&B.")
+    parser = Parser(prog=PROGRAM, description="Send the journal of a run to W&B.")
     parser.add_argument("folder", type=Path, metavar="RUN", help="a run folder")
     parser.add_argument("--mode", choices=("online", "offline"), help="instead of wandb.mode")
     try:
