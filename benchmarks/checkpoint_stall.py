@@ -71,7 +71,6 @@ def measure(folder: Path, megabytes: float, rounds: int) -> str:
     saved = CheckpointFolder(folder / "checkpoints")
     with AsyncCheckpointer(
         saved,
-        captured,
         captured(state)[1],
         device=host,
         keep=2,
@@ -84,7 +83,7 @@ def measure(folder: Path, megabytes: float, rounds: int) -> str:
                 _timed(lambda: torch.save(captured(state)[1], folder / "plain.pt"))
             )
             times["copy"].append(_timed(lambda: kept.take(captured(state)[1])))
-            times["ours"].append(_timed(lambda: checkpoints.save(state, {})))
+            times["ours"].append(_timed(lambda: checkpoints.save(*captured(state))))
             times["longest gap"].append(_longest_gap(model, checkpoints))
     quiet = [_longest_gap(model, None) for _ in range(rounds)]
     return _report(times, quiet, megabytes, rounds, told)

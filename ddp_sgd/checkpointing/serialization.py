@@ -11,13 +11,17 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import nn
 
 from ddp_sgd.checkpointing.atomic_write import Content, write_content
 from ddp_sgd.checkpointing.manifest import FORMAT, Header, Manifest, read_manifest
 from ddp_sgd.checkpointing.retrying import is_missing, retry, unreadable
 from ddp_sgd.checkpointing.store import FOLDER_NAME, CheckpointFolder, fault_of
-from ddp_sgd.errors import DataError
+from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.text import first_line
+
+_PLAIN = (torch.Tensor, nn.Parameter, int, float, bool, str, bytes, complex, type(None))
+"""What a reader takes; a class derived from one of them is code of somebody's."""
 
 _GATHER_BYTES = 1 << 18
 _ENVELOPE_BYTES = 1 << 16
@@ -152,3 +156,33 @@ def _find(path: Path) -> tuple[Path, Manifest]:
     if fault := fault_of(file, manifest):
         raise DataError(f"{path} {fault}; name another checkpoint.")
     return file, manifest
+
+
+def refuse_foreign(tree: Any, path: str = "model") -> None:
+    """Refuse state that could be written but not read back: reading runs no code.
+
+    Args:
+        tree: Tensors and plain data, nested.
+        path: Where the tree is, for the error.
+
+    Raises:
+        ConfigError: It holds something else.
+    """
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            refuse_foreign(key, f"{path}.{key}")
+            refuse_foreign(value, f"{path}.{key}")
+    elif type(tree) in (list, tuple, torch.Size):
+        for number, value in enumerate(tree):
+            refuse_foreign(value, f"{path}.{number}")
+    elif type(tree) not in _PLAIN:
+        raise ConfigError(
+            f"the state {path} is a {type(tree).__name__}, which a checkpoint cannot hold; keep "
+            "tensors and plain numbers, text, lists and mappings in the state of the model."
+        )
+    elif isinstance(tree, torch.Tensor) and tree.layout is not torch.strided:
+        layout = str(tree.layout).removeprefix("torch.")
+        raise ConfigError(
+            f"the state {path} has the layout {layout}, which a checkpoint cannot hold; pass "
+            "persistent=False to register_buffer, or make it dense with .to_dense()."
+        )

@@ -1,30 +1,136 @@
 """The components of a run: model, loss and data, given or built from the configuration.
 
 Lazy modules are materialized by one forward pass before anything is compared or restored.
+
+Sample batch: a few samples for such checks, and how they become arguments of the model's forward.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.utils.data import IterableDataset
 
-from ddp_sgd.config.schema import RunConfig
+from ddp_sgd.config.sections import Component, DataConfig
 from ddp_sgd.data.dataset_checks import OpenFiles
-from ddp_sgd.data.fetcher import Collate
+from ddp_sgd.data.fetcher import EVAL_EPOCH, Collate, Fetcher, Request, Unreadable
 from ddp_sgd.data.loader import move
 from ddp_sgd.engine.evaluation import evaluating
-from ddp_sgd.engine.fingerprint import Marks, mark_samples
 from ddp_sgd.engine.model_check import check_loss_parameters, check_model
-from ddp_sgd.engine.sample_batch import Batch, check_dataset, choose_spread, read_batch
 from ddp_sgd.engine.side_effects import undo_side_effects
 from ddp_sgd.engine.train_state import describe_loss
 from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.instantiate import instantiate
-from ddp_sgd.losses import LossFunction, Objective, as_module, loss_modules
+from ddp_sgd.losses import LossFunction, Objective, Spread, as_module, loss_modules
 from ddp_sgd.seeds import seed_for
+
+_MOST_SAMPLES = 8
+"""Samples of the batch: enough for pairs of one class, few enough for any memory."""
+
+
+class Batch(NamedTuple):
+    """A few samples, spread over a data set.
+
+    Args:
+        inputs: Inputs, on the host.
+        targets: Targets, on the host.
+        targets_of_one: Targets of each sample alone.
+        indices: Which samples.
+    """
+
+    inputs: Any
+    targets: Any
+    targets_of_one: list[Any]
+    indices: list[int]
+
+
+def check_dataset(dataset: Any, where: str) -> None:
+    """Refuse what is not a map-style data set with at least one sample.
+
+    Raises:
+        ConfigError: It has no length, or gives no sample for an index.
+        DataError: It is empty.
+    """
+    by_index = isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")
+    if not by_index or isinstance(dataset, IterableDataset):
+        raise ConfigError(
+            f"{where} is a {type(dataset).__name__}, which has no length or no samples by index; "
+            "name a map-style data set (streaming data sets are not supported)."
+        )
+    if len(dataset) == 0:
+        raise DataError(f"{where} is empty; name a data set with at least one sample.")
+
+
+def read_batch(dataset: Any, where: str, *, batch_size: int, collate: Collate | None) -> Batch:
+    """Read a few samples, spread over a data set, in the way of an evaluation.
+
+    Args:
+        dataset: Map-style data set with at least one sample.
+        where: Its key, for errors.
+        batch_size: Samples of a micro-batch.
+        collate: Function from a list of samples to a batch; None: torch's default_collate.
+
+    Raises:
+        DataError: The samples cannot be read.
+    """
+    samples = min(len(dataset), max(2, min(_MOST_SAMPLES, batch_size)))
+    indices = np.linspace(0, len(dataset) - 1, samples).astype(np.int64)
+    fetcher = Fetcher(dataset, where, 0, collate)
+    read = fetcher.read_with_singles(Request(EVAL_EPOCH, indices))
+    if isinstance(read, Unreadable):
+        raise DataError(read.message)
+    (inputs, targets), singles = read
+    return Batch(inputs, targets, [target for _, target in singles], indices.tolist())
+
+
+def choose_spread(model: nn.Module, inputs: Any, samples: int) -> Spread:
+    """Choose how inputs reach a model, by the signature of its ``forward``.
+
+    A mapping becomes keyword arguments, and a list or tuple positional ones, where ``forward``
+    takes several arguments that these fit. A list of one entry per sample, as detection models
+    take, is one argument.
+
+    Args:
+        model: The module.
+        inputs: Inputs of a batch.
+        samples: Number of samples in it.
+    """
+    if not isinstance(inputs, (Mapping, list, tuple)):
+        return "whole"
+    parameters = _parameters_of(model)
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if isinstance(inputs, Mapping):
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        fits = takes_any or set(inputs) <= {p.name for p in named}
+        return "keywords" if fits and (len(named) > 1 or takes_any) else "whole"
+    takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    required = [p for p in positional if p.default is p.empty]
+    fits = len(required) <= len(inputs) and (takes_any or len(inputs) <= len(positional))
+    several = takes_any or len(positional) > 1
+    is_rows = len(required) <= 1 and not _are_columns(inputs, samples)
+    return "positions" if fits and several and not is_rows else "whole"
+
+
+def _parameters_of(model: nn.Module) -> list[inspect.Parameter]:
+    """List what ``forward`` takes; a compiled model takes what the model below it does."""
+    original = getattr(model, "_orig_mod", model)
+    try:
+        return list(inspect.signature(original.forward).parameters.values())
+    except (TypeError, ValueError):  # a forward that is not written in Python
+        return []
+
+
+def _are_columns(inputs: list[Any] | tuple[Any, ...], samples: int) -> bool:
+    """Whether each entry has a row for every sample, rather than each sample an entry."""
+    return all(
+        isinstance(each, torch.Tensor) and each.ndim > 0 and len(each) == samples for each in inputs
+    )
 
 
 def is_materialized(model: nn.Module) -> bool:
@@ -62,6 +168,38 @@ def _lazy_names(model: nn.Module) -> list[str]:
     return [name for name, tensor in named if is_lazy(tensor)]
 
 
+class Given(NamedTuple):
+    """What the caller of ``fit`` brings; the configuration describes the rest.
+
+    Args:
+        model: Module to train.
+        loss: Module or function of (outputs, targets).
+        train_set: Map-style data set of (input, target).
+        eval_set: The same, held out.
+    """
+
+    model: nn.Module | None = None
+    loss: LossFunction | None = None
+    train_set: Any = None
+    eval_set: Any = None
+
+
+class Reading(NamedTuple):
+    """How samples are read.
+
+    Args:
+        batch_size: Samples of a micro-batch.
+        workers: Loader processes; 0 reads in this process.
+        seed: Seed of the run.
+        collate: Function from a list of samples to a batch; None: torch's default_collate.
+    """
+
+    batch_size: int
+    workers: int
+    seed: int
+    collate: Collate | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Components:
     """What the user brings: a model, a loss and data, on the host.
@@ -72,7 +210,7 @@ class Components:
         loss_name: What the loss is, from ``describe_loss``.
         train_set: Map-style data set of (input, target).
         eval_set: The same, held out; None trains without evaluation.
-        collate: Function from a list of samples to a batch; None: torch's default_collate.
+        reading: How samples are read.
         files: What the data sets have opened since nothing was read from them.
     """
 
@@ -81,56 +219,55 @@ class Components:
     loss_name: str
     train_set: Any
     eval_set: Any | None
-    collate: Collate | None = None
+    reading: Reading
     files: OpenFiles = field(default_factory=OpenFiles)
 
 
 def gather_components(
-    config: RunConfig,
-    model: nn.Module | None,
-    loss: LossFunction | None,
-    train_set: Any,
-    eval_set: Any,
+    given: Given, *, model: Component, loss: Component, data: DataConfig, seed: int
 ) -> Components:
     """Take what is given, build the rest from the configuration.
 
     A given training set without a held-out set means that there is none.
 
+    Args:
+        given: What the caller brings.
+        model: Section ``model`` of the configuration.
+        loss: Section ``loss``.
+        data: Section ``data``.
+        seed: Seed of the run.
+
     Raises:
         ConfigError: Something is of the wrong kind.
         DataError: A data set cannot be opened, or is empty.
     """
+    train_set, eval_set = given.train_set, given.eval_set
     if train_set is None:
-        train_set = instantiate(config.data.train, "data.train", failure=DataError)
-        if eval_set is None and config.data.eval is not None:
-            eval_set = instantiate(config.data.eval, "data.eval", failure=DataError)
+        train_set = instantiate(data.train, "data.train", failure=DataError)
+        if eval_set is None and data.eval is not None:
+            eval_set = instantiate(data.eval, "data.eval", failure=DataError)
     check_dataset(train_set, "data.train")
     if eval_set is not None:
         check_dataset(eval_set, "data.eval")
     files = OpenFiles(train_set, eval_set)
-    model, loss = ready_model(config, model), ready_loss(config, loss)
-    check_loss_parameters(loss_modules(loss, model))
-    collate = ready_collate(config)
-    if not is_materialized(model):
-        size = config.data.batch_size
-        batch = read_batch(train_set, "data.train", batch_size=size, collate=collate)
-        materialize_lazy(model, loss, batch, config.seed)
+    built = ready_model(model, seed, given.model)
+    loss_function = ready_loss(loss, given.loss)
+    check_loss_parameters(loss_modules(loss_function, built))
+    reading = build_reading(data, seed)
+    if not is_materialized(built):
+        batch = read_batch(
+            train_set, "data.train", batch_size=reading.batch_size, collate=reading.collate
+        )
+        materialize_lazy(built, loss_function, batch, seed)
     return Components(
-        model=model,
-        loss=as_module(loss),  # of a function of torch, whose units are known
-        loss_name=describe_loss(loss),
+        model=built,
+        loss=as_module(loss_function),  # of a function of torch, whose units are known
+        loss_name=describe_loss(loss_function),
         train_set=train_set,
         eval_set=eval_set,
-        collate=collate,
+        reading=reading,
         files=files,
     )
-
-
-def mark_training_set(config: RunConfig, train_set: Any) -> Marks:
-    """Mark some samples of a training set; see ``mark_samples``. None has no marks."""
-    if train_set is None:
-        return {}
-    return mark_samples(train_set, "data.train", config.seed, ready_collate(config))
 
 
 def materialize_lazy(model: nn.Module, loss: LossFunction, batch: Batch, seed: int) -> None:
@@ -150,15 +287,20 @@ def materialize_lazy(model: nn.Module, loss: LossFunction, batch: Batch, seed: i
     materialize(model, batch.inputs, objective.outputs, seed_for("weights", seed))
 
 
-def ready_model(config: RunConfig, model: nn.Module | None = None) -> nn.Module:
+def ready_model(component: Component, seed: int, model: nn.Module | None = None) -> nn.Module:
     """Take the model that is given, or build the one of the configuration.
+
+    Args:
+        component: Section ``model`` of the configuration.
+        seed: Seed of the run.
+        model: The one that is given; None builds the other.
 
     Raises:
         ConfigError: It is no module.
     """
     # The weights follow from the seed alone: not from what the data sets drew before.
-    torch.manual_seed(seed_for("weights", config.seed))
-    model = instantiate(config.model, "model") if model is None else model
+    torch.manual_seed(seed_for("weights", seed))
+    model = instantiate(component, "model") if model is None else model
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"model is a {type(model).__name__}; name a torch.nn.Module, or a function that "
@@ -173,13 +315,13 @@ def ready_model(config: RunConfig, model: nn.Module | None = None) -> nn.Module:
     return model
 
 
-def ready_loss(config: RunConfig, loss: LossFunction | None = None) -> LossFunction:
+def ready_loss(component: Component, loss: LossFunction | None = None) -> LossFunction:
     """Take the loss that is given, or build the one of the configuration.
 
     Raises:
         ConfigError: It cannot be called, or is a class, whose call would make a loss.
     """
-    loss = instantiate(config.loss, "loss") if loss is None else loss
+    loss = instantiate(component, "loss") if loss is None else loss
     if not callable(loss) or isinstance(loss, type):
         raise ConfigError(
             f"loss is a {type(loss).__name__}; name a module or function of (outputs, targets)."
@@ -187,18 +329,16 @@ def ready_loss(config: RunConfig, loss: LossFunction | None = None) -> LossFunct
     return loss
 
 
-def ready_collate(config: RunConfig) -> Collate | None:
-    """Build the collate function of the configuration; None if it names none.
+def build_reading(data: DataConfig, seed: int) -> Reading:
+    """Build the collate function of section ``data``, if it names one, and tell how to read.
 
     Raises:
-        ConfigError: It cannot be called.
+        ConfigError: The collate function cannot be called.
     """
-    if config.data.collate is None:
-        return None
-    collate = instantiate(config.data.collate, "data.collate")
-    if not callable(collate):
+    collate = None if data.collate is None else instantiate(data.collate, "data.collate")
+    if data.collate is not None and not callable(collate):
         raise ConfigError(
             f"data.collate is a {type(collate).__name__}; name a function from a list of samples "
             "to a batch (inputs, targets)."
         )
-    return collate  # type: ignore[no-any-return]
+    return Reading(data.batch_size, data.workers, seed, collate)

@@ -4,6 +4,7 @@ The training loop: step, sync, evaluation, checkpoint.
 """
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from ddp_sgd.checkpointing.checkpointer import Checkpointer
+from ddp_sgd.checkpointing.checkpointer import Checkpointer, open_checkpointer
+from ddp_sgd.checkpointing.manifest import SkippedSteps
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.data.loader import StepBatches
 from ddp_sgd.distributed.error_propagation import propagate_errors
@@ -19,22 +21,29 @@ from ddp_sgd.distributed.error_watch import end_process
 from ddp_sgd.distributed.hang_watch import watch_for_hangs
 from ddp_sgd.distributed.progress import Phase
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.checkpoint import open_checkpointer
-from ddp_sgd.engine.components import gather_components, mark_training_set
-from ddp_sgd.engine.error_translation import refuse_divergence, translate_errors
+from ddp_sgd.engine.components import Given, Reading, build_reading, gather_components
 from ddp_sgd.engine.evaluation import Interrupted
-from ddp_sgd.engine.fingerprint import refuse_data_of_another_run
-from ddp_sgd.engine.rank_consistency import require_consistency
-from ddp_sgd.engine.restoring import hand_over, refuse_other_parts
+from ddp_sgd.engine.rank_consistency import Identity, mark_training_set, require_consistency
 from ddp_sgd.engine.result import RunResult, build_result
-from ddp_sgd.engine.resume import find_resume_point
+from ddp_sgd.engine.resume import (
+    ResumePoint,
+    find_resume_point,
+    plan_from,
+    refuse_data_of_another_run,
+)
 from ddp_sgd.engine.setup import TrainContext, build_context
 from ddp_sgd.engine.sync import RankSync, SyncResult
-from ddp_sgd.engine.train_state import State
+from ddp_sgd.engine.train_state import hand_over, refuse_other_parts
 from ddp_sgd.engine.triggers import Deadline, HasReason, StopRequest, Timetable, stop_on_signal
+from ddp_sgd.errors import DivergedError
 from ddp_sgd.losses import LossFunction
+from ddp_sgd.optim.schedule import Schedule, build_schedule
 from ddp_sgd.report.reporter import Reporter, open_report, tell_of_the_end
 from ddp_sgd.report.run_folder import RunFolder, claim_run_folder
+from ddp_sgd.torch_errors import translate_errors
+
+_PATIENCE = 10
+"""Steps in a row without a finite gradient that end a run."""
 
 
 class Loop:
@@ -42,29 +51,31 @@ class Loop:
 
     Args:
         context: The run; its state moves.
+        schedule: Factor of the peak rate for each step.
+        seed_for_step: Seed of what the model draws in a step, on this rank.
+        timetable: When the model is scored; is told how long saves and evaluations take.
         rank_sync: The periodic all-reduce besides that of gradients.
         checkpointer: Saves the state.
         report: Where measurements go.
-        deadline: Is told how long saves and evaluations take.
-        score_every: Epochs between evaluations.
     """
 
     def __init__(
         self,
         context: TrainContext,
+        schedule: Schedule,
+        seed_for_step: Callable[[int], int],
+        timetable: Timetable,
         rank_sync: RankSync,
-        checkpointer: Checkpointer[State],
+        checkpointer: Checkpointer,
         report: Reporter,
-        deadline: Deadline,
-        *,
-        score_every: int,
     ) -> None:
         self._context = context
+        self._schedule = schedule
+        self._seed_for_step = seed_for_step
+        self._timetable = timetable
         self._rank_sync = rank_sync
         self._checkpointer = checkpointer
         self._report = report
-        self._deadline = deadline
-        self._score_every = score_every
 
     def run(self) -> None:
         """Take steps; whatever ends them, the state is saved at the last one.
@@ -94,13 +105,13 @@ class Loop:
 
     def _save(self) -> None:
         self._context.progress.enter(Phase.SAVE)
-        self._checkpointer.save(self._context.state, self._context.wrapper.state_dict())
+        self._checkpointer.save(*self._context.state_dict())
 
     def _take_step(self, batches: StepBatches) -> SyncResult | None:
         """Take a step, and log what the ranks have synchronized, if it was time."""
         context, state = self._context, self._context.state
-        lr = context.rate(state.step)
-        context.seed_model(state.step)
+        lr = context.plan.peak_lr * self._schedule(state.step)
+        context.randomness.seed(self._seed_for_step(state.step))
         result = context.stepper.step(batches, lr)
         state.step += 1
         context.progress.enter(Phase.SYNC)
@@ -110,7 +121,7 @@ class Loop:
             self._report.train(synced.row)
             refuse_divergence(synced.skipped, lr)
             self._checkpointer.poll()
-            self._deadline.save_s = self._checkpointer.save_s
+            self._timetable.deadline.save_s = self._checkpointer.save_s
         return synced
 
     def _is_to_stop(self, synced: SyncResult | None) -> bool:
@@ -122,10 +133,7 @@ class Loop:
     def _score_if_due(self) -> bool:
         """Score at the end of an epoch; False if a stop request cut that short, on any rank."""
         context, state = self._context, self._context.state
-        if (
-            not context.plan.ends_epochs(state.step, self._score_every)
-            or state.scored_at == state.step
-        ):
+        if not self._timetable.score_is_due_at(state.step) or state.scored_at == state.step:
             return True
 
         def is_unwanted() -> bool:
@@ -138,7 +146,7 @@ class Loop:
         except Interrupted:
             return False
         self._report.eval(state.scores)
-        self._deadline.score_s = time.perf_counter() - start
+        self._timetable.deadline.score_s = time.perf_counter() - start
         return True
 
 
@@ -179,6 +187,7 @@ def fit(
         >>> with start_runtime() as runtime:  # doctest: +SKIP
         ...     fit(RunConfig(epochs=3), runtime).scores["eval/accuracy"]
     """
+    given = Given(model, loss, train_set, eval_set)
     with (
         nullcontext(_stop_request(stop)) if stop is not None else stop_on_signal() as request,
         claim_run_folder(config, runtime) as folder,
@@ -186,47 +195,97 @@ def fit(
         request.force = partial(end_process, error_propagation=runtime.error_propagation)
         resume_point = find_resume_point(config, folder, runtime)
         if resume_point.ending:
-            refuse_other_parts(resume_point.header, train_set, loss)
-            marks_of = partial(mark_training_set, config, train_set)
-            refuse_data_of_another_run(resume_point, marks_of, runtime)
-            return _repeat_result(resume_point.ending, resume_point.file, model, runtime, folder)
+            reading = build_reading(config.data, config.seed)
+            return _repeat_result(
+                resume_point.ending, resume_point, given, reading, runtime, folder
+            )
         with (
             open_report(config, runtime, folder, resume_point.origin) as report,
             propagate_errors(runtime.error_propagation),
-            translate_errors(request),
+            translate_errors(lambda: request.reason),
         ):
-            components = gather_components(config, model, loss, train_set, eval_set)
-            marks = require_consistency(config, components, runtime)
-            context = build_context(config, components, runtime, resume_point, marks)
-            report.start(context.plan, context.state, context.notes)
-            with (
-                open_checkpointer(config, context, resume_point, folder, report) as checkpointer,
-                _hang_watch(config, context, runtime, report, request),
-            ):
-                deadline = Deadline(resume_point.deadline)
-                rank_sync = _rank_sync(config, context, runtime, request, deadline)
-                every = config.eval.every_epochs
-                request.defer()  # from here on a stop waits for the end of a step
-                Loop(context, rank_sync, checkpointer, report, deadline, score_every=every).run()
-                result = build_result(
-                    context.state, context.plan, context.wrapper, context.shares, runtime
-                )
-            report.end(result.as_row())
-            return result
+            return _train(config, given, runtime, resume_point, folder, report, request)
+
+
+def _train(
+    config: RunConfig,
+    given: Given,
+    runtime: Runtime,
+    resume_point: ResumePoint,
+    folder: RunFolder | None,
+    report: Reporter,
+    request: StopRequest,
+) -> RunResult:
+    """Set the run up, train, and build the result."""
+    settings = config.model_dump(mode="json")
+    components = gather_components(
+        given, model=config.model, loss=config.loss, data=config.data, seed=config.seed
+    )
+    marks = require_consistency(settings, components, runtime)
+    identity = Identity(
+        run_id=resume_point.run_id, config=settings, loss=components.loss_name, marks=marks
+    )
+    samples = len(components.train_set)
+    plan = plan_from(config, resume_point.header, samples=samples, world_size=runtime.world_size)
+    context = build_context(
+        components,
+        plan,
+        runtime,
+        resume_point,
+        identity,
+        optim=config.optim,
+        parallel=config.parallel,
+    )
+    report.start(plan, context.state, context.notes)
+    timetable = Timetable(
+        config.checkpoint,
+        plan,
+        row_steps=config.log.every_steps,
+        score_epochs=config.eval.every_epochs,
+        deadline=Deadline(resume_point.deadline),
+    )
+    rank_sync = RankSync(plan, runtime, request, timetable, context.shares, context.state)
+    schedule = build_schedule(config.schedule, plan)
+    logs = Path(config.output_dir) / config.name / "logs"
+    seed_for_step = partial(runtime.seed_for, "model", config.seed)
+    with (
+        _checkpointer(context, folder, report, keep=config.checkpoint.keep) as checkpointer,
+        _hang_watch(context, report, request, hang_s=config.runtime.hang_s, stacks=logs),
+    ):
+        request.defer()  # from here on a stop waits for the end of a step
+        Loop(context, schedule, seed_for_step, timetable, rank_sync, checkpointer, report).run()
+        result = build_result(context.state, plan, context.wrapper, context.shares, runtime)
+    report.end(result.as_row())
+    return result
+
+
+def _checkpointer(
+    context: TrainContext, folder: RunFolder | None, report: Reporter, *, keep: int
+) -> AbstractContextManager[Checkpointer]:
+    _, tensors = context.state_dict()
+    return open_checkpointer(
+        folder.path if folder else None,
+        tensors,
+        device=context.runtime.device,
+        keep=keep,
+        before=report.catch_up,  # a run that is killed has every row up to where it goes on
+        report=lambda header, row: report.checkpoint(header.step, row),
+    )
 
 
 def _hang_watch(
-    config: RunConfig,
     context: TrainContext,
-    runtime: Runtime,
     report: Reporter,
     request: StopRequest,
+    *,
+    hang_s: float | None,
+    stacks: Path,
 ) -> AbstractContextManager[None]:
     return watch_for_hangs(
-        runtime,
+        context.runtime,
         context.progress,
-        hang_s=config.runtime.hang_s,
-        stacks=Path(config.output_dir) / config.name / "logs",
+        hang_s=hang_s,
+        stacks=stacks,
         on_hang=report.fail,
         on_orphaned=lambda: request.ask("the launcher is gone"),
     )
@@ -234,14 +293,18 @@ def _hang_watch(
 
 def _repeat_result(
     result: RunResult,
-    file: Path | None,
-    model: nn.Module | None,
+    resume_point: ResumePoint,
+    given: Given,
+    reading: Reading,
     runtime: Runtime,
     folder: RunFolder | None,
 ) -> RunResult:
     """Return the result of a run that is finished; a model that was given gets its weights."""
-    if model is not None:
-        hand_over(model, file, runtime)
+    refuse_other_parts(resume_point.header, given.train_set, given.loss)
+    marks_of = partial(mark_training_set, given.train_set, reading)
+    refuse_data_of_another_run(resume_point, marks_of, runtime)
+    if given.model is not None:
+        hand_over(given.model, resume_point.file, runtime)
     tell_of_the_end(result.as_row(), folder)
     return result
 
@@ -250,19 +313,18 @@ def _stop_request(stop: HasReason) -> StopRequest:
     return stop if isinstance(stop, StopRequest) else StopRequest(stop)
 
 
-def _rank_sync(
-    config: RunConfig,
-    context: TrainContext,
-    runtime: Runtime,
-    request: StopRequest,
-    deadline: Deadline,
-) -> RankSync:
-    return RankSync(
-        context.plan,
-        runtime,
-        request,
-        Timetable(config.checkpoint, context.plan, row_steps=config.log.every_steps),
-        deadline,
-        context.shares,
-        context.state,
-    )
+def refuse_divergence(skipped: SkippedSteps, lr: float) -> None:
+    """End a run whose gradients stay non-finite.
+
+    Args:
+        skipped: Steps without a finite gradient.
+        lr: Rate of the last step.
+
+    Raises:
+        DivergedError: There were 10 or more.
+    """
+    if skipped.longest_row >= _PATIENCE:
+        raise DivergedError(
+            f"the gradient is not finite for {skipped.longest_row} steps in a row at a rate of "
+            f"{lr:g}; lower optim.lr, warm up longer, set optim.clip_norm, or look for bad samples."
+        )

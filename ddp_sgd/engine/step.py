@@ -72,7 +72,7 @@ class Stepper:
         self._progress = progress
         self._clip_norm = clip_norm
         self._buffers = buffers or None
-        self._parameters = [p for group in optimizer.groups for p in group.parameters]
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def step(self, batches: StepBatches, lr: float) -> StepResult:
         """Take one step on the mean gradient over every unit of every rank.
