@@ -52,8 +52,7 @@ def _add_options(parser: ArgumentParser) -> None:
         "--exit_code",
         type=int,
         metavar="N",
-        help="what a rank ended with, should rank 0 have left no result; left out if none said a "
-        "word",
+        help="exit code that a rank left, in case rank 0 wrote no result; left out if none did",
     )
     parser.add_argument(
         "--launcher_code", type=int, default=0, metavar="N", help="what srun ended with"
@@ -74,7 +73,7 @@ def _add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--answer",
         metavar="FILE",
-        help="file that is made if the job is to be requeued; it says 'now', or 'later' where a "
+        help="file that is made if the job is to be requeued; it holds 'now', or 'later' where a "
         "node may be dead, which SLURM notices by itself after a while",
     )
 
