@@ -151,7 +151,9 @@ def backward(loss: torch.Tensor, gradient: torch.Tensor) -> None:
         gradient: The same, on the same device.
 
     What ``loss.backward(gradient)`` comes to. That imports sympy for a look at the shape, half a
-    second in the first step, and takes 18 us more in every step.
+    second in the first step, and takes 18 us more in every step. ``(loss * factor).backward()``
+    gives the same bits without sympy, but makes forward and backward pass of the digits MLP a
+    quarter slower.
     """
     keep_graph = create_graph = False
     torch.autograd.Variable._execution_engine.run_backward(

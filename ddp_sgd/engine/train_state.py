@@ -26,7 +26,6 @@ from ddp_sgd.engine.buffers import (
     buffer_at,
     buffers_by_name,
     is_saved,
-    unset_buffers,
 )
 from ddp_sgd.engine.evaluation import Metrics
 from ddp_sgd.errors import RefusedError
@@ -157,11 +156,7 @@ def refuse_misfit(
     Raises:
         RefusedError: It does not fit; the message lists what differs.
     """
-    differences = model_misfits(tensors["model"], model)
-    if header.plan["samples"] != samples:
-        differences.append(f"data.train had {header.plan['samples']} samples, has {samples}")
-    if header.loss != loss:
-        differences.append(f"the loss was {header.loss}, is {loss}")
+    differences = model_misfits(tensors["model"], model) + _other_parts(header, samples, loss)
     order = header.versions.get("order", "torch.randperm")
     if header.position and order != ORDER:  # some samples of the epoch would count twice
         differences.append(f"the order of samples was {order}, is {ORDER}")
@@ -180,13 +175,20 @@ def refuse_other_parts(header: Header | None, train_set: Any, loss: LossFunction
     Raises:
         RefusedError: They are not those of the run.
     """
-    differences = []
-    if header and train_set is not None and len(train_set) != header.plan["samples"]:
-        differences.append(f"data.train had {header.plan['samples']} samples, has {len(train_set)}")
-    if header and loss is not None and describe_loss(loss) != header.loss:
-        differences.append(f"the loss was {header.loss}, is {describe_loss(loss)}")
-    if header and differences:
+    samples = None if train_set is None else len(train_set)
+    name = None if loss is None else describe_loss(loss)
+    if header and (differences := _other_parts(header, samples, name)):
         raise _misfit(header.step, differences)
+
+
+def _other_parts(header: Header, samples: int | None, loss: str | None) -> list[str]:
+    """List where length of the data, and loss, differ from those of a run; None is equal."""
+    differences = []
+    if samples not in (None, header.plan["samples"]):
+        differences.append(f"data.train had {header.plan['samples']} samples, has {samples}")
+    if loss not in (None, header.loss):
+        differences.append(f"the loss was {header.loss}, is {loss}")
+    return differences
 
 
 def hand_over(model: nn.Module, file: Path | None, runtime: Runtime) -> None:
@@ -225,7 +227,7 @@ def restore(model: nn.Module, tensors: Mapping[str, Any]) -> None:
         saved = tensors["model"].get(name)
         if isinstance(saved, torch.Tensor) and not buffer_at(place).numel():
             buffer_at(place).resize_(saved.shape)  # sized at its first use
-    for name, (module, own) in unset_buffers(model).items():
+    for name, (module, own) in buffers_by_name({"": model}, unset=True).items():
         saved = tensors["model"].get(name)
         if isinstance(saved, torch.Tensor):
             module._buffers[own] = torch.empty_like(saved)  # made at its first use
@@ -248,7 +250,7 @@ def model_misfits(saved: Mapping[str, Any], model: nn.Module) -> list[str]:
         name
         for name, place in buffers_by_name({"": model}).items()
         if not buffer_at(place).numel() or _loads_by_itself(place[0])
-    } | unset_buffers(model).keys()
+    } | buffers_by_name({"": model}, unset=True).keys()
     now = {name: value for name, value in model.state_dict().items() if name not in resized}
     return misfits({name: v for name, v in saved.items() if name not in resized}, now)
 
