@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any
 
 from ddp_sgd.checkpointing.inspection import (
     epochs_of,
@@ -20,20 +20,13 @@ from ddp_sgd.checkpointing.inspection import (
     listing_lines,
 )
 from ddp_sgd.cli import exit_code_of
-from ddp_sgd.console import deliver
+from ddp_sgd.console import Parser, deliver
 from ddp_sgd.errors import ConfigError, DataError, ExitCode
 
 _PROGRAM = "python -m ddp_sgd.checkpoint"
 _CHECKPOINT = "a checkpoint, a link to one, or a run folder, which stands for its newest whole one"
 _DIFFERENT = 1
 """What ``diff`` returns for checkpoints that differ, as diff(1) does."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are ours."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see {self.prog} --help.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,28 +40,55 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
-    if argv and not argv[0].startswith("-") and argv[0] not in _COMMANDS:
-        near = difflib.get_close_matches(argv[0], _COMMANDS, n=1)
-        remedy = f"did you mean {near[0]}?" if near else f"choose {', '.join(_COMMANDS)}."
+    parser = Parser(prog=_PROGRAM, description="Work on checkpoints.", allow_abbrev=False)
+    commands = _add_commands(parser)
+    if argv and not argv[0].startswith("-") and argv[0] not in commands:
+        near = difflib.get_close_matches(argv[0], commands, n=1)
+        remedy = f"did you mean {near[0]}?" if near else f"choose {', '.join(commands)}."
         raise ConfigError(f"unknown command {argv[0]}; {remedy}")
     try:
-        asked = _parser().parse_args(argv)
+        asked = parser.parse_args(argv)
     except SystemExit:  # after --help
         deliver("")
         return ExitCode.DONE
     return int(asked.work(asked))
 
 
-def _parser() -> _Parser:
-    parser = _Parser(prog=_PROGRAM, description="Work on checkpoints.", allow_abbrev=False)
-    below = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
-    for name, (work, about, arguments) in _COMMANDS.items():
+def _add_commands(parser: Parser) -> Mapping[str, Parser]:
+    below = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, work: Callable[[argparse.Namespace], int], about: str) -> Parser:
         command = below.add_parser(name, help=about, description=about, allow_abbrev=False)
-        command.set_defaults(work=work)
         command.add_argument("--debug", action="store_true", help="print tracebacks as well")
-        for flag, settings in arguments.items():
-            command.add_argument(flag, **settings)
-    return parser
+        command.set_defaults(work=work)
+        return command
+
+    ls = add("ls", _ls, "List the checkpoints of a run, without reading them.")
+    ls.add_argument("folder", type=Path, metavar="RUN", help="a run folder, or its checkpoints")
+
+    about = "Compare every byte with what was written; exits 65 unless all are whole."
+    verify = add("verify", _verify, about)
+    paths = "checkpoints, or folders, which stand for all in them"
+    verify.add_argument("paths", type=Path, nargs="+", metavar="PATH", help=paths)
+
+    about = "Write the weights as safetensors, and the configuration as YAML beside them."
+    export = add("export", _export, about)
+    export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=_CHECKPOINT)
+    export.add_argument("output", type=Path, metavar="OUT.safetensors", help="where to")
+    export.add_argument("--force", action="store_true", help="replace files that exist")
+
+    about = "Average the weights of checkpoints into a checkpoint of its own, without momentum."
+    average = add("average", _average, about)
+    paths = "checkpoints, or run folders, which stand for all whole ones in them"
+    average.add_argument("paths", type=Path, nargs="+", metavar="RUN_OR_CHECKPOINT", help=paths)
+    average.add_argument("--last", type=int, metavar="K", help="the newest K of these only")
+    output = "folder to make; give it to evaluate, or as --resume=FOLDER"
+    average.add_argument("--output", type=Path, required=True, metavar="FOLDER", help=output)
+
+    diff = add("diff", _diff, "Compare two checkpoints; exits 1 if they differ.")
+    diff.add_argument("first", type=Path, metavar="A", help=_CHECKPOINT)
+    diff.add_argument("second", type=Path, metavar="B", help=_CHECKPOINT)
+    return below.choices
 
 
 def _ls(asked: argparse.Namespace) -> int:
@@ -154,64 +174,6 @@ def _settings(header: Any) -> dict[str, Any]:
 
 def _say(line: str) -> None:
     deliver(f"{line}\n")
-
-
-_Work = Callable[[argparse.Namespace], int]
-_COMMANDS: Mapping[str, tuple[_Work, str, Mapping[str, Mapping[str, Any]]]] = {
-    "ls": (
-        _ls,
-        "List the checkpoints of a run, without reading them.",
-        {"folder": {"type": Path, "metavar": "RUN", "help": "a run folder, or its checkpoints"}},
-    ),
-    "verify": (
-        _verify,
-        "Compare every byte with what was written; exits 65 unless all are whole.",
-        {
-            "paths": {
-                "type": Path,
-                "nargs": "+",
-                "metavar": "PATH",
-                "help": "checkpoints, or folders, which stand for all in them",
-            }
-        },
-    ),
-    "export": (
-        _export,
-        "Write the weights as safetensors, and the configuration as YAML beside them.",
-        {
-            "checkpoint": {"type": Path, "metavar": "CHECKPOINT", "help": _CHECKPOINT},
-            "output": {"type": Path, "metavar": "OUT.safetensors", "help": "where to"},
-            "--force": {"action": "store_true", "help": "replace files that exist"},
-        },
-    ),
-    "average": (
-        _average,
-        "Average the weights of checkpoints into a checkpoint of its own, without momentum.",
-        {
-            "paths": {
-                "type": Path,
-                "nargs": "+",
-                "metavar": "RUN_OR_CHECKPOINT",
-                "help": "checkpoints, or run folders, which stand for all whole ones in them",
-            },
-            "--last": {"type": int, "metavar": "K", "help": "the newest K of these only"},
-            "--output": {
-                "type": Path,
-                "required": True,
-                "metavar": "FOLDER",
-                "help": "folder to make; give it to evaluate, or as --resume=FOLDER",
-            },
-        },
-    ),
-    "diff": (
-        _diff,
-        "Compare two checkpoints; exits 1 if they differ.",
-        {
-            "first": {"type": Path, "metavar": "A", "help": _CHECKPOINT},
-            "second": {"type": Path, "metavar": "B", "help": _CHECKPOINT},
-        },
-    ),
-}
 
 
 if __name__ == "__main__":

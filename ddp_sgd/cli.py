@@ -13,7 +13,9 @@ from ddp_sgd.errors import ExitCode, RemoteError, StoppedError, UserError
 from ddp_sgd.text import mask
 
 if TYPE_CHECKING:
-    from ddp_sgd.config import CommandLine, Option
+    from argparse import ArgumentParser
+
+    from ddp_sgd.config import CommandLine
 
 
 class _End(NamedTuple):
@@ -38,7 +40,7 @@ def run_command(
     *,
     program: str,
     about: str,
-    options: "Sequence[Option]" = (),
+    add_options: "Callable[[ArgumentParser], None] | None" = None,
     argument: str | None = None,
 ) -> int:
     """Run a command and turn whatever happens into an exit code.
@@ -48,7 +50,7 @@ def run_command(
         argv: Arguments after the name of the command; None takes those of the process.
         program: How the command is called, for ``--help``.
         about: One sentence on what it does, for ``--help``.
-        options: Options besides the keys of the configuration.
+        add_options: Adds what the command takes besides the keys of the configuration.
         argument: Name of the one argument that stands alone; None: there is none.
 
     Returns:
@@ -68,7 +70,7 @@ def run_command(
                 os.environ,
                 program=program,
                 about=about,
-                options=options,
+                add_options=add_options,
                 argument=argument,
             )
         if line.text is not None:

@@ -6,15 +6,24 @@ it: the failed stream is redirected to ``/dev/null``, so that nothing else fails
 print of the user's own code nor the flush at the end of the interpreter.
 """
 
+import argparse
 import io
 import os
 import select
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
-from ddp_sgd.errors import OutputError, StoppedError
+from ddp_sgd.errors import ConfigError, OutputError, StoppedError
+
+
+class Parser(argparse.ArgumentParser):
+    """``argparse.ArgumentParser`` whose errors are those of a configuration, on one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the error instead of leaving the process."""
+        raise ConfigError(f"{message}; see {self.prog} --help.")
 
 
 def say(line: str) -> None:

@@ -1,11 +1,13 @@
 """Command: print the plan of a run for any number of ranks, without starting one."""
 
 import sys
+from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from ddp_sgd.cli import run_command
-from ddp_sgd.config import CommandLine, Component, Option, RunConfig
+from ddp_sgd.config import CommandLine, Component, RunConfig
 from ddp_sgd.console import deliver
 from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.instantiate import instantiate
@@ -14,40 +16,6 @@ from ddp_sgd.plan import Plan, make_plan
 from ddp_sgd.report.plan_table import curve, plan_table
 from ddp_sgd.scaling import Network, Workload, scaling_table
 
-_SCALING = (
-    Option(
-        "step_ms",
-        float,
-        "Time of a step of one rank alone, in ms, all micro-batches, such as time/step_ms in the "
-        "journal of a run on one rank; predicts steps, epochs and efficiency for more ranks. Needs "
-        "--bandwidth_gbit and --latency_us.",
-    ),
-    Option(
-        "bandwidth_gbit", float, "Bandwidth of the link that leaves a host, one way, in Gbit/s."
-    ),
-    Option("latency_us", float, "Latency of one message between ranks, in microseconds."),
-    Option(
-        "gradient_mb",
-        float,
-        "Size of all gradients, in MiB; left out, that of the model, which is built for it.",
-    ),
-    Option("ranks_per_host", int, "Ranks on one host; needs --local_bandwidth_gbit."),
-    Option(
-        "local_bandwidth_gbit",
-        float,
-        "Bandwidth between ranks of one host, one way, in Gbit/s; needs --ranks_per_host.",
-    ),
-)
-OPTIONS = (
-    Option("world_size", int, "Ranks to plan for, at least 1.", 1),
-    Option(
-        "samples",
-        int,
-        "Training samples, at least 1; left out, the length of data.train, which is built for it.",
-        None,
-    ),
-    *_SCALING,
-)
 _RANGES = {
     "step_ms": (1e-6, 1e9, 100.0),
     "bandwidth_gbit": (1e-6, 1e6, 10.0),
@@ -69,6 +37,37 @@ _NEEDS = {
 _MIB = 2**20
 
 
+def _add_options(parser: ArgumentParser) -> None:
+    add = partial(parser.add_argument, type=int, metavar="N")
+    add("--world_size", default=1, help="ranks to plan for, at least 1 (default: 1)")
+    add(
+        "--samples",
+        help="training samples, at least 1; left out, the length of data.train, which is built for "
+        "it",
+    )
+    add("--ranks_per_host", help="ranks on one host; needs --local_bandwidth_gbit")
+    add = partial(parser.add_argument, type=float, metavar="X")
+    add(
+        "--step_ms",
+        help="time of a step of one rank alone, in ms, all micro-batches, such as time/step_ms in "
+        "the journal of a run on one rank; predicts steps, epochs and efficiency for more ranks; "
+        "needs --bandwidth_gbit and --latency_us",
+    )
+    add(
+        "--bandwidth_gbit",
+        help="bandwidth of the link that leaves a host, one way, in Gbit/s",
+    )
+    add("--latency_us", help="latency of one message between ranks, in microseconds")
+    add(
+        "--gradient_mb",
+        help="size of all gradients, in MiB; left out, that of the model, which is built for it",
+    )
+    add(
+        "--local_bandwidth_gbit",
+        help="bandwidth between ranks of one host, one way, in Gbit/s; needs --ranks_per_host",
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the plan of a run as a table, with the curve of its rate.
 
@@ -83,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv,
         program="python -m ddp_sgd.explain",
         about="Print the plan of a run for any number of ranks, without starting one.",
-        options=OPTIONS,
+        add_options=_add_options,
     )
 
 

@@ -6,6 +6,7 @@ Batch scripts call it with the options of the run; it touches nothing of SLURM i
 import json
 import os
 import sys
+from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,32 +14,13 @@ from typing import Any
 
 from ddp_sgd.checkpointing.store import FOLDER_NAME, CheckpointFolder
 from ddp_sgd.cli import run_command
-from ddp_sgd.config import CommandLine, Option
+from ddp_sgd.config import CommandLine
 from ddp_sgd.console import say
 from ddp_sgd.distributed.environment import attempt_of_job, times_requeued
 from ddp_sgd.errors import DataError, ExitCode
 from ddp_sgd.files import replace_file
 from ddp_sgd.report.journal import read_journal
 from ddp_sgd.report.run_folder import BEGINNINGS, result_from_rows, write_result
-
-_OPTIONS = (
-    Option(
-        "exit_code",
-        int,
-        "Exit code that a rank left, in case rank 0 wrote no result; left out if none did.",
-        None,
-    ),
-    Option("launcher_code", int, "What srun ended with.", 0),
-    Option("job_state", str, "State of the job by now, as squeue has it.", "RUNNING"),
-    Option("max_requeues", int, "How often the job may go back into the queue, at least 0.", 100),
-    Option(
-        "answer",
-        str,
-        "File that is made if the job is to be requeued. It holds 'now', or 'later' where a node "
-        "may be dead, which SLURM notices by itself after a while.",
-        None,
-    ),
-)
 
 _LOST_LINE = (
     "rank 0 ended without a result; look for its last lines in logs/, and whether its host or its "
@@ -65,6 +47,37 @@ class JobAttempt:
     job_state: str
 
 
+def _add_options(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--exit_code",
+        type=int,
+        metavar="N",
+        help="exit code that a rank left, in case rank 0 wrote no result; left out if none did",
+    )
+    parser.add_argument(
+        "--launcher_code", type=int, default=0, metavar="N", help="what srun ended with"
+    )
+    parser.add_argument(
+        "--job_state",
+        default="RUNNING",
+        metavar="TEXT",
+        help="state of the job by now, as squeue has it (default: RUNNING)",
+    )
+    parser.add_argument(
+        "--max_requeues",
+        type=int,
+        default=100,
+        metavar="N",
+        help="how often the job may go back into the queue, at least 0 (default: 100)",
+    )
+    parser.add_argument(
+        "--answer",
+        metavar="FILE",
+        help="file that is made if the job is to be requeued; it holds 'now', or 'later' where a "
+        "node may be dead, which SLURM notices by itself after a while",
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Decide, and return the exit code of the run.
 
@@ -77,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         program="python -m ddp_sgd.requeue",
         about="Decide whether a SLURM job goes back into the queue, by result.json, the journal "
         "and the checkpoints of its run; the batch scripts in slurm/ call it.",
-        options=_OPTIONS,
+        add_options=_add_options,
     )
 
 

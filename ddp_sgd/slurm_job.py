@@ -8,12 +8,13 @@ import os
 import shlex
 import socket
 import sys
+from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from math import ceil
 from pathlib import Path
 
 from ddp_sgd.cli import run_command
-from ddp_sgd.config import CommandLine, Option
+from ddp_sgd.config import CommandLine
 from ddp_sgd.console import deliver
 from ddp_sgd.distributed.environment import (
     attempt_of_job,
@@ -25,18 +26,18 @@ from ddp_sgd.distributed.environment import (
 from ddp_sgd.distributed.process_exit import EXIT_CODE_FILE
 from ddp_sgd.errors import ConfigError, OutputError
 
-_OPTIONS = (
-    Option(
-        "tasks_per_node",
-        str,
-        "Tasks of each node, as SLURM_TASKS_PER_NODE of the batch script has them: a step, such as "
-        "a container, has others there.",
-        None,
-    ),
-)
 _PORT_STEP = 1009
 """Distance to the next port where one is taken; a prime, so that jobs in a row do not collide."""
 _HIGHEST_PORT = 65_535
+
+
+def _add_options(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--tasks_per_node",
+        metavar="TEXT",
+        help="tasks of each node, as SLURM_TASKS_PER_NODE of the batch script has them: a step, "
+        "such as a container, has others there",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         program="python -m ddp_sgd.slurm_job",
         about="Print where the ranks of a SLURM job meet, how many there are, and where they log, "
         "as variables of a shell; the batch scripts in slurm/ call it.",
-        options=_OPTIONS,
+        add_options=_add_options,
     )
 
 

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from ddp_sgd.cli import exit_code_of, run_command
-from ddp_sgd.config import Option, RunConfig
+from ddp_sgd.config import RunConfig
 from ddp_sgd.errors import ConfigError, DataError, ExitCode, OutputError, RemoteError
 
 
@@ -13,9 +13,9 @@ def _no_launcher(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def _command(work, argv=(), options=()):
+def _command(work, argv=(), add_options=None):
     return run_command(
-        work, list(argv), program="python -m ddp_sgd.try", about="Try it.", options=options
+        work, list(argv), program="python -m ddp_sgd.try", about="Try it.", add_options=add_options
     )
 
 
@@ -32,9 +32,12 @@ def _never(line):
 
 def test_work_gets_the_configuration_and_its_own_options(capsys):
     seen = []
-    count = Option("count", int, "How many.", 3)
     argv = ["--optim.lr=0.25", "--count", "5"]
-    assert _command(seen.append, argv, [count]) == ExitCode.DONE
+
+    def add_options(parser):
+        parser.add_argument("--count", type=int, default=3)
+
+    assert _command(seen.append, argv, add_options) == ExitCode.DONE
     assert seen[0].config == RunConfig.model_validate({"optim": {"lr": 0.25}})
     assert seen[0].options["count"] == 5
     assert capsys.readouterr() == ("", "")

@@ -97,7 +97,11 @@ def test_options_are_laid_over_the_run_s_configuration(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [
-        ([], 64, "CHECKPOINT is not given; write python -m ddp_sgd.evaluate CHECKPOINT, or"),
+        (
+            [],
+            64,
+            "the following arguments are required: CHECKPOINT; see python -m ddp_sgd.evaluate",
+        ),
         (["RUN", "RUN"], 64, "stands alone; write --key=value"),
         (["RUN", "--epoch=3"], 64, "unknown key epoch; did you mean epochs?"),
         (["RUN", "--data.eval=null"], 64, "data.eval is null; name a data set"),

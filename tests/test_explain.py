@@ -134,13 +134,13 @@ def test_a_model_that_is_frozen_has_no_gradients(capsys):
     [
         (["--step_ms=0"], ExitCode.CONFIG, "--step_ms is 0.0; choose a number in [1e-06, 1e+09]"),
         (["--bandwidth_gbit=0"], ExitCode.CONFIG, "--bandwidth_gbit is 0.0; choose a number in"),
-        (["--bandwidth_gbit=.nan"], ExitCode.CONFIG, "--bandwidth_gbit is nan; choose a number"),
-        (["--bandwidth_gbit=.inf"], ExitCode.CONFIG, "--bandwidth_gbit is inf; choose a number"),
+        (["--bandwidth_gbit=nan"], ExitCode.CONFIG, "--bandwidth_gbit is nan; choose a number"),
+        (["--bandwidth_gbit=inf"], ExitCode.CONFIG, "--bandwidth_gbit is inf; choose a number"),
         (["--latency_us=-1"], ExitCode.CONFIG, "--latency_us is -1.0; choose a number in [0, "),
         (["--gradient_mb=0"], ExitCode.CONFIG, "--gradient_mb is 0.0; choose a number in"),
         (["--ranks_per_host=0"], ExitCode.CONFIG, "--ranks_per_host is 0; choose a number in [1"),
         (["--local_bandwidth_gbit=-2"], ExitCode.CONFIG, "--local_bandwidth_gbit is -2.0; choose"),
-        (["--step_ms=x"], ExitCode.CONFIG, "--step_ms is 'x'; choose a number"),
+        (["--step_ms=x"], ExitCode.CONFIG, "--step_ms: invalid float value: 'x'; see python -m"),
         (
             ["--step_ms=5"],
             ExitCode.CONFIG,

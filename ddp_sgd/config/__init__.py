@@ -1,7 +1,11 @@
 """Configuration: typed sections, and loading from files, environment and command line."""
 
-from ddp_sgd.config.command_line import CommandLine, dump_yaml, load_config, read_command_line
-from ddp_sgd.config.keys import Option
+from ddp_sgd.config.command_line import (
+    CommandLine,
+    dump_yaml,
+    load_config,
+    read_command_line,
+)
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.config.sections import (
     CheckpointConfig,
@@ -26,7 +30,6 @@ __all__ = [
     "EvalConfig",
     "LogConfig",
     "OptimConfig",
-    "Option",
     "ParallelConfig",
     "RunConfig",
     "RuntimeConfig",

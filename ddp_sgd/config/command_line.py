@@ -1,21 +1,33 @@
 """Command line and environment parsed into a validated configuration, without slow imports."""
 
+import argparse
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import textwrap
+from argparse import RawDescriptionHelpFormatter as HelpFormatter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
 
 from ddp_sgd.config.faults import explain_faults, nearest, show
-from ddp_sgd.config.keys import OWN_OPTIONS, Option, all_keys
-from ddp_sgd.config.reference import help_text
+from ddp_sgd.config.keys import all_keys
+from ddp_sgd.config.reference import keys_text
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.config.sections import expand_home
 from ddp_sgd.config.sources import Sources, gather, lay_over
 from ddp_sgd.config.yaml_io import write_yaml
+from ddp_sgd.console import Parser
 from ddp_sgd.errors import ConfigError
+
+_KEYS = "keys"
+_EXAMPLES = (
+    "--config=configs/digits.yaml --optim.lr=0.1",
+    "--epochs=5 --data.batch_size=64 --optim.nesterov=true",
+    "--model='{class_path: my_package.Net, init_args: {width: 32}}'",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +58,7 @@ class CommandLine:
         Raises:
             ConfigError: What was given does not fit.
         """
-        return _checked(lay_over(Sources(dict(basis)), self.given), tuple(self.options))
+        return _checked(lay_over(Sources(dict(basis)), self.given), self.options)
 
 
 def read_command_line(
@@ -55,7 +67,7 @@ def read_command_line(
     *,
     program: str,
     about: str,
-    options: Sequence[Option] = (),
+    add_options: Callable[[argparse.ArgumentParser], None] | None = None,
     argument: str | None = None,
 ) -> CommandLine:
     """Read the arguments of a command and the configuration that they describe.
@@ -65,33 +77,32 @@ def read_command_line(
         environ: Environment variables.
         program: How the command is started, such as ``python -m ddp_sgd.train``.
         about: What the command does, for ``--help``.
-        options: Options of this command, besides those of every command.
+        add_options: Adds the options of this command to its parser, besides those of every command.
         argument: Name of the one argument that stands alone, such as ``CHECKPOINT``; the
             configuration then depends on it, and is not printed here. None: there is none.
 
     Raises:
         ConfigError: An argument, a variable, a file or the configuration as a whole is at fault.
     """
-    known = {option.name: option for option in (*OWN_OPTIONS, *options)}
-    done_with = ("config", "help") if argument else ("config", "help", "print_config")
+    width = max(60, min(100, shutil.get_terminal_size().columns))
+    parser = _build_parser(program, about, argument, width)
+    if add_options:
+        add_options(parser)
     if "--help" in argv or "-h" in argv:
-        width = max(60, min(100, shutil.get_terminal_size().columns))
-        usage = f"{program} {argument}" if argument else program
-        text = help_text(usage, about, tuple(known.values()), width=width)
-        return CommandLine(config=RunConfig(), options={}, text=text)
-    found = _sort(argv, known, may_stand_alone=argument is not None)
-    if argument and not found.alone:
-        raise ConfigError(
-            f"{argument} is not given; write {program} {argument}, or --help to see more."
-        )
-    sources = gather(found.files, environ, found.overrides)
-    config = _checked(sources, tuple(known))
+        parser.epilog = keys_text(width=width)
+        return CommandLine(config=RunConfig(), options={}, text=parser.format_help())
+    options, overrides = _parse(parser, argv)
+    names = tuple(options)
+    sources = gather(options.pop("config"), environ, overrides)
+    alone = options.pop(argument) if argument else ""
+    config = _checked(sources, names)
+    prints_config = not argument and options.pop("print_config")
     return CommandLine(
         config=config,
-        options=found.options(*done_with),
-        argument=found.alone,
+        options=options,
+        argument=alone,
         given=Sources(_given(sources.values, sources.origins), sources.origins),
-        text=dump_yaml(config) if found.values["print_config"] and not argument else None,
+        text=dump_yaml(config) if prints_config else None,
     )
 
 
@@ -125,70 +136,79 @@ def dump_yaml(config: RunConfig) -> str:
     return write_yaml(config.model_dump(mode="python"))
 
 
-def _checked(sources: Sources, options: Sequence[str]) -> RunConfig:
+def _checked(sources: Sources, options: Iterable[str]) -> RunConfig:
     try:
         return RunConfig.model_validate(sources.values)
     except ValidationError as error:
         raise explain_faults(error, sources.values, sources.origins, options) from None
 
 
-class _Sorted:
-    """The arguments of a command, each with its kind."""
+def _build_parser(program: str, about: str, argument: str | None, width: int) -> Parser:
+    usage = f"{program} {argument}" if argument else program
+    examples = "\n".join(f"  {usage} {example}" for example in _EXAMPLES)
+    parser = Parser(
+        prog=program,
+        usage=f"{usage} [--config FILE]... [--key=value]...",
+        description=f"{textwrap.fill(about, width)}\n\nexamples:\n{examples}",
+        formatter_class=partial(HelpFormatter, max_help_position=6, width=width),
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    if argument:
+        parser.add_argument(argument, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--config",
+        action="append",
+        type=_path_of_file,
+        default=[],
+        metavar="FILE",
+        help="YAML file; give it again for another file on top of it",
+    )
+    parser.add_argument(
+        "--print_config",
+        action="store_true",
+        help="print the resolved configuration as YAML and exit",
+    )
+    parser.add_argument(
+        "--debug", action="store_true", help="print the traceback of an error as well"
+    )
+    return parser
 
-    def __init__(self, known: Mapping[str, Option]) -> None:
-        self.values = {option.name: option.default for option in known.values()}
-        self.files: list[str] = []
-        self.overrides: list[tuple[str, str]] = []
-        self.alone = ""
 
-    def options(self, *done_with: str) -> dict[str, Any]:
-        """Leave out what is done with once the command line is read."""
-        return {name: value for name, value in self.values.items() if name not in done_with}
-
-
-def _sort(argv: Sequence[str], known: Mapping[str, Option], *, may_stand_alone: bool) -> _Sorted:
-    found = _Sorted(known)
-    for name, value in _pairs(argv, known):
-        if name is None:
-            if not may_stand_alone or found.alone or value.startswith("-"):
-                raise _stray(value)
-            found.alone = value
-        elif name == "config":
-            found.files.append(_path_of_file(value))
-        elif name in known:
-            found.values[name] = known[name].read(value)
-        else:
-            found.overrides.append((name, value))
-    return found
+def _parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Values of the options by name, and the keys that are given with their text, in order."""
+    options = vars(parser.parse_known_args([""])[0])  # each has a default
+    words = [word for word in argv if word.startswith("--") and word != "--"]
+    keys = {word[2:].partition("=")[0] for word in words} - options.keys() - {"help"}
+    for key in keys:
+        # Any name may be a key, below init_args of a component; what is none is found later.
+        parser.add_argument(f"--{key}", dest=_KEYS, action="append", type=partial(_pair, key))
+    try:
+        found, strays = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        name = str(error.argument_name).removeprefix("--")
+        if name in keys:
+            raise _without_value(name, options) from None
+        parser.error(str(error))
+    if strays:
+        raise _stray(strays[0])
+    given = vars(found)
+    return given, given.pop(_KEYS, [])
 
 
 def _path_of_file(path: str) -> str:
+    if not path:
+        raise ConfigError("--config is empty; write --config=configs/digits.yaml.")
     try:
         return expand_home(path)
     except ValueError as error:
         raise ConfigError(f"--config is {show(path)}; {error}.") from error
 
 
-def _pairs(argv: Sequence[str], known: Mapping[str, Option]) -> Iterator[tuple[str | None, str]]:
-    """Names without dashes and their values as text, from both ways of writing them.
-
-    The name of an argument that stands alone is None.
-    """
-    rest = list(argv)
-    while rest:
-        argument = rest.pop(0)
-        if not argument.startswith("--") or argument == "--":
-            yield None, argument
-            continue
-        name, equals, value = argument[2:].partition("=")
-        if value or (equals and name != "config"):
-            yield name, value
-        elif name in known and known[name].kind is bool:
-            yield name, "true"
-        elif not equals and rest and not rest[0].startswith("--"):
-            yield name, rest.pop(0)
-        else:
-            raise _without_value(name, known)
+def _pair(key: str, text: str) -> tuple[str, str]:
+    return key, text
 
 
 def _stray(argument: str) -> ConfigError:
@@ -202,15 +222,12 @@ def _stray(argument: str) -> ConfigError:
     return ConfigError(f"argument {show(argument)} stands alone; {remedy}.")
 
 
-def _without_value(name: str, known: Mapping[str, Option]) -> ConfigError:
-    if name in known:
-        return ConfigError(f"--{name} has no value; write --{name}={known[name].example}.")
-    key = all_keys().get(name)
-    if key is None:
-        near = nearest(name, known)
-        remedy = f"did you mean --{near.removeprefix('--')}?" if near else "see --help."
-        return ConfigError(f"unknown option --{name}; {remedy}")
-    return ConfigError(f"--{name} has no value; write --{key.setting}.")
+def _without_value(name: str, options: Iterable[str]) -> ConfigError:
+    if key := all_keys().get(name):
+        return ConfigError(f"--{name} has no value; write --{key.setting}.")
+    near = nearest(name, options)
+    remedy = f"did you mean --{near.removeprefix('--')}?" if near else "see --help."
+    return ConfigError(f"unknown option --{name}; {remedy}")
 
 
 def _given(values: Mapping[str, Any], origins: Mapping[str, str], path: str = "") -> dict[str, Any]:

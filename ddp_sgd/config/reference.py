@@ -1,50 +1,30 @@
 """Configuration reference for ``--help`` and docs/configuration.md, generated from the sections."""
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from ddp_sgd.config.keys import Key, Option, all_keys, keys_below, yaml_value
-
-_EXAMPLES = (
-    "--config=configs/digits.yaml --optim.lr=0.1",
-    "--epochs=5 --data.batch_size=64 --optim.nesterov=true",
-    "--model='{class_path: my_package.Net, init_args: {width: 32}}'",
-)
+from ddp_sgd.config.keys import Key, all_keys, keys_below, yaml_value
 
 
-def help_text(program: str, about: str, options: Sequence[Option], *, width: int = 100) -> str:
-    """Text of ``--help``: usage, examples, options, and every key by section.
+def keys_text(*, width: int = 100) -> str:
+    """List every key by section, with type, range, default and meaning, as ``--help`` does.
 
     Args:
-        program: How the command is started.
-        about: What the command does.
-        options: Options of the command, those of every command included.
         width: Longest line, in characters.
     """
-    lines = [f"usage: {program} [--config FILE]... [--key=value]...", ""]
-    lines += [*textwrap.wrap(about, width), "", "examples:"]
-    lines += [f"  {program} {example}" for example in _EXAMPLES]
-    lines += ["", "options:"]
-    for option in options:
-        form = f"--{option.name}" if option.kind is bool else f"--{option.name}={_metavar(option)}"
-        default = "" if option.default in (None, False) else f", default {option.default}"
-        lines += _entry(f"{form}{default}", option.help, width)
-    lines += [
-        "",
-        *textwrap.wrap(
-            "Keys of the configuration, as --key=value with a value in YAML, text as it is, or in "
-            "a YAML file. "
-            "Later sources win: defaults, files in order, variables such as DDP_SGD_OPTIM__LR=0.1, "
-            "command line.",
-            width,
-        ),
-    ]
+    lines = textwrap.wrap(
+        "Keys of the configuration, as --key=value with a value in YAML, text as it is, or in a "
+        "YAML file. Later sources win: defaults, files in order, variables such as "
+        "DDP_SGD_OPTIM__LR=0.1, command line.",
+        width,
+    )
     for section, keys in _sections():
         title = f"{section.name}: {section.meaning}" if section else "the run:"
         lines += ["", *textwrap.wrap(title, width)]
         for key in keys:
-            lines += _entry(
-                f"--{key.name}: {_type_of(key)}, default {_default_of(key)}", key.meaning, width
+            head = f"--{key.name}: {_type_of(key)}, default {_default_of(key)}"
+            lines += _wrap(head, width, first=2, rest=4) + _wrap(
+                key.meaning, width, first=6, rest=6
             )
     return "\n".join(lines) + "\n"
 
@@ -80,18 +60,14 @@ def _sections() -> Iterator[tuple[Key | None, tuple[Key, ...]]]:
             yield section, plain(section.name)
 
 
-def _entry(head: str, meaning: str, width: int) -> list[str]:
-    indent = " " * 6
-    head_lines = textwrap.wrap(
-        head, width, initial_indent="  ", subsequent_indent=" " * 4, break_on_hyphens=False
+def _wrap(text: str, width: int, *, first: int, rest: int) -> list[str]:
+    return textwrap.wrap(
+        text,
+        width,
+        initial_indent=" " * first,
+        subsequent_indent=" " * rest,
+        break_on_hyphens=False,
     )
-    return head_lines + textwrap.wrap(
-        meaning, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
-    )
-
-
-def _metavar(option: Option) -> str:
-    return "FILE" if option.name == "config" else {int: "N", float: "X", str: "TEXT"}[option.kind]
 
 
 def _type_of(key: Key) -> str:

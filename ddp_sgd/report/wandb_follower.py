@@ -8,7 +8,6 @@ A row's place in the run is its ``_step`` in W&B. Rows up to the last one that W
 that one is read back from wandb's newest file of the run, or from the server.
 """
 
-import argparse
 import json
 import os
 import select
@@ -22,11 +21,16 @@ from glob import escape
 from pathlib import Path
 from secrets import token_hex
 from threading import Thread
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from ddp_sgd.console import deliver, fill_descriptors, report_error, say
+from ddp_sgd.console import (
+    Parser,
+    deliver,
+    fill_descriptors,
+    report_error,
+    say,
+)
 from ddp_sgd.errors import (
-    ConfigError,
     DataError,
     ExitCode,
     OutputError,
@@ -256,13 +260,6 @@ def _last_place(file: Path) -> int:
     return int(json.loads(last)["history"]["item"]["_step"]) if last else NOWHERE
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are ours."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see {self.prog} --help.")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Complete the W&B run of a run folder, or follow a run that goes on; return the exit code.
 
@@ -279,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _follow_by_hand(argv: Sequence[str] | None) -> None:
-    parser = _Parser(prog=PROGRAM, description="Send the journal of a run to W&B.")
+    parser = Parser(prog=PROGRAM, description="Send the journal of a run to W&B.")
     parser.add_argument("folder", type=Path, metavar="RUN", help="a run folder")
     parser.add_argument("--mode", choices=("online", "offline"), help="instead of wandb.mode")
     try:

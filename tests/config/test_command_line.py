@@ -5,15 +5,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddp_sgd.config import Option, RunConfig, dump_yaml, load_config, read_command_line
+from ddp_sgd.config import RunConfig, dump_yaml, load_config, read_command_line
 from ddp_sgd.errors import ConfigError
 
-OPTIONS = (Option("world_size", int, "Ranks.", 1), Option("samples", int, "Samples."))
+
+def _add_options(parser):
+    parser.add_argument("--world_size", type=int, default=1, metavar="N", help="Ranks: 100 %%.")
+    parser.add_argument("--samples", type=int, help="Samples.")
 
 
 def _read(*argv, environ=None):
     return read_command_line(
-        argv, environ or {}, program="python -m x", about="About x.", options=OPTIONS
+        argv, environ or {}, program="python -m x", about="About x.", add_options=_add_options
     )
 
 
@@ -52,10 +55,9 @@ def test_flags_win_over_the_environment():
 
 
 def test_a_value_may_hold_an_equals_sign_and_the_last_one_wins():
-    line = _read("--model.init_args.x=a=b", "--world_size=2", "--world_size=3", "--debug=false")
+    line = _read("--model.init_args.x=a=b", "--world_size=2", "--world_size=3")
     assert line.config.model.init_args["x"] == "a=b"
     assert line.options["world_size"] == 3
-    assert line.options["debug"] is False
 
 
 @pytest.mark.parametrize(
@@ -71,15 +73,22 @@ def test_a_value_may_hold_an_equals_sign_and_the_last_one_wins():
         (["--optim.scaling"], "--optim.scaling has no value; write --optim.scaling=linear."),
         (["--optim"], "--optim has no value; write --optim.lr=0.05."),
         (["--model"], "--model has no value; write --model.class_path=ddp_sgd.models.MLP."),
-        (["--config"], "--config has no value; write --config=configs/digits.yaml."),
-        (["--config="], "--config has no value; write --config=configs/digits.yaml."),
-        (["--world_size"], "--world_size has no value; write --world_size=1."),
+        (["--optim.lr", "-x"], "--optim.lr has no value; write --optim.lr=0.05."),
+        (["--config"], "argument --config: expected one argument; see python -m x --help."),
+        (["--config="], "--config is empty; write --config=configs/digits.yaml."),
+        (["--world_size"], "argument --world_size: expected one argument; see python -m x --help."),
+        (
+            ["--debug=no"],
+            "argument --debug: ignored explicit argument 'no'; see python -m",
+        ),
+        (["--help=no"], "argument -h/--help: ignored explicit argument 'no'; see python -m x"),
+        (["--confg=x.yaml"], "unknown key confg; did you mean --config?"),
         (["--world-size"], "unknown option --world-size; did you mean --world_size?"),
         (["--momentum"], "unknown option --momentum; did you mean --optim.momentum?"),
         (["--zzzzzz"], "unknown option --zzzzzz; see --help."),
         (["--world-size=3"], "unknown key world-size; did you mean --world_size?"),
         (["--optim.lrr=3"], "unknown key optim.lrr; did you mean optim.lr?"),
-        (["--world_size=x"], "--world_size is 'x'; choose a whole number, such as 1."),
+        (["--world_size=x"], "argument --world_size: invalid int value: 'x'; see python -m x"),
         (["--optim.lr", "-1"], "optim.lr is -1; choose a number above 0, such as 0.05."),
         (["--optim=3"], "optim is 3; set its keys, such as optim.lr=0.05."),
         (["--=3"], "-- names no key; "),
@@ -150,7 +159,9 @@ def test_help_answers_before_anything_is_read(flag, monkeypatch):
     line = _read("--config=no.yaml", flag, environ={"DDP_SGD_X": "3"})
     assert line.text.startswith("usage: python -m x ")
     assert "About x." in line.text
-    assert "--world_size=N" in line.text
+    assert "  --world_size N\n      Ranks: 100 %.\n" in line.text
+    assert "  --config FILE\n" in line.text
+    assert "  --optim.momentum: a value in [0, 1), default 0.9\n" in line.text
 
 
 def _read_alone(*argv, environ=None):
@@ -177,16 +188,24 @@ def test_one_argument_may_stand_alone_anywhere(argv):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "PLACE is not given; write python -m x PLACE, or --help to see more."),
+        ([], "the following arguments are required: PLACE; see python -m x --help."),
         (["here", "there"], "argument 'there' stands alone; "),
-        (["-x"], "argument '-x' stands alone; "),
-        (["--"], "argument '--' stands alone; "),
+        (["here", "-x"], "argument '-x' stands alone; "),
+        (["-x"], "the following arguments are required: PLACE; see python -m x --help."),
     ],
 )
 def test_the_argument_that_stands_alone_is_one(argv, message):
     with pytest.raises(ConfigError) as caught:
         _read_alone(*argv)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_help_fits_the_terminal(width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    text = _read("--help").text
+    listing = text[text.index("options:") :]
+    assert max(len(line) for line in listing.splitlines()) <= max(60, min(100, width))
 
 
 def test_help_names_the_argument_that_stands_alone():

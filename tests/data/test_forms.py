@@ -13,8 +13,8 @@ from ddp_sgd.data.sampler import EvalSampler
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.evaluation import evaluate
 from ddp_sgd.engine.fit import fit
-from ddp_sgd.engine.rescoring import look_up, score_again
 from ddp_sgd.errors import RefusedError
+from ddp_sgd.evaluate import look_up, score_again
 from ddp_sgd.losses import Objective
 
 CPU = torch.device("cpu")

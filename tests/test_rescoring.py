@@ -8,8 +8,8 @@ from ddp_sgd.config import RunConfig, read_command_line
 from ddp_sgd.data import Digits
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.fit import fit
-from ddp_sgd.engine.rescoring import look_up, score_again
 from ddp_sgd.errors import ConfigError, DataError
+from ddp_sgd.evaluate import look_up, score_again
 from ddp_sgd.report.journal import read_journal
 
 
