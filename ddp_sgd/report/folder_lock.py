@@ -287,7 +287,7 @@ def _read(folder: Path) -> _Note | None:
 
 
 def _content(path: Path) -> bytes:
-    with open(_open(path, os.O_RDONLY), "rb") as stream:  # noqa: PTH123  it refuses links
+    with open(_open(path, os.O_RDONLY), "rb") as stream:
         return stream.read(4096)
 
 
