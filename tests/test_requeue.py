@@ -158,7 +158,9 @@ def test_outside_of_slurm_nothing_is_requeued(run, tmp_path, capsys, monkeypatch
 def test_what_cannot_be_written_is_told(run, capsys):
     (run / ".result.json.new").mkdir()
     assert decide("--exit_code=75") == ExitCode.OUTPUT
-    assert "result.json cannot be written: Is a directory; make room" in capsys.readouterr().err
+    assert (
+        "result.json cannot be written: Is a directory; set output_dir" in capsys.readouterr().err
+    )
 
 
 def test_torch_is_not_imported(run):

@@ -23,7 +23,10 @@ def inspect_offline_run(folder: Path) -> list[dict[str, Any]]:
 def offline_records(folder: Path, kind: str) -> list[dict[str, Any]]:
     """Give the records of one kind, such as ``history``, ``summary``, ``run`` or ``exit``."""
     lines = (
-        line for life in offline_folders(folder) for line in _leet("--json", life).splitlines()
+        line
+        for attempt in offline_folders(folder)
+        if any(attempt.glob("*.wandb"))  # else it was killed before wandb made its file
+        for line in _leet("--json", attempt).splitlines()
     )
     return [record for record in map(json.loads, lines) if record["type"] == kind]
 

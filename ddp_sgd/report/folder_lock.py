@@ -151,11 +151,12 @@ class FolderLock:
         self._folder = folder
 
     def release(self) -> None:
-        """Give the folder free. In a process that was forked this only closes its descriptor."""
+        """Release the folder. In a process that was forked this only closes its descriptor."""
         if os.getpid() == self._owner.pid and self._descriptor != -1:
             self._stop()
             with suppress(OSError):
-                if self._taken_over_by is None and self._is_ours(_read(self._folder)):
+                note = _read(self._folder)
+                if self._taken_over_by is None and note and note.owner == self._owner:
                     (self._folder / OWNER_NAME).unlink()
         self._close()
 
@@ -171,25 +172,21 @@ class FolderLock:
 
     def _keep_renewing(self) -> None:
         while not self._over.wait(RENEW_S):
-            with suppress(OSError):  # the next time is soon enough
+            with suppress(OSError, RefusedError):  # the next time is soon enough
                 self._renew()
 
     def _renew(self) -> None:
         note = _read(self._folder)
-        if note is not None and note.owner is not None and not self._is_ours(note):
+        if note and note.owner not in (None, self._owner):
             self._taken_over_by = note.owner
             self._over.set()
-            return
-        self._write(os.O_CREAT)
-
-    def _is_ours(self, note: "_Note | None") -> bool:
-        return note is not None and note.owner == self._owner
+        else:
+            self._write(os.O_CREAT)
 
     def _write(self, flags: int) -> None:
         """Write the note in place, by its name: that is what others read."""
         text = json.dumps({**self._owner._asdict(), "renewed": round(time.time(), 3)}) + "\n"
-        path = self._folder / OWNER_NAME
-        descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | flags, 0o666)
+        descriptor = _open(self._folder / OWNER_NAME, os.O_WRONLY | flags)
         try:
             os.pwrite(descriptor, text.encode(), 0)
             os.ftruncate(descriptor, len(text.encode()))
@@ -262,7 +259,7 @@ def _is_gone(pid: int) -> bool:
 
 
 class _Note(NamedTuple):
-    """An owner note as it was read; without an owner where it is no JSON object of ours."""
+    """An owner note as it was read; the owner is None where it is no JSON object of ours."""
 
     text: bytes
     owner: Owner | None
@@ -278,8 +275,6 @@ def _read(folder: Path) -> _Note | None:
     try:
         text = retry(lambda: _content(folder / OWNER_NAME))
     except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise _is_link(folder / OWNER_NAME) from error
         if is_missing(error):
             return None
         raise
@@ -292,8 +287,7 @@ def _read(folder: Path) -> _Note | None:
 
 
 def _content(path: Path) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    with open(descriptor, "rb") as stream:  # noqa: PTH123  a path cannot refuse links
+    with open(_open(path, os.O_RDONLY), "rb") as stream:
         return stream.read(4096)
 
 
@@ -315,7 +309,7 @@ def lock_file(path: Path, patience_s: float) -> int | None:
     """
     deadline = time.monotonic() + patience_s
     while True:
-        descriptor = _open(path)
+        descriptor = _open(path, os.O_RDWR | os.O_CREAT)
         try:
             # On NFS this is a lock of the server, which needs a file that is open for writing.
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -334,13 +328,19 @@ def lock_file(path: Path, patience_s: float) -> int | None:
         time.sleep(_POLL_S)
 
 
-def _open(path: Path) -> int:
+def _open(path: Path, flags: int) -> int:
+    """Open a file that is no link.
+
+    Raises:
+        RefusedError: It is a link.
+        OSError: It cannot be opened.
+    """
     try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        return os.open(path, flags | os.O_NOFOLLOW, 0o666)
     except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise _is_link(path) from error
-        raise
+        if error.errno != errno.ELOOP:
+            raise
+        raise RefusedError(f"{path} is a link; remove it, or choose another name.") from error
 
 
 def _wait_for_owner(folder: Path, here: Owner, *, is_locked: bool) -> None:
@@ -379,7 +379,3 @@ def _last_seen(folder: Path) -> str:
         return f", last seen {max(0.0, now - (folder / OWNER_NAME).lstat().st_mtime):.0f} s ago"
     except OSError:
         return ""
-
-
-def _is_link(path: Path) -> RefusedError:
-    return RefusedError(f"{path} is a link; remove it, or choose another name.")

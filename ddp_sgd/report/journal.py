@@ -182,20 +182,8 @@ class JournalTail:
             return
         except OSError as error:
             raise _unreadable(self._path, error) from error
-        stream = self._stream
-        while stream is not None:
-            start = stream.tell()
-            line = stream.readline()
-            row = _parse(line)
-            if line.endswith(b"\n") and row is None:
-                raise DataError(
-                    f"{self._path} holds a line at byte {start} that is not a JSON object; take "
-                    "the line out, or restore the file."
-                )
-            if row is None or not (line.endswith(b"\n") or is_over):
-                stream.seek(start)
-                return
-            yield row
+        if self._stream is not None:
+            yield from _read_rows(self._stream, self._path, is_over=is_over)
 
     def close(self) -> None:
         """Close the file."""
@@ -272,19 +260,27 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
         DataError: The file cannot be read, or another line is no JSON object.
     """
     try:
-        *lines, last = path.read_bytes().split(b"\n")
+        with path.open("rb") as stream:
+            return list(_read_rows(stream, path, is_over=True))
     except OSError as error:
         raise _unreadable(path, error) from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        row = _parse(line)
-        if row is None:
+
+
+def _read_rows(stream: IO[bytes], path: Path, *, is_over: bool) -> Iterator[dict[str, Any]]:
+    """Read rows from where a stream stands to the last whole one, and leave it behind that."""
+    while True:
+        start, line = stream.tell(), stream.readline()
+        row, is_whole = _parse(line), line.endswith(b"\n")
+        if is_whole and row is None:
+            stream.seek(0)
+            number = stream.read(start).count(b"\n") + 1
             raise DataError(
                 f"{path}:{number} is not a JSON object; take the line out, or restore the file."
             )
-        rows.append(row)
-    torn_or_whole = _parse(last)
-    return rows if torn_or_whole is None else [*rows, torn_or_whole]
+        if row is None or not (is_whole or is_over):
+            stream.seek(start)
+            return
+        yield row
 
 
 def _unreadable(path: Path, error: OSError) -> DataError:

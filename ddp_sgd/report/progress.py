@@ -157,12 +157,11 @@ class _Mean:
     """Mean loss over the samples of an epoch, from the means of its rows."""
 
     def __init__(self) -> None:
-        self._total = 0.0
-        self._first = self._last = self._counted = 0
+        self._last = 0
+        self.start(0)
 
     def start(self, samples: int) -> None:
-        self._total, self._counted = 0.0, 0
-        self._first = self._last = samples
+        self._total, self._counted, self._last = 0.0, 0, samples
 
     def add(self, mean: float | None, samples: int) -> None:
         if mean is not None:

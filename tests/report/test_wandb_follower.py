@@ -355,7 +355,7 @@ def test_a_damaged_journal_is_one_line(record, said):
         stream.write("zero\n")
     done = by_hand(record.folder)
     assert done.returncode == 65
-    assert " that is not a JSON object; take the line out, or restore the file." in done.stderr
+    assert ":4 is not a JSON object; take the line out, or restore the file." in done.stderr
     assert done.stderr.count("\n") == 1
 
 
