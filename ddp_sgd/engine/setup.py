@@ -179,13 +179,18 @@ def build_context(
         notes=facts.notes,
         identity=identity,
     )
-    if resume_point.header:
-        context.load_state_dict(saved)
-    else:
-        _broadcast_buffers(modules, runtime)
+    _load_or_broadcast(context, saved, is_resumed=resume_point.header is not None)
     if components.reading.workers:
         components.files.close()
     return context
+
+
+def _load_or_broadcast(context: TrainContext, saved: Tree | None, *, is_resumed: bool) -> None:
+    """Go on from what was saved, or begin with the loss of rank 0."""
+    if is_resumed:
+        context.load_state_dict(saved)
+    else:
+        _broadcast_buffers(context.loss_modules, context.runtime)
 
 
 def _restore_model(
