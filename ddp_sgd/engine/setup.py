@@ -23,7 +23,7 @@ from ddp_sgd.engine.evaluation import Metrics, Score, evaluate
 from ddp_sgd.engine.model_check import check_normalization
 from ddp_sgd.engine.rank_consistency import Identity, mark_training_set
 from ddp_sgd.engine.resume import MARKS, ResumePoint, refuse_other_data, state_from
-from ddp_sgd.engine.sanity_check import check_evaluation, check_training
+from ddp_sgd.engine.sanity_check import TrainingFacts, check_evaluation, check_training
 from ddp_sgd.engine.step import Stepper
 from ddp_sgd.engine.sync import TimeShares
 from ddp_sgd.engine.train_state import (
@@ -116,9 +116,9 @@ class TrainContext:
             restore_buffers(self.wrapper.inner, self.loss_modules, self.buffers, saved)
             self.optimizer.load_state_dict(saved["optimizer"])
         self.wrapper.sync_buffers()
-        of_loss = map(buffer_at, buffers_by_name(self.loss_modules).values())
+        _broadcast_buffers(self.loss_modules, self.runtime)
         momentum = self.optimizer.state_dict()["momentum_buffer"].values()
-        broadcast_over_ranks((*of_loss, *momentum), self.runtime)
+        broadcast_over_ranks(momentum, self.runtime)
         self.wrapper.load_state_dict(saved.get("compression") if saved else None)
 
 
@@ -155,30 +155,16 @@ def build_context(
         broadcast_state(model, runtime)
     check_normalization(model, plan, step=state.step, skip=skip, device=runtime.device)
     optimizer = _optimizer(optim, model)
-    batch = read_batch(
-        components.train_set,
-        "data.train",
-        batch_size=components.reading.batch_size,
-        collate=components.reading.collate,
-    )
-    facts = check_training(model, components.loss, components.train_set, batch, plan, runtime)
+    facts = _check_training(components, model, plan, runtime)
     with memory_for(Use.MODEL):  # whose gradients need room, too
         wrapper = wrap_model(model, runtime, parallel, plan, optimizer.momentum_buffers)
     progress = ProgressTracker()
-    stepper = Stepper(
-        wrapper,
-        facts.objective,
-        optimizer,
-        runtime,
-        progress,
-        clip_norm=optim.clip_norm,
-        buffers=facts.buffers,
-    )
+    options: dict[str, Any] = {"clip_norm": optim.clip_norm, "buffers": facts.buffers}
     context = TrainContext(
         plan=plan,
         runtime=runtime,
         wrapper=wrapper,
-        stepper=stepper,
+        stepper=Stepper(wrapper, facts.objective, optimizer, runtime, progress, **options),
         loader=_train_loader(components, plan, runtime),
         score=_scorer(components, wrapper, runtime, progress),
         randomness=facts.randomness,
@@ -192,10 +178,18 @@ def build_context(
         notes=facts.notes,
         identity=identity,
     )
-    context.load_state_dict(saved)
+    _load_or_broadcast(context, saved, is_resumed=resume_point.header is not None)
     if components.reading.workers:
         components.files.close()
     return context
+
+
+def _load_or_broadcast(context: TrainContext, saved: Tree | None, *, is_resumed: bool) -> None:
+    """Go on from what was saved, or begin with the loss of rank 0."""
+    if is_resumed:
+        context.load_state_dict(saved)
+    else:
+        _broadcast_buffers(context.loss_modules, context.runtime)
 
 
 def _restore_model(
@@ -226,6 +220,19 @@ def _on_device(components: Components, runtime: Runtime) -> tuple[nn.Module, dic
         for module in modules.values():
             module.to(runtime.device)
     return model, modules
+
+
+def _check_training(
+    components: Components, model: nn.Module, plan: Plan, runtime: Runtime
+) -> TrainingFacts:
+    size, collate = components.reading.batch_size, components.reading.collate
+    batch = read_batch(components.train_set, "data.train", batch_size=size, collate=collate)
+    return check_training(model, components.loss, components.train_set, batch, plan, runtime)
+
+
+def _broadcast_buffers(modules: Mapping[str, nn.Module], runtime: Runtime) -> None:
+    """Replace the buffers of some modules, such as those of the loss, by those of rank 0."""
+    broadcast_over_ranks(map(buffer_at, buffers_by_name(modules).values()), runtime)
 
 
 def _optimizer(optim: OptimConfig, model: nn.Module) -> SGD:
