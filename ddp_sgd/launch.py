@@ -135,11 +135,11 @@ def launch(options: LaunchOptions, environ: Mapping[str, str], stop: StopSignals
         is_reported=files.has_reported(),
         is_stopped=is_stopped,
     )
-    _conclude(end, files, may_restore=options.rendezvous.is_standalone, is_stopped=is_stopped)
+    _report_end(end, files, may_restore=options.rendezvous.is_standalone, is_stopped=is_stopped)
     return end.code
 
 
-def _conclude(end: End, files: RunFiles, *, may_restore: bool, is_stopped: bool) -> None:
+def _report_end(end: End, files: RunFiles, *, may_restore: bool, is_stopped: bool) -> None:
     """Report how the run ended, and put its logs in place."""
     if end.error:
         report_error(end.error)

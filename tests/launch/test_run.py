@@ -149,18 +149,29 @@ def test_a_torchrun_that_is_killed_is_started_again(tmp_path, capfd):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-def test_a_torchrun_that_is_killed_after_a_stop_is_not_started_again(tmp_path, capfd):
+@pytest.mark.parametrize(("is_stopped", "restarts", "code"), [(True, 3, 75), (False, 0, 69)])
+def test_a_torchrun_that_is_killed_is_not_started_again(
+    is_stopped, restarts, code, tmp_path, capfd
+):
+    """After a stop, and where no restart is left; its workers save and end."""
     stop = StopSignals()
 
     def shoot():
         wait_for_rows(tmp_path)
-        stop.note(signal.SIGTERM)
+        if is_stopped:
+            stop.note(signal.SIGTERM)
         kill_torchrun()
 
     thread = while_it_runs(shoot)
-    options = run_options(tmp_path, "--epochs=100000", restarts=3)
-    assert launch(options, environment(), stop) == ExitCode.STOPPED
+    options = run_options(tmp_path, "--epochs=100000", restarts=restarts)
+    assert launch(options, environment(), stop) == code
     thread.join(WAIT_S)
-    assert "started again" not in capfd.readouterr().err
-    result = json.loads((tmp_path / "runs" / "digits" / "result.json").read_text())
-    assert (result["status"], result["exit_code"]) == ("stopped", 75)
+    said = capfd.readouterr().err
+    assert "started again" not in said
+    assert ("torchrun was ended by SIGKILL; its processes save" in said) is not is_stopped
+    path = tmp_path / "runs" / "digits" / "result.json"
+    deadline = time.monotonic() + WAIT_S
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert json.loads(path.read_text())["exit_code"] == 75
