@@ -23,11 +23,13 @@ import pickle
 import random
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import types
 from pathlib import Path
@@ -46,11 +48,13 @@ STARTERS = ("ddp_sgd.launch", "torch.distributed.run")
 """Programs that start processes, which are forked as well."""
 IS_LINUX = sys.platform == "linux"
 
-_PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 15, 36
+_PR_SET_CHILD_SUBREAPER = 36
 _MAX_BYTES = 1 << 20
 _STREAMS = (0, 1, 2)
 _SIGNATURE = inspect.signature(subprocess.Popen._execute_child)
 _server = None
+_names = None
+"""Folder with a file for each forked process, which has its name."""
 
 
 class Popen(subprocess.Popen):
@@ -106,11 +110,10 @@ def run(
 @functools.cache
 def python_folder():
     """A folder with a ``python`` and a ``torchrun`` that pass what they are to run to the server."""
-    folder = Path(tempfile.mkdtemp(prefix="forked-python-"))
-    atexit.register(__import__("shutil").rmtree, folder, ignore_errors=True)
     if not IS_LINUX:
         return Path(sys.executable).parent
     _, address = _start_server()
+    folder = Path(address).parent
     for name, first in (("python", ()), ("torchrun", ("-m", "torch.distributed.run"))):
         text = f"#!{sys.executable} -IS\n{inspect.getsource(_ask)}\n_ask({address!r}, {first!r})\n"
         (folder / name).write_text(text)
@@ -168,8 +171,7 @@ def _ask(address, first):
 def _program_of(call):
     """Arguments behind the name of Python; None for what only a real start does."""
     if call["shell"] or call["preexec_fn"] or call["pass_fds"] or call["executable"]:
-        if call["executable"] != call["args"][0]:
-            return None
+        return None
     words = [os.fspath(word) for word in call["args"]]
     known = words[0] == sys.executable and len(words) > 1
     rest = words[1:]
@@ -188,10 +190,11 @@ def _server_for(program):
 
 def _start_server():
     """Channel to the server of this process, and the address at which others find it."""
-    global _server
+    global _server, _names
     if _server is None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        address = f"{tempfile.mkdtemp(prefix='forked-')}/socket"
+        _names = Path(tempfile.mkdtemp(prefix="forked-"))
+        address = f"{_names}/socket"
         code = f"import sys; sys.path.append({str(HERE)!r}); import commands; commands.serve_forever()"
         environ = dict(os.environ) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
         with theirs:
@@ -210,6 +213,7 @@ def _start_server():
 def _stop_server(process, channel):
     channel.close()
     process.wait()
+    shutil.rmtree(_names, ignore_errors=True)
 
 
 def _fork(channel, streams, **wanted):
@@ -227,7 +231,9 @@ def _fork(channel, streams, **wanted):
 
 
 def serve_forever():
-    """Serve the process that started this one; a forked command returns from here by its end."""
+    """Serve the process that started this one; a forked command ends here."""
+    global _names
+    _names = Path(sys.argv[2]).parent
     for name in PRELOADED:
         __import__(name)
     sys.path[:] = [path for path in sys.path if path not in ("", str(HERE), str(HERE.parent))]
@@ -243,7 +249,7 @@ def serve_forever():
         wanted, streams = _serve(channel, listener)
         listener = None
         channel = _become(streams, **wanted)
-    _run(wanted["program"])
+    os._exit(_run_to_its_end(wanted["program"]))
 
 
 def _serve(channel, listener=None):
@@ -389,26 +395,31 @@ def _leave_servers_out():
     """The launcher looks for the workers of torchrun, beside which there is a server here."""
     from ddp_sgd.launch import torchrun
 
-    found = torchrun.find_workers
-
-    def find_workers(pid):
-        workers = found(pid)
-        return workers and [worker for worker in workers if name_of(worker) != SERVER]
-
-    torchrun.find_workers = find_workers
+    torchrun.find_workers = without_servers(torchrun.find_workers)
 
 
 SERVER = "fork server"
 
 
+def without_servers(find):
+    """The same function, which gives numbers of processes, but for those of servers."""
+
+    def find_others(pid):
+        found = find(pid)
+        return found and [each for each in found if name_of(each) != SERVER]
+
+    return find_others
+
+
 def _set_name(name):
-    ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode()[:15], 0, 0, 0)
+    (_names / str(os.getpid())).write_text(name)
 
 
 def name_of(pid):
-    """Name of a process as ``_name_of`` has it; empty for one that is gone."""
+    """Name of a forked process as ``_name_of`` has it; empty for others."""
     try:
-        return Path(f"/proc/{pid}/comm").read_text().rstrip("\n")
+        is_forked = "commands.serve_forever" in Path(f"/proc/{pid}/cmdline").read_text()
+        return (_names / str(pid)).read_text() if _names and is_forked else ""
     except OSError:
         return ""
 
@@ -419,8 +430,37 @@ def _name_of(program, environ):
     return f"rank {environ['RANK']}" if environ.get("RANK") else "python"
 
 
+def _run_to_its_end(program):
+    """Run a program and what Python does at the end of one; return the exit code.
+
+    Modules are not taken apart: that would copy the memory that is shared with the server.
+    """
+    code = 0
+    try:
+        _run(program)
+    except SystemExit as end:
+        code = end.code or 0
+        if not isinstance(code, int):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        code = -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            code = 120
+    if code == -signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    return code & 0xFF
+
+
 def _run(program):
-    """Run a program as the interpreter does; its end is the end of this function."""
+    """Run a program as the interpreter does."""
     sys.excepthook = _show_error
     for stream in filter(None, (sys.stdout, sys.stderr)):
         unbuffered = program[0] == "-u" or bool(os.environ.get("PYTHONUNBUFFERED"))
@@ -450,6 +490,6 @@ def _run(program):
 
 def _show_error(kind, error, trace):
     """Show an error without the calls of this module, as after a real start."""
-    while trace and (trace.tb_frame.f_globals is globals() or trace.tb_frame.f_back is None):
+    while trace and trace.tb_frame.f_globals is globals():
         trace = trace.tb_next
     sys.__excepthook__(kind, error.with_traceback(trace), trace)

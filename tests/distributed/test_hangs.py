@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+import commands
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,7 @@ def start(folder, rank):
             "TORCHELASTIC_ERROR_FILE": str(folder / f"error-{number}.json"),
         }  # fmt: skip
         ranks.append(
-            subprocess.Popen(
+            commands.Popen(
                 [sys.executable, "-m", "ddp_sgd.train", *options],
                 env=environ,
                 stderr=subprocess.PIPE,

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import python_folder
 from launching import LOCAL, MULTINODE, ROOT, Launch, environment, is_alive, kill
 from limits import WAIT_S
 
@@ -26,7 +27,7 @@ def _start(folder, script, *options, **variables):
     process = subprocess.Popen(
         [str(script), *options],
         cwd=folder,
-        env=environment(**variables),
+        env=environment(PYTHON=str(python_folder() / "python"), **variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -6,8 +6,9 @@ import sys
 import threading
 import time
 
+import commands
 import pytest
-from launching import children, environment, is_running, kill
+from launching import children, environment, is_torchrun, kill
 from limits import WAIT_S
 
 from ddp_sgd.checkpointing.manifest import Header, Manifest, SkippedSteps
@@ -15,7 +16,17 @@ from ddp_sgd.errors import ExitCode
 from ddp_sgd.launch.options import LaunchOptions, Nodes
 from ddp_sgd.launch.run import launch, restore_stop_result, torchrun_environment, torchrun_flags
 from ddp_sgd.launch.run_files import RunFiles
-from ddp_sgd.launch.torchrun import StopSignals
+from ddp_sgd.launch.torchrun import StopSignals, find_workers
+
+
+
+@pytest.fixture
+def _forked(monkeypatch):
+    """torchrun, which is started in this process, and its ranks are forks."""
+    monkeypatch.setattr("subprocess.Popen", commands.Popen)
+    others = commands.without_servers(find_workers)
+    monkeypatch.setattr("ddp_sgd.launch.torchrun.find_workers", others)
+
 
 CONF = "read_timeout=4,last_call_timeout=7,keep_alive_interval=2,keep_alive_max_attempt=5"
 
@@ -103,6 +114,7 @@ def wait_for_rows(folder):
         time.sleep(0.02)
 
 
+@pytest.mark.usefixtures("_forked")
 def test_a_run_to_its_end(tmp_path, capfd):
     options = run_options(tmp_path, "--epochs=1", nproc=2)
     assert launch(options, environment(), StopSignals()) == 0
@@ -118,6 +130,7 @@ def test_a_stop_before_torchrun_starts_leaves_nothing(tmp_path):
     assert list((tmp_path / "runs").iterdir()) == []
 
 
+@pytest.mark.usefixtures("_forked")
 def test_a_stop_is_passed_on_once(tmp_path, capfd):
     stop = StopSignals()
 
@@ -133,6 +146,7 @@ def test_a_stop_is_passed_on_once(tmp_path, capfd):
     assert (result["status"], result["exit_code"]) == ("stopped", 75)
 
 
+@pytest.mark.usefixtures("_forked")
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_a_torchrun_that_is_killed_is_started_again(tmp_path, capfd):
     hurry = tmp_path / "hurry"
@@ -140,7 +154,7 @@ def test_a_torchrun_that_is_killed_is_started_again(tmp_path, capfd):
 
     def shoot():
         wait_for_rows(tmp_path)
-        (agent,) = [pid for pid in children(os.getpid()) if is_running(pid, "distributed.run")]
+        (agent,) = [pid for pid in children(os.getpid()) if is_torchrun(pid)]
         kill(agent)
         hurry.touch()
 
