@@ -23,6 +23,7 @@ import pickle
 import random
 import runpy
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -119,6 +120,21 @@ def python_folder():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     return folder
+
+
+@functools.cache
+def starting_python():
+    """A ``python`` with a real start, for other hosts and jobs; it forks what it starts itself.
+
+    So the launcher, torchrun and the ranks of a host cost one import of torch.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="starting-python-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    code = f"import sys; sys.path.append({str(HERE)!r}); import commands; commands.start()"
+    python = folder / "python"
+    python.write_text(f"#!/bin/sh\nexec {sys.executable} -c {shlex.quote(code)} \"$@\"\n")
+    python.chmod(0o755)
+    return python
 
 
 def _ask(address, first):
@@ -234,22 +250,53 @@ def serve_forever():
     """Serve the process that started this one; a forked command ends here."""
     global _names
     _names = Path(sys.argv[2]).parent
-    for name in PRELOADED:
-        __import__(name)
-    sys.path[:] = [path for path in sys.path if path not in ("", str(HERE), str(HERE.parent))]
-    assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked"
-    gc.collect()
-    gc.freeze()
+    _preload()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(sys.argv[2])
     listener.listen(100)
     channel = socket.socket(fileno=int(sys.argv[1]))
     channel.send(b"ready")
+    wanted, streams = _serve(channel, listener)
+    _go_on(_become(streams, **wanted), wanted["program"])
+
+
+def start():
+    """What ``starting_python`` does: a command that forks what it starts."""
+    program = tuple(sys.argv[1:])
+    channel = None
+    if _starts_others(program):
+        _preload()
+        channel = _start_nested()
+    else:
+        sys.path[:] = _own_path()
+    _go_on(channel, program)
+
+
+def _preload():
+    for name in PRELOADED:
+        __import__(name)
+    sys.path[:] = _own_path()
+    assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked"
+    gc.collect()
+    gc.freeze()
+
+
+def _own_path():
+    """Path of an interpreter without PYTHONPATH and the folder of a program."""
+    added = ("", str(HERE), *os.environ.get("PYTHONPATH", "").split(":"))
+    return [path for path in sys.path if path not in added]
+
+
+def _go_on(channel, program):
+    """Serve as long as this is a server; in a command run its program, and end."""
     while channel:
-        wanted, streams = _serve(channel, listener)
-        listener = None
-        channel = _become(streams, **wanted)
-    os._exit(_run_to_its_end(wanted["program"]))
+        wanted, streams = _serve(channel)
+        channel, program = _become(streams, **wanted), wanted["program"]
+    os._exit(_run_to_its_end(program))
+
+
+def _starts_others(program):
+    return any(starter in word for word in program for starter in STARTERS)
 
 
 def _serve(channel, listener=None):
@@ -265,12 +312,13 @@ def _serve(channel, listener=None):
                 os._exit(0)
             middle = os.fork()
             if middle == 0:
+                middle = os.getpid()
                 if source is listener:
                     _supervise(asking)
                 elif os.fork():
                     os._exit(0)
                 else:
-                    _wait_for_parent(os.getppid())
+                    _wait_for_parent(middle)
                     asking.send(str(os.getpid()).encode())
                 for stale in {channel, listener, asking} - {None}:
                     stale.detach()  # ``_become`` closes the descriptors
@@ -335,7 +383,7 @@ def _become(
     sys.modules["numpy"].random.seed()
     sys.modules["ddp_sgd.distributed.environment"]._note_parent()
     _measure_if_asked(environ)
-    if any(starter in word for word in program for starter in STARTERS):
+    if _starts_others(program):
         channel = _start_nested()
         if channel:
             return channel
@@ -412,7 +460,8 @@ def without_servers(find):
 
 
 def _set_name(name):
-    (_names / str(os.getpid())).write_text(name)
+    if _names:
+        (_names / str(os.getpid())).write_text(name)
 
 
 def name_of(pid):

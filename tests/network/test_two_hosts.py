@@ -5,7 +5,8 @@ import sys
 import time
 
 import pytest
-from launching import LOCAL, environment
+import commands
+from launching import environment
 from limits import WAIT_S
 from network.hosts import Run, result_in, two_hosts
 
@@ -45,8 +46,8 @@ def digest_of_one_host(tmp_path_factory):
     def find(ranks):
         if ranks not in known:
             folder = tmp_path_factory.mktemp(f"one-host-{ranks}")
-            subprocess.run(
-                [LOCAL, f"--nproc={ranks}", *LENGTH, model(0, folder)],
+            commands.run(
+                [sys.executable, "-m", "ddp_sgd.launch", f"--nproc={ranks}", *LENGTH, model(0, folder)],
                 cwd=folder,
                 env=environment(),
                 check=True,
