@@ -161,7 +161,7 @@ def test_output_of_every_rank_ends_up_in_the_run_folder(finished):
 
 
 def test_the_module_trains_without_the_scripts(finished, tmp_path):
-    command = (sys.executable, "-m", "ddp_sgd.launch", "--nproc", "2", "--", "--epochs=1")
+    command = (python_folder() / "python", "-m", "ddp_sgd.launch", "--nproc", "2", "--", "--epochs=1")
     code, out, err = _run(tmp_path, *command)
     assert code == ExitCode.DONE, err
     assert "finished: 23 steps" in out
@@ -443,7 +443,7 @@ def test_the_code_of_a_script_does_not_depend_on_its_console(option, code, where
     done = subprocess.run(
         ["bash", "-c", f'{words}; echo "${{PIPESTATUS[0]}}" > code'],
         cwd=tmp_path,
-        env=environment(),
+        env=environment(PYTHON=str(python_folder() / "python")),
         stdout=subprocess.DEVNULL,
         check=False,
         timeout=WAIT_S,

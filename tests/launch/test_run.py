@@ -77,7 +77,7 @@ def test_torchrun_knows_the_flags(tmp_path):
     )
     program = "import sys; from torch.distributed.run import parse_args; parse_args(sys.argv[1:])"
     command = [sys.executable, "-c", program, *flags, "--max-restarts=0", "-m", "x"]
-    subprocess.run(command, check=True, timeout=WAIT_S)
+    commands.run(command, check=True, timeout=WAIT_S)
 
 
 @pytest.mark.parametrize(("nproc", "cpus", "threads"), [(2, 64, "32"), (3, 4, "1"), (8, 4, "1")])
