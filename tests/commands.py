@@ -1,16 +1,18 @@
 """Python programs for tests, each in a process forked from a server that has imported torch.
 
 ``import torch`` takes two seconds of CPU time, a fork a few hundredths. ``Popen`` and ``run`` are
-those of ``subprocess``, for commands such as ``[sys.executable, "-m", "ddp_sgd.train", ...]``: the
-process is a child of the caller, with a folder, an environment, descriptors, a session, signals and
-an end of its own. ``python_folder`` has a ``python`` and a ``torchrun`` for shell scripts. Where the
-start of an interpreter is what is tested, use ``subprocess``.
+those of ``subprocess``, for commands such as ``[sys.executable, "-m", "ddp_sgd.train", ...]``:
+the process is a child of the caller, with a folder, an environment, descriptors, a session, signals
+and an end of its own. ``python_folder`` has a ``python`` and a ``torchrun`` for shell scripts.
+Where the start of an interpreter is what is tested, use ``subprocess``.
 
 How it works: the server forks a process that forks the command and ends; the caller is a subreaper
 meanwhile, so that the command becomes its child. A command that starts ranks (the launcher,
 torchrun) has a server of its own, forked before it has threads. Linux only; elsewhere, and for
 options that only a real start knows, this is ``subprocess``.
 """
+# What this process and its forks have is global; descriptors and folders come from the kernel.
+# ruff: noqa: PLW0603, PTH109, PTH208, T201, SIM115
 
 import atexit
 import ctypes
@@ -110,7 +112,7 @@ def run(
 
 @functools.cache
 def python_folder():
-    """A folder with a ``python`` and a ``torchrun`` that pass what they are to run to the server."""
+    """A folder with a ``python`` and a ``torchrun`` that have the server run programs."""
     if not IS_LINUX:
         return Path(sys.executable).parent
     _, address = _start_server()
@@ -132,13 +134,13 @@ def starting_python():
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     code = f"import sys; sys.path.append({str(HERE)!r}); import commands; commands.start()"
     python = folder / "python"
-    python.write_text(f"#!/bin/sh\nexec {sys.executable} -c {shlex.quote(code)} \"$@\"\n")
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -c {shlex.quote(code)} "$@"\n')
     python.chmod(0o755)
     return python
 
 
 def _ask(address, first):
-    """What ``python`` of ``python_folder`` does: it needs nothing of the package, nor of ``site``."""
+    """What ``python`` of ``python_folder`` does; it needs nothing of this module."""
     import array
     import os
     import pickle
@@ -211,7 +213,9 @@ def _start_server():
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         _names = Path(tempfile.mkdtemp(prefix="forked-"))
         address = f"{_names}/socket"
-        code = f"import sys; sys.path.append({str(HERE)!r}); import commands; commands.serve_forever()"
+        code = (
+            f"import sys; sys.path.append({str(HERE)!r}); import commands; commands.serve_forever()"
+        )
         environ = dict(os.environ) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
         with theirs:
             process = subprocess.Popen(
@@ -265,7 +269,10 @@ def start():
     program = tuple(sys.argv[1:])
     channel = None
     if _starts_others(program):
+        environ = dict(os.environ)
         _preload()
+        os.environ.clear()
+        os.environ.update(environ)
         channel = _start_nested()
     else:
         sys.path[:] = _own_path()
@@ -273,6 +280,7 @@ def start():
 
 
 def _preload():
+    os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as commands set it before they import torch
     for name in PRELOADED:
         __import__(name)
     sys.path[:] = _own_path()

@@ -58,7 +58,9 @@ class Launch:
     def __init__(self, folder, script, *options, **variables):
         self._said = folder / f"said-{free_port()}.txt"
         self.run_folder = folder / "runs" / "digits"
-        where = {LOCAL: "--standalone", MULTINODE: f"--nnodes={variables.get('NNODES', '')}"}[script]
+        where = {LOCAL: "--standalone", MULTINODE: f"--nnodes={variables.get('NNODES', '')}"}[
+            script
+        ]
         with self._said.open("w") as said:
             self.script = commands.Popen(
                 [sys.executable, "-m", "ddp_sgd.launch", where, *options],

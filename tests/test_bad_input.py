@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import commands
+import numpy as np
 import pytest
 import torch
 from limits import WAIT_S

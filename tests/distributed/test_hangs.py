@@ -5,9 +5,9 @@ import os
 import subprocess
 import sys
 import time
-import commands
 from pathlib import Path
 
+import commands
 import numpy as np
 from limits import WAIT_S
 

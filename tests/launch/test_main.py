@@ -161,7 +161,15 @@ def test_output_of_every_rank_ends_up_in_the_run_folder(finished):
 
 
 def test_the_module_trains_without_the_scripts(finished, tmp_path):
-    command = (python_folder() / "python", "-m", "ddp_sgd.launch", "--nproc", "2", "--", "--epochs=1")
+    command = (
+        python_folder() / "python",
+        "-m",
+        "ddp_sgd.launch",
+        "--nproc",
+        "2",
+        "--",
+        "--epochs=1",
+    )
     code, out, err = _run(tmp_path, *command)
     assert code == ExitCode.DONE, err
     assert "finished: 23 steps" in out

@@ -19,7 +19,6 @@ from ddp_sgd.launch.run_files import RunFiles
 from ddp_sgd.launch.torchrun import StopSignals, find_workers
 
 
-
 @pytest.fixture
 def _forked(monkeypatch):
     """torchrun, which is started in this process, and its ranks are forks."""

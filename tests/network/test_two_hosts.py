@@ -1,11 +1,10 @@
 """The launch script between two hosts, on a network that is good, bad, cut, or set up wrong."""
 
-import subprocess
 import sys
 import time
 
-import pytest
 import commands
+import pytest
 from launching import environment
 from limits import WAIT_S
 from network.hosts import Run, result_in, two_hosts
@@ -47,7 +46,14 @@ def digest_of_one_host(tmp_path_factory):
         if ranks not in known:
             folder = tmp_path_factory.mktemp(f"one-host-{ranks}")
             commands.run(
-                [sys.executable, "-m", "ddp_sgd.launch", f"--nproc={ranks}", *LENGTH, model(0, folder)],
+                [
+                    sys.executable,
+                    "-m",
+                    "ddp_sgd.launch",
+                    f"--nproc={ranks}",
+                    *LENGTH,
+                    model(0, folder),
+                ],
                 cwd=folder,
                 env=environment(),
                 check=True,
