@@ -11,16 +11,19 @@ LOWEST := .venv-lowest
 NEWER := .venv-newer
 SHELL_FILES := $(wildcard .ci/run launch/*.sh slurm/*.sh slurm/*.sbatch)
 
-.PHONY: help train test lint lowest newer check soak bench docs clean
+.PHONY: help train test test-fast lint lowest newer check soak bench docs clean
 
 help: ## Print this list.
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 14
 
 train: $(RUNS) ## Train on the embedded digits, 2 processes; PROCESSES=4 ARGS="--epochs=5" change that.
 	PYTHON=$(BIN)/python launch/local.sh --nproc $(PROCESSES) $(ARGS)
 
 test: $(TESTS) ## Run the tests; fails below 95 % coverage. ARGS="tests/test_plan.py --no-cov" for some.
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --cov=ddp_sgd $(ARGS)
+
+test-fast: $(TESTS) ## Run the unit tests and a few runs, in less than two minutes.
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --no-cov --fast $(ARGS)
 
 lint: $(TESTS) ## Check style, types, imports, shell scripts, spelling and dependencies.
 	$(BIN)/ruff check .

@@ -1,17 +1,70 @@
 """What holds for all tests: their order, their time limits, and how signals are handled."""
 
+import os
 import signal
+import sys
 
 import pytest
 from hypothesis import HealthCheck, settings
 from limits import scaled
 
+UNMEASURED = (
+    "data/test_permutation.py",
+    "data/test_sampler.py",
+    "data/test_forms.py",
+    "distributed/test_buckets.py",
+    "distributed/test_compressed_runs.py",
+    "distributed/test_exact_step.py",
+    "distributed/test_layouts.py",
+    "distributed/test_resume.py",
+    "launch/test_main.py",
+    "models/",
+    "network/",
+    "slurm/",
+    "test_docs.py",
+    "test_early_stops.py",
+    "test_examples.py",
+    "test_peers.py",
+    "test_restarts.py",
+    "test_soak.py",
+)
+"""Files that run through lines that others run through as well: measuring coverage doubles their
+time."""
+SLOW = (
+    *UNMEASURED,
+    "checkpointing/test_atomic_write.py",
+    "checkpointing/test_convert.py",
+    "distributed/test_comm_hooks.py",
+    "distributed/test_data_parallel.py",
+    "distributed/test_error_propagation.py",
+    "distributed/test_hang",
+    "distributed/test_launcher_files.py",
+    "distributed/test_local_sgd.py",
+    "distributed/test_replication.py",
+    "doctor/test_links.py",
+    "doctor/test_main.py",
+    "doctor/test_protocol.py",
+    "engine/test_evaluation.py",
+    "engine/test_host_waits.py",
+    "engine/test_rank_consistency.py",
+    "report/test_wandb",
+    "test_benchmarks.py",
+    "test_console.py",
+    "test_platforms.py",
+    "test_secrets.py",
+)
+"""Files that ``--fast`` leaves out: what is left are the unit tests, and runs of ``test_train.py``,
+``distributed/test_runs.py``, ``launch/test_run.py`` and others."""
 LONGEST = "slurm/test_jobs.py"
 """The file that takes longest comes first, so that no worker is left with it at the end."""
 
 settings.register_profile(
-    "any_machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    "any_machine",
+    max_examples=50,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
 )
+settings.register_profile("fast", settings.get_profile("any_machine"), max_examples=10)
 settings.load_profile("any_machine")
 
 # `nohup` and `&` in a script start a program with these signals ignored, and every process that it
@@ -22,7 +75,43 @@ for _number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(_number, _default)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--fast", action="store_true", help="leave out what takes long")
+
+
+def pytest_configure(config):
+    if config.getoption("fast"):
+        settings.load_profile("fast")
+
+
+def name_of(item):
+    """Name of the file of a test, below this folder."""
+    return item.path.as_posix().rpartition("/tests/")[2]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Measure no coverage in some files, nor in the processes that their tests start."""
+    if not name_of(item).startswith(UNMEASURED):
+        return (yield)
+    trace, before = sys.gettrace(), dict(os.environ)
+    sys.settrace(None)
+    for variable in [variable for variable in before if variable.startswith("COV")]:
+        del os.environ[variable]
+    os.environ["UNMEASURED"] = "1"
+    try:
+        return (yield)
+    finally:
+        os.environ.pop("UNMEASURED")
+        os.environ.update(before)
+        sys.settrace(trace)
+
+
 def pytest_collection_modifyitems(config, items):
+    if config.getoption("fast"):
+        slow = [item for item in items if name_of(item).startswith(SLOW)]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
     items.sort(key=lambda item: not item.path.as_posix().endswith(LONGEST))
     for item in items:
         marker = item.get_closest_marker("timeout")

@@ -1,4 +1,4 @@
-"""The launch scripts, started from tests, and the processes below them."""
+"""The launcher, started from tests, and the processes below it."""
 
 import json
 import os
@@ -9,6 +9,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import commands
+from commands import name_of
 from limits import WAIT_S, scaled
 
 from ddp_sgd.errors import DataError
@@ -44,11 +46,11 @@ def environment(**extra):
 
 
 class Launch:
-    """A script that is under way; what it says goes to files, since orphans may hold a pipe open.
+    """A launcher that is under way; what it says goes to files: orphans may hold a pipe open.
 
     Args:
         folder: Where it is started; the run folder is ``runs/digits`` below.
-        script: Which one.
+        script: Whose command it is; the scripts themselves are tested in ``launch/test_main.py``.
         options: Of the script, and then of the run.
         variables: Environment.
     """
@@ -56,9 +58,12 @@ class Launch:
     def __init__(self, folder, script, *options, **variables):
         self._said = folder / f"said-{free_port()}.txt"
         self.run_folder = folder / "runs" / "digits"
+        where = {LOCAL: "--standalone", MULTINODE: f"--nnodes={variables.get('NNODES', '')}"}[
+            script
+        ]
         with self._said.open("w") as said:
-            self.script = subprocess.Popen(
-                [str(script), *options],
+            self.script = commands.Popen(
+                [sys.executable, "-m", "ddp_sgd.launch", where, *options],
                 cwd=folder,
                 env=environment(**variables),
                 stdin=subprocess.DEVNULL,
@@ -73,15 +78,15 @@ class Launch:
     @property
     def agent(self):
         """Process of torchrun."""
-        below = [pid for pid in children(self.script.pid) if is_running(pid, "ddp_sgd.torchrun")]
+        below = [pid for pid in children(self.script.pid) if is_torchrun(pid)]
         return below[0] if below else None
 
     @property
     def ranks(self):
         """Processes by rank."""
         agent = self.agent
-        found = {variable(pid, "RANK"): pid for pid in (children(agent) if agent else [])}
-        return {int(rank): pid for rank, pid in found.items() if rank}
+        names = {pid: name_of(pid) for pid in (children(agent) if agent else [])}
+        return {int(name[5:]): pid for pid, name in names.items() if name.startswith("rank ")}
 
     def rows(self, event="train"):
         try:
@@ -138,24 +143,18 @@ def has_signal(pid, field, number):
     return False
 
 
-def is_running(pid, word):
+def is_torchrun(pid):
     with suppress(OSError):
-        return word in Path(f"/proc/{pid}/cmdline").read_text()
+        is_real = "ddp_sgd.torchrun" in Path(f"/proc/{pid}/cmdline").read_text()
+        return is_real or name_of(pid) == "torchrun"
     return False
 
 
-def variable(pid, name):
-    with suppress(OSError):
-        for entry in Path(f"/proc/{pid}/environ").read_text().split("\0"):
-            if entry.startswith(f"{name}="):
-                return entry.partition("=")[2]
-    return None
-
-
 def children(parent):
+    """Processes that a process has started, but for servers of ``commands``."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             if path.read_text().rpartition(")")[2].split()[1] == str(parent):
                 found.append(int(path.parent.name))
-    return found
+    return [pid for pid in found if name_of(pid) != commands.SERVER]

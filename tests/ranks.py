@@ -13,7 +13,8 @@ from limits import WAIT_S, scaled
 from ddp_sgd.host import free_port
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "numpy", "ddp_sgd.engine.fit"])
+# torch's wrapper and its optimizers import torch._dynamo when they are first used: 1.4 s each time.
+_CONTEXT.set_forkserver_preload(["torch", "numpy", "torch._dynamo", "ddp_sgd.engine.fit"])
 
 
 class RankError(Exception):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 import torch
@@ -898,7 +899,7 @@ def test_ranks_fail_together_and_one_of_them_tells(argv, code, words, files, env
     port = str(free_port())
     bench.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
     ranks = [
-        subprocess.Popen(
+        commands.Popen(
             [sys.executable, "-m", "ddp_sgd.train", *argv],
             env=os.environ | TORCHRUN | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port},
             stdout=subprocess.PIPE,
@@ -922,7 +923,7 @@ def test_under_torchrun_one_rank_tells(bench):
     bench.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     options = user_data("RaisesAt", at=5, samples=64)
-    done = subprocess.run(
+    done = commands.run(
         [*torchrun, "-m", "ddp_sgd.train", *options],
         capture_output=True,
         text=True,

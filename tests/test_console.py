@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import python_folder
 from launching import ROOT, environment
 
 from ddp_sgd.console import (
@@ -30,7 +31,7 @@ def shell(folder, line, **variables):
     """Run a line of bash, in which ``"$@"`` is Python; gives the codes of its parts, and stderr."""
     script = f'{line}\nprintf "%s " "${{PIPESTATUS[@]}}" > codes'
     done = subprocess.run(
-        ["bash", "-c", script, "bash", sys.executable],
+        ["bash", "-c", script, "bash", str(python_folder() / "python")],
         cwd=folder,
         env=environment(**variables),
         capture_output=True,

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from commands import python_folder
 from limits import WAIT_S
 
 from ddp_sgd.config import load_config
@@ -127,7 +128,7 @@ class Reader:
             (tools / name).chmod(0o755)
         inherited = {key: text for key, text in os.environ.items() if not key.startswith(OURS)}
         self.environment = inherited | {
-            "PATH": f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PATH": f"{tools}:{python_folder()}:{Path(sys.executable).parent}:{os.environ['PATH']}",
             "OMP_NUM_THREADS": "1",
             "WANDB_MODE": "disabled",
         }
@@ -168,7 +169,7 @@ class Reader:
             program += "\n" * (block.line - 1 - program.count("\n")) + block.text
         path = self.folder / f"{page.stem}_md.py"
         path.write_text(program)
-        done = self.run(sys.executable, str(path))
+        done = self.run("python", str(path))
         assert done.returncode == 0, f"{page}\n{done.stdout}"
 
     def yaml(self, block, page):

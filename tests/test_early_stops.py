@@ -14,6 +14,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import commands
 import pytest
 from launching import (
     LOCAL,
@@ -22,7 +23,6 @@ from launching import (
     environment,
     has_signal,
     is_alive,
-    is_running,
     kill,
 )
 from limits import WAIT_S, scaled
@@ -58,7 +58,7 @@ def train(folder, *options, world_size=1, ranks=None, **variables):
         mark = {"MARK": str(folder / "mark")}
         command = [sys.executable, "-m", "ddp_sgd.train", f"--output_dir={folder}/runs", *options]
         started.append(
-            subprocess.Popen(
+            commands.Popen(
                 command,
                 cwd=folder,
                 env=environment(**ours, **mark, **variables),
@@ -194,7 +194,7 @@ def test_plain_torchrun_has_the_stop_in_its_error_files(tmp_path):
     port = free_port()
     launch = ["--nproc-per-node=2", f"--master-port={port}", f"--log-dir={tmp_path}/logs"]
     options = [f"--output_dir={tmp_path}/runs", *_stuck("model", "StuckForward", "python")]
-    agent = subprocess.Popen(
+    agent = commands.Popen(
         [sys.executable, "-m", "torch.distributed.run", *launch, "-m", "ddp_sgd.train", *options],
         cwd=tmp_path,
         env=environment(MARK=str(tmp_path / "mark")),
@@ -222,7 +222,7 @@ def test_a_loader_process_that_ends_along_with_a_stop_belongs_to_it(tmp_path):
     data = ("--data.train.class_path=stuck_code.StuckLater", "--data.workers=1")
     (process,) = train(tmp_path, *options, *data)
     wait_for(tmp_path / "mark", [process])
-    (worker,) = [pid for pid in children(process.pid) if is_running(pid, "ddp_sgd.train")]
+    (worker,) = children(process.pid)
     process.send_signal(signal.SIGTERM)
     kill(worker)
     codes, said, _ = end([process], time.monotonic())

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import commands
 import pytest
 from limits import WAIT_S
 from ranks import rank_environment, run_ranks
@@ -36,7 +37,7 @@ def _alone(monkeypatch):
 
 def torchrun(ranks, *arguments):
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return subprocess.run(
+    return commands.run(
         [sys.executable, *launch, "-m", "ddp_sgd.evaluate", *map(str, arguments)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,

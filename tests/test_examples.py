@@ -4,11 +4,11 @@ import ast
 import os
 import re
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from commands import python_folder
 from limits import WAIT_S
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,7 +45,7 @@ def outcomes(tmp_path_factory):
 
 def _run(command, folder):
     (folder / "examples").symlink_to(ROOT / "examples")
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    path = f"{python_folder()}:{os.environ['PATH']}"
     return subprocess.run(
         ["bash", "-c", command],
         cwd=folder,

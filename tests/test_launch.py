@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import python_folder
 from launching import LOCAL, MULTINODE, ROOT, Launch, environment, is_alive, kill
 from limits import WAIT_S
 
@@ -26,7 +27,7 @@ def _start(folder, script, *options, **variables):
     process = subprocess.Popen(
         [str(script), *options],
         cwd=folder,
-        env=environment(**variables),
+        env=environment(PYTHON=str(python_folder() / "python"), **variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -160,7 +161,15 @@ def test_output_of_every_rank_ends_up_in_the_run_folder(finished):
 
 
 def test_the_module_trains_without_the_scripts(finished, tmp_path):
-    command = (sys.executable, "-m", "ddp_sgd.launch", "--nproc", "2", "--", "--epochs=1")
+    command = (
+        python_folder() / "python",
+        "-m",
+        "ddp_sgd.launch",
+        "--nproc",
+        "2",
+        "--",
+        "--epochs=1",
+    )
     code, out, err = _run(tmp_path, *command)
     assert code == ExitCode.DONE, err
     assert "finished: 23 steps" in out
@@ -444,7 +453,7 @@ def test_the_code_of_a_script_does_not_depend_on_its_console(option, code, where
     done = subprocess.run(
         ["bash", "-c", f'{words}; echo "${{PIPESTATUS[0]}}" > code'],
         cwd=tmp_path,
-        env=environment(),
+        env=environment(PYTHON=str(python_folder() / "python")),
         stdout=subprocess.DEVNULL,
         check=False,
         timeout=WAIT_S,

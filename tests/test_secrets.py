@@ -2,9 +2,9 @@
 
 import json
 import os
-import subprocess
 import sys
 
+import commands
 import pytest
 from launching import environment
 from limits import WAIT_S
@@ -15,7 +15,7 @@ NET = "user_code.NeedsAToken"
 
 def run(folder, module, *options, canary=CANARY):
     variables = {"CANARY": canary} if canary else {}
-    return subprocess.run(
+    return commands.run(
         [sys.executable, "-m", module, *options],
         cwd=folder,
         env=environment(DDP_SGD_WANDB__MODE="offline", **variables),

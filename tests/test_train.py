@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import commands
 import pytest
 from ranks import rank_environment
 
@@ -35,7 +36,7 @@ def torchrun(ranks, *options, environment):
         "--standalone",
         f"--nproc_per_node={ranks}",
     ]
-    return subprocess.run(
+    return commands.run(
         [*command, "-m", "ddp_sgd.train", *options],
         env=environment,
         capture_output=True,
@@ -60,7 +61,7 @@ def test_four_ranks_under_torchrun_learn_the_digits(environment, tmp_path):
 
 def test_one_process_learns_the_digits(environment, tmp_path):
     command = [sys.executable, "-m", "ddp_sgd.train"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = commands.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert result(tmp_path)["eval/accuracy"] >= 0.96
     assert done.stderr == ""
@@ -70,7 +71,7 @@ def test_srun_s_variables_alone_start_two_ranks(environment, tmp_path):
     def start(rank):
         task = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NTASKS": "2"}
         command = [sys.executable, "-m", "ddp_sgd.train", "--epochs=1"]
-        return subprocess.Popen(command, env=environment | job | task, stdout=subprocess.PIPE)
+        return commands.Popen(command, env=environment | job | task, stdout=subprocess.PIPE)
 
     job_id = (
         free_port() + 10_000

@@ -11,6 +11,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 from limits import WAIT_S
@@ -31,7 +32,7 @@ class Saving:
     """A program that forks processes, each of which saves again and again."""
 
     def __init__(self, folder, size):
-        self._server = subprocess.Popen(
+        self._server = commands.Popen(
             [sys.executable, str(PROGRAM), str(folder), str(size)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -176,9 +176,8 @@ def test_a_ctc_loss_is_that_of_all_samples_at_once(alone):
     assert alone["ctc"]["eval/count"] == SAMPLES
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_any_number_of_ranks_gives_the_same_score(alone, world_size):
-    assert run_ranks(world_size, score_all) == [alone] * world_size
+def test_ranks_give_the_same_score(alone):
+    assert run_ranks(3, score_all) == [alone] * 3
 
 
 def describe(folder, **changes):

@@ -74,7 +74,7 @@ def test_of_few_samples_each_order_is_as_likely_as_any_other(n):
     assert excess(list(orders.values()), math.factorial(n)) < 6
 
 
-@pytest.mark.parametrize("n", [6, 7, 11, 16, 50, 65, 100])
+@pytest.mark.parametrize("n", [6, 11, 16, 65])
 def test_each_number_is_as_likely_as_any_other_at_each_position(n):
     many = np.stack([order(n, seed) for seed in range(1000)])
     pairs = np.bincount((many + n * np.arange(n)).ravel(), minlength=n * n)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import commands
 import pytest
 import torch
 from launching import environment
@@ -84,7 +85,7 @@ def start_by_hand(folder, world_size):
     ]  # fmt: skip
     port = free_port()
     return [
-        subprocess.Popen(
+        commands.Popen(
             [sys.executable, "-m", "ddp_sgd.train", *options],
             env=environment(**rank_environment(rank, world_size, port)),
             stdout=subprocess.PIPE,
@@ -150,7 +151,7 @@ def store_and_host():
         "store = TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False);"
         "print(store.port, flush=True); input()"
     )
-    host = subprocess.Popen(
+    host = commands.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     store = TCPStore("127.0.0.1", int(host.stdout.readline()), wait_for_workers=False)

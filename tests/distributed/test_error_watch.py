@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 from limits import WAIT_S, scaled
@@ -55,7 +56,7 @@ def test_survivors_end_with_the_code_of_the_rank_that_failed(tmp_path):
     }
     with said.open("w") as errors:
         ranks = [
-            subprocess.Popen(
+            commands.Popen(
                 [sys.executable, "-m", "ddp_sgd.train", *options],
                 env=os.environ
                 | rank_environment(rank, 3, port)

@@ -99,7 +99,7 @@ def reference(tmp_path_factory):
     return run_ranks(1, every_split, tmp_path_factory.mktemp("alone"))[0]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_any_split_of_a_batch_takes_the_same_steps(world_size, reference, tmp_path):
     ranks = run_ranks(world_size, every_split, tmp_path)
     for (n, dtype, accumulate), (weights, _) in ranks[0].items():
@@ -113,8 +113,7 @@ def test_any_split_of_a_batch_takes_the_same_steps(world_size, reference, tmp_pa
         }
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_options_do_not_depend_on_the_split(world_size, tmp_path):
+def test_options_do_not_depend_on_the_split(tmp_path):
     expected = run_ranks(1, options, tmp_path / "alone")[0]
-    for name, (weights, _) in run_ranks(world_size, options, tmp_path / "ranks")[0].items():
+    for name, (weights, _) in run_ranks(3, options, tmp_path / "ranks")[0].items():
         assert relative(weights, expected[name][0]) <= 1e-12, name

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import commands
 import numpy as np
 from limits import WAIT_S
 
@@ -60,7 +61,7 @@ def start(folder, rank):
             "TORCHELASTIC_ERROR_FILE": str(folder / f"error-{number}.json"),
         }  # fmt: skip
         ranks.append(
-            subprocess.Popen(
+            commands.Popen(
                 [sys.executable, "-m", "ddp_sgd.train", *options],
                 env=environ,
                 stderr=subprocess.PIPE,

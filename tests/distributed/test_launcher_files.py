@@ -1,7 +1,7 @@
 import json
-import subprocess
 import sys
 
+import commands
 import pytest
 from launching import environment
 from limits import WAIT_S
@@ -76,7 +76,7 @@ def test_files_that_cannot_be_written_are_dropped(tmp_path, monkeypatch):
 def under_torchrun(folder, *options):
     """Return what torchrun says below its headline, of a run of two ranks that fails."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
+    done = commands.run(
         [sys.executable, *torchrun, f"--log-dir={folder}", "-m", "ddp_sgd.train", *options],
         cwd=folder,
         env=environment(),

@@ -23,12 +23,6 @@ from ddp_sgd.optim.sgd import SGD
 from ddp_sgd.report.journal import read_journal
 
 
-@pytest.fixture(autouse=True)
-def _unmeasured(monkeypatch):
-    """Coverage takes a third of the time, and others go through the same lines."""
-    monkeypatch.setenv("UNMEASURED", "1")
-
-
 class Noisy:
     """Few digits, so that runs are short, each with noise of its own in every epoch."""
 
@@ -120,21 +114,25 @@ DROP = {"data": {"batch_size": 8, "tail": "drop"}, "schedule": {"name": "one_cyc
 
 @pytest.mark.parametrize(
     ("world_size", "changes"),
-    [(1, PLAIN), (2, PLAIN), (1, WORKERS), (2, WORKERS), (2, ACCUMULATE), (2, DROP)],
+    [(1, PLAIN), (2, PLAIN), (2, WORKERS), (2, ACCUMULATE), (2, DROP)],
 )
 def test_stopped_at_any_step_a_run_ends_with_the_same_bits(world_size, changes, tmp_path):
-    """At the first step, mid-epoch, before, at and after the edge of an epoch."""
+    """At the first step, mid-epoch, before, at and after the edge of an epoch.
+
+    With other options mid-epoch and at the edge only: the rest does not depend on them.
+    """
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     undisturbed = run_ranks(world_size, live, whole, -1, changes)
     edge = undisturbed[0][1] // 3
     done = 0
-    for stop in (1, edge // 2, edge - 1, edge, edge + 1):
+    stops = (1, edge // 2, edge - 1, edge, edge + 1) if changes == PLAIN else (edge // 2, edge)
+    for stop in stops:
         victim = stop % world_size
         first, *_ = run_ranks(world_size, live, parts, stop - done, changes, victim)
         assert first[:2] == ("stopped", stop)
         done = stop
     assert run_ranks(world_size, live, parts, -1, changes) == undisturbed
-    assert len(rows(parts, "resume")) == len(rows(parts, "stop")) == 5
+    assert len(rows(parts, "resume")) == len(rows(parts, "stop")) == len(stops)
     # Not only the weights: what was measured on the way is the same, each row once.
     assert rows(parts, "train", "eval") == rows(whole, "train", "eval")
 

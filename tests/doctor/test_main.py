@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import commands
 import pytest
 from limits import WAIT_S
 from ranks import rank_environment
@@ -34,7 +35,7 @@ def run_as_ranks(environment, *per_rank, world_size=None):
     port = free_port()
     size = world_size or len(per_rank)
     ranks = [
-        subprocess.Popen(
+        commands.Popen(
             COMMAND,
             env=environment | rank_environment(int(own.get("RANK", rank)), size, port) | own,
             stdout=subprocess.PIPE,
@@ -56,7 +57,7 @@ def errors(text):
 
 
 def test_alone(environment, tmp_path):
-    done = subprocess.run(COMMAND, env=environment, capture_output=True, text=True, check=False)
+    done = commands.run(COMMAND, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     *_, result, last = done.stdout.splitlines()
     assert result == "the only rank is ready"
@@ -67,7 +68,7 @@ def test_alone(environment, tmp_path):
 
 def test_two_ranks_under_torchrun(environment):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
+    done = commands.run(
         [*torchrun, "-m", "ddp_sgd.doctor"],
         env=environment,
         capture_output=True,
@@ -93,7 +94,7 @@ def test_two_tasks_under_srun(environment):
         "SLURM_NTASKS": "2",
     }
     tasks = [
-        subprocess.Popen(
+        commands.Popen(
             COMMAND,
             env=environment | job | {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)},
             stdout=subprocess.PIPE,

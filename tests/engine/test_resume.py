@@ -5,11 +5,11 @@ import json
 import os
 import resource
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 from limits import WAIT_S
@@ -410,9 +410,7 @@ def test_a_start_that_was_killed_as_it_copied_leaves_nothing_for_long(tmp_path):
         "with claim_run_folder(config, Runtime()) as folder:\n"
         "    resume.find_resume_point(config, folder, 0)\n"
     )
-    killed = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], check=False, timeout=WAIT_S
-    )
+    killed = commands.run([sys.executable, "-c", code, str(tmp_path)], check=False, timeout=WAIT_S)
     assert killed.returncode == -9
     (left,) = tmp_path.glob(".y*")
     assert [path.name for path in left.iterdir()] == ["step-00000001.pt"]

@@ -1,18 +1,27 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 
+import commands
 import pytest
-from launching import children, environment, is_running, kill
+from launching import children, environment, is_torchrun, kill
 from limits import WAIT_S
 
 from ddp_sgd.errors import ExitCode
 from ddp_sgd.launch import LaunchOptions, launch, torchrun_environment, torchrun_flags
-from ddp_sgd.torchrun import Rendezvous, StopSignals
+from ddp_sgd.torchrun import Rendezvous, StopSignals, find_workers
+
+
+@pytest.fixture
+def _forked(monkeypatch):
+    """torchrun, which is started in this process, and its ranks are forks."""
+    monkeypatch.setattr("subprocess.Popen", commands.Popen)
+    others = commands.without_servers(find_workers)
+    monkeypatch.setattr("ddp_sgd.torchrun.find_workers", others)
+
 
 CONF = "read_timeout=4,last_call_timeout=7,keep_alive_interval=2,keep_alive_max_attempt=5"
 
@@ -57,7 +66,7 @@ def test_torchrun_knows_the_flags(tmp_path):
     flags += torchrun_flags(Rendezvous(), 2, "x", tmp_path, 7)
     program = "import sys; from torch.distributed.run import parse_args; parse_args(sys.argv[1:])"
     command = [sys.executable, "-c", program, *flags, "--max-restarts=0", "-m", "x"]
-    subprocess.run(command, check=True, timeout=WAIT_S)
+    commands.run(command, check=True, timeout=WAIT_S)
 
 
 @pytest.mark.parametrize(("nproc", "cpus", "threads"), [(2, 64, "32"), (3, 4, "1"), (8, 4, "1")])
@@ -93,6 +102,7 @@ def wait_for_rows(folder):
         time.sleep(0.02)
 
 
+@pytest.mark.usefixtures("_forked")
 def test_a_run_to_its_end(tmp_path, capfd):
     options = run_options(tmp_path, "--epochs=1", nproc=2)
     assert launch(options, environment(), StopSignals()) == 0
@@ -108,6 +118,7 @@ def test_a_stop_before_torchrun_starts_leaves_nothing(tmp_path):
     assert list((tmp_path / "runs").iterdir()) == []
 
 
+@pytest.mark.usefixtures("_forked")
 def test_a_stop_is_passed_on_once(tmp_path, capfd):
     stop = StopSignals()
 
@@ -124,10 +135,11 @@ def test_a_stop_is_passed_on_once(tmp_path, capfd):
 
 
 def kill_torchrun():
-    (agent,) = [pid for pid in children(os.getpid()) if is_running(pid, "ddp_sgd.torchrun")]
+    (agent,) = [pid for pid in children(os.getpid()) if is_torchrun(pid)]
     kill(agent)
 
 
+@pytest.mark.usefixtures("_forked")
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_a_torchrun_that_is_killed_is_started_again(tmp_path, capfd):
     hurry = tmp_path / "hurry"

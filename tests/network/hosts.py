@@ -8,6 +8,7 @@ import time
 from contextlib import contextmanager, suppress
 
 import pytest
+from commands import starting_python
 from launching import MULTINODE, environment
 from limits import WAIT_S
 from machines import Machine, what_is_missing
@@ -101,7 +102,7 @@ class Run:
         with self._said.open("w") as said:
             self.process = subprocess.Popen(
                 host.command("env", f"--chdir={folder}", str(MULTINODE), *options),
-                env=environment(**(given | variables)),
+                env=environment(PYTHON=str(starting_python()), **(given | variables)),
                 stdin=subprocess.DEVNULL,
                 stdout=said,
                 stderr=said,

@@ -1,11 +1,11 @@
 """The launch script between two hosts, on a network that is good, bad, cut, or set up wrong."""
 
-import subprocess
 import sys
 import time
 
+import commands
 import pytest
-from launching import LOCAL, environment
+from launching import environment
 from limits import WAIT_S
 from network.hosts import Run, result_in, two_hosts
 
@@ -45,8 +45,15 @@ def digest_of_one_host(tmp_path_factory):
     def find(ranks):
         if ranks not in known:
             folder = tmp_path_factory.mktemp(f"one-host-{ranks}")
-            subprocess.run(
-                [LOCAL, f"--nproc={ranks}", *LENGTH, model(0, folder)],
+            commands.run(
+                [
+                    sys.executable,
+                    "-m",
+                    "ddp_sgd.launch",
+                    f"--nproc={ranks}",
+                    *LENGTH,
+                    model(0, folder),
+                ],
                 cwd=folder,
                 env=environment(),
                 check=True,

@@ -11,6 +11,7 @@ import time
 from contextlib import contextmanager
 
 import pytest
+from commands import starting_python
 from launching import ROOT, environment
 from limits import WAIT_S
 from machines import Machine, what_is_missing
@@ -141,7 +142,9 @@ class Cluster:
     def _submit(self, folder, what, sbatch, variables):
         output = () if any(word.startswith("--output") for word in sbatch) else ("--output=%A.out",)
         command = ("sbatch", "--parsable", f"--chdir={folder}", *output, *sbatch)
-        ours = environment(SLURM_CONF=f"{self._folder}/slurm.conf", **variables)
+        ours = environment(
+            SLURM_CONF=f"{self._folder}/slurm.conf", PYTHON=str(starting_python()), **variables
+        )
         told = self.run(*command, *what, env=ours)
         return Job(self, int(told), folder)
 

@@ -3,12 +3,12 @@
 import json
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from commands import starting_python
 from launching import ROOT, environment
 from slurm.cluster import SCRIPTS, slurm
 
@@ -78,7 +78,7 @@ def test_commands_are_shown():
 
 def launch_lines(job, *, begin):
     """The lines that say what is started, with what differs between machines left out."""
-    python = f"({re.escape(shutil.which(sys.executable))}|{re.escape(sys.executable)})"
+    python = re.escape(str(starting_python()))
     lines = [line.rstrip() for line in job.said.splitlines() if line.startswith(begin)]
     lines = [re.sub(python, "python", line) for line in lines]
     place = rf"(digits\.logs/|--rdzv-id=){job.number}\b"
@@ -140,7 +140,7 @@ def test_ranks_follow_from_what_was_asked_for(sbatch, ranks, cluster, tmp_path):
 
 def test_nothing_of_the_submitter_reaches_the_job_unless_it_is_named(cluster, tmp_path):
     """--export of a few variables would hold for srun, too, and leave the ranks without any."""
-    kept = environment()
+    kept = environment(PYTHON=str(starting_python()))
     names = ",".join(f"{name}={kept[name]}" for name in ("PYTHON", "PYTHONPATH", "PATH"))
     sbatch = ("--nodes=2", "--ntasks-per-node=1", f"--export={names}")
     job = cluster.submit(
