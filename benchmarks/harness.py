@@ -139,11 +139,12 @@ def run_worker(module: str, *arguments: Any, ranks: int = 1, **variables: str) -
 
 
 def fit_with(progress: Any, runtime: Any, train_set: Any, **sections: Any) -> int:
-    """Train with a progress tracker and without output, and return the number of steps."""
+    """Train without output, with a progress tracker if given; return the number of steps."""
     from ddp_sgd import RunConfig, fit
     from ddp_sgd.engine import setup
 
-    setup.ProgressTracker = lambda: progress  # type: ignore[assignment,misc]
+    if progress is not None:
+        setup.ProgressTracker = lambda: progress  # type: ignore[assignment,misc]
     config = RunConfig.model_validate({"resume": "never", **sections})
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
         return fit(config, runtime, train_set=train_set).step
