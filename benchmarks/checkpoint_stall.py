@@ -61,11 +61,8 @@ def train(layers: int) -> Times:
     }
     with tempfile.TemporaryDirectory(dir=".") as folder, start_runtime(device="cpu") as runtime:
         harness.fit_with(None, runtime, train_set, output_dir=folder, epochs=1, **sections)
-        folder_of_run = Path(folder) / "digits"
-        steps, saves = (
-            harness.journal_rows(Path(folder) / "digits", event)
-            for event in ("train", "checkpoint")
-        )
+        run = Path(folder) / "digits"
+        steps, saves = (harness.journal_rows(run, event) for event in ("train", "checkpoint"))
     steps_ms = [row["time/step_ms"] for row in steps]
     (save,) = [row for row in saves if row["step"] == 2 * SAVE_EVERY]
     return {

@@ -83,7 +83,8 @@ def measure_here(*case: Any) -> Figures:
     first = next(batches)
     first_ms = 1e3 * (time.perf_counter() - began)
     peak_kb = resident_kb("VmHWM") - before_kb
-    if not all(0 <= index < case[1] for index in np.asarray(first).tolist()):
+    indices = np.asarray(getattr(first, "indices", first)).tolist()
+    if not all(0 <= index < case[1] for index in indices):
         raise RuntimeError(f"{case} gives {first}")
     began = time.perf_counter()
     count = sum(1 for _ in islice(batches, STEADY))

@@ -36,7 +36,7 @@ from ddp_sgd.data.datasets import InMemory
 from ddp_sgd.distributed import collectives
 from ddp_sgd.distributed.progress import Phase, ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.randomness import Randomness
+from ddp_sgd.seeds import Randomness
 
 RANKS = (1, 2, 4, 8, 16)
 BATCH = 32
@@ -133,12 +133,12 @@ class Meter:
         if due is not None:
             due()
 
-    def before_seeding(self, seed_step: Callable[..., None]) -> Callable[..., None]:
+    def before_seeding(self, seed: Callable[..., None]) -> Callable[..., None]:
         """Look at every step, when its data have been read and the model is seeded."""
 
         def look_and_seed(*arguments: Any, **options: Any) -> None:
             self.look()
-            seed_step(*arguments, **options)
+            seed(*arguments, **options)
 
         return look_and_seed
 
@@ -202,7 +202,7 @@ def work_as_rank(
     clock = Bytecodes() if counting else time.thread_time
     meter = Meter(clock, WARM_UP, WARM_UP + steps, turn)
     inputs = Tiled(torch.from_numpy(digits.inputs), samples)
-    Randomness.seed_step = meter.before_seeding(Randomness.seed_step)  # type: ignore[method-assign]
+    Randomness.seed = meter.before_seeding(Randomness.seed)  # type: ignore[method-assign]
     sections = {"output_dir": folder, "epochs": 1, "wandb": {"mode": "disabled"}}
     train_set = InMemory(inputs, targets)
     harness.fit_with(meter.progress, runtime, train_set, data={"batch_size": BATCH}, **sections)

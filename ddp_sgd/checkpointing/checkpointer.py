@@ -15,8 +15,8 @@ from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.checkpointing.serialization import write_checkpoint
 from ddp_sgd.checkpointing.store import CheckpointFolder
 from ddp_sgd.errors import OutputError
-from ddp_sgd.out_of_memory import Use, describe_out_of_memory
 from ddp_sgd.text import first_line
+from ddp_sgd.torch_errors import Use, describe_out_of_memory
 
 _Key = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
 

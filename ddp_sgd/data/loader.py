@@ -3,10 +3,9 @@
 import atexit
 import multiprocessing
 import os
-import re
 import signal
 import sys
-import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
@@ -27,16 +26,9 @@ from ddp_sgd.data.fetcher import (
     Unreadable,
 )
 from ddp_sgd.data.sampler import EvalSampler, TrainSampler
-from ddp_sgd.errors import DataError, LostWorkerError
+from ddp_sgd.errors import DataError
 from ddp_sgd.seeds import seed_for
-from ddp_sgd.text import first_line
-
-_LOST_WORKER = re.compile(
-    r"DataLoader worker|Pin memory thread|Too many open files|shared memory"
-    r"|unable to (open|mmap|resize)",
-    re.IGNORECASE,
-)
-"""What torch says where a loader process ended, or its batch got lost."""
+from ddp_sgd.torch_errors import lost_worker
 
 
 class MicroBatch(NamedTuple):
@@ -69,13 +61,11 @@ class StepBatches(NamedTuple):
         step: Number of the step in the run, from 0.
         samples: Samples in the step, over all ranks, N.
         micro_batches: This rank's part, at least one.
-        wait_s: Time that the reading took, in seconds.
     """
 
     step: int
     samples: int
     micro_batches: tuple[MicroBatch, ...]
-    wait_s: float
 
 
 class TrainLoader:
@@ -83,7 +73,7 @@ class TrainLoader:
 
     Args:
         dataset: Map-style data set of (input, target).
-        order: Which samples this rank reads.
+        sampler: Which samples this rank reads.
         epochs: Passes over the data.
         workers: Loader processes; 0 reads in this process.
         device: Where the batches go.
@@ -93,17 +83,18 @@ class TrainLoader:
     def __init__(
         self,
         dataset: Any,
-        order: TrainSampler,
+        sampler: TrainSampler,
         *,
         epochs: int,
         workers: int,
         device: torch.device,
         collate: Collate | None = None,
     ) -> None:
-        self._order = order
+        self._sampler = sampler
         self._epochs = epochs
-        fetcher = Fetcher(dataset, "data.train", order.seed, collate)
-        self._reader = _build_reader(fetcher, order, workers, device, order.seed)
+        fetcher = Fetcher(dataset, "data.train", sampler.seed, collate)
+        self._requests = _Requests(sampler)
+        self._batches = _build_batches(fetcher, self._requests, workers, device, sampler.seed)
 
     def from_step(self, step: int, skip: int = 0) -> Iterator[StepBatches]:
         """Yield what this rank computes in each step, on the host, to the end of the run.
@@ -115,23 +106,18 @@ class TrainLoader:
         Raises:
             DataError: A sample cannot be read.
         """
-        first_epoch, first_step = divmod(step, self._order.steps_per_epoch)
+        first_epoch, first_step = divmod(step, self._sampler.steps_per_epoch)
+        micro_batches: list[MicroBatch] = []
         for epoch in range(first_epoch, self._epochs):
-            self._order.set_epoch(epoch, first_step, skip)
-            batches = iter(self._reader)
-            for step_in_epoch in range(first_step, self._order.steps_per_epoch):
-                yield self._read_step(batches, step, step_in_epoch)
-                step += 1
+            self._sampler.set_epoch(epoch, first_step, skip)
+            for inputs, targets in _read(self._batches):
+                drawn = self._requests.pending.popleft()
+                micro_batches.append(MicroBatch(inputs, targets, drawn.size, drawn.is_last))
+                if drawn.is_last:
+                    yield StepBatches(step, drawn.step_samples, tuple(micro_batches))
+                    micro_batches.clear()
+                    step += 1
             first_step = skip = 0
-
-    def _read_step(self, batches: Iterator[Any], step: int, step_in_epoch: int) -> StepBatches:
-        start = time.perf_counter()
-        samples, sizes = self._order.share(step_in_epoch)
-        micro_batches = []
-        for number, size in enumerate(sizes, start=1):
-            inputs, targets = _next(batches)
-            micro_batches.append(MicroBatch(inputs, targets, size, is_last=number == len(sizes)))
-        return StepBatches(step, samples, tuple(micro_batches), time.perf_counter() - start)
 
 
 class EvalLoader:
@@ -158,28 +144,36 @@ class EvalLoader:
     ) -> None:
         self.chunks = chunks
         fetcher = Fetcher(dataset, "data.eval", seed, collate)
-        self._reader = _build_reader(fetcher, chunks, workers, device, seed)
+        self._requests = _Requests(chunks)
+        self._batches = _build_batches(fetcher, self._requests, workers, device, seed)
 
     def __iter__(self) -> Iterator[tuple[int, int, Any, Any]]:
         """Yield (number of the chunk, its samples, inputs, targets), on the host."""
-        batches = iter(self._reader)
-        for chunk in self.chunks.mine:
-            yield chunk, self.chunks.size(chunk), *_next(batches)
+        for inputs, targets in _read(self._batches):
+            drawn = self._requests.pending.popleft()
+            yield drawn.number, drawn.size, inputs, targets
 
 
 class _Requests:
-    """An order as what a ``Fetcher`` is asked for; DataLoader's batch sampler."""
+    """What a sampler draws, as what a ``Fetcher`` is asked for; DataLoader's batch sampler.
 
-    def __init__(self, order: TrainSampler | EvalSampler) -> None:
-        self._order = order
+    Attributes:
+        pending: What was drawn, and not read yet, in order.
+    """
+
+    def __init__(self, sampler: TrainSampler | EvalSampler) -> None:
+        self._sampler = sampler
+        self.pending: deque[Any] = deque()
 
     def __iter__(self) -> Iterator[Request]:
-        epoch = self._order.epoch if isinstance(self._order, TrainSampler) else EVAL_EPOCH
-        for indices in self._order:
-            yield Request(epoch, indices)
+        self.pending.clear()  # of an iteration that was left in the middle
+        epoch = self._sampler.epoch if isinstance(self._sampler, TrainSampler) else EVAL_EPOCH
+        for drawn in self._sampler:
+            self.pending.append(drawn)
+            yield Request(epoch, drawn.indices)
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self._sampler)
 
 
 class _InProcess:
@@ -188,7 +182,7 @@ class _InProcess:
     Small ones are read several at a time: a call for 8 kB takes as long as the copy of 100 kB.
     """
 
-    def __init__(self, fetcher: Fetcher, requests: _Requests, *, pinned: bool) -> None:
+    def __init__(self, fetcher: Fetcher, requests: Iterable[Request], *, pinned: bool) -> None:
         self._fetcher = fetcher
         self._requests = requests
         self._pinned = pinned
@@ -210,14 +204,24 @@ def _batches_at_once(batch: Any) -> int:
     return max(1, AHEAD_BYTES // max(1, num_bytes))
 
 
-def _build_reader(
-    fetcher: Fetcher,
-    order: TrainSampler | EvalSampler,
-    workers: int,
-    device: torch.device,
-    seed: int,
+def _read(batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """Yield (inputs, targets); raise where a batch could not be read."""
+    try:
+        for batch in batches:
+            if isinstance(batch, Unreadable):
+                raise DataError(batch.message)
+            inputs, targets = batch
+            yield inputs, targets
+    except (RuntimeError, OSError, EOFError) as error:
+        if lost := lost_worker(error):
+            raise lost from error
+        raise
+
+
+def _build_batches(
+    fetcher: Fetcher, requests: _Requests, workers: int, device: torch.device, seed: int
 ) -> Iterable[Any]:
-    requests, pinned = _Requests(order), device.type == "cuda"
+    pinned = device.type == "cuda"
     if workers == 0:
         return _InProcess(fetcher, requests, pinned=pinned)
     return DataLoader(
@@ -300,34 +304,6 @@ def _flag_of_leaving() -> Any:
 
     atexit.register(leave)  # runs before multiprocessing's own hook, which was registered earlier
     return leaving
-
-
-def _next(batches: Iterator[Any]) -> tuple[Any, Any]:
-    try:
-        batch = next(batches)
-    except (RuntimeError, OSError, EOFError) as error:
-        if lost := lost_worker(error):
-            raise lost from error
-        raise
-    if isinstance(batch, Unreadable):
-        raise DataError(batch.message)
-    inputs, targets = batch
-    return inputs, targets
-
-
-def lost_worker(error: Exception) -> LostWorkerError | None:
-    """Translate an error that reports a killed loader process; None for any other error.
-
-    torch raises that in whatever the main thread is doing. A process that is killed while it sends
-    a batch shows as a broken connection.
-    """
-    is_lost = isinstance(error, (EOFError, ConnectionError)) or _LOST_WORKER.search(str(error))
-    if not is_lost:
-        return None
-    cause = first_line(error)
-    return LostWorkerError(
-        f"data.workers lost a process: {cause}; lower data.workers, or give the job more memory."
-    )
 
 
 def move(value: Any, device: torch.device) -> Any:

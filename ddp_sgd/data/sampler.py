@@ -6,6 +6,7 @@ Shuffling: a random permutation evaluated in O(1) memory, by a Feistel network.
 from collections.abc import Iterator
 from functools import lru_cache
 from math import isqrt
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,16 +107,46 @@ _AT_ONCE = 4096
 _sizes = lru_cache(micro_batch_sizes)  # an epoch has steps of two or three sizes
 
 
-class TrainSampler(DistributedSampler[NDArray[np.int64]]):
+class MicroBatchIndices(NamedTuple):
+    """A micro-batch as a ``TrainSampler`` yields it.
+
+    Args:
+        indices: Samples to read, int64 of shape (m,), m >= 1.
+        size: How many of them count: m, or 0 for a dummy.
+        is_last: Whether it ends this rank's part of the step.
+        step_samples: Samples of the step, over all ranks.
+    """
+
+    indices: NDArray[np.int64]
+    size: int
+    is_last: bool
+    step_samples: int
+
+
+class ChunkIndices(NamedTuple):
+    """A chunk as an ``EvalSampler`` yields it.
+
+    Args:
+        indices: Samples to read, int64 of shape (m,), m >= 1.
+        size: How many of them count: m, or 0 for a dummy.
+        number: Number of the chunk, from 0.
+    """
+
+    indices: NDArray[np.int64]
+    size: int
+    number: int
+
+
+class TrainSampler(DistributedSampler[MicroBatchIndices]):
     """One permutation an epoch, dealt out to the ranks step by step, without padding.
 
     Step k of an epoch owns the positions [k G, min((k + 1) G, n)) of the permutation. Of these,
     rank r reads every W-th from number r on, in micro-batches of at most b. So the union of what
     the ranks read in a step does not depend on W, and every sample is read once an epoch.
 
-    Iterating yields this rank's micro-batches from ``first_step`` to the end of the epoch, as
-    indices: int64 of shape (m,). A rank that has no sample in a step yields one index of that step
-    all the same, a dummy to be weighted with zero, so that every rank takes part in every step.
+    Iterating yields this rank's micro-batches from ``first_step`` to the end of the epoch. A rank
+    that has no sample in a step yields one index of that step all the same, a dummy to be weighted
+    with zero, so that every rank takes part in every step.
 
     The permutation is worked out some thousand positions at a time, so that time to the first batch
     and memory do not depend on n, or on the place where an epoch is taken up.
@@ -185,7 +216,7 @@ class TrainSampler(DistributedSampler[NDArray[np.int64]]):
         """Return the whole order of this epoch: int64 of shape (n,), equal on all ranks."""
         return self._permutation()(np.arange(self.samples))
 
-    def __iter__(self) -> Iterator[NDArray[np.int64]]:
+    def __iter__(self) -> Iterator[MicroBatchIndices]:
         permutation = self._permutation()
         share = -(-self.global_batch // self.num_replicas)
         steps_at_once = max(1, _AT_ONCE // share)
@@ -194,9 +225,10 @@ class TrainSampler(DistributedSampler[NDArray[np.int64]]):
             indices = permutation(np.concatenate([self._positions(step) for step in steps]))
             start = 0
             for step in steps:
-                for size in self.share(step)[1]:
+                samples, sizes = self.share(step)
+                for left, size in enumerate(sizes, start=1 - len(sizes)):  # 0 at the last one
                     stop = start + (size or 1)
-                    yield indices[start:stop]
+                    yield MicroBatchIndices(indices[start:stop], size, left == 0, samples)
                     start = stop
 
     def __len__(self) -> int:
@@ -245,15 +277,12 @@ class EvalSampler:
         rounds = -(-self.count // world_size)
         self.mine = range(rank, rounds * world_size if in_step else self.count, world_size)
 
-    def size(self, chunk: int) -> int:
-        """Count the samples of a chunk; a dummy has none."""
-        return max(0, min(self.batch_size, self.samples - chunk * self.batch_size))
-
-    def __iter__(self) -> Iterator[NDArray[np.int64]]:
+    def __iter__(self) -> Iterator[ChunkIndices]:
         for number in self.mine:
-            chunk = number if number < self.count else 0
-            start = chunk * self.batch_size
-            yield np.arange(start, start + self.size(chunk))
+            is_dummy = number >= self.count
+            start = 0 if is_dummy else number * self.batch_size
+            indices = np.arange(start, min(start + self.batch_size, self.samples))
+            yield ChunkIndices(indices, 0 if is_dummy else len(indices), number)
 
     def __len__(self) -> int:
         return len(self.mine)

@@ -41,6 +41,13 @@ def sum_over_ranks(tensor: torch.Tensor, runtime: Runtime) -> torch.Tensor:
     return tensor
 
 
+def at_own_rank(value: float, runtime: Runtime) -> list[float]:
+    """Put a number at this rank's place among zeros: the sum over ranks lists those of all."""
+    numbers = [0.0] * runtime.world_size
+    numbers[runtime.rank] = value
+    return numbers
+
+
 def gather_over_ranks(value: T, runtime: Runtime) -> list[T]:
     """Give every rank the values of all, in the order of ranks.
 

@@ -17,7 +17,7 @@ from ddp_sgd.distributed.collectives import broadcast_buffers, broadcast_paramet
 from ddp_sgd.distributed.comm_hooks import CommHook
 from ddp_sgd.distributed.progress import Phase
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.errors import ConfigError
+from ddp_sgd.torch_errors import unused_parameters
 
 # Rank 0's buffers are what counts in the end, and normalization layers do not read them in
 # training: they are sent when somebody looks, not at every step. The argument was renamed between
@@ -200,15 +200,6 @@ class WrappedDDP(DataParallelModel):
         """Put back what the hook has to remember."""
         if self._hook:
             self._hook.load_state_dict(saved)
-
-
-def unused_parameters() -> ConfigError:
-    """Say that a step left parameters without a gradient, and what to do."""
-    return ConfigError(
-        "parallel.find_unused_parameters is false, but a step left parameters of the model "
-        "without a gradient; set parallel.find_unused_parameters=true, or "
-        "remove the parameters."
-    )
 
 
 def settle_buckets(ddp: DistributedDataParallel) -> None:

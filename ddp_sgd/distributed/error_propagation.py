@@ -27,6 +27,7 @@ from ddp_sgd.errors import (
 )
 from ddp_sgd.text import first_line
 from ddp_sgd.time_limits import scaled
+from ddp_sgd.torch_errors import Cause
 
 _POLL_S = 0.1
 
@@ -89,12 +90,6 @@ def _read(store: Store, keys: list[str]) -> list[Note]:
     return [Note(*json.loads(note)) for note in store.multi_get(keys)]
 
 
-_LOST_PEER = re.compile(
-    r"Connection (closed|reset|refused)|Broken pipe|Timed out waiting|pair closure|Socket Timeout"
-    r"|wait timeout|gloo/transport|ncclRemoteError|ncclSystemError|watchdog|NCCL",
-    re.IGNORECASE,
-)
-_SILENT_PEER = re.compile(r"Timed out|timeout|No route|unreachable", re.IGNORECASE)
 _PATIENCE_S = scaled(5.0)
 """Longest wait for a store, before its host counts as gone."""
 _FIRST_FAULT = "ddp_sgd/first_fault"
@@ -189,7 +184,7 @@ class StoreErrorPropagation:
         self.has_resolved.set()
         if isinstance(error, RemoteError) or self.is_store_silent:
             return error
-        wait_s = 3 * NOTE_S if is_lost_peer(error) and _SILENT_PEER.search(str(error)) else 0.0
+        wait_s = 3 * NOTE_S if is_lost_peer(error) and Cause.SILENT_PEER.is_in(error) else 0.0
         try:
             call_with_timeout(_PATIENCE_S, lambda: self._store.check([_FIRST_FAULT]))
             return call_with_timeout(wait_s + _PATIENCE_S, lambda: self._resolve(error, wait_s))
@@ -273,7 +268,7 @@ def is_lost_peer(error: Exception) -> bool:
     if isinstance(error, UserError):
         return False
     return isinstance(error, DistNetworkError) or (
-        isinstance(error, RuntimeError) and bool(_LOST_PEER.search(str(error)))
+        isinstance(error, RuntimeError) and Cause.LOST_PEER.is_in(error)
     )
 
 

@@ -18,6 +18,7 @@ from ddp_sgd.distributed.environment import Ranks
 from ddp_sgd.errors import PeerError, UserError
 from ddp_sgd.text import first_line
 from ddp_sgd.time_limits import scaled
+from ddp_sgd.torch_errors import Cause
 
 _INTRODUCTION_S = scaled(10.0)
 """Longest wait of a rank for the name of the run whose store it has reached."""
@@ -144,7 +145,7 @@ def _host(ranks: Ranks, timeout_s: float) -> Store:
     try:
         return _tcp_store(ranks, timeout_s, is_host=True)
     except RuntimeError as error:
-        if "EADDRINUSE" not in str(error):
+        if not Cause.PORT_IN_USE.is_in(error):
             raise
         raise PeerError(
             f"port {ranks.port} on {socket.gethostname()} is held by another program; set "

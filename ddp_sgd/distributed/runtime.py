@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
+from typing import TypedDict
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,7 @@ from ddp_sgd.distributed.rendezvous import (
     read_rendezvous_info,
 )
 from ddp_sgd.errors import ConfigError
+from ddp_sgd.seeds import seed_for
 from ddp_sgd.time_limits import scaled
 
 _FAREWELL_S = scaled(5.0)
@@ -38,6 +40,13 @@ _DEVICE_GRACE_S = scaled(60.0)
 """What a collective on a device may take beyond its timeout."""
 _GRACE_S = scaled(2.0)
 """What connecting may take beyond its timeout before it counts as hung."""
+
+
+class Shard(TypedDict):
+    """Rank and world size."""
+
+    rank: int
+    world_size: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +75,15 @@ class Runtime:
     def alone(self) -> bool:
         """Whether this is the only process."""
         return self.world_size == 1
+
+    @property
+    def shard(self) -> Shard:
+        """Which part of the data is this rank's, as keyword arguments of a sampler."""
+        return {"rank": self.rank, "world_size": self.world_size}
+
+    def seed_for(self, purpose: str, seed: int, *place: int) -> int:
+        """Mix the seed of a run with a place in it and with this rank; see ``seeds.seed_for``."""
+        return seed_for(purpose, seed, *place, self.rank)
 
 
 @contextmanager

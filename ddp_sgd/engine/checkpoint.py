@@ -9,8 +9,7 @@ from ddp_sgd.checkpointing.checkpointer import AsyncCheckpointer, Checkpointer, 
 from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.checkpointing.store import FOLDER_NAME, CheckpointFolder
 from ddp_sgd.config.schema import RunConfig
-from ddp_sgd.engine.fingerprint import with_marks
-from ddp_sgd.engine.resume import ResumePoint
+from ddp_sgd.engine.resume import ResumePoint, with_marks
 from ddp_sgd.engine.setup import TrainContext
 from ddp_sgd.engine.train_state import (
     State,

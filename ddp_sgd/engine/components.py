@@ -1,30 +1,136 @@
 """The components of a run: model, loss and data, given or built from the configuration.
 
 Lazy modules are materialized by one forward pass before anything is compared or restored.
+
+Sample batch: a few samples for such checks, and how they become arguments of the model's forward.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.utils.data import IterableDataset
 
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.data.dataset_checks import OpenFiles
-from ddp_sgd.data.fetcher import Collate
+from ddp_sgd.data.fetcher import EVAL_EPOCH, Collate, Fetcher, Request, Unreadable
 from ddp_sgd.data.loader import move
 from ddp_sgd.engine.evaluation import evaluating
-from ddp_sgd.engine.fingerprint import Marks, mark_samples
 from ddp_sgd.engine.model_check import check_loss_parameters, check_model
-from ddp_sgd.engine.sample_batch import Batch, check_dataset, choose_spread, read_batch
 from ddp_sgd.engine.side_effects import undo_side_effects
 from ddp_sgd.engine.train_state import describe_loss
 from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.instantiate import instantiate
-from ddp_sgd.losses import LossFunction, Objective, as_module, loss_modules
+from ddp_sgd.losses import LossFunction, Objective, Spread, as_module, loss_modules
 from ddp_sgd.seeds import seed_for
+
+_MOST_SAMPLES = 8
+"""Samples of the batch: enough for pairs of one class, few enough for any memory."""
+
+
+class Batch(NamedTuple):
+    """A few samples, spread over a data set.
+
+    Args:
+        inputs: Inputs, on the host.
+        targets: Targets, on the host.
+        targets_of_one: Targets of each sample alone.
+        indices: Which samples.
+    """
+
+    inputs: Any
+    targets: Any
+    targets_of_one: list[Any]
+    indices: list[int]
+
+
+def check_dataset(dataset: Any, where: str) -> None:
+    """Refuse what is not a map-style data set with at least one sample.
+
+    Raises:
+        ConfigError: It has no length, or gives no sample for an index.
+        DataError: It is empty.
+    """
+    by_index = isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")
+    if not by_index or isinstance(dataset, IterableDataset):
+        raise ConfigError(
+            f"{where} is a {type(dataset).__name__}, which has no length or no samples by index; "
+            "name a map-style data set (streaming data sets are not supported)."
+        )
+    if len(dataset) == 0:
+        raise DataError(f"{where} is empty; name a data set with at least one sample.")
+
+
+def read_batch(dataset: Any, where: str, *, batch_size: int, collate: Collate | None) -> Batch:
+    """Read a few samples, spread over a data set, in the way of an evaluation.
+
+    Args:
+        dataset: Map-style data set with at least one sample.
+        where: Its key, for errors.
+        batch_size: Samples of a micro-batch.
+        collate: Function from a list of samples to a batch; None: torch's default_collate.
+
+    Raises:
+        DataError: The samples cannot be read.
+    """
+    samples = min(len(dataset), max(2, min(_MOST_SAMPLES, batch_size)))
+    indices = np.linspace(0, len(dataset) - 1, samples).astype(np.int64)
+    fetcher = Fetcher(dataset, where, 0, collate)
+    read = fetcher.read_with_singles(Request(EVAL_EPOCH, indices))
+    if isinstance(read, Unreadable):
+        raise DataError(read.message)
+    (inputs, targets), singles = read
+    return Batch(inputs, targets, [target for _, target in singles], indices.tolist())
+
+
+def choose_spread(model: nn.Module, inputs: Any, samples: int) -> Spread:
+    """Choose how inputs reach a model, by the signature of its ``forward``.
+
+    A mapping becomes keyword arguments, and a list or tuple positional ones, where ``forward``
+    takes several arguments that these fit. A list of one entry per sample, as detection models
+    take, is one argument.
+
+    Args:
+        model: The module.
+        inputs: Inputs of a batch.
+        samples: Number of samples in it.
+    """
+    if not isinstance(inputs, (Mapping, list, tuple)):
+        return "whole"
+    parameters = _parameters_of(model)
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if isinstance(inputs, Mapping):
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        fits = takes_any or set(inputs) <= {p.name for p in named}
+        return "keywords" if fits and (len(named) > 1 or takes_any) else "whole"
+    takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    required = [p for p in positional if p.default is p.empty]
+    fits = len(required) <= len(inputs) and (takes_any or len(inputs) <= len(positional))
+    several = takes_any or len(positional) > 1
+    is_rows = len(required) <= 1 and not _are_columns(inputs, samples)
+    return "positions" if fits and several and not is_rows else "whole"
+
+
+def _parameters_of(model: nn.Module) -> list[inspect.Parameter]:
+    """List what ``forward`` takes; a compiled model takes what the model below it does."""
+    original = getattr(model, "_orig_mod", model)
+    try:
+        return list(inspect.signature(original.forward).parameters.values())
+    except (TypeError, ValueError):  # a forward that is not written in Python
+        return []
+
+
+def _are_columns(inputs: list[Any] | tuple[Any, ...], samples: int) -> bool:
+    """Whether each entry has a row for every sample, rather than each sample an entry."""
+    return all(
+        isinstance(each, torch.Tensor) and each.ndim > 0 and len(each) == samples for each in inputs
+    )
 
 
 def is_materialized(model: nn.Module) -> bool:
@@ -124,13 +230,6 @@ def gather_components(
         collate=collate,
         files=files,
     )
-
-
-def mark_training_set(config: RunConfig, train_set: Any) -> Marks:
-    """Mark some samples of a training set; see ``mark_samples``. None has no marks."""
-    if train_set is None:
-        return {}
-    return mark_samples(train_set, "data.train", config.seed, ready_collate(config))
 
 
 def materialize_lazy(model: nn.Module, loss: LossFunction, batch: Batch, seed: int) -> None:

@@ -4,6 +4,7 @@ The training loop: step, sync, evaluation, checkpoint.
 """
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ddp_sgd.checkpointing.checkpointer import Checkpointer
+from ddp_sgd.checkpointing.manifest import SkippedSteps
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.data.loader import StepBatches
 from ddp_sgd.distributed.error_propagation import propagate_errors
@@ -20,21 +22,24 @@ from ddp_sgd.distributed.hang_watch import watch_for_hangs
 from ddp_sgd.distributed.progress import Phase
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.checkpoint import open_checkpointer
-from ddp_sgd.engine.components import gather_components, mark_training_set
-from ddp_sgd.engine.error_translation import refuse_divergence, translate_errors
+from ddp_sgd.engine.components import gather_components
 from ddp_sgd.engine.evaluation import Interrupted
-from ddp_sgd.engine.fingerprint import refuse_data_of_another_run
-from ddp_sgd.engine.rank_consistency import require_consistency
-from ddp_sgd.engine.restoring import hand_over, refuse_other_parts
+from ddp_sgd.engine.rank_consistency import mark_training_set, require_consistency
 from ddp_sgd.engine.result import RunResult, build_result
-from ddp_sgd.engine.resume import find_resume_point
+from ddp_sgd.engine.resume import find_resume_point, refuse_data_of_another_run
 from ddp_sgd.engine.setup import TrainContext, build_context
 from ddp_sgd.engine.sync import RankSync, SyncResult
-from ddp_sgd.engine.train_state import State
+from ddp_sgd.engine.train_state import State, hand_over, refuse_other_parts
 from ddp_sgd.engine.triggers import Deadline, HasReason, StopRequest, Timetable, stop_on_signal
+from ddp_sgd.errors import DivergedError
 from ddp_sgd.losses import LossFunction
+from ddp_sgd.optim.schedule import Schedule, build_schedule
 from ddp_sgd.report.reporter import Reporter, open_report, tell_of_the_end
 from ddp_sgd.report.run_folder import RunFolder, claim_run_folder
+from ddp_sgd.torch_errors import translate_errors
+
+_PATIENCE = 10
+"""Steps in a row without a finite gradient that end a run."""
 
 
 class Loop:
@@ -42,29 +47,31 @@ class Loop:
 
     Args:
         context: The run; its state moves.
+        schedule: Factor of the peak rate for each step.
+        seed_for_step: Seed of what the model draws in a step, on this rank.
+        timetable: When the model is scored; is told how long saves and evaluations take.
         rank_sync: The periodic all-reduce besides that of gradients.
         checkpointer: Saves the state.
         report: Where measurements go.
-        deadline: Is told how long saves and evaluations take.
-        score_every: Epochs between evaluations.
     """
 
     def __init__(
         self,
         context: TrainContext,
+        schedule: Schedule,
+        seed_for_step: Callable[[int], int],
+        timetable: Timetable,
         rank_sync: RankSync,
         checkpointer: Checkpointer[State],
         report: Reporter,
-        deadline: Deadline,
-        *,
-        score_every: int,
     ) -> None:
         self._context = context
+        self._schedule = schedule
+        self._seed_for_step = seed_for_step
+        self._timetable = timetable
         self._rank_sync = rank_sync
         self._checkpointer = checkpointer
         self._report = report
-        self._deadline = deadline
-        self._score_every = score_every
 
     def run(self) -> None:
         """Take steps; whatever ends them, the state is saved at the last one.
@@ -99,8 +106,8 @@ class Loop:
     def _take_step(self, batches: StepBatches) -> SyncResult | None:
         """Take a step, and log what the ranks have synchronized, if it was time."""
         context, state = self._context, self._context.state
-        lr = context.rate(state.step)
-        context.seed_model(state.step)
+        lr = context.plan.peak_lr * self._schedule(state.step)
+        context.randomness.seed(self._seed_for_step(state.step))
         result = context.stepper.step(batches, lr)
         state.step += 1
         context.progress.enter(Phase.SYNC)
@@ -110,7 +117,7 @@ class Loop:
             self._report.train(synced.row)
             refuse_divergence(synced.skipped, lr)
             self._checkpointer.poll()
-            self._deadline.save_s = self._checkpointer.save_s
+            self._timetable.deadline.save_s = self._checkpointer.save_s
         return synced
 
     def _is_to_stop(self, synced: SyncResult | None) -> bool:
@@ -122,10 +129,7 @@ class Loop:
     def _score_if_due(self) -> bool:
         """Score at the end of an epoch; False if a stop request cut that short, on any rank."""
         context, state = self._context, self._context.state
-        if (
-            not context.plan.ends_epochs(state.step, self._score_every)
-            or state.scored_at == state.step
-        ):
+        if not self._timetable.score_is_due_at(state.step) or state.scored_at == state.step:
             return True
 
         def is_unwanted() -> bool:
@@ -138,7 +142,7 @@ class Loop:
         except Interrupted:
             return False
         self._report.eval(state.scores)
-        self._deadline.score_s = time.perf_counter() - start
+        self._timetable.deadline.score_s = time.perf_counter() - start
         return True
 
 
@@ -193,7 +197,7 @@ def fit(
         with (
             open_report(config, runtime, folder, resume_point.origin) as report,
             propagate_errors(runtime.error_propagation),
-            translate_errors(request),
+            translate_errors(lambda: request.reason),
         ):
             components = gather_components(config, model, loss, train_set, eval_set)
             marks = require_consistency(config, components, runtime)
@@ -203,11 +207,22 @@ def fit(
                 open_checkpointer(config, context, resume_point, folder, report) as checkpointer,
                 _hang_watch(config, context, runtime, report, request),
             ):
-                deadline = Deadline(resume_point.deadline)
-                rank_sync = _rank_sync(config, context, runtime, request, deadline)
-                every = config.eval.every_epochs
+                timetable = Timetable(
+                    config.checkpoint,
+                    context.plan,
+                    row_steps=config.log.every_steps,
+                    score_epochs=config.eval.every_epochs,
+                    deadline=Deadline(resume_point.deadline),
+                )
+                schedule = build_schedule(config.schedule, context.plan)
+                seed_for_step = partial(runtime.seed_for, "model", config.seed)
+                rank_sync = RankSync(
+                    context.plan, runtime, request, timetable, context.shares, context.state
+                )
                 request.defer()  # from here on a stop waits for the end of a step
-                Loop(context, rank_sync, checkpointer, report, deadline, score_every=every).run()
+                Loop(
+                    context, schedule, seed_for_step, timetable, rank_sync, checkpointer, report
+                ).run()
                 result = build_result(
                     context.state, context.plan, context.wrapper, context.shares, runtime
                 )
@@ -250,19 +265,18 @@ def _stop_request(stop: HasReason) -> StopRequest:
     return stop if isinstance(stop, StopRequest) else StopRequest(stop)
 
 
-def _rank_sync(
-    config: RunConfig,
-    context: TrainContext,
-    runtime: Runtime,
-    request: StopRequest,
-    deadline: Deadline,
-) -> RankSync:
-    return RankSync(
-        context.plan,
-        runtime,
-        request,
-        Timetable(config.checkpoint, context.plan, row_steps=config.log.every_steps),
-        deadline,
-        context.shares,
-        context.state,
-    )
+def refuse_divergence(skipped: SkippedSteps, lr: float) -> None:
+    """End a run whose gradients stay non-finite.
+
+    Args:
+        skipped: Steps without a finite gradient.
+        lr: Rate of the last step.
+
+    Raises:
+        DivergedError: There were 10 or more.
+    """
+    if skipped.longest_row >= _PATIENCE:
+        raise DivergedError(
+            f"the gradient is not finite for {skipped.longest_row} steps in a row at a rate of "
+            f"{lr:g}; lower optim.lr, warm up longer, set optim.clip_norm, or look for bad samples."
+        )

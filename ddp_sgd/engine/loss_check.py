@@ -3,6 +3,8 @@
 Losses of a user's own say nothing about themselves. So the loss of a batch is compared with those
 of its samples, on random outputs, since those of the model may be special: zero at the start, or
 saturated at the end of a run.
+
+Labels: whether a data set lists them, and whether the model has a score for each.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,8 +12,10 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch.utils.data import TensorDataset
 
 from ddp_sgd.engine.output_tensors import map_tensors
+from ddp_sgd.errors import DataError
 from ddp_sgd.losses import LossFunction
 
 Reduction = Literal["mean", "sum", "other"]
@@ -212,3 +216,54 @@ def _sample_of(outputs: Any, samples: int, number: int) -> Any:
 def _batch_dim(tensor: torch.Tensor, samples: int) -> int | None:
     """Find the dimension that has as many entries as there are samples, the first if several."""
     return next((dim for dim, size in enumerate(tensor.shape) if size == samples), None)
+
+
+def listed_targets(dataset: Any, targets: Any, indices: Sequence[int]) -> torch.Tensor | None:
+    """Return the targets of all samples, where a data set lists them as it gives them; else None.
+
+    The list counts only if it equals the targets that were read: a transform may change those.
+
+    Args:
+        dataset: Data set with an attribute ``targets``, as torchvision's have, or torch's own.
+        targets: Targets of some samples; only integers of shape (m,) are looked for.
+        indices: Which samples.
+    """
+    listed = getattr(dataset, "targets", None)
+    if isinstance(dataset, TensorDataset):
+        listed = dataset.tensors[-1]
+    is_changed = getattr(dataset, "target_transform", None) is not None
+    if listed is None or is_changed or not isinstance(targets, torch.Tensor):
+        return None
+    try:
+        labels = torch.as_tensor(listed)
+    except (TypeError, ValueError, RuntimeError):  # lists of something else than numbers
+        return None
+    fits = labels.shape == (len(dataset),) and not labels.is_floating_point()
+    if not fits or targets.is_floating_point() or targets.ndim != 1:
+        return None
+    return labels if torch.equal(labels[indices].to(targets), targets) else None
+
+
+def check_labels(labels: torch.Tensor, classes: int, where: str) -> None:
+    """Refuse class labels that the model has no score for.
+
+    Raises:
+        DataError: A label is negative or too large.
+    """
+    if labels.numel() == 0:
+        return
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise DataError(
+            f"{where} has labels from {low} to {high} while the model gives {classes} scores; "
+            f"number the labels from 0, or give the model {max(high + 1, 2)} classes."
+        )
+
+
+def count_classes(outputs: Any, targets: Any) -> int | None:
+    """Count the classes of scores of shape (m, C, ...) for integer targets of shape (m, ...)."""
+    if not (isinstance(outputs, torch.Tensor) and isinstance(targets, torch.Tensor)):
+        return None
+    fits = outputs.ndim == targets.ndim + 1 and outputs.ndim > 1
+    is_of_pixels = fits and outputs.shape[2:] == targets.shape[1:] and outputs.shape[1] > 1
+    return outputs.shape[1] if is_of_pixels and not targets.is_floating_point() else None

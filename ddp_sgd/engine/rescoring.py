@@ -16,22 +16,22 @@ from ddp_sgd.distributed.progress import ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import buffers_by_name
 from ddp_sgd.engine.components import (
+    check_dataset,
     is_materialized,
     materialize_lazy,
+    read_batch,
     ready_collate,
     ready_loss,
     ready_model,
 )
-from ddp_sgd.engine.error_translation import translate_errors
 from ddp_sgd.engine.evaluation import Metrics
-from ddp_sgd.engine.restoring import model_misfits, restore
 from ddp_sgd.engine.result import weights_digest
-from ddp_sgd.engine.sample_batch import check_dataset, read_batch
 from ddp_sgd.engine.setup import build_scorer
-from ddp_sgd.engine.train_state import describe_loss
+from ddp_sgd.engine.train_state import describe_loss, model_misfits, restore
 from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.instantiate import instantiate, refuse_untrusted
 from ddp_sgd.losses import LossFunction, as_module, loss_modules
+from ddp_sgd.torch_errors import translate_errors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,12 @@
-"""Resume: rank 0 finds the checkpoint to go on from, and broadcasts the choice."""
+"""Resume: rank 0 finds the checkpoint to go on from, and broadcasts the choice.
+
+The plan of a run that is resumed, and the requirement that its training data are the same: data of
+the same length may be others behind a path that moved, behind the same path, or given in Python.
+"""
 
 import os
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from secrets import token_hex
@@ -9,16 +14,19 @@ from typing import Any
 
 from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.checkpointing.retrying import is_missing, retry, unreadable
-from ddp_sgd.checkpointing.serialization import find_checkpoint
+from ddp_sgd.checkpointing.serialization import find_checkpoint, read_tensors
 from ddp_sgd.checkpointing.store import FOLDER_NAME, CheckpointFolder, Choice
-from ddp_sgd.config import RunConfig, changes_that_matter
+from ddp_sgd.config import RunConfig, changes_that_matter, rank_batch
 from ddp_sgd.config.yaml_text import read_yaml
 from ddp_sgd.distributed.collectives import from_rank_0
 from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.engine.rank_consistency import Mark, Marks
 from ddp_sgd.engine.result import RunResult, read_result
+from ddp_sgd.engine.train_state import State, Tree
 from ddp_sgd.engine.triggers import read_deadline
 from ddp_sgd.errors import ConfigError, DataError, RefusedError
 from ddp_sgd.files import replace_file, sync_file, sync_folder
+from ddp_sgd.plan import Plan, make_plan
 from ddp_sgd.report.journal import first_row, has_journal
 from ddp_sgd.report.logger import Origin
 from ddp_sgd.report.run_folder import RunFolder, refuse_endless_failure, unwritable
@@ -197,3 +205,147 @@ def _config_in(folder: Path) -> dict[str, Any] | None:
         otherwise = "set resume=never to begin in a new folder"
         raise unreadable(path, error, otherwise) from error
     return config if isinstance(config, dict) else None
+
+
+KEY = "data"
+"""Where the marks are in a checkpoint; those of earlier releases have none."""
+
+
+_OF_TRAINING_DATA = " of data.train["
+
+
+_SHOWN = 3
+
+
+def with_marks(
+    marks: Marks, state_dict: Callable[[State], tuple[Header, Tree]]
+) -> Callable[[State], tuple[Header, Tree]]:
+    """Add the marks of the training data to the state dict of a run.
+
+    Args:
+        marks: From ``require_consistency``; those of held-out data, which may change, are left out.
+        state_dict: Gives header and content of a checkpoint.
+    """
+    packed = {name: tuple(mark) for name, mark in marks.items() if _OF_TRAINING_DATA in name}
+
+    def state_dict_with_marks(state: State) -> tuple[Header, Tree]:
+        header, tree = state_dict(state)
+        return header, {**tree, KEY: packed} if packed else tree
+
+    return state_dict_with_marks
+
+
+def refuse_other_data(
+    resume_point: ResumePoint,
+    saved: Mapping[str, Any],
+    marks: Marks,
+    read_again: Callable[[], Marks],
+) -> None:
+    """Refuse to go on with other training data than those of the checkpoint.
+
+    A difference counts if today's samples read alike twice: what a data set gives differently at
+    each reading is no other data. A run that begins with the checkpoint of another one, by
+    ``resume=PATH``, may have data of its own.
+
+    Args:
+        resume_point: What the run goes on from.
+        saved: Content of the checkpoint.
+        marks: Today's.
+        read_again: Marks the same samples a second time; called where there is a difference.
+
+    Raises:
+        RefusedError: A sample is another one; the message names it.
+    """
+    if resume_point.header is None or resume_point.header.run_id != resume_point.run_id:
+        return
+    before = {name: Mark(*values) for name, values in (saved.get(KEY) or {}).items()}
+    suspects = [
+        name for name, mark in before.items() if name in marks and not mark.agrees_with(marks[name])
+    ]
+    second = read_again() if suspects else {}
+    differences = [
+        f"{name} was {before[name].text}, is {marks[name].text}"
+        for name in suspects
+        if name in second and second[name].agrees_with(marks[name])
+    ]
+    if differences:
+        shown = ", ".join(differences[:_SHOWN]) + (", ..." if len(differences) > _SHOWN else "")
+        raise RefusedError(
+            f"data.train is not what the checkpoint of step {resume_point.header.step} was trained "
+            f"on: {shown}; restore the data, choose another name, or set resume=never to "
+            "begin at step 0."
+        )
+
+
+def refuse_data_of_another_run(
+    resume_point: ResumePoint, read: Callable[[], Marks], runtime: Runtime
+) -> None:
+    """Refuse to give the result of a finished run for other data; equal on all ranks.
+
+    Args:
+        resume_point: What is left of the run; without a checkpoint nothing is compared.
+        read: Marks the samples of today's data.
+        runtime: This process.
+
+    Raises:
+        DataError: The checkpoint cannot be read.
+        RefusedError: A sample is another one; the message names it.
+    """
+    saved = from_rank_0(
+        read_tensors(resume_point.file).get(KEY) if resume_point.file else None, runtime
+    )
+    if saved:
+        refuse_other_data(resume_point, {KEY: saved}, read(), read)
+
+
+def plan_from(config: RunConfig, header: Header | None, *, samples: int, world_size: int) -> Plan:
+    """Work out the plan of a run that goes on.
+
+    Args:
+        config: Description of the run.
+        header: Where it stood; None begins at step 0.
+        samples: Length of the training set, n.
+        world_size: Ranks of today.
+
+    Raises:
+        RefusedError: The number of ranks changed and must not.
+    """
+    if header is None:
+        return make_plan(config, samples=samples, world_size=world_size)
+    resized = header.world_size != world_size
+    if resized and config.on_resize == "refuse":
+        raise RefusedError(
+            f"on_resize is refuse, and the run was saved on {header.world_size} ranks while there "
+            f"are {world_size}; start {header.world_size} ranks, or set "
+            "on_resize=keep_global_batch."
+        )
+    new_batch = rank_batch(header.config) != rank_batch(config.model_dump())
+    if new_batch or (resized and config.on_resize == "rescale"):
+        kept = None
+    else:
+        same = header.config["optim"]["reference_batch"] == config.optim.reference_batch
+        reference = header.plan["reference_batch"] if same else config.optim.reference_batch
+        kept = header.plan["global_batch"], reference or rank_batch(config.model_dump())
+    plan = make_plan(config, samples=samples, world_size=world_size, kept=kept)
+    step, skip = plan.step_at(header.epoch, header.position)
+    return replace(plan, samples_before=header.samples - skip - plan.samples_at(step))
+
+
+def state_from(header: Header | None, plan: Plan) -> tuple[State, int]:
+    """Find the place in the plan; gives the state, and the samples of its step that were trained.
+
+    In the middle of a step there is nothing to score: the evaluation before it was done.
+    """
+    if header is None:
+        return State(), 0
+    step, skip = plan.step_at(header.epoch, header.position)
+    done = skip > 0 or header.scored_at == header.step
+    return (
+        State(
+            step=step,
+            scores=dict(header.scores),
+            scored_at=step if done else -1,
+            skipped=header.skipped,
+        ),
+        skip,
+    )

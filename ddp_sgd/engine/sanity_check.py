@@ -17,8 +17,9 @@ from ddp_sgd.data.loader import move
 from ddp_sgd.distributed.collectives import gather_over_ranks
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, statistics_of
+from ddp_sgd.engine.components import Batch, choose_spread
 from ddp_sgd.engine.evaluation import evaluating
-from ddp_sgd.engine.loss_check import examine_loss
+from ddp_sgd.engine.loss_check import check_labels, count_classes, examine_loss, listed_targets
 from ddp_sgd.engine.model_check import (
     check_changed_parameters,
     check_embeddings,
@@ -27,14 +28,6 @@ from ddp_sgd.engine.model_check import (
     list_registered,
 )
 from ddp_sgd.engine.output_tensors import list_tensors
-from ddp_sgd.engine.randomness import Randomness
-from ddp_sgd.engine.sample_batch import (
-    Batch,
-    check_labels,
-    choose_spread,
-    count_classes,
-    listed_targets,
-)
 from ddp_sgd.engine.side_effects import (
     CollectiveWatch,
     Place,
@@ -52,8 +45,9 @@ from ddp_sgd.losses import (
     is_of_classes,
     loss_modules,
 )
-from ddp_sgd.out_of_memory import Use, refuse_out_of_memory
 from ddp_sgd.plan import Plan
+from ddp_sgd.seeds import Randomness
+from ddp_sgd.torch_errors import Use, refuse_out_of_memory
 
 _SHOWN = 6
 """Components of a container that an error describes."""
@@ -140,7 +134,7 @@ def check_training(
         check.backward(value)
         check_gradients(model)
         check_changed_parameters(model, effects.changed_parameters(), plan)
-        randomness.follow(effects)
+        _follow(randomness, effects)
         changed = effects.changed_buffers(_written_in_a_pass(check, whole))
         resized = effects.resized_buffers()
         read = _read_in_training(check, effects, randomness, changed, runtime)
@@ -183,7 +177,7 @@ def check_evaluation(
         check = _Check(model, loss, dataset, batch, runtime.device, "data.eval")
         with watch:
             outputs, _ = check.forward()
-        randomness.follow(effects)
+        _follow(randomness, effects)
         changed = effects.changed_buffers(_written_in_a_pass(check, whole))
         objective, _ = check.judge(outputs)
     return EvaluationFacts(
@@ -209,7 +203,7 @@ class _Check:
         self._model = model
         self._loss = loss
         self._where = where
-        self._listed = listed_targets(dataset, batch)
+        self._listed = listed_targets(dataset, batch.targets, batch.indices)
         self._labels = batch.targets if self._listed is None else self._listed
         self._inputs, self._targets = move(batch.inputs, device), move(batch.targets, device)
         self._targets_of_one = move(batch.targets_of_one, device)
@@ -313,6 +307,13 @@ def _written_in_a_pass(check: _Check, modules: list[nn.Module]) -> set[int]:
         with watch:
             check.forward()
     return watch.written
+
+
+def _follow(randomness: Randomness, effects: SideEffects) -> None:
+    """Let all be seeded that passes were seen to draw from."""
+    randomness.follow(
+        draws_from_random=effects.draws_from_random, draws_from_numpy=effects.draws_from_numpy
+    )
 
 
 def _read_in_training(

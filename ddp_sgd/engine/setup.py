@@ -19,33 +19,28 @@ from ddp_sgd.distributed.progress import Phase, ProgressTracker
 from ddp_sgd.distributed.replication import wrap_model
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, buffers_by_name
-from ddp_sgd.engine.components import Components, mark_training_set
+from ddp_sgd.engine.components import Components, read_batch
 from ddp_sgd.engine.evaluation import Metrics, Score, evaluate
-from ddp_sgd.engine.fingerprint import Marks, refuse_other_data
 from ddp_sgd.engine.model_check import check_normalization
-from ddp_sgd.engine.restoring import (
-    broadcast_state,
-    plan_from,
-    refuse_misfit,
-    restore,
-    restore_buffers,
-    restore_momentum_buffers,
-    state_from,
-)
-from ddp_sgd.engine.resume import ResumePoint
-from ddp_sgd.engine.sample_batch import read_batch
+from ddp_sgd.engine.rank_consistency import Marks, mark_training_set
+from ddp_sgd.engine.resume import ResumePoint, plan_from, refuse_other_data, state_from
 from ddp_sgd.engine.sanity_check import TrainingFacts, check_evaluation, check_training
 from ddp_sgd.engine.step import Stepper
 from ddp_sgd.engine.sync import TimeShares
 from ddp_sgd.engine.train_state import (
     State,
+    broadcast_state,
     momentum_buffers,
+    refuse_misfit,
+    restore,
+    restore_buffers,
+    restore_momentum_buffers,
 )
 from ddp_sgd.losses import LossFunction, loss_modules
-from ddp_sgd.optim.schedule import Schedule, build_schedule
 from ddp_sgd.optim.sgd import SGD, build_sgd
-from ddp_sgd.out_of_memory import Use, memory_for
 from ddp_sgd.plan import Plan
+from ddp_sgd.seeds import Randomness
+from ddp_sgd.torch_errors import Use, memory_for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,9 +52,8 @@ class TrainContext:
         wrapper: The model, equal on all ranks.
         stepper: Takes steps.
         loader: The training set, step by step.
-        schedule: Factor of the peak rate for each step.
         score: Evaluates the model; gives nothing if there is no held-out set.
-        seed_model: Seeds what the model draws in a step, such as dropout.
+        randomness: The generators that steps draw from, such as for dropout.
         optimizer: SGD over the model's parameters.
         loss: What the loss is.
         device: Where this rank computes.
@@ -77,9 +71,8 @@ class TrainContext:
     wrapper: DataParallelModel
     stepper: Stepper
     loader: TrainLoader
-    schedule: Schedule
     score: Score
-    seed_model: Callable[[int], None]
+    randomness: Randomness
     optimizer: SGD
     loss: str
     device: torch.device
@@ -91,10 +84,6 @@ class TrainContext:
     loss_modules: Mapping[str, nn.Module]
     notes: tuple[str, ...]
     marks: Marks
-
-    def rate(self, step: int) -> float:
-        """Return the learning rate of a step."""
-        return self.plan.peak_lr * self.schedule(step)
 
 
 def build_context(
@@ -151,9 +140,8 @@ def build_context(
         wrapper=wrapper,
         stepper=_stepper(config, wrapper, facts, optimizer, runtime, progress),
         loader=_train_loader(config, plan, components, runtime),
-        schedule=build_schedule(config.schedule, plan),
         score=_scorer(config, components, wrapper, runtime, progress),
-        seed_model=partial(facts.randomness.seed_step, config.seed, rank=runtime.rank),
+        randomness=facts.randomness,
         optimizer=optimizer,
         loss=components.loss_name,
         device=runtime.device,
@@ -236,10 +224,9 @@ def _train_loader(
         plan.samples,
         global_batch=plan.global_batch,
         batch_size=plan.batch_size,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
         seed=config.seed,
         tail=plan.tail,
+        **runtime.shard,
     )
     return TrainLoader(
         components.train_set,
@@ -307,9 +294,8 @@ def build_scorer(
     chunks = EvalSampler(
         len(eval_set),
         batch_size=batch_size,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
         in_step=facts.communicates,
+        **runtime.shard,
     )
     loader = EvalLoader(
         eval_set,

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from ddp_sgd.checkpointing.manifest import SkippedSteps
-from ddp_sgd.distributed.collectives import sum_over_ranks
+from ddp_sgd.distributed.collectives import at_own_rank, sum_over_ranks
 from ddp_sgd.distributed.progress import Phase, ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.step import StepResult
 from ddp_sgd.engine.train_state import State
-from ddp_sgd.engine.triggers import Deadline, StopRequest, Timetable
+from ddp_sgd.engine.triggers import StopRequest, Timetable
 from ddp_sgd.losses import wide_float
 from ddp_sgd.plan import Plan
 
@@ -84,14 +84,14 @@ class TimeShares:
         """Tell where this rank's time went since the last row, to be summed over ranks."""
         now = self._progress.spent_s()
         kinds = dict.fromkeys(_KINDS, 0.0)
-        waiting = [0.0] * self._runtime.world_size
+        waiting = 0.0
         for phase, kind in _KIND_OF.items():
             spent = now.get(phase, 0.0) - self._before.get(phase, 0.0)
             # Alone there is nobody to wait for: what a reduction does then is gather gradients.
             kinds["compute" if kind == "waiting" and self._runtime.alone else kind] += spent
             if phase in self._meets_in:
-                waiting[self._runtime.rank] += spent
-        return [*kinds.values(), *waiting]
+                waiting += spent
+        return [*kinds.values(), *at_own_rank(waiting, self._runtime)]
 
     @staticmethod
     def own_elapsed_s(measured: list[float]) -> float:
@@ -175,8 +175,7 @@ class RankSync:
         plan: The run's arithmetic.
         runtime: This process.
         stop: This rank's stop request.
-        timetable: When rows are written and the state is saved.
-        deadline: When the run must be over.
+        timetable: When rows are written, the state is saved, and the run must be over.
         shares: Where the time goes.
         state: Where the run begins.
     """
@@ -187,7 +186,6 @@ class RankSync:
         runtime: Runtime,
         stop: StopRequest,
         timetable: Timetable,
-        deadline: Deadline,
         shares: TimeShares,
         state: State,
     ) -> None:
@@ -195,7 +193,6 @@ class RankSync:
         self._runtime = runtime
         self._stop = stop
         self._timetable = timetable
-        self._deadline = deadline
         self._shares = shares
         self._tally = _Tally(state.skipped)
         self._next_sync = self._next_look = 0
@@ -233,7 +230,7 @@ class RankSync:
         own = self._shares.measure()
         steps = max(1, step - self._last_row)
         elapsed_s = self._shares.own_elapsed_s(own)
-        if self._deadline.is_near(max(_PERIOD_S, elapsed_s / steps)):
+        if self._timetable.deadline.is_near(max(_PERIOD_S, elapsed_s / steps)):
             self._stop.ask("the deadline is near")
         wishes = [float(self._stop.reason is not None), float(self._timetable.save_is_due_now())]
         device = self._runtime.device

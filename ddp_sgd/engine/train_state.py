@@ -1,4 +1,4 @@
-"""State dict of a run: what a resume needs and the step does not determine.
+"""State dict of a run: what a resume needs and the step does not determine; gathered and loaded.
 
 Run state: step, epoch, scores. What can be computed from the step is not kept here.
 """
@@ -7,17 +7,29 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from ddp_sgd import __version__
+from ddp_sgd.checkpointing.comparing import misfits
 from ddp_sgd.checkpointing.manifest import Header, SkippedSteps
+from ddp_sgd.checkpointing.serialization import read_tensors
 from ddp_sgd.data.sampler import ORDER
-from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, buffers_by_name, is_saved
+from ddp_sgd.distributed.collectives import broadcast_buffers, broadcast_parameters, from_rank_0
+from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.engine.buffers import (
+    TrainingBuffers,
+    buffer_at,
+    buffers_by_name,
+    is_saved,
+    unset_buffers,
+)
 from ddp_sgd.engine.evaluation import Metrics
-from ddp_sgd.errors import ConfigError
+from ddp_sgd.errors import ConfigError, RefusedError
 from ddp_sgd.losses import LossFunction
 from ddp_sgd.optim.sgd import SGD
 from ddp_sgd.plan import Plan
@@ -171,3 +183,193 @@ def describe_loss(loss: LossFunction) -> str:
     tensors = {key: value for key, value in held.items() if isinstance(value, torch.Tensor)}
     shapes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in tensors.items())
     return f"{name}({shapes})"
+
+
+def refuse_misfit(
+    header: Header, tensors: Mapping[str, Any], model: nn.Module, *, samples: int, loss: str
+) -> None:
+    """Refuse a checkpoint of another model, data set or loss.
+
+    Args:
+        header: Where the run stood.
+        tensors: Content of the checkpoint.
+        model: The model of today.
+        samples: Length of the training set.
+        loss: What the loss is, from ``describe_loss``.
+
+    Raises:
+        RefusedError: It does not fit; the message lists what differs.
+    """
+    differences = model_misfits(tensors["model"], model)
+    if header.plan["samples"] != samples:
+        differences.append(f"data.train had {header.plan['samples']} samples, has {samples}")
+    if header.loss != loss:
+        differences.append(f"the loss was {header.loss}, is {loss}")
+    order = header.versions.get("order", "torch.randperm")
+    if header.position and order != ORDER:  # some samples of the epoch would count twice
+        differences.append(f"the order of samples was {order}, is {ORDER}")
+    if differences:
+        raise _misfit(header.step, differences)
+
+
+def refuse_other_parts(header: Header | None, train_set: Any, loss: LossFunction | None) -> None:
+    """Refuse to take a run that is finished for one with other data, or another loss.
+
+    Args:
+        header: Where the run stood; None if nothing is left of it.
+        train_set: Data that were given today; None if none were.
+        loss: The loss that was given today; None if none was.
+
+    Raises:
+        RefusedError: They are not those of the run.
+    """
+    differences = []
+    if header and train_set is not None and len(train_set) != header.plan["samples"]:
+        differences.append(f"data.train had {header.plan['samples']} samples, has {len(train_set)}")
+    if header and loss is not None and describe_loss(loss) != header.loss:
+        differences.append(f"the loss was {header.loss}, is {describe_loss(loss)}")
+    if header and differences:
+        raise _misfit(header.step, differences)
+
+
+def hand_over(model: nn.Module, file: Path | None, runtime: Runtime) -> None:
+    """Give a model the weights of a run that has nothing left to do, on all ranks.
+
+    Args:
+        model: Moved to the runtime's device, changed in place.
+        file: The last checkpoint, on the rank that has it; where nothing is left of it, weights
+            stay as they are.
+        runtime: This process.
+
+    Raises:
+        DataError: The checkpoint cannot be read.
+        RefusedError: It is of another model.
+    """
+    model.to(runtime.device)
+    if file is not None:
+        tensors = read_tensors(file)
+        if differences := model_misfits(tensors["model"], model):
+            raise _misfit(_step_of(tensors), differences)
+        restore(model, tensors)
+    broadcast_state(model, runtime)
+
+
+def restore(model: nn.Module, tensors: Mapping[str, Any]) -> None:
+    """Put weights and buffers back; ``refuse_misfit`` has looked at them.
+
+    Args:
+        model: Changed in place.
+        tensors: Content of the checkpoint.
+
+    Raises:
+        RefusedError: A module does not take its state back.
+    """
+    for name, place in buffers_by_name({"": model}).items():
+        saved = tensors["model"].get(name)
+        if isinstance(saved, torch.Tensor) and not buffer_at(place).numel():
+            buffer_at(place).resize_(saved.shape)  # sized at its first use
+    for name, (module, own) in unset_buffers(model).items():
+        saved = tensors["model"].get(name)
+        if isinstance(saved, torch.Tensor):
+            module._buffers[own] = torch.empty_like(saved)  # made at its first use
+    try:
+        model.load_state_dict(tensors["model"])
+    except RuntimeError as error:  # a module that loads its state in its own way
+        raise _misfit(_step_of(tensors), [" ".join(str(error).split())]) from error
+
+
+def model_misfits(saved: Mapping[str, Any], model: nn.Module) -> list[str]:
+    """List what a model lacks, has too much, or has in another shape or type.
+
+    Left out are buffers that get their size in use, and those of modules that load by themselves.
+
+    Args:
+        saved: State of a model.
+        model: The model of today.
+    """
+    resized = {
+        name
+        for name, place in buffers_by_name({"": model}).items()
+        if not buffer_at(place).numel() or _loads_by_itself(place[0])
+    } | unset_buffers(model).keys()
+    now = {name: value for name, value in model.state_dict().items() if name not in resized}
+    return misfits({name: v for name, v in saved.items() if name not in resized}, now)
+
+
+def _loads_by_itself(module: nn.Module) -> bool:
+    own = type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
+    return own and not isinstance(module, _NormBase)
+
+
+def restore_buffers(
+    model: nn.Module,
+    loss_modules: Mapping[str, nn.Module],
+    buffers: TrainingBuffers,
+    tensors: Mapping[str, Any],
+) -> None:
+    """Put back the buffers that the ``state_dict`` of the model lacks, and those of the loss.
+
+    Args:
+        model: Changed in place.
+        loss_modules: Modules of the loss, by where they were found; changed in place.
+        buffers: The buffers that steps change.
+        tensors: Content of the checkpoint, perhaps of a release that did not save these.
+
+    Raises:
+        RefusedError: A buffer of the loss that steps do not change, such as class weights, differs.
+    """
+    for name, saved in tensors.get("buffers", {}).items():
+        _register(model, name, saved)
+    for key, modules in (("buffers", {"": model}), ("loss_buffers", loss_modules)):
+        places = buffers_by_name(modules)
+        for name, saved in tensors.get(key, {}).items():
+            if name not in places:
+                continue
+            module, own = places[name]
+            now = buffer_at((module, own))
+            if (module, own) in buffers:
+                module._buffers[own] = saved.to(now.device)
+            elif not torch.equal(saved, now.cpu()):
+                raise _misfit(_step_of(tensors), [f"{name} of the loss had other values"])
+
+
+def _register(model: nn.Module, name: str, saved: torch.Tensor) -> None:
+    """Register a buffer that steps made, and that no checkpoint of the model itself holds."""
+    path, _, own = name.rpartition(".")
+    module = dict(model.named_modules()).get(path)
+    if module is not None and getattr(module, own, None) is None:
+        device = next((p.device for p in model.parameters()), saved.device)
+        module.register_buffer(own, saved.to(device), persistent=False)
+
+
+def broadcast_state(model: nn.Module, runtime: Runtime) -> None:
+    """Give every rank the parameters, the buffers and the extra state of rank 0."""
+    broadcast_parameters(model, runtime)
+    broadcast_buffers(model, runtime)
+    known = {
+        name
+        for named in (model.named_parameters, model.named_buffers)
+        for name, _ in named(remove_duplicate=False)
+    }
+    other = {name: value for name, value in model.state_dict().items() if name not in known}
+    model.load_state_dict(from_rank_0(other, runtime), strict=False)
+
+
+def restore_momentum_buffers(model: nn.Module, optimizer: SGD, tensors: Mapping[str, Any]) -> None:
+    """Put the momentum buffers back; one that was not saved, such as without momentum, stays."""
+    saved = tensors["optimizer"]["momentum_buffer"]
+    for name, buffer in momentum_buffers(model, optimizer):
+        if name in saved:
+            buffer.copy_(saved[name])
+
+
+def _step_of(tensors: Mapping[str, Any]) -> int:
+    return int(tensors["cursor"]["step"])
+
+
+def _misfit(step: int, differences: list[str]) -> RefusedError:
+    shown = ", ".join(differences[:8]) + (", ..." if len(differences) > 8 else "")
+    return RefusedError(
+        f"the checkpoint of step {step} is of another run: {shown}; restore that, or set "
+        "resume=never to begin again."
+    )

@@ -245,18 +245,33 @@ _LEAVING_S = 3.0
 
 
 class Timetable:
-    """When a row of metrics is written, and when the state is saved.
+    """When a row of metrics is written, when the model is scored, and when the state is saved.
 
     Args:
         config: Section ``checkpoint`` of the configuration.
         plan: The run's arithmetic.
         row_steps: Steps between rows, at least 1.
+        score_epochs: Epochs between evaluations, at least 1.
+        deadline: When the run must be over; None: never.
+
+    Attributes:
+        deadline: The same.
     """
 
-    def __init__(self, config: CheckpointConfig, plan: Plan, *, row_steps: int) -> None:
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        plan: Plan,
+        *,
+        row_steps: int,
+        score_epochs: int = 1,
+        deadline: "Deadline | None" = None,
+    ) -> None:
+        self.deadline = deadline or Deadline(None)
         self._config = config
         self._plan = plan
         self._row_steps = row_steps
+        self._score_epochs = score_epochs
         self._last_save = time.monotonic()
 
     def row_is_due_at(self, step: int, last_row: int) -> bool:
@@ -268,6 +283,10 @@ class Timetable:
         """
         passed = step // self._row_steps > last_row // self._row_steps
         return passed or step % self._plan.steps_per_epoch == 0
+
+    def score_is_due_at(self, step: int) -> bool:
+        """Whether the model is scored after this many steps, as at the end of the run."""
+        return self._plan.ends_epochs(step, self._score_epochs)
 
     def save_is_due_at(self, step: int) -> bool:
         """Whether the plan asks for a save after this many steps; known to all ranks beforehand."""

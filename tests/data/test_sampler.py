@@ -40,12 +40,13 @@ def last_rank(n, world_size, *, batch):
 
 def real_indices(order):
     """Indices without dummies, by step of the epoch."""
-    batches = iter(order)
-    steps = []
-    for step in range(order.first_step, order.steps_per_epoch):
-        read = [(next(batches), size) for size in order.share(step)[1]]
-        steps.append([index for indices, size in read for index in indices[:size].tolist()])
-    assert next(batches, None) is None
+    steps = [[]]
+    for indices, size, is_last, _ in order:
+        steps[-1] += indices[:size].tolist()
+        if is_last:
+            steps.append([])
+    assert steps.pop() == []
+    assert len(steps) == order.steps_per_epoch - order.first_step
     return steps
 
 
@@ -88,15 +89,22 @@ def test_every_rank_takes_part_in_every_step(run):
     for order in orders(n, world_size, batch=batch, accumulate=accumulate):
         batches = list(order)
         assert len(batches) == len(order)
-        assert all(1 <= len(indices) <= batch for indices in batches)
+        assert all(1 <= len(drawn.indices) <= batch for drawn in batches)
+        assert all(drawn.size in (0, len(drawn.indices)) for drawn in batches)
+        start = 0
         for step in range(order.steps_per_epoch):
             samples, sizes = order.share(step)
             assert sizes == (micro_batch_sizes(samples, order.rank, world_size, batch) or (0,))
+            of_step = batches[start : start + len(sizes)]
+            assert [drawn.size for drawn in of_step] == list(sizes)
+            assert [drawn.is_last for drawn in of_step] == [False] * (len(sizes) - 1) + [True]
+            assert {drawn.step_samples for drawn in of_step} == {samples}
+            start += len(sizes)
 
 
 def test_a_rank_without_a_sample_borrows_one_of_the_same_step():
     first, second = orders(1, 2)
-    assert [i.tolist() for i in first] == [i.tolist() for i in second] == [[0]]
+    assert [d.indices.tolist() for d in first] == [d.indices.tolist() for d in second] == [[0]]
     assert first.share(0) == (1, (1,))
     assert second.share(0) == (1, (0,))
 
@@ -154,7 +162,8 @@ def test_of_a_billion_samples_1024_ranks_read_each_once_in_a_step():
         read = []
         for order in ranks:
             order.set_epoch(2, step)
-            read += next(iter(order))[: order.share(step)[1][0]].tolist()
+            drawn = next(iter(order))
+            read += drawn.indices[: drawn.size].tolist()
         assert len(read) == len(set(read)) == ranks[0].share(step)[0]
         assert 0 <= min(read) <= max(read) < 10**9
 
@@ -200,7 +209,9 @@ def test_a_resume_reads_on_where_the_epoch_would_have_been(n, world_size, place,
     order.set_epoch(3, begin)
     unbroken = list(islice(order, first - begin, first - begin + 10))
     order.set_epoch(3, first)
-    assert all(map(np.array_equal, islice(order, 10), unbroken))
+    for now, before in zip(islice(order, 10), unbroken, strict=False):
+        assert np.array_equal(now.indices, before.indices)
+        assert now[1:] == before[1:]
 
 
 def test_it_is_a_distributed_sampler():
@@ -213,12 +224,12 @@ def test_it_is_a_distributed_sampler():
 @given(st.integers(1, 200), st.integers(1, 40), st.integers(1, 7))
 def test_chunks_cover_each_sample_once_and_do_not_depend_on_ranks(n, batch, world_size):
     whole = EvalSampler(n, batch_size=batch, rank=0, world_size=1)
-    alone = [chunk.tolist() for chunk in whole]
-    assert [whole.size(chunk) for chunk in whole.mine] == [len(chunk) for chunk in alone]
+    alone = [chunk.indices.tolist() for chunk in whole]
+    assert [chunk.size for chunk in whole] == [len(chunk) for chunk in alone]
     shared = {}
     for rank in range(world_size):
         chunks = EvalSampler(n, batch_size=batch, rank=rank, world_size=world_size)
         assert len(chunks) == len(list(chunks))
-        shared |= {number: c.tolist() for number, c in zip(chunks.mine, chunks, strict=True)}
+        shared |= {number: indices.tolist() for indices, _, number in chunks}
     assert [shared[number] for number in sorted(shared)] == alone
     assert list(chain(*alone)) == list(range(n))

@@ -106,7 +106,7 @@ def batches(runtime, step, dtype):
     parts = zip(x.split(sizes), y.split(sizes), strict=True)
     micro = [MicroBatch(a, b, len(a), is_last=False) for a, b in parts]
     micro[-1] = micro[-1]._replace(is_last=True)
-    return StepBatches(step, SAMPLES, tuple(micro), 0.0)
+    return StepBatches(step, SAMPLES, tuple(micro))
 
 
 def by_us(runtime, kind, layout, dtype, options, replaces_storage):
@@ -214,7 +214,7 @@ def complex_steps(runtime, kind):
     mine = slice(runtime.rank, None, runtime.world_size)
     for step in range(STEPS):
         part = MicroBatch(x[mine], y[mine], len(x[mine]), is_last=True)
-        stepper.step(StepBatches(step, 8, (part,), 0.0), RATE)
+        stepper.step(StepBatches(step, 8, (part,)), RATE)
         torchs.zero_grad()
         nn.functional.mse_loss(plain(x), y).backward()
         torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)

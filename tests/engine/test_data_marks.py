@@ -13,9 +13,9 @@ from ddp_sgd.config import RunConfig
 from ddp_sgd.data import InMemory
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine import rank_consistency
-from ddp_sgd.engine.fingerprint import KEY, Mark, mark_samples, refuse_other_data, with_marks
 from ddp_sgd.engine.fit import fit
-from ddp_sgd.engine.resume import ResumePoint
+from ddp_sgd.engine.rank_consistency import Mark, mark_samples
+from ddp_sgd.engine.resume import KEY, ResumePoint, refuse_other_data, with_marks
 from ddp_sgd.engine.train_state import State
 from ddp_sgd.engine.triggers import StopRequest
 from ddp_sgd.errors import ExitCode, RefusedError

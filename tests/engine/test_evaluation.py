@@ -11,9 +11,9 @@ from ddp_sgd.data import Digits, InMemory
 from ddp_sgd.data.loader import EvalLoader
 from ddp_sgd.data.sampler import EvalSampler
 from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.engine.components import read_batch
 from ddp_sgd.engine.evaluation import Interrupted, evaluate, evaluating
 from ddp_sgd.engine.loss_check import is_classification
-from ddp_sgd.engine.sample_batch import read_batch
 from ddp_sgd.engine.sanity_check import check_evaluation
 from ddp_sgd.losses import Objective
 from ddp_sgd.models import MLP, ConvNet

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ddp_sgd.data import Digits, InMemory
-from ddp_sgd.engine.fingerprint import Mark, describe_model, mark_samples
+from ddp_sgd.engine.rank_consistency import Mark, describe_model, mark_samples
 
 Pair = namedtuple("Pair", "left right")
 

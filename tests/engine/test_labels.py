@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ddp_sgd.engine.sample_batch import Batch, check_labels, count_classes, listed_targets
+from ddp_sgd.engine.loss_check import check_labels, count_classes, listed_targets
 from ddp_sgd.errors import DataError
 
 
@@ -13,8 +13,7 @@ def test_lists_of_something_else_are_left_alone(listed):
         def __len__(self):
             return 2
 
-    batch = Batch(None, torch.tensor([0, 1]), [], [0, 1])
-    assert listed_targets(Named(), batch) is None
+    assert listed_targets(Named(), torch.tensor([0, 1]), [0, 1]) is None
 
 
 class Listed:
@@ -23,10 +22,6 @@ class Listed:
 
     def __len__(self):
         return len(self.targets)
-
-
-def read(*targets):
-    return Batch(None, torch.tensor(targets), [], list(range(len(targets))))
 
 
 @pytest.mark.parametrize(
@@ -40,7 +35,8 @@ def read(*targets):
     ],
 )
 def test_a_list_counts_where_it_equals_what_was_read(dataset, targets, counts):
-    assert (listed_targets(dataset, read(*targets)) is not None) is counts
+    listed = listed_targets(dataset, torch.tensor(targets), range(len(targets)))
+    assert (listed is not None) is counts
 
 
 def test_labels_need_a_score():

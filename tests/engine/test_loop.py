@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from ddp_sgd.checkpointing import checkpointer as module
+from ddp_sgd.checkpointing.manifest import SkippedSteps
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data import InMemory
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.fit import fit
+from ddp_sgd.engine.fit import fit, refuse_divergence
 from ddp_sgd.engine.triggers import StopRequest
-from ddp_sgd.errors import ExitCode, OutputError
+from ddp_sgd.errors import DivergedError, ExitCode, OutputError
 from ddp_sgd.models import MLP
 from ddp_sgd.report.journal import read_journal
 
@@ -164,3 +165,40 @@ def test_a_folder_where_a_file_should_be_ends_a_resume_before_its_first_step(nam
     assert caught.value.exit_code == ExitCode.OUTPUT
     assert place.exists()
     assert not (tmp_path / "x.1").exists()
+
+
+def test_ten_in_a_row_end_the_run():
+    refuse_divergence(SkippedSteps(40, 1, 9), 0.1)
+    with pytest.raises(
+        DivergedError, match=r"not finite for 10 steps in a row at a rate of 0.1; lower optim.lr"
+    ):
+        refuse_divergence(SkippedSteps(10, 0, 10), 0.1)
+    assert DivergedError.exit_code == ExitCode.DIVERGED
+
+
+def test_rates_follow_the_schedule(tmp_path):
+    run(tmp_path, log={"every_steps": 1}, schedule={"name": "linear"}, optim={"lr": 0.08})
+    rates = [row["train/lr"] for row in rows(tmp_path, "train")]
+    assert rates == pytest.approx([0.01 * left for left in range(8, 0, -1)])
+
+
+class Drawing(MLP):
+    """Keeps a number that it draws in each step."""
+
+    def __init__(self):
+        super().__init__(4, [], 2)
+        self.drawn = []
+
+    def forward(self, inputs):
+        if self.training:
+            self.drawn.append(torch.rand(()).item())
+        return super().forward(inputs)
+
+
+def test_the_model_s_random_numbers_follow_from_the_step(tmp_path):
+    unbroken, stopped, resumed = Drawing(), Drawing(), Drawing()
+    run(tmp_path / "unbroken", model=unbroken)
+    assert run(tmp_path / "broken", Late(3), stopped, log={"every_steps": 1}).step == 4
+    run(tmp_path / "broken", model=resumed)
+    assert stopped.drawn[-4:] + resumed.drawn[-4:] == unbroken.drawn[-8:]
+    assert len(set(unbroken.drawn[-8:])) == 8

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ddp_sgd.engine.sample_batch import choose_spread
+from ddp_sgd.engine.components import choose_spread
 
 X = torch.zeros(4, 2)
 

@@ -6,16 +6,18 @@ from ddp_sgd.checkpointing.manifest import SkippedSteps
 from ddp_sgd.config import RunConfig
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import TrainingBuffers
-from ddp_sgd.engine.restoring import (
+from ddp_sgd.engine.resume import plan_from, state_from
+from ddp_sgd.engine.train_state import (
+    State,
+    describe_loss,
     model_misfits,
-    plan_from,
+    momentum_buffers,
     refuse_misfit,
     restore,
     restore_buffers,
     restore_momentum_buffers,
-    state_from,
+    run_state_dict,
 )
-from ddp_sgd.engine.train_state import State, describe_loss, momentum_buffers, run_state_dict
 from ddp_sgd.errors import ExitCode, RefusedError
 from ddp_sgd.models import MLP
 from ddp_sgd.optim.sgd import build_sgd

@@ -3,7 +3,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from ddp_sgd.data import InMemory
-from ddp_sgd.engine.sample_batch import check_dataset, read_batch
+from ddp_sgd.engine.components import check_dataset, read_batch
 from ddp_sgd.errors import ConfigError, DataError
 
 

@@ -14,7 +14,8 @@ from torch.utils.data import TensorDataset
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data import Digits, InMemory
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.sample_batch import listed_targets, read_batch
+from ddp_sgd.engine.components import read_batch
+from ddp_sgd.engine.loss_check import listed_targets
 from ddp_sgd.engine.sanity_check import check_evaluation, check_training, describe
 from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.models import MLP, ConvNet
@@ -102,16 +103,16 @@ def test_what_steps_depend_on_is_found():
     assert (model.norm, "running_mean") in facts.buffers
     assert not facts.buffers.synced  # there is one rank
     assert facts.objective.counts_samples
-    facts.randomness.seed_step(0, 3, 1)
+    facts.randomness.seed(3)
     drawn = [random.random(), np.random.rand(), torch.rand(()).item()]
-    facts.randomness.seed_step(0, 3, 1)
+    facts.randomness.seed(3)
     assert [random.random(), np.random.rand(), torch.rand(()).item()] == drawn
 
 
 def test_generators_that_are_not_used_are_not_seeded():
     facts = train_check(MLP(64, [], 10), CE, Digits())
     before = generators()[1:]
-    facts.randomness.seed_step(0, 3, 1)
+    facts.randomness.seed(3)
     assert generators()[1:] == before
 
 
@@ -266,7 +267,8 @@ class Transformed(InMemory):
     ],
 )
 def test_a_list_of_targets_counts_where_it_is_what_samples_give(dataset, counts):
-    assert (listed_targets(dataset, batch_of(dataset)) is not None) is counts
+    batch = batch_of(dataset)
+    assert (listed_targets(dataset, batch.targets, batch.indices) is not None) is counts
     objective = train_check(MLP(3, [], 2), CE, dataset).objective
     assert objective.counts_samples is counts  # else an ignored target may still come
 

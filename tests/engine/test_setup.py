@@ -38,24 +38,6 @@ def test_evaluation_may_be_left_out():
     assert build_context(config, components, Runtime(), FRESH).score(lambda: False) == {}
 
 
-def test_rates_follow_the_plan():
-    config = RunConfig(epochs=10, schedule={"name": "linear"})
-    context = build_context(config, gather_components(config, **NOTHING), Runtime(), FRESH)
-    assert context.rate(0) == context.plan.peak_lr == 0.05
-    assert context.rate(context.plan.total_steps // 2) == pytest.approx(0.025)
-
-
-def test_the_model_s_random_numbers_follow_from_the_step():
-    config = RunConfig()
-    context = build_context(config, gather_components(config, **NOTHING), Runtime(), FRESH)
-
-    def draw(step):
-        context.seed_model(step)
-        return torch.rand(4).tolist()
-
-    assert draw(3) == draw(3) != draw(4)
-
-
 def test_held_out_data_are_tried_as_well():
     config = RunConfig()
     wrong = InMemory(torch.zeros(4, 3), torch.zeros(4).long())

@@ -41,7 +41,7 @@ def batches(*sizes, x=X, y=Y):
         MicroBatch(i, t, len(i), is_last=number == len(sizes) - 1)
         for number, (i, t) in enumerate(zip(inputs, targets, strict=True))
     ]
-    return StepBatches(0, sum(sizes), tuple(parts), 0.0)
+    return StepBatches(0, sum(sizes), tuple(parts))
 
 
 @pytest.mark.parametrize("sizes", [(3,), (2, 1), (1, 1, 1)])

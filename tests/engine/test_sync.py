@@ -35,8 +35,7 @@ class Day:
             plan,
             runtime,
             stop or StopRequest(),
-            Timetable(config.checkpoint, plan, row_steps=every_steps),
-            Deadline(deadline),
+            Timetable(config.checkpoint, plan, row_steps=every_steps, deadline=Deadline(deadline)),
             TimeShares(self.progress, runtime, ()),
             state or State(),
         )

@@ -160,7 +160,7 @@ def micro_batches(case, config, world_size):
         for step in range(orders[0].steps_per_epoch):
             counts = [len(order.share(step)[1]) for order in orders]
             ranks = zip(batches, counts, strict=True)
-            steps.append([list(islice(own, count)) for own, count in ranks])
+            steps.append([[d.indices for d in islice(own, count)] for own, count in ranks])
     return steps
 
 

@@ -3,8 +3,9 @@ import random
 import numpy as np
 import torch
 
-from ddp_sgd.engine.randomness import Randomness, model_generators
+from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.side_effects import undo_side_effects
+from ddp_sgd.seeds import Randomness, model_generators
 
 CPU = torch.device("cpu")
 
@@ -14,8 +15,14 @@ def drawing(*draws):
     with undo_side_effects([], randomness.generators) as effects:
         for draw in draws:
             draw()
-        randomness.follow(effects)
+        randomness.follow(
+            draws_from_random=effects.draws_from_random, draws_from_numpy=effects.draws_from_numpy
+        )
     return randomness
+
+
+def seed_step(randomness, step, rank):
+    randomness.seed(Runtime(rank=rank, world_size=3).seed_for("model", 0, step))
 
 
 def drawn():
@@ -31,9 +38,9 @@ def test_each_step_and_rank_draws_its_own_numbers():
     seen = set()
     for step in range(3):
         for rank in range(3):
-            randomness.seed_step(0, step, rank)
+            seed_step(randomness, step, rank)
             first = drawn()
-            randomness.seed_step(0, step, rank)
+            seed_step(randomness, step, rank)
             assert drawn() == first
             seen.update(first)
     assert len(seen) == 3 * 3 * 3
@@ -43,7 +50,7 @@ def test_chunks_of_an_evaluation_have_seeds_of_their_own():
     randomness = drawing()
     randomness.seed_chunk(0, 1)
     chunk = torch.rand(())
-    randomness.seed_step(0, 1, 0)
+    seed_step(randomness, 1, 0)
     assert torch.rand(()) != chunk
     randomness.seed_chunk(0, 1)
     assert torch.rand(()) == chunk
