@@ -72,7 +72,8 @@ def run_on_all(nodes: list[Any], *words: str) -> list[str]:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         processes.append(subprocess.Popen(command, text=True, **pipes))
     outputs = [process.communicate(timeout=400) for process in processes]
-    for process, (_, errors) in zip(processes, outputs, strict=True):
+    for rank, process in enumerate(processes):
         if process.returncode:
-            raise RuntimeError(errors[-3000:])
+            output, errors = outputs[rank]
+            raise RuntimeError(f"rank {rank} ended with {process.returncode}: {output}{errors}")
     return [output for output, _ in outputs]
