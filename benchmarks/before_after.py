@@ -19,15 +19,14 @@ from benchmarks import harness
 def measure(options: Namespace) -> Iterator[str]:
     """Train from both trees in turn."""
     saves = options.save_every or options.epochs
-    trees = (options.tree.resolve(), harness.ROOT)
-    cases = {
-        tree: partial(steps_per_s, tree, options.ranks, options.epochs, saves) for tree in trees
-    }
+    trees = {"before": options.tree.resolve(), "after": harness.ROOT}
+    work = (options.ranks, options.epochs, saves)
+    cases = {name: partial(steps_per_s, tree, *work) for name, tree in trees.items()}
     found = harness.alternate(cases, options.rounds)
     git = ("git", "-C", str(harness.ROOT), "rev-parse", "--short", "HEAD")
     after = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     yield f"After is {after}; a save every {saves} of {options.epochs} epochs."
-    yield table(list(zip(*(found[tree] for tree in trees), strict=True)), options.ranks)
+    yield table(list(zip(found["before"], found["after"], strict=True)), options.ranks)
 
 
 def steps_per_s(tree: Path, ranks: int, epochs: int, saves: int) -> float:
