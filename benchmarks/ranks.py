@@ -95,6 +95,7 @@ class Tiled:
 
     def __init__(self, rows: torch.Tensor, length: int) -> None:
         self.rows = rows
+        self.device = rows.device
         self.length = length
 
     def __len__(self) -> int:

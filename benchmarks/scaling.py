@@ -127,7 +127,7 @@ def train(work: dict[str, Any], runtime: Any, folder: Path) -> tuple[int, list[f
         "wandb": {"mode": "disabled"},
     }
     config = RunConfig.model_validate(sections)
-    model = ready_model(config)
+    model = ready_model(config.model, config.seed)
     samples = STEPS * work["batch"] * runtime.world_size
     inputs, targets = torch.randn(samples, 8, 8), torch.randint(10, (samples,))
     fit(config, runtime, model=model, train_set=InMemory(inputs, targets))

@@ -1,6 +1,7 @@
 """Exceptions for users, each with the exit code of the contract."""
 
 from enum import IntEnum
+from pathlib import Path
 
 from ddp_sgd.masking import mask
 
@@ -143,3 +144,11 @@ class RemoteError(UserError):
         """Take over the code of the rank that failed."""
         super().__init__(message)
         self.exit_code = ExitCode(exit_code)
+
+
+def unwritable(path: Path, error: OSError) -> OutputError:
+    """Say that a path cannot be written, and why."""
+    return OutputError(
+        f"{path} cannot be written: {error.strerror or error}; set output_dir to a folder that you "
+        "may write, with room on its disk."
+    )

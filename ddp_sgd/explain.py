@@ -162,7 +162,9 @@ def _workload(config: RunConfig, options: Mapping[str, Any]) -> Workload:
 def _gradient_bytes(config: RunConfig) -> int:
     from ddp_sgd.engine.components import ready_model
 
-    sizes = [p.nbytes for p in ready_model(config).parameters() if p.requires_grad]
+    sizes = [
+        p.nbytes for p in ready_model(config.model, config.seed).parameters() if p.requires_grad
+    ]
     if not sizes:
         raise ConfigError(
             f"model is {config.model.class_path}, which has nothing to train; name another one, or "

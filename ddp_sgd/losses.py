@@ -122,13 +122,13 @@ class Objective:
         """Count the units of a micro-batch, for a loss that weighs targets.
 
         Args:
-            targets: Integer tensor of shape (m, ...), on the host, so that no device is waited for.
+            targets: Integer tensor of shape (m, ...); on the host no device is waited for.
             samples: True number of samples; with 0 the result is 0.
 
         Raises:
             DataError: There is no class weight for a target.
         """
-        counted = targets[targets != self.ignore_index]
+        counted = targets[targets != self.ignore_index].cpu()  # a data set may be on a device
         if self._weight is None:
             return float(counted.numel() * min(samples, 1))
         if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < len(

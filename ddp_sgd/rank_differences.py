@@ -8,10 +8,11 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
+from typing import Any
 
 import numpy as np
 
-from ddp_sgd.config import RunConfig, leaves
+from ddp_sgd.config import leaves
 from ddp_sgd.config.changes import without_places
 
 _SHOWN = 3
@@ -112,20 +113,20 @@ def vital_versions(versions: Mapping[str, str]) -> dict[str, str]:
     return kept
 
 
-def settings_that_agree(config: RunConfig) -> dict[str, str]:
+def settings_that_agree(settings: Mapping[str, Any]) -> dict[str, str]:
     """Give the keys of the configuration that have to be the same on every rank, with their values.
 
     A host may keep its copy of the data where it likes: absolute paths in the arguments of data
     sets are left out, since the data are compared themselves.
 
     Args:
-        config: Description of the run.
+        settings: Description of the run, as plain data.
 
     Returns:
         Dotted keys with their values in JSON.
     """
     return {
         key: json.dumps(without_places(key, value))
-        for key, value in sorted(leaves(config.model_dump(mode="json")), key=itemgetter(0))
+        for key, value in sorted(leaves(settings), key=itemgetter(0))
         if not any(key == name or key.startswith(f"{name}.") for name in _MAY_DIFFER)
     }

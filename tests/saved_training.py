@@ -24,7 +24,6 @@ class Training:
         self.optimizer = build_sgd(self.model, momentum=0.9)
         self.state = State()
         self.told = []
-        self.captured = []
         self.files_before = []
         config = RunConfig(data={"batch_size": 10}, epochs=10)
         self._plan = make_plan(config, samples=100, world_size=1)
@@ -44,19 +43,17 @@ class Training:
         self.state.step += 1
 
     def open(self, keep=3):
-        def gather(state):
-            self.captured.append(state.step)
-            return self._capture(state)
-
         return AsyncCheckpointer(
             CheckpointFolder(self.folder),
-            gather,
             self._capture(State())[1],
             device=torch.device("cpu"),
             keep=keep,
             before=lambda: self.files_before.append(sorted(self.folder.glob("step-*"))),
             report=lambda header, row: self.told.append((header.step, row)),
         )
+
+    def state_dict(self):
+        return self._capture(self.state)
 
     def saved(self):
         """What a resume would read."""
@@ -72,6 +69,6 @@ def until_over(checkpoints):
 def save_steps(training, checkpoints, count):
     for _ in range(count):
         training.step()
-        checkpoints.save(training.state, {})
+        checkpoints.save(*training.state_dict())
         until_over(checkpoints)
         checkpoints.poll()

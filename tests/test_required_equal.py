@@ -29,7 +29,8 @@ def test_versions_that_have_to_agree():
 def differing(*options):
     """Keys that an option changes, among those that have to agree."""
     before, after = (
-        settings_that_agree(load_config(argv, environ={})) for argv in ([], list(options))
+        settings_that_agree(load_config(argv, environ={}).model_dump(mode="json"))
+        for argv in ([], list(options))
     )
     return {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
 
@@ -58,7 +59,7 @@ def test_everything_else_has_to_agree(key):
 
 def config_with(**init_args):
     data = {"train": {"class_path": "ddp_sgd.data.Arrays", "init_args": init_args}}
-    return settings_that_agree(RunConfig(data=data))
+    return settings_that_agree(RunConfig(data=data).model_dump(mode="json"))
 
 
 def test_a_host_may_keep_the_data_where_it_likes():
@@ -71,7 +72,7 @@ def test_a_host_may_keep_the_data_where_it_likes():
 def test_a_place_of_data_in_a_list_or_by_position(wrap):
     def with_args(path):
         train = {"class_path": "a.B", "args": wrap(path)}
-        return settings_that_agree(RunConfig(data={"train": train}))
+        return settings_that_agree(RunConfig(data={"train": train}).model_dump(mode="json"))
 
     assert config_with(roots=wrap("/1/x")) == config_with(roots=wrap("/2/x"))
     assert config_with(roots=wrap("/1/x")) != config_with(roots=wrap("x"))

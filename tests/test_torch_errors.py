@@ -8,7 +8,7 @@ from torch import nn
 from ddp_sgd.config.sections import Component
 from ddp_sgd.errors import ConfigError, DataError, DeviceError
 from ddp_sgd.instantiate import instantiate
-from ddp_sgd.optim.sgd import SGD, Group
+from ddp_sgd.optim.sgd import SGD
 from ddp_sgd.torch_errors import Use, describe_out_of_memory, memory_for, translate_errors
 
 HUGE = 2**45
@@ -23,7 +23,10 @@ def huge_parameter():
     [
         (lambda: torch.empty(HUGE), "tried to allocate 140737488355328 bytes"),
         (lambda: np.empty(HUGE), "Unable to allocate 256. TiB"),
-        (lambda: SGD([Group([huge_parameter()], 0.0)], momentum=0.9), "tried to allocate"),
+        (
+            lambda: SGD([{"params": [huge_parameter()], "weight_decay": 0.0}], momentum=0.9),
+            "tried to allocate",
+        ),
     ],
 )
 @pytest.mark.parametrize("use", list(Use))

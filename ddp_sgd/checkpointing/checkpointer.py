@@ -4,17 +4,21 @@ Snapshot of the state in host memory, page-locked where possible; training waits
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 
+from ddp_sgd.checkpointing.atomic_write import write_checkpoint
 from ddp_sgd.checkpointing.manifest import Header
-from ddp_sgd.checkpointing.serialization import write_checkpoint
-from ddp_sgd.checkpointing.store import CheckpointFolder
-from ddp_sgd.errors import OutputError
+from ddp_sgd.checkpointing.serialization import refuse_foreign
+from ddp_sgd.checkpointing.store import FOLDER_NAME, CheckpointFolder
+from ddp_sgd.errors import OutputError, unwritable
+from ddp_sgd.files import make_folder
 from ddp_sgd.text import first_line
 from ddp_sgd.torch_errors import Use, describe_out_of_memory
 from ddp_sgd.tree import map_leaves, tensors_in
@@ -98,7 +102,6 @@ def _key(tensor: torch.Tensor) -> _Key:
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
-State_contra = TypeVar("State_contra", contravariant=True)
 Tree = Mapping[str, Any]
 Row = Mapping[str, Any]
 
@@ -109,7 +112,7 @@ _SLOWEST_DISK = 1e8
 """Bytes per second that a disk writes at least, before anything is measured."""
 
 
-class Checkpointer(Protocol[State_contra]):
+class Checkpointer(Protocol):
     """Saves the state of a run; on rank 0 to the disk, elsewhere nowhere.
 
     Attributes:
@@ -119,12 +122,12 @@ class Checkpointer(Protocol[State_contra]):
 
     save_s: float
 
-    def save(self, state: State_contra, wrapper_state: Tree) -> None:
-        """Save the state as it is now; training may go on when this returns.
+    def save(self, header: Header, tensors: Tree) -> None:
+        """Save a state dict; training may go on when this returns.
 
         Args:
-            state: Where the run stands.
-            wrapper_state: State of the data-parallel wrapper besides weights.
+            header: Where the run stands.
+            tensors: The tensors, where they are.
         """
 
     def poll(self) -> None:
@@ -139,7 +142,7 @@ class NoCheckpointer:
 
     save_s = 0.0
 
-    def save(self, state: object, wrapper_state: Tree) -> None:
+    def save(self, header: Header, tensors: Tree) -> None:
         """Do nothing."""
 
     def poll(self) -> None:
@@ -165,7 +168,7 @@ class _Save(NamedTuple):
     written: "Future[tuple[str, int, float]]"
 
 
-class AsyncCheckpointer(Generic[State_contra]):
+class AsyncCheckpointer:
     """Writes in a thread, one checkpoint at a time.
 
     A save that fails is reported at once, and the run goes on with the checkpoints that it has;
@@ -173,7 +176,6 @@ class AsyncCheckpointer(Generic[State_contra]):
 
     Args:
         folder: Where to.
-        state_dict: Gives the header and the tensors of a state.
         tensors: Tensors like those to come, to reserve memory for.
         device: Where they are.
         keep: Newest checkpoints that stay.
@@ -187,7 +189,6 @@ class AsyncCheckpointer(Generic[State_contra]):
     def __init__(
         self,
         folder: CheckpointFolder,
-        state_dict: Callable[[State_contra], tuple[Header, Tree]],
         tensors: Tree,
         *,
         device: torch.device,
@@ -196,7 +197,6 @@ class AsyncCheckpointer(Generic[State_contra]):
         report: Callable[[Header, Row], None],
     ) -> None:
         self._folder = folder
-        self._state_dict = state_dict
         self._keep = keep
         self._before = before
         self._report = report
@@ -220,21 +220,18 @@ class AsyncCheckpointer(Generic[State_contra]):
         """Wait for a save that is going on: half of it is of no use to anyone."""
         self._thread.shutdown(wait=True)
 
-    def save(self, state: State_contra, wrapper_state: Tree) -> None:
-        """Copy the state as it is now, and write the copy in the background.
+    def save(self, header: Header, tensors: Tree) -> None:
+        """Copy a state dict, and write the copy in the background.
 
         Args:
-            state: Where the run stands.
-            wrapper_state: Of the data-parallel wrapper, besides weights; saved as ``compression``.
+            header: Where the run stands.
+            tensors: The tensors, where they are.
 
         Raises:
             OutputError: This many saves in a row have failed.
         """
         start = time.perf_counter()
         self._settle()
-        header, tensors = self._state_dict(state)
-        if wrapper_state:
-            tensors = {**tensors, "compression": wrapper_state}
         self._reserved.exception()  # what could not be reserved is tried again
         written: Future[tuple[str, int, float]]
         try:
@@ -295,6 +292,45 @@ class AsyncCheckpointer(Generic[State_contra]):
         remedy = "make room on its disk, or set output_dir to another, and start again"
         text = _out_of_memory(self._failure) or f"{_reason(self._failure)}; {remedy}"
         return OutputError(f"{self._folder.path} does not take a checkpoint{times}: {text}.")
+
+
+@contextmanager
+def open_checkpointer(
+    run_folder: Path | None,
+    tensors: Tree,
+    *,
+    device: torch.device,
+    keep: int,
+    before: Callable[[], None],
+    report: Callable[[Header, Row], None],
+) -> Iterator[Checkpointer]:
+    """Open the checkpointer, on the rank that has the run folder; the others save nothing.
+
+    Args:
+        run_folder: The run folder, on rank 0.
+        tensors: Tensors like those to come.
+        device: Where they are.
+        keep: Newest checkpoints that stay.
+        before: Is called before each write.
+        report: Takes the header of a save, and a row about how it ended.
+
+    Raises:
+        ConfigError: The state holds objects that a resume could not load safely.
+        OutputError: The folder of checkpoints cannot be made.
+    """
+    if run_folder is None:
+        yield NoCheckpointer()
+        return
+    folder = CheckpointFolder(run_folder / FOLDER_NAME)
+    try:
+        make_folder(folder.path)
+    except OSError as error:
+        raise unwritable(folder.path, error) from error
+    refuse_foreign(tensors["model"])
+    with AsyncCheckpointer(
+        folder, tensors, device=device, keep=keep, before=before, report=report
+    ) as checkpointer:
+        yield checkpointer
 
 
 def _out_of_memory(error: Exception | None) -> str | None:

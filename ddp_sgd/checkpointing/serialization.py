@@ -1,75 +1,25 @@
-"""Serialization of a checkpoint, in the form that ``torch.load(weights_only=True)`` reads.
+"""Loading a checkpoint without running what it contains, by ``torch.load(weights_only=True)``.
 
-Loading a checkpoint without running what it contains.
+State that could be written but not read back is refused.
 """
 
-import io
 import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
+from torch import nn
 
-from ddp_sgd.checkpointing.atomic_write import Content, write_content
-from ddp_sgd.checkpointing.manifest import FORMAT, Header, Manifest, read_manifest
+from ddp_sgd.checkpointing.manifest import FORMAT, Manifest, read_manifest
 from ddp_sgd.checkpointing.retrying import is_missing, retry, unreadable
 from ddp_sgd.checkpointing.store import FOLDER_NAME, CheckpointFolder, fault_of
-from ddp_sgd.errors import DataError
+from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.text import first_line
 
-_GATHER_BYTES = 1 << 18
-_ENVELOPE_BYTES = 1 << 16
-_ENVELOPE_BYTES_PER_TENSOR = 1 << 10
-
-
-def write_checkpoint(
-    folder: CheckpointFolder, header: Header, tensors: Mapping[str, Any], *, keep: int
-) -> Manifest:
-    """Write a checkpoint as ``write_content`` does, piece by piece.
-
-    Args:
-        folder: Where to.
-        header: Where the run stands.
-        tensors: What else the file holds: mappings of tensors on the host, and plain data.
-        keep: Newest checkpoints that stay.
-
-    Raises:
-        OSError: It could not be written, or came back changed; what was there before is untouched.
-    """
-
-    def fill(stream: io.RawIOBase) -> None:
-        gathered = io.BufferedWriter(stream, _GATHER_BYTES)  # torch writes a hundred small pieces
-        _save(header, tensors, gathered)
-        gathered.flush()
-
-    return write_content(folder, header, Content(_room_for(tensors), fill), keep=keep)
-
-
-def _save(header: Header, tensors: Mapping[str, Any], stream: BinaryIO) -> None:
-    torch.save({"format": FORMAT, **_plain(header), **tensors}, stream)
-
-
-def _plain(header: Header) -> dict[str, Any]:
-    """Group a header the way a reader looks for it."""
-    cursor = ("epoch", "position", "step", "samples")
-    names = [name for name in header.__slots__ if name not in cursor]
-    return {
-        "cursor": {name: getattr(header, name) for name in cursor},
-        **{name: getattr(header, name) for name in names},
-        "skipped": tuple(header.skipped),  # weights_only takes no class of ours
-    }
-
-
-def _room_for(tree: Any) -> int:
-    """Bytes that a file needs at most, so that a full disk shows before the first is written."""
-    if isinstance(tree, torch.Tensor):
-        return tree.nbytes + _ENVELOPE_BYTES_PER_TENSOR
-    if isinstance(tree, Mapping):
-        return sum(_room_for(value) for value in tree.values()) + _ENVELOPE_BYTES
-    return 0
-
+_PLAIN = (torch.Tensor, nn.Parameter, int, float, bool, str, bytes, complex, type(None))
+"""What a reader takes; a class derived from one of them is code of somebody's."""
 
 _ANOTHER = "name another checkpoint"
 
@@ -152,3 +102,33 @@ def _find(path: Path) -> tuple[Path, Manifest]:
     if fault := fault_of(file, manifest):
         raise DataError(f"{path} {fault}; name another checkpoint.")
     return file, manifest
+
+
+def refuse_foreign(tree: Any, path: str = "model") -> None:
+    """Refuse state that could be written but not read back: reading runs no code.
+
+    Args:
+        tree: Tensors and plain data, nested.
+        path: Where the tree is, for the error.
+
+    Raises:
+        ConfigError: It holds something else.
+    """
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            refuse_foreign(key, f"{path}.{key}")
+            refuse_foreign(value, f"{path}.{key}")
+    elif type(tree) in (list, tuple, torch.Size):
+        for number, value in enumerate(tree):
+            refuse_foreign(value, f"{path}.{number}")
+    elif type(tree) not in _PLAIN:
+        raise ConfigError(
+            f"the state {path} is a {type(tree).__name__}, which a checkpoint cannot hold; keep "
+            "tensors and plain numbers, text, lists and mappings in the state of the model."
+        )
+    elif isinstance(tree, torch.Tensor) and tree.layout is not torch.strided:
+        layout = str(tree.layout).removeprefix("torch.")
+        raise ConfigError(
+            f"the state {path} has the layout {layout}, which a checkpoint cannot hold; pass "
+            "persistent=False to register_buffer, or make it dense with .to_dense()."
+        )

@@ -63,7 +63,7 @@ def _take(part: Any, indices: Sequence[int] | NDArray[np.int64]) -> Any:
         import torch
 
         try:
-            return part.index_select(0, torch.as_tensor(indices))
+            return part.index_select(0, torch.as_tensor(indices, device=part.device))
         except AttributeError as error:
             raise DataError(
                 f"the data set holds a {type(part).__name__}; give InMemory arrays or tensors, "

@@ -162,7 +162,8 @@ class Fetcher:
 
     def _read_tensors(self, request: Request) -> Any:
         rows = torch.from_numpy(request.indices)
-        return tuple(tensor.index_select(0, rows) for tensor in self._dataset.tensors)
+        tensors = self._dataset.tensors  # which may be on a device
+        return tuple(tensor.index_select(0, rows.to(tensor.device)) for tensor in tensors)
 
     def _read_own(self, request: Request) -> Any:
         inputs, targets = self._dataset.__getitems__(request.indices)

@@ -322,7 +322,12 @@ def move(value: Any, device: torch.device) -> Any:
 
 
 def _pin(each: Any) -> Any:
-    return each.pin_memory() if hasattr(each, "pin_memory") else each
+    """Lock the memory of dense tensors on the host, and of objects that can do so by themselves."""
+    if isinstance(each, torch.Tensor):
+        is_pinnable = each.device.type == "cpu" and each.layout is torch.strided
+    else:  # such as packed sequences, whose tensors may be on a device
+        is_pinnable = hasattr(each, "pin_memory") and not getattr(each, "is_cuda", False)
+    return each.pin_memory() if is_pinnable else each
 
 
 def _for_movable(value: Any, change: Callable[[Any], Any]) -> Any:

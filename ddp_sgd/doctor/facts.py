@@ -166,7 +166,7 @@ def gather_facts(config: RunConfig, ranks: Ranks, environ: Mapping[str, str]) ->
         threads=_threads(cpus, ranks, environ),
         folder=str(folder),
         free_bytes=_free_bytes(folder),
-        settings=settings_that_agree(config),
+        settings=settings_that_agree(config.model_dump(mode="json")),
     )
 
 

@@ -128,33 +128,20 @@ class TrainingBuffers:
         _set(self._places[number], before)
 
 
-def buffers_by_name(modules: Mapping[str, nn.Module]) -> dict[str, Place]:
+def buffers_by_name(modules: Mapping[str, nn.Module], *, unset: bool = False) -> dict[str, Place]:
     """List all buffers of some modules by their full names; a shared one has its first name.
 
     Args:
         modules: Modules with all that is below them, by the beginning of the names; may be empty.
+        unset: List those instead that are registered as None until a forward pass makes them.
     """
     found: dict[Place, str] = {}
     for where, root in modules.items():
         for path, module in root.named_modules():
             for name, buffer in module._buffers.items():
-                if buffer is not None:
+                if (buffer is None) == unset:
                     found.setdefault((module, name), ".".join(filter(None, (where, path, name))))
     return {name: place for place, name in found.items()}
-
-
-def unset_buffers(model: nn.Module) -> dict[str, Place]:
-    """List the buffers that are registered as None until a forward pass makes them.
-
-    Args:
-        model: Module with all that is below it.
-    """
-    return {
-        ".".join(filter(None, (path, name))): (module, name)
-        for path, module in model.named_modules()
-        for name, buffer in module._buffers.items()
-        if buffer is None
-    }
 
 
 def buffer_at(place: Place) -> torch.Tensor:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import IterableDataset
 
-from ddp_sgd.config.schema import RunConfig
+from ddp_sgd.config.sections import Component, DataConfig
 from ddp_sgd.data.dataset_checks import OpenFiles
 from ddp_sgd.data.fetcher import EVAL_EPOCH, Collate, Fetcher, Request, Unreadable
 from ddp_sgd.data.loader import move
@@ -168,6 +168,38 @@ def _lazy_names(model: nn.Module) -> list[str]:
     return [name for name, tensor in named if is_lazy(tensor)]
 
 
+class Given(NamedTuple):
+    """What the caller of ``fit`` brings; the configuration describes the rest.
+
+    Args:
+        model: Module to train.
+        loss: Module or function of (outputs, targets).
+        train_set: Map-style data set of (input, target).
+        eval_set: The same, held out.
+    """
+
+    model: nn.Module | None = None
+    loss: LossFunction | None = None
+    train_set: Any = None
+    eval_set: Any = None
+
+
+class Reading(NamedTuple):
+    """How samples are read.
+
+    Args:
+        batch_size: Samples of a micro-batch.
+        workers: Loader processes; 0 reads in this process.
+        seed: Seed of the run.
+        collate: Function from a list of samples to a batch; None: torch's default_collate.
+    """
+
+    batch_size: int
+    workers: int
+    seed: int
+    collate: Collate | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Components:
     """What the user brings: a model, a loss and data, on the host.
@@ -178,7 +210,7 @@ class Components:
         loss_name: What the loss is, from ``describe_loss``.
         train_set: Map-style data set of (input, target).
         eval_set: The same, held out; None trains without evaluation.
-        collate: Function from a list of samples to a batch; None: torch's default_collate.
+        reading: How samples are read.
         files: What the data sets have opened since nothing was read from them.
     """
 
@@ -187,47 +219,53 @@ class Components:
     loss_name: str
     train_set: Any
     eval_set: Any | None
-    collate: Collate | None = None
+    reading: Reading
     files: OpenFiles = field(default_factory=OpenFiles)
 
 
 def gather_components(
-    config: RunConfig,
-    model: nn.Module | None,
-    loss: LossFunction | None,
-    train_set: Any,
-    eval_set: Any,
+    given: Given, *, model: Component, loss: Component, data: DataConfig, seed: int
 ) -> Components:
     """Take what is given, build the rest from the configuration.
 
     A given training set without a held-out set means that there is none.
 
+    Args:
+        given: What the caller brings.
+        model: Section ``model`` of the configuration.
+        loss: Section ``loss``.
+        data: Section ``data``.
+        seed: Seed of the run.
+
     Raises:
         ConfigError: Something is of the wrong kind.
         DataError: A data set cannot be opened, or is empty.
     """
+    train_set, eval_set = given.train_set, given.eval_set
     if train_set is None:
-        train_set = instantiate(config.data.train, "data.train", failure=DataError)
-        if eval_set is None and config.data.eval is not None:
-            eval_set = instantiate(config.data.eval, "data.eval", failure=DataError)
+        train_set = instantiate(data.train, "data.train", failure=DataError)
+        if eval_set is None and data.eval is not None:
+            eval_set = instantiate(data.eval, "data.eval", failure=DataError)
     check_dataset(train_set, "data.train")
     if eval_set is not None:
         check_dataset(eval_set, "data.eval")
     files = OpenFiles(train_set, eval_set)
-    model, loss = ready_model(config, model), ready_loss(config, loss)
-    check_loss_parameters(loss_modules(loss, model))
-    collate = ready_collate(config)
-    if not is_materialized(model):
-        size = config.data.batch_size
-        batch = read_batch(train_set, "data.train", batch_size=size, collate=collate)
-        materialize_lazy(model, loss, batch, config.seed)
+    built = ready_model(model, seed, given.model)
+    loss_function = ready_loss(loss, given.loss)
+    check_loss_parameters(loss_modules(loss_function, built))
+    reading = build_reading(data, seed)
+    if not is_materialized(built):
+        batch = read_batch(
+            train_set, "data.train", batch_size=reading.batch_size, collate=reading.collate
+        )
+        materialize_lazy(built, loss_function, batch, seed)
     return Components(
-        model=model,
-        loss=as_module(loss),  # of a function of torch, whose units are known
-        loss_name=describe_loss(loss),
+        model=built,
+        loss=as_module(loss_function),  # of a function of torch, whose units are known
+        loss_name=describe_loss(loss_function),
         train_set=train_set,
         eval_set=eval_set,
-        collate=collate,
+        reading=reading,
         files=files,
     )
 
@@ -249,15 +287,20 @@ def materialize_lazy(model: nn.Module, loss: LossFunction, batch: Batch, seed: i
     materialize(model, batch.inputs, objective.outputs, seed_for("weights", seed))
 
 
-def ready_model(config: RunConfig, model: nn.Module | None = None) -> nn.Module:
+def ready_model(component: Component, seed: int, model: nn.Module | None = None) -> nn.Module:
     """Take the model that is given, or build the one of the configuration.
+
+    Args:
+        component: Section ``model`` of the configuration.
+        seed: Seed of the run.
+        model: The one that is given; None builds the other.
 
     Raises:
         ConfigError: It is no module.
     """
     # The weights follow from the seed alone: not from what the data sets drew before.
-    torch.manual_seed(seed_for("weights", config.seed))
-    model = instantiate(config.model, "model") if model is None else model
+    torch.manual_seed(seed_for("weights", seed))
+    model = instantiate(component, "model") if model is None else model
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"model is a {type(model).__name__}; name a torch.nn.Module, or a function that "
@@ -272,13 +315,13 @@ def ready_model(config: RunConfig, model: nn.Module | None = None) -> nn.Module:
     return model
 
 
-def ready_loss(config: RunConfig, loss: LossFunction | None = None) -> LossFunction:
+def ready_loss(component: Component, loss: LossFunction | None = None) -> LossFunction:
     """Take the loss that is given, or build the one of the configuration.
 
     Raises:
         ConfigError: It cannot be called, or is a class, whose call would make a loss.
     """
-    loss = instantiate(config.loss, "loss") if loss is None else loss
+    loss = instantiate(component, "loss") if loss is None else loss
     if not callable(loss) or isinstance(loss, type):
         raise ConfigError(
             f"loss is a {type(loss).__name__}; name a module or function of (outputs, targets)."
@@ -286,18 +329,16 @@ def ready_loss(config: RunConfig, loss: LossFunction | None = None) -> LossFunct
     return loss
 
 
-def ready_collate(config: RunConfig) -> Collate | None:
-    """Build the collate function of the configuration; None if it names none.
+def build_reading(data: DataConfig, seed: int) -> Reading:
+    """Build the collate function of section ``data``, if it names one, and tell how to read.
 
     Raises:
-        ConfigError: It cannot be called.
+        ConfigError: The collate function cannot be called.
     """
-    if config.data.collate is None:
-        return None
-    collate = instantiate(config.data.collate, "data.collate")
-    if not callable(collate):
+    collate = None if data.collate is None else instantiate(data.collate, "data.collate")
+    if data.collate is not None and not callable(collate):
         raise ConfigError(
             f"data.collate is a {type(collate).__name__}; name a function from a list of samples "
             "to a batch (inputs, targets)."
         )
-    return collate  # type: ignore[no-any-return]
+    return Reading(data.batch_size, data.workers, seed, collate)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ddp_sgd.checkpointing.checkpointer import Checkpointer
+from ddp_sgd.checkpointing.checkpointer import Checkpointer, open_checkpointer
 from ddp_sgd.checkpointing.manifest import SkippedSteps
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.data.loader import StepBatches
@@ -21,15 +21,19 @@ from ddp_sgd.distributed.error_watch import end_process
 from ddp_sgd.distributed.hang_watch import watch_for_hangs
 from ddp_sgd.distributed.progress import Phase
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.checkpoint import open_checkpointer
-from ddp_sgd.engine.components import gather_components
+from ddp_sgd.engine.components import Given, Reading, build_reading, gather_components
 from ddp_sgd.engine.evaluation import Interrupted
-from ddp_sgd.engine.rank_consistency import mark_training_set, require_consistency
+from ddp_sgd.engine.rank_consistency import Identity, mark_training_set, require_consistency
 from ddp_sgd.engine.result import RunResult, build_result
-from ddp_sgd.engine.resume import find_resume_point, refuse_data_of_another_run
+from ddp_sgd.engine.resume import (
+    ResumePoint,
+    find_resume_point,
+    plan_from,
+    refuse_data_of_another_run,
+)
 from ddp_sgd.engine.setup import TrainContext, build_context
 from ddp_sgd.engine.sync import RankSync, SyncResult
-from ddp_sgd.engine.train_state import State, hand_over, refuse_other_parts
+from ddp_sgd.engine.train_state import hand_over, refuse_other_parts
 from ddp_sgd.engine.triggers import Deadline, HasReason, StopRequest, Timetable, stop_on_signal
 from ddp_sgd.errors import DivergedError
 from ddp_sgd.losses import LossFunction
@@ -62,7 +66,7 @@ class Loop:
         seed_for_step: Callable[[int], int],
         timetable: Timetable,
         rank_sync: RankSync,
-        checkpointer: Checkpointer[State],
+        checkpointer: Checkpointer,
         report: Reporter,
     ) -> None:
         self._context = context
@@ -101,7 +105,7 @@ class Loop:
 
     def _save(self) -> None:
         self._context.progress.enter(Phase.SAVE)
-        self._checkpointer.save(self._context.state, self._context.wrapper.state_dict())
+        self._checkpointer.save(*self._context.state_dict())
 
     def _take_step(self, batches: StepBatches) -> SyncResult | None:
         """Take a step, and log what the ranks have synchronized, if it was time."""
@@ -183,6 +187,7 @@ def fit(
         >>> with start_runtime() as runtime:  # doctest: +SKIP
         ...     fit(RunConfig(epochs=3), runtime).scores["eval/accuracy"]
     """
+    given = Given(model, loss, train_set, eval_set)
     with (
         nullcontext(_stop_request(stop)) if stop is not None else stop_on_signal() as request,
         claim_run_folder(config, runtime) as folder,
@@ -190,58 +195,97 @@ def fit(
         request.force = partial(end_process, error_propagation=runtime.error_propagation)
         resume_point = find_resume_point(config, folder, runtime)
         if resume_point.ending:
-            refuse_other_parts(resume_point.header, train_set, loss)
-            marks_of = partial(mark_training_set, config, train_set)
-            refuse_data_of_another_run(resume_point, marks_of, runtime)
-            return _repeat_result(resume_point.ending, resume_point.file, model, runtime, folder)
+            reading = build_reading(config.data, config.seed)
+            return _repeat_result(
+                resume_point.ending, resume_point, given, reading, runtime, folder
+            )
         with (
             open_report(config, runtime, folder, resume_point.origin) as report,
             propagate_errors(runtime.error_propagation),
             translate_errors(lambda: request.reason),
         ):
-            components = gather_components(config, model, loss, train_set, eval_set)
-            marks = require_consistency(config, components, runtime)
-            context = build_context(config, components, runtime, resume_point, marks)
-            report.start(context.plan, context.state, context.notes)
-            with (
-                open_checkpointer(config, context, resume_point, folder, report) as checkpointer,
-                _hang_watch(config, context, runtime, report, request),
-            ):
-                timetable = Timetable(
-                    config.checkpoint,
-                    context.plan,
-                    row_steps=config.log.every_steps,
-                    score_epochs=config.eval.every_epochs,
-                    deadline=Deadline(resume_point.deadline),
-                )
-                schedule = build_schedule(config.schedule, context.plan)
-                seed_for_step = partial(runtime.seed_for, "model", config.seed)
-                rank_sync = RankSync(
-                    context.plan, runtime, request, timetable, context.shares, context.state
-                )
-                request.defer()  # from here on a stop waits for the end of a step
-                Loop(
-                    context, schedule, seed_for_step, timetable, rank_sync, checkpointer, report
-                ).run()
-                result = build_result(
-                    context.state, context.plan, context.wrapper, context.shares, runtime
-                )
-            report.end(result.as_row())
-            return result
+            return _train(config, given, runtime, resume_point, folder, report, request)
+
+
+def _train(
+    config: RunConfig,
+    given: Given,
+    runtime: Runtime,
+    resume_point: ResumePoint,
+    folder: RunFolder | None,
+    report: Reporter,
+    request: StopRequest,
+) -> RunResult:
+    """Set the run up, train, and build the result."""
+    settings = config.model_dump(mode="json")
+    components = gather_components(
+        given, model=config.model, loss=config.loss, data=config.data, seed=config.seed
+    )
+    marks = require_consistency(settings, components, runtime)
+    identity = Identity(
+        run_id=resume_point.run_id, config=settings, loss=components.loss_name, marks=marks
+    )
+    samples = len(components.train_set)
+    plan = plan_from(config, resume_point.header, samples=samples, world_size=runtime.world_size)
+    context = build_context(
+        components,
+        plan,
+        runtime,
+        resume_point,
+        identity,
+        optim=config.optim,
+        parallel=config.parallel,
+    )
+    report.start(plan, context.state, context.notes)
+    timetable = Timetable(
+        config.checkpoint,
+        plan,
+        row_steps=config.log.every_steps,
+        score_epochs=config.eval.every_epochs,
+        deadline=Deadline(resume_point.deadline),
+    )
+    rank_sync = RankSync(plan, runtime, request, timetable, context.shares, context.state)
+    schedule = build_schedule(config.schedule, plan)
+    logs = Path(config.output_dir) / config.name / "logs"
+    seed_for_step = partial(runtime.seed_for, "model", config.seed)
+    with (
+        _checkpointer(context, folder, report, keep=config.checkpoint.keep) as checkpointer,
+        _hang_watch(context, report, request, hang_s=config.runtime.hang_s, stacks=logs),
+    ):
+        request.defer()  # from here on a stop waits for the end of a step
+        Loop(context, schedule, seed_for_step, timetable, rank_sync, checkpointer, report).run()
+        result = build_result(context.state, plan, context.wrapper, context.shares, runtime)
+    report.end(result.as_row())
+    return result
+
+
+def _checkpointer(
+    context: TrainContext, folder: RunFolder | None, report: Reporter, *, keep: int
+) -> AbstractContextManager[Checkpointer]:
+    _, tensors = context.state_dict()
+    return open_checkpointer(
+        folder.path if folder else None,
+        tensors,
+        device=context.runtime.device,
+        keep=keep,
+        before=report.catch_up,  # a run that is killed has every row up to where it goes on
+        report=lambda header, row: report.checkpoint(header.step, row),
+    )
 
 
 def _hang_watch(
-    config: RunConfig,
     context: TrainContext,
-    runtime: Runtime,
     report: Reporter,
     request: StopRequest,
+    *,
+    hang_s: float | None,
+    stacks: Path,
 ) -> AbstractContextManager[None]:
     return watch_for_hangs(
-        runtime,
+        context.runtime,
         context.progress,
-        hang_s=config.runtime.hang_s,
-        stacks=Path(config.output_dir) / config.name / "logs",
+        hang_s=hang_s,
+        stacks=stacks,
         on_hang=report.fail,
         on_orphaned=lambda: request.ask("the launcher is gone"),
     )
@@ -249,14 +293,18 @@ def _hang_watch(
 
 def _repeat_result(
     result: RunResult,
-    file: Path | None,
-    model: nn.Module | None,
+    resume_point: ResumePoint,
+    given: Given,
+    reading: Reading,
     runtime: Runtime,
     folder: RunFolder | None,
 ) -> RunResult:
     """Return the result of a run that is finished; a model that was given gets its weights."""
-    if model is not None:
-        hand_over(model, file, runtime)
+    refuse_other_parts(resume_point.header, given.train_set, given.loss)
+    marks_of = partial(mark_training_set, given.train_set, reading)
+    refuse_data_of_another_run(resume_point, marks_of, runtime)
+    if given.model is not None:
+        hand_over(given.model, resume_point.file, runtime)
     tell_of_the_end(result.as_row(), folder)
     return result
 

@@ -82,7 +82,10 @@ class _Draws:
     ) -> None:
         self.outputs: list[Any] = []
         self.values: list[torch.Tensor] = []
-        normal, uniform = partial(_normal, scale=scale), _uniform
+        normal = partial(
+            _random, draw=lambda *args, **options: scale * torch.randn(*args, **options)
+        )
+        uniform = partial(_random, draw=_probabilities)
         for example in (_widened(outputs), outputs):
             for draw in (normal, uniform, _shuffled):
                 drawn = [draw(example, samples, number) for number in range(_DRAWS)]
@@ -162,26 +165,18 @@ def _widened(outputs: Any) -> Any:
     return map_tensors(lambda t: t.detach().float() if t.dtype in narrow else t, outputs)
 
 
-def _normal(outputs: Any, samples: int, number: int, *, scale: float) -> Any:
-    """Draw scores."""
+def _random(outputs: Any, samples: int, number: int, *, draw: Callable[..., torch.Tensor]) -> Any:
+    """Draw outputs, by a function of torch such as ``torch.rand``."""
     generator = torch.Generator().manual_seed(number)
 
-    def draw(tensor: torch.Tensor) -> torch.Tensor:
-        drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float32)
-        return (scale * drawn).to(tensor)
+    def drawn(tensor: torch.Tensor) -> torch.Tensor:
+        return draw(tensor.shape, generator=generator, dtype=torch.float32).to(tensor)
 
-    return _change(outputs, samples, draw)
+    return _change(outputs, samples, drawn)
 
 
-def _uniform(outputs: Any, samples: int, number: int) -> Any:
-    """Draw probabilities."""
-    generator = torch.Generator().manual_seed(number)
-
-    def draw(tensor: torch.Tensor) -> torch.Tensor:
-        drawn = torch.rand(tensor.shape, generator=generator, dtype=torch.float32)
-        return (0.1 + 0.8 * drawn).to(tensor)
-
-    return _change(outputs, samples, draw)
+def _probabilities(*args: Any, **options: Any) -> torch.Tensor:
+    return 0.1 + 0.8 * torch.rand(*args, **options)
 
 
 def _shuffled(outputs: Any, samples: int, number: int) -> Any:

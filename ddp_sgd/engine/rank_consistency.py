@@ -8,7 +8,7 @@ import json
 import math
 import socket
 from collections.abc import Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -17,11 +17,10 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.data.fetcher import EVAL_EPOCH, Collate, Fetcher, Request, Unreadable
 from ddp_sgd.distributed.collectives import from_rank_0, gather_over_ranks
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.components import Components, ready_collate
+from ddp_sgd.engine.components import Components, Reading
 from ddp_sgd.errors import ConfigError, DataError, UserError
 from ddp_sgd.losses import loss_modules
 from ddp_sgd.rank_differences import read_versions, settings_that_agree, tell_apart, vital_versions
@@ -64,6 +63,23 @@ class Mark(NamedTuple):
 Marks = Mapping[str, Mark]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """What a run is, as its checkpoints say.
+
+    Args:
+        run_id: Identity of the run.
+        config: Description of the run, as plain data.
+        loss: What the loss is, from ``describe_loss``.
+        marks: Of the training data.
+    """
+
+    run_id: str
+    config: Mapping[str, Any]
+    loss: str
+    marks: Marks
+
+
 def mark_samples(
     dataset: Any, where: str, seed: int, collate: Collate | None = None
 ) -> dict[str, Mark]:
@@ -98,11 +114,11 @@ def mark_samples(
     return marks
 
 
-def mark_training_set(config: RunConfig, train_set: Any) -> Marks:
+def mark_training_set(train_set: Any, reading: Reading) -> Marks:
     """Mark some samples of a training set; see ``mark_samples``. None has no marks."""
     if train_set is None:
         return {}
-    return mark_samples(train_set, "data.train", config.seed, ready_collate(config))
+    return mark_samples(train_set, "data.train", reading.seed, reading.collate)
 
 
 def describe_model(model: nn.Module) -> dict[str, str]:
@@ -226,41 +242,41 @@ class Brought(NamedTuple):
 
 
 def require_consistency(
-    config: RunConfig, components: Components, runtime: Runtime
-) -> dict[str, Mark]:
+    settings: Mapping[str, Any], components: Components, runtime: Runtime
+) -> Marks:
     """Refuse to start if ranks differ in versions, configuration, model or data.
 
     Ranks send digests; only where these differ do they send what is behind them, and read the
     samples again: what a data set gives differently at a second reading is no difference.
 
     Args:
-        config: Description of the run.
+        settings: Description of the run, as plain data.
         components: Model and data.
         runtime: This process.
 
     Returns:
-        Marks of the samples that this rank has read; alone, of the training data only.
+        Marks of the training data that this rank has read.
 
     Raises:
         ConfigError: Versions, configurations or models differ; equal on all ranks.
         DataError: The data differ; equal on all ranks.
     """
     if runtime.alone:
-        return read_marks(config, replace(components, eval_set=None))
-    traits = list_traits(config, components)
+        return mark_training_set(components.train_set, components.reading)
+    traits = list_traits(settings, components)
     digests = [trait.digest for trait in traits]
-    mine = Brought(socket.gethostname(), digests, read_marks(config, components))
+    mine = Brought(socket.gethostname(), digests, read_marks(components))
     all_ranks = gather_over_ranks(mine, runtime)
     hosts = [brought.host for brought in all_ranks]
     for number, trait in enumerate(traits):
         if len({brought.digests[number] for brought in all_ranks}) > 1:
             raise trait.error(f"{_differences(trait, hosts, runtime)}; {trait.remedy}.")
     if suspects := _differing_marks([brought.marks for brought in all_ranks]):
-        _judge_marks(suspects, mine.marks, read_marks(config, components), hosts, runtime)
-    return mine.marks
+        _judge_marks(suspects, mine.marks, read_marks(components), hosts, runtime)
+    return {name: mark for name, mark in mine.marks.items() if " of data.train[" in name}
 
 
-def list_traits(config: RunConfig, components: Components) -> list[Trait]:
+def list_traits(settings: Mapping[str, Any], components: Components) -> list[Trait]:
     """List what has to be the same on every rank; where one differs, so may those below it."""
     return [
         Trait(
@@ -269,7 +285,7 @@ def list_traits(config: RunConfig, components: Components) -> list[Trait]:
             remedy="install the same packages on every host",
         ),
         Trait(
-            values=settings_that_agree(config),
+            values=settings_that_agree(settings),
             says="{name} is",
             remedy="start every rank with the same files, variables and options",
         ),
@@ -300,12 +316,13 @@ def _length(dataset: Sized | None) -> str:
     return "none" if dataset is None else str(len(dataset))
 
 
-def read_marks(config: RunConfig, components: Components) -> dict[str, Mark]:
+def read_marks(components: Components) -> dict[str, Mark]:
     """Read some samples of each data set; see ``mark_samples``."""
     marks: dict[str, Mark] = {}
+    reading = components.reading
     for name, dataset in _data_sets(components).items():
         if dataset is not None:
-            marks |= mark_samples(dataset, name, config.seed, components.collate)
+            marks |= mark_samples(dataset, name, reading.seed, reading.collate)
     return marks
 
 

@@ -16,11 +16,11 @@ from ddp_sgd.distributed.progress import ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import buffers_by_name
 from ddp_sgd.engine.components import (
+    build_reading,
     check_dataset,
     is_materialized,
     materialize_lazy,
     read_batch,
-    ready_collate,
     ready_loss,
     ready_model,
 )
@@ -110,11 +110,12 @@ def score_again(saved: Saved, runtime: Runtime) -> tuple[Metrics, str]:
         eval_set = instantiate(config.data.eval, "data.eval", failure=DataError)
         check_dataset(eval_set, "data.eval")
         files = OpenFiles(eval_set)
-        model = ready_model(config)
-        loss, collate = as_module(_fitting_loss(saved)), ready_collate(config)
+        model = ready_model(config.model, config.seed)
+        loss, reading = as_module(_fitting_loss(saved)), build_reading(config.data, config.seed)
         if not is_materialized(model):
-            size = config.data.batch_size
-            batch = read_batch(eval_set, "data.eval", batch_size=size, collate=collate)
+            batch = read_batch(
+                eval_set, "data.eval", batch_size=reading.batch_size, collate=reading.collate
+            )
             materialize_lazy(model, loss, batch, config.seed)
         modules = loss_modules(loss, model)
         kept = modules if _is_loss_of(saved) else {}
@@ -124,7 +125,7 @@ def score_again(saved: Saved, runtime: Runtime) -> tuple[Metrics, str]:
             module.to(runtime.device)
             broadcast_parameters(module, runtime)
             broadcast_buffers(module, runtime)
-        score = build_scorer(config, model, loss, eval_set, runtime, ProgressTracker(), collate)
+        score = build_scorer(model, loss, eval_set, reading, runtime, ProgressTracker())
         if config.data.workers:
             files.close()
         return score(), weights_digest(model)
@@ -132,7 +133,7 @@ def score_again(saved: Saved, runtime: Runtime) -> tuple[Metrics, str]:
 
 def _fitting_loss(saved: Saved) -> LossFunction:
     """Build the loss; refuse another one than the run's that nobody has asked for."""
-    loss = ready_loss(saved.config)
+    loss = ready_loss(saved.config.loss)
     if _is_loss_of(saved) and describe_loss(loss) != saved.header.loss:
         raise ConfigError(
             f"loss is {describe_loss(loss)}, while the run was given {saved.header.loss} in "

@@ -22,6 +22,9 @@ from ddp_sgd.errors import ExitCode
 from ddp_sgd.plan import Plan
 from ddp_sgd.tree import bytes_of
 
+_PLAIN = ("status", "exit_code", "step", "epoch", "samples", "world_size")
+"""Fields of a result that ``result.json`` begins with."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunResult:
@@ -51,17 +54,9 @@ class RunResult:
 
     def as_row(self) -> dict[str, Any]:
         """Return the result as plain data, as ``result.json`` holds it."""
-        return {
-            "status": self.status,
-            "exit_code": int(self.exit_code),
-            "step": self.step,
-            "epoch": self.epoch,
-            "samples": self.samples,
-            "world_size": self.world_size,
-            **self.scores,
-            **self.shares,
-            "weights_digest": self.weights_digest,
-        }
+        plain = {name: getattr(self, name) for name in _PLAIN}
+        digest = {"weights_digest": self.weights_digest}
+        return plain | {"exit_code": int(self.exit_code)} | self.scores | self.shares | digest
 
 
 def read_result(folder: Path) -> RunResult | None:
@@ -72,16 +67,11 @@ def read_result(folder: Path) -> RunResult | None:
     """
     try:
         row = json.loads((folder / "result.json").read_bytes())
+        plain = {name: row[name] for name in (*_PLAIN, "weights_digest")}
         return RunResult(
-            status=row["status"],
-            exit_code=ExitCode(row["exit_code"]),
-            step=row["step"],
-            epoch=row["epoch"],
-            samples=row["samples"],
-            world_size=row["world_size"],
+            **plain | {"exit_code": ExitCode(row["exit_code"])},
             scores={key: value for key, value in row.items() if key.startswith("eval/")},
             shares={key: value for key, value in row.items() if is_share(key)},
-            weights_digest=row["weights_digest"],
         )
     except (OSError, ValueError, TypeError, KeyError):
         return None

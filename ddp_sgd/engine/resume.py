@@ -22,14 +22,14 @@ from ddp_sgd.distributed.collectives import from_rank_0
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.rank_consistency import Mark, Marks
 from ddp_sgd.engine.result import RunResult, read_result
-from ddp_sgd.engine.train_state import State, Tree
+from ddp_sgd.engine.train_state import State
 from ddp_sgd.engine.triggers import read_deadline
-from ddp_sgd.errors import ConfigError, DataError, RefusedError
+from ddp_sgd.errors import ConfigError, DataError, RefusedError, unwritable
 from ddp_sgd.files import replace_file, sync_file, sync_folder
 from ddp_sgd.plan import Plan, make_plan
 from ddp_sgd.report.journal import first_row, has_journal
 from ddp_sgd.report.logger import Origin
-from ddp_sgd.report.run_folder import RunFolder, refuse_endless_failure, unwritable
+from ddp_sgd.report.run_folder import RunFolder, refuse_endless_failure
 
 _ADOPTING = ".adopting#"
 """Ending of the folder in which a checkpoint of another run is copied; no run has such a name."""
@@ -207,32 +207,11 @@ def _config_in(folder: Path) -> dict[str, Any] | None:
     return config if isinstance(config, dict) else None
 
 
-KEY = "data"
-"""Where the marks are in a checkpoint; those of earlier releases have none."""
-
-
-_OF_TRAINING_DATA = " of data.train["
-
+MARKS = "data"
+"""Where the marks of training data are in a checkpoint; those of earlier releases have none."""
 
 _SHOWN = 3
-
-
-def with_marks(
-    marks: Marks, state_dict: Callable[[State], tuple[Header, Tree]]
-) -> Callable[[State], tuple[Header, Tree]]:
-    """Add the marks of the training data to the state dict of a run.
-
-    Args:
-        marks: From ``require_consistency``; those of held-out data, which may change, are left out.
-        state_dict: Gives header and content of a checkpoint.
-    """
-    packed = {name: tuple(mark) for name, mark in marks.items() if _OF_TRAINING_DATA in name}
-
-    def state_dict_with_marks(state: State) -> tuple[Header, Tree]:
-        header, tree = state_dict(state)
-        return header, {**tree, KEY: packed} if packed else tree
-
-    return state_dict_with_marks
+"""Differences that one message tells of."""
 
 
 def refuse_other_data(
@@ -258,7 +237,7 @@ def refuse_other_data(
     """
     if resume_point.header is None or resume_point.header.run_id != resume_point.run_id:
         return
-    before = {name: Mark(*values) for name, values in (saved.get(KEY) or {}).items()}
+    before = {name: Mark(*values) for name, values in (saved.get(MARKS) or {}).items()}
     suspects = [
         name for name, mark in before.items() if name in marks and not mark.agrees_with(marks[name])
     ]
@@ -292,10 +271,10 @@ def refuse_data_of_another_run(
         RefusedError: A sample is another one; the message names it.
     """
     saved = from_rank_0(
-        read_tensors(resume_point.file).get(KEY) if resume_point.file else None, runtime
+        read_tensors(resume_point.file).get(MARKS) if resume_point.file else None, runtime
     )
     if saved:
-        refuse_other_data(resume_point, {KEY: saved}, read(), read)
+        refuse_other_data(resume_point, {MARKS: saved}, read(), read)
 
 
 def plan_from(config: RunConfig, header: Header | None, *, samples: int, world_size: int) -> Plan:

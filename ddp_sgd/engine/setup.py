@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
+from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.checkpointing.serialization import read_tensors
-from ddp_sgd.config.schema import RunConfig
-from ddp_sgd.data.fetcher import Collate
+from ddp_sgd.config.processes import ParallelConfig
+from ddp_sgd.config.sections import OptimConfig
 from ddp_sgd.data.loader import EvalLoader, TrainLoader
 from ddp_sgd.data.sampler import EvalSampler, TrainSampler
 from ddp_sgd.distributed.collectives import broadcast_over_ranks
@@ -19,22 +19,23 @@ from ddp_sgd.distributed.progress import Phase, ProgressTracker
 from ddp_sgd.distributed.replication import wrap_model
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, buffers_by_name
-from ddp_sgd.engine.components import Components, read_batch
+from ddp_sgd.engine.components import Components, Reading, read_batch
 from ddp_sgd.engine.evaluation import Metrics, Score, evaluate
 from ddp_sgd.engine.model_check import check_normalization
-from ddp_sgd.engine.rank_consistency import Marks, mark_training_set
-from ddp_sgd.engine.resume import ResumePoint, plan_from, refuse_other_data, state_from
+from ddp_sgd.engine.rank_consistency import Identity, mark_training_set
+from ddp_sgd.engine.resume import MARKS, ResumePoint, refuse_other_data, state_from
 from ddp_sgd.engine.sanity_check import TrainingFacts, check_evaluation, check_training
 from ddp_sgd.engine.step import Stepper
 from ddp_sgd.engine.sync import TimeShares
 from ddp_sgd.engine.train_state import (
     State,
+    Tree,
     broadcast_state,
-    momentum_buffers,
+    other_state_dict,
     refuse_misfit,
     restore,
     restore_buffers,
-    restore_momentum_buffers,
+    run_state_dict,
 )
 from ddp_sgd.losses import LossFunction, loss_modules
 from ddp_sgd.optim.sgd import SGD, build_sgd
@@ -45,18 +46,17 @@ from ddp_sgd.torch_errors import Use, memory_for
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainContext:
-    """A run that is ready to start.
+    """A run that is ready to start; its ``state_dict`` is what a checkpoint holds.
 
     Args:
         plan: The run's arithmetic.
+        runtime: This process.
         wrapper: The model, equal on all ranks.
         stepper: Takes steps.
         loader: The training set, step by step.
         score: Evaluates the model; gives nothing if there is no held-out set.
         randomness: The generators that steps draw from, such as for dropout.
         optimizer: SGD over the model's parameters.
-        loss: What the loss is.
-        device: Where this rank computes.
         state: Where the run stands.
         skip: Samples at the head of the next step that were trained already.
         progress: What is being done, for those who watch.
@@ -64,18 +64,17 @@ class TrainContext:
         buffers: The buffers that steps change.
         loss_modules: Modules of the loss, by where they were found.
         notes: What the user should know, one line each.
-        marks: Of the samples, for checkpoints.
+        identity: What the run is, for checkpoints.
     """
 
     plan: Plan
+    runtime: Runtime
     wrapper: DataParallelModel
     stepper: Stepper
     loader: TrainLoader
     score: Score
     randomness: Randomness
     optimizer: SGD
-    loss: str
-    device: torch.device
     state: State
     skip: int
     progress: ProgressTracker
@@ -83,68 +82,94 @@ class TrainContext:
     buffers: TrainingBuffers
     loss_modules: Mapping[str, nn.Module]
     notes: tuple[str, ...]
-    marks: Marks
+    identity: Identity
+
+    def state_dict(self) -> tuple[Header, Tree]:
+        """Gather all that a resume needs; all ranks call this after the same step.
+
+        Returns:
+            The header, and the tensors where they are; whole on rank 0.
+        """
+        model, identity = self.wrapper.inner, self.identity
+        header, tree = run_state_dict(
+            self.state,
+            model=model,
+            optimizer=self.optimizer,
+            plan=self.plan,
+            config=identity.config,
+            run_id=identity.run_id,
+            loss=identity.loss,
+        )
+        others = {
+            **other_state_dict(model, self.loss_modules, self.buffers),
+            MARKS: {name: tuple(mark) for name, mark in identity.marks.items()},
+            "compression": self.wrapper.state_dict(),
+        }
+        return header, {**tree, **{key: value for key, value in others.items() if value}}
+
+    def load_state_dict(self, saved: Tree | None) -> None:
+        """Put back all but the weights, which were loaded before; all ranks call this.
+
+        Args:
+            saved: Content of the checkpoint, on rank 0; elsewhere None.
+        """
+        if saved:
+            restore_buffers(self.wrapper.inner, self.loss_modules, self.buffers, saved)
+            self.optimizer.load_state_dict(saved["optimizer"])
+        self.wrapper.sync_buffers()
+        _broadcast_buffers(self.loss_modules, self.runtime)
+        momentum = self.optimizer.state_dict()["momentum_buffer"].values()
+        broadcast_over_ranks(momentum, self.runtime)
+        self.wrapper.load_state_dict(saved.get("compression") if saved else None)
 
 
 def build_context(
-    config: RunConfig,
     components: Components,
+    plan: Plan,
     runtime: Runtime,
     resume_point: ResumePoint,
-    marks: Marks | None = None,
+    identity: Identity,
+    *,
+    optim: OptimConfig,
+    parallel: ParallelConfig,
 ) -> TrainContext:
-    """Work out the plan and put the components together, in the state that was saved.
+    """Put the components together, in the state that was saved.
 
     Args:
-        config: Description of the run.
         components: What the user brings.
+        plan: The run's arithmetic.
         runtime: This process.
         resume_point: What the run goes on from.
-        marks: Of the samples of today, from ``require_consistency``; None compares no samples.
+        identity: What the run is.
+        optim: Section ``optim`` of the configuration.
+        parallel: Section ``parallel`` of the configuration.
 
     Raises:
         ConfigError: The components do not fit together, or not to the plan.
         DataError: A sample cannot be read, labels lie out of range, or a checkpoint is damaged.
         RefusedError: The checkpoint is of another run.
     """
-    saved = _restore_model(config, components, resume_point, marks or {})
-    samples = len(components.train_set)
-    plan = plan_from(config, resume_point.header, samples=samples, world_size=runtime.world_size)
+    saved = _restore_model(components, resume_point, identity)
     state, skip = state_from(resume_point.header, plan)
     model, modules = _on_device(components, runtime)
     if resume_point.header:  # before the check, which has to find the same on every rank
         broadcast_state(model, runtime)
     check_normalization(model, plan, step=state.step, skip=skip, device=runtime.device)
-    optimizer = _optimizer(config, model)
-    size = config.data.batch_size
-    batch = read_batch(
-        components.train_set, "data.train", batch_size=size, collate=components.collate
-    )
-    facts = check_training(model, components.loss, components.train_set, batch, plan, runtime)
-    momentum_buffer_of = optimizer.momentum_buffers
-    if saved:
-        restore_buffers(model, modules, facts.buffers, saved)
-        restore_momentum_buffers(model, optimizer, saved)
+    optimizer = _optimizer(optim, model)
+    facts = _check_training(components, model, plan, runtime)
     with memory_for(Use.MODEL):  # whose gradients need room, too
-        wrapper = wrap_model(
-            model, runtime, config.parallel, plan, momentum_buffer_of
-        )  # as on rank 0 now
-    others = map(buffer_at, buffers_by_name(modules).values())
-    broadcast_over_ranks(others, runtime)
-    if resume_point.header:
-        broadcast_over_ranks((buffer for _, buffer in momentum_buffers(model, optimizer)), runtime)
-        wrapper.load_state_dict(saved.get("compression") if saved else None)
+        wrapper = wrap_model(model, runtime, parallel, plan, optimizer.momentum_buffers)
     progress = ProgressTracker()
+    options: dict[str, Any] = {"clip_norm": optim.clip_norm, "buffers": facts.buffers}
     context = TrainContext(
         plan=plan,
+        runtime=runtime,
         wrapper=wrapper,
-        stepper=_stepper(config, wrapper, facts, optimizer, runtime, progress),
-        loader=_train_loader(config, plan, components, runtime),
-        score=_scorer(config, components, wrapper, runtime, progress),
+        stepper=Stepper(wrapper, facts.objective, optimizer, runtime, progress, **options),
+        loader=_train_loader(components, plan, runtime),
+        score=_scorer(components, wrapper, runtime, progress),
         randomness=facts.randomness,
         optimizer=optimizer,
-        loss=components.loss_name,
-        device=runtime.device,
         state=state,
         skip=skip,
         progress=progress,
@@ -152,48 +177,35 @@ def build_context(
         buffers=facts.buffers,
         loss_modules=modules,
         notes=facts.notes,
-        marks=marks or {},
+        identity=identity,
     )
-    if config.data.workers:
+    if resume_point.header:
+        context.load_state_dict(saved)
+    else:
+        _broadcast_buffers(modules, runtime)
+    if components.reading.workers:
         components.files.close()
     return context
 
 
 def _restore_model(
-    config: RunConfig, components: Components, resume_point: ResumePoint, marks: Marks
-) -> Mapping[str, Any] | None:
+    components: Components, resume_point: ResumePoint, identity: Identity
+) -> Tree | None:
     """Load the weights of the checkpoint that the run goes on from; returns all of its tensors."""
     if resume_point.file is None or resume_point.header is None:
         return None
     saved = read_tensors(resume_point.file)
-    samples = len(components.train_set)
     refuse_misfit(
-        resume_point.header, saved, components.model, samples=samples, loss=components.loss_name
+        resume_point.header,
+        saved,
+        components.model,
+        samples=len(components.train_set),
+        loss=components.loss_name,
     )
-    refuse_other_data(
-        resume_point, saved, marks, partial(mark_training_set, config, components.train_set)
-    )
+    read_again = partial(mark_training_set, components.train_set, components.reading)
+    refuse_other_data(resume_point, saved, identity.marks, read_again)
     restore(components.model, saved)
     return saved
-
-
-def _stepper(
-    config: RunConfig,
-    wrapper: DataParallelModel,
-    facts: TrainingFacts,
-    optimizer: SGD,
-    runtime: Runtime,
-    progress: ProgressTracker,
-) -> Stepper:
-    return Stepper(
-        wrapper,
-        facts.objective,
-        optimizer,
-        runtime,
-        progress,
-        clip_norm=config.optim.clip_norm,
-        buffers=facts.buffers,
-    )
 
 
 def _on_device(components: Components, runtime: Runtime) -> tuple[nn.Module, dict[str, nn.Module]]:
@@ -206,40 +218,50 @@ def _on_device(components: Components, runtime: Runtime) -> tuple[nn.Module, dic
     return model, modules
 
 
-def _optimizer(config: RunConfig, model: nn.Module) -> SGD:
+def _check_training(
+    components: Components, model: nn.Module, plan: Plan, runtime: Runtime
+) -> TrainingFacts:
+    size, collate = components.reading.batch_size, components.reading.collate
+    batch = read_batch(components.train_set, "data.train", batch_size=size, collate=collate)
+    return check_training(model, components.loss, components.train_set, batch, plan, runtime)
+
+
+def _broadcast_buffers(modules: Mapping[str, nn.Module], runtime: Runtime) -> None:
+    """Replace the buffers of some modules, such as those of the loss, by those of rank 0."""
+    broadcast_over_ranks(map(buffer_at, buffers_by_name(modules).values()), runtime)
+
+
+def _optimizer(optim: OptimConfig, model: nn.Module) -> SGD:
     with memory_for(Use.MOMENTUM):
         return build_sgd(
             model,
-            momentum=config.optim.momentum,
-            nesterov=config.optim.nesterov,
-            weight_decay=config.optim.weight_decay,
-            decay_norm_and_bias=config.optim.decay_norm_and_bias,
+            momentum=optim.momentum,
+            nesterov=optim.nesterov,
+            weight_decay=optim.weight_decay,
+            decay_norm_and_bias=optim.decay_norm_and_bias,
         )
 
 
-def _train_loader(
-    config: RunConfig, plan: Plan, components: Components, runtime: Runtime
-) -> TrainLoader:
-    order = TrainSampler(
+def _train_loader(components: Components, plan: Plan, runtime: Runtime) -> TrainLoader:
+    sampler = TrainSampler(
         plan.samples,
         global_batch=plan.global_batch,
         batch_size=plan.batch_size,
-        seed=config.seed,
+        seed=components.reading.seed,
         tail=plan.tail,
         **runtime.shard,
     )
     return TrainLoader(
         components.train_set,
-        order,
+        sampler,
         epochs=plan.epochs,
-        workers=config.data.workers,
+        workers=components.reading.workers,
         device=runtime.device,
-        collate=components.collate,
+        collate=components.reading.collate,
     )
 
 
 def _scorer(
-    config: RunConfig,
     components: Components,
     wrapper: DataParallelModel,
     runtime: Runtime,
@@ -248,13 +270,12 @@ def _scorer(
     if components.eval_set is None:
         return lambda _: {}
     inner_score = build_scorer(
-        config,
         wrapper.inner,
         components.loss,
         components.eval_set,
+        components.reading,
         runtime,
         progress,
-        components.collate,
     )
 
     def score(interrupted: Callable[[], bool]) -> Metrics:
@@ -265,47 +286,42 @@ def _scorer(
 
 
 def build_scorer(
-    config: RunConfig,
     model: nn.Module,
     loss: LossFunction,
     eval_set: Any,
+    reading: Reading,
     runtime: Runtime,
     progress: ProgressTracker,
-    collate: Collate | None = None,
 ) -> Callable[..., Metrics]:
     """Make what scores a model on held-out data.
 
     Args:
-        config: Description of the run.
         model: Module on the runtime's device, equal on all ranks.
         loss: Loss on that device.
         eval_set: Map-style data set of (input, target).
+        reading: How samples are read.
         runtime: This process.
         progress: Is told of every chunk.
-        collate: Function from a list of samples to a batch; None: torch's default_collate.
 
     Raises:
         ConfigError: Model, loss and samples do not fit together.
         DataError: The samples cannot be read, or labels lie out of range.
     """
-    batch_size = config.data.batch_size
-    batch = read_batch(eval_set, "data.eval", batch_size=batch_size, collate=collate)
+    size, collate = reading.batch_size, reading.collate
+    batch = read_batch(eval_set, "data.eval", batch_size=size, collate=collate)
     facts = check_evaluation(model, loss, eval_set, batch, runtime)
     chunks = EvalSampler(
-        len(eval_set),
-        batch_size=batch_size,
-        in_step=facts.communicates,
-        **runtime.shard,
+        len(eval_set), batch_size=size, in_step=facts.communicates, **runtime.shard
     )
     loader = EvalLoader(
         eval_set,
         chunks,
-        seed=config.seed,
-        workers=config.data.workers,
+        seed=reading.seed,
+        workers=reading.workers,
         device=runtime.device,
         collate=collate,
     )
-    begin_chunk = partial(facts.begin_chunk, config.seed)
+    begin_chunk = partial(facts.begin_chunk, reading.seed)
     score = partial(
         evaluate, model, facts.objective, loader, runtime, progress, seed_chunk=begin_chunk
     )

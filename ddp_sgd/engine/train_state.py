@@ -26,10 +26,9 @@ from ddp_sgd.engine.buffers import (
     buffer_at,
     buffers_by_name,
     is_saved,
-    unset_buffers,
 )
 from ddp_sgd.engine.evaluation import Metrics
-from ddp_sgd.errors import ConfigError, RefusedError
+from ddp_sgd.errors import RefusedError
 from ddp_sgd.losses import LossFunction
 from ddp_sgd.optim.sgd import SGD
 from ddp_sgd.plan import Plan
@@ -53,9 +52,6 @@ class State:
 
 
 Tree = Mapping[str, Any]
-
-_PLAIN = (torch.Tensor, nn.Parameter, int, float, bool, str, bytes, complex, type(None))
-"""What a reader takes; a class derived from one of them is code of somebody's."""
 
 
 def run_state_dict(
@@ -103,8 +99,7 @@ def run_state_dict(
             "order": ORDER,
         },
     )
-    momentum = dict(momentum_buffers(model, optimizer))
-    return header, {"model": model.state_dict(), "optimizer": {"momentum_buffer": momentum}}
+    return header, {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
 
 
 def other_state_dict(
@@ -134,45 +129,6 @@ def other_state_dict(
     }
 
 
-def refuse_foreign(tree: Any, path: str = "model") -> None:
-    """Refuse state that could be written but not read back: reading runs no code.
-
-    Args:
-        tree: Tensors and plain data, nested.
-        path: Where the tree is, for the error.
-
-    Raises:
-        ConfigError: It holds something else.
-    """
-    if isinstance(tree, Mapping):
-        for key, value in tree.items():
-            refuse_foreign(key, f"{path}.{key}")
-            refuse_foreign(value, f"{path}.{key}")
-    elif type(tree) in (list, tuple, torch.Size):
-        for number, value in enumerate(tree):
-            refuse_foreign(value, f"{path}.{number}")
-    elif type(tree) not in _PLAIN:
-        raise ConfigError(
-            f"the state {path} is a {type(tree).__name__}, which a checkpoint cannot hold; keep "
-            "tensors and plain numbers, text, lists and mappings in the state of the model."
-        )
-    elif isinstance(tree, torch.Tensor) and tree.layout is not torch.strided:
-        layout = str(tree.layout).removeprefix("torch.")
-        raise ConfigError(
-            f"the state {path} has the layout {layout}, which a checkpoint cannot hold; pass "
-            "persistent=False to register_buffer, or make it dense with .to_dense()."
-        )
-
-
-def momentum_buffers(model: nn.Module, optimizer: SGD) -> list[tuple[str, torch.Tensor]]:
-    """List the momentum buffers with the names of their parameters, in the order of the model."""
-    return [
-        (name, optimizer.momentum_buffers[parameter])
-        for name, parameter in model.named_parameters()
-        if parameter in optimizer.momentum_buffers
-    ]
-
-
 def describe_loss(loss: LossFunction) -> str:
     """Name a loss by its class, or function, and the shapes of the tensors that it holds."""
     while isinstance(loss, partial):
@@ -200,11 +156,7 @@ def refuse_misfit(
     Raises:
         RefusedError: It does not fit; the message lists what differs.
     """
-    differences = model_misfits(tensors["model"], model)
-    if header.plan["samples"] != samples:
-        differences.append(f"data.train had {header.plan['samples']} samples, has {samples}")
-    if header.loss != loss:
-        differences.append(f"the loss was {header.loss}, is {loss}")
+    differences = model_misfits(tensors["model"], model) + _other_parts(header, samples, loss)
     order = header.versions.get("order", "torch.randperm")
     if header.position and order != ORDER:  # some samples of the epoch would count twice
         differences.append(f"the order of samples was {order}, is {ORDER}")
@@ -223,13 +175,20 @@ def refuse_other_parts(header: Header | None, train_set: Any, loss: LossFunction
     Raises:
         RefusedError: They are not those of the run.
     """
-    differences = []
-    if header and train_set is not None and len(train_set) != header.plan["samples"]:
-        differences.append(f"data.train had {header.plan['samples']} samples, has {len(train_set)}")
-    if header and loss is not None and describe_loss(loss) != header.loss:
-        differences.append(f"the loss was {header.loss}, is {describe_loss(loss)}")
-    if header and differences:
+    samples = None if train_set is None else len(train_set)
+    name = None if loss is None else describe_loss(loss)
+    if header and (differences := _other_parts(header, samples, name)):
         raise _misfit(header.step, differences)
+
+
+def _other_parts(header: Header, samples: int | None, loss: str | None) -> list[str]:
+    """List where length of the data, and loss, differ from those of a run; None is equal."""
+    differences = []
+    if samples not in (None, header.plan["samples"]):
+        differences.append(f"data.train had {header.plan['samples']} samples, has {samples}")
+    if loss not in (None, header.loss):
+        differences.append(f"the loss was {header.loss}, is {loss}")
+    return differences
 
 
 def hand_over(model: nn.Module, file: Path | None, runtime: Runtime) -> None:
@@ -268,7 +227,7 @@ def restore(model: nn.Module, tensors: Mapping[str, Any]) -> None:
         saved = tensors["model"].get(name)
         if isinstance(saved, torch.Tensor) and not buffer_at(place).numel():
             buffer_at(place).resize_(saved.shape)  # sized at its first use
-    for name, (module, own) in unset_buffers(model).items():
+    for name, (module, own) in buffers_by_name({"": model}, unset=True).items():
         saved = tensors["model"].get(name)
         if isinstance(saved, torch.Tensor):
             module._buffers[own] = torch.empty_like(saved)  # made at its first use
@@ -291,7 +250,7 @@ def model_misfits(saved: Mapping[str, Any], model: nn.Module) -> list[str]:
         name
         for name, place in buffers_by_name({"": model}).items()
         if not buffer_at(place).numel() or _loads_by_itself(place[0])
-    } | unset_buffers(model).keys()
+    } | buffers_by_name({"": model}, unset=True).keys()
     now = {name: value for name, value in model.state_dict().items() if name not in resized}
     return misfits({name: v for name, v in saved.items() if name not in resized}, now)
 
@@ -353,14 +312,6 @@ def broadcast_state(model: nn.Module, runtime: Runtime) -> None:
     }
     other = {name: value for name, value in model.state_dict().items() if name not in known}
     model.load_state_dict(from_rank_0(other, runtime), strict=False)
-
-
-def restore_momentum_buffers(model: nn.Module, optimizer: SGD, tensors: Mapping[str, Any]) -> None:
-    """Put the momentum buffers back; one that was not saved, such as without momentum, stays."""
-    saved = tensors["optimizer"]["momentum_buffer"]
-    for name, buffer in momentum_buffers(model, optimizer):
-        if name in saved:
-            buffer.copy_(saved[name])
 
 
 def _step_of(tensors: Mapping[str, Any]) -> int:

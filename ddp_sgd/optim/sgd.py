@@ -1,8 +1,9 @@
 """Stochastic gradient descent with momentum, by one fused call per group."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
 from itertools import compress
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -11,16 +12,15 @@ from torch.nn.modules.batchnorm import _NormBase
 from ddp_sgd.errors import ConfigError
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Parameters that decay alike.
+class ParamGroup(TypedDict):
+    """Parameters that decay alike; a dictionary, as in torch.
 
     Args:
-        parameters: The parameters, in the order of the model.
+        params: The parameters, in the order of the model.
         weight_decay: Factor of the weight that is added to its gradient.
     """
 
-    parameters: list[nn.Parameter]
+    params: list[nn.Parameter]
     weight_decay: float
 
 
@@ -103,12 +103,14 @@ class SGD:
     since it imports the compiler of torch, and its bookkeeping 60 us a step.
 
     Args:
-        groups: Who decays by how much. Parameters may have any memory layout without gaps, and
-            their storage may be replaced between steps.
+        param_groups: Who decays by how much. Parameters may have any memory layout without gaps,
+            and their storage may be replaced between steps.
         momentum: m, in [0, 1).
         nesterov: Look one momentum step ahead.
+        names: Names of the parameters, for ``state_dict``, in its order; None numbers them.
 
     Attributes:
+        param_groups: The groups.
         momentum_buffers: v of each parameter; empty without momentum.
 
     Source:
@@ -116,17 +118,44 @@ class SGD:
     """
 
     def __init__(
-        self, groups: list[Group], *, momentum: float = 0.0, nesterov: bool = False
+        self,
+        param_groups: list[ParamGroup],
+        *,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        names: Mapping[nn.Parameter, str] | None = None,
     ) -> None:
-        self.groups = groups
+        self.param_groups = param_groups
+        parameters = [p for group in param_groups for p in group["params"]]
+        self._names = names or {p: str(number) for number, p in enumerate(parameters)}
         self._momentum = momentum
         self._nesterov = nesterov
         self.momentum_buffers: dict[nn.Parameter, torch.Tensor] = (
-            {p: torch.zeros_like(p) for group in groups for p in group.parameters}
-            if momentum
-            else {}
+            {p: torch.zeros_like(p) for p in parameters} if momentum else {}
         )
-        self._calls = [call for group in groups for call in self._split(group)]
+        self._calls = [call for group in param_groups for call in self._split(group)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Gather what a resume needs, where it is.
+
+        Returns:
+            ``momentum_buffer``: the buffers by names of their parameters; empty without momentum.
+        """
+        buffers = self.momentum_buffers
+        return {
+            "momentum_buffer": {self._names[p]: buffers[p] for p in self._names if p in buffers}
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Put the momentum buffers back; one that was not saved, as without momentum, stays.
+
+        Args:
+            state_dict: What ``state_dict`` gave, on any device.
+        """
+        saved = state_dict["momentum_buffer"]
+        for name, buffer in self.state_dict()["momentum_buffer"].items():
+            if name in saved:
+                buffer.copy_(saved[name])
 
     def step(self, lr: float, skipped: torch.Tensor | None = None) -> None:
         """Move every parameter that has a gradient.
@@ -163,14 +192,14 @@ class SGD:
                 found_inf=skipped,
             )
 
-    def _split(self, group: Group) -> list[_Call]:
+    def _split(self, group: ParamGroup) -> list[_Call]:
         """Split a group by type, since the kernel takes one at a time."""
-        types = dict.fromkeys(p.dtype for p in group.parameters)
+        types = dict.fromkeys(p.dtype for p in group["params"])
         return [
             _Call(
-                [p for p in group.parameters if p.dtype == dtype],
+                [p for p in group["params"] if p.dtype == dtype],
                 self.momentum_buffers,
-                group.weight_decay,
+                group["weight_decay"],
             )
             for dtype in types
         ]
@@ -209,12 +238,15 @@ def build_sgd(
     spared: set[nn.Parameter] = set()
     if weight_decay > 0 and not decay_norm_and_bias:
         spared = {p for module in model.modules() for p in _norm_and_bias(module)}
-    groups = [
-        Group([p for _, p in named if p not in spared], weight_decay),
-        Group([p for _, p in named if p in spared], 0.0),
+    groups: list[ParamGroup] = [
+        {"params": [p for _, p in named if p not in spared], "weight_decay": weight_decay},
+        {"params": [p for _, p in named if p in spared], "weight_decay": 0.0},
     ]
     return SGD(
-        [group for group in groups if group.parameters], momentum=momentum, nesterov=nesterov
+        [group for group in groups if group["params"]],
+        momentum=momentum,
+        nesterov=nesterov,
+        names={p: name for name, p in named},
     )
 
 

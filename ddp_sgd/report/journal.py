@@ -8,10 +8,9 @@ from io import FileIO
 from pathlib import Path
 from typing import IO, Any
 
-from ddp_sgd.errors import DataError
+from ddp_sgd.errors import DataError, unwritable
 from ddp_sgd.files import replace_file
 from ddp_sgd.report.logger import EventRow, RunRecord
-from ddp_sgd.report.run_folder import unwritable
 
 FILE_NAME = "metrics.jsonl"
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddp_sgd.config import RunConfig, dump_yaml
-from ddp_sgd.errors import ExitCode, OutputError, RefusedError, RepeatedFailureError
+from ddp_sgd.errors import ExitCode, OutputError, RefusedError, RepeatedFailureError, unwritable
 from ddp_sgd.files import make_folder, replace_file
 from ddp_sgd.report.folder_lock import LOCK_NAME, OWNER_NAME, FolderLock
 from ddp_sgd.report.logger import EventRow, RunRecord
@@ -215,14 +215,6 @@ def claim_run_folder(config: RunConfig, runtime: "Runtime") -> Iterator[RunFolde
         yield folder
     finally:
         folder.release()
-
-
-def unwritable(path: Path, error: OSError) -> OutputError:
-    """Say that a path cannot be written, and why."""
-    return OutputError(
-        f"{path} cannot be written: {error.strerror or error}; set output_dir to a folder that you "
-        "may write, with room on its disk."
-    )
 
 
 @contextmanager

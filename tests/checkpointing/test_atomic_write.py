@@ -16,7 +16,7 @@ import torch
 from limits import WAIT_S
 from saving import fill, flip, names, small_disk, write
 
-from ddp_sgd.checkpointing import atomic_write, serialization
+from ddp_sgd.checkpointing import atomic_write
 from ddp_sgd.checkpointing.serialization import read_tensors
 from ddp_sgd.checkpointing.store import CheckpointFolder
 
@@ -143,7 +143,7 @@ def test_a_full_disk_shows_before_anything_is_written(disk, monkeypatch):
 
 def test_a_disk_that_fills_up_while_it_is_written_to(disk, monkeypatch):
     """As on file systems that cannot reserve room."""
-    monkeypatch.setattr(serialization, "_room_for", lambda _: 1)
+    monkeypatch.setattr(atomic_write, "_room_for", lambda _: 1)
     assert save_too_much(disk) == errno.ENOSPC
     write(disk, 2, size=100_000, keep=1)
     assert chosen_step(disk) == 2
@@ -152,7 +152,7 @@ def test_a_disk_that_fills_up_while_it_is_written_to(disk, monkeypatch):
 def test_a_disk_with_room_for_all_but_the_manifest(disk, monkeypatch, tmp_path):
     needed = write(tmp_path / "elsewhere", 2, size=50_000).size_bytes
     ballast = fill(disk, leaving=needed)
-    monkeypatch.setattr(serialization, "_room_for", lambda _: 1)
+    monkeypatch.setattr(atomic_write, "_room_for", lambda _: 1)
     before = names(disk)
     with pytest.raises(OSError, match="No space left on device"):
         write(disk, 2, size=50_000)
@@ -167,7 +167,7 @@ def test_a_disk_with_room_for_all_but_the_manifest(disk, monkeypatch, tmp_path):
 def test_a_limit_on_the_length_of_files(reserving, tmp_path, monkeypatch):
     write(tmp_path, 1)
     if not reserving:
-        monkeypatch.setattr(serialization, "_room_for", lambda _: 1)
+        monkeypatch.setattr(atomic_write, "_room_for", lambda _: 1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
     try:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import (
     ConcatDataset,
     Dataset,
@@ -433,3 +434,28 @@ def test_a_fault_with_singles_is_one_line(dataset, collate, message):
     fault = fetch_with_singles(dataset, [5, 0], collate)
     assert isinstance(fault, Unreadable)
     assert re.search(message, fault.message)
+
+
+class IndexDevices(TorchDispatchMode):
+    """Notes where the indices of each ``index_select`` are."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket is torch.ops.aten.index_select:
+            self.seen.append(args[2].device.type)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", [TensorDataset, InMemory])
+def test_data_on_a_device_are_indexed_there(kind):
+    """A GPU refuses indices on the host; the device meta, which takes them, stands for it."""
+    rows = torch.zeros(8, 3, device="meta")
+    with IndexDevices() as devices:
+        inputs, _ = Fetcher(kind(rows, rows), "data.train", 0).__getitems__(
+            Request(0, np.array([4, 1]))
+        )
+    assert inputs.shape == (2, 3)
+    assert devices.seen == ["meta", "meta"]

@@ -275,6 +275,29 @@ def test_what_cannot_be_pinned_stays_as_it_is():
     assert _for_movable([encoding, {"a": Pinned()}], _pin) == [encoding, {"a": "pinned"}]
 
 
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.zeros(2, device="meta"), torch.eye(2).to_sparse()],
+)
+def test_tensors_on_a_device_and_sparse_ones_are_not_pinned(tensor):
+    """torch would raise: it locks the memory of dense tensors on the host only."""
+    assert _pin(tensor) is tensor
+
+
+class Packed:
+    """A packed sequence on a GPU, as far as pinning goes."""
+
+    is_cuda = True
+
+    def pin_memory(self):
+        raise RuntimeError("cannot pin 'torch.cuda.FloatTensor'")
+
+
+def test_packed_sequences_on_a_device_are_not_pinned():
+    packed = Packed()
+    assert _pin(packed) is packed
+
+
 def test_mappings_of_any_type_move():
     moved = move(UserDict(ids=torch.zeros(2)), torch.device("meta"))
     assert moved["ids"].device.type == "meta"

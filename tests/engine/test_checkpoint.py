@@ -9,14 +9,11 @@ from saving import names, write
 from torch import nn
 
 from ddp_sgd import __version__
-from ddp_sgd.checkpointing.checkpointer import NoCheckpointer
+from ddp_sgd.checkpointing.checkpointer import NoCheckpointer, open_checkpointer
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data import InMemory
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.checkpoint import open_checkpointer
 from ddp_sgd.engine.fit import fit
-from ddp_sgd.engine.resume import ResumePoint
-from ddp_sgd.engine.train_state import State
 from ddp_sgd.errors import ConfigError
 from ddp_sgd.report.journal import read_journal
 
@@ -43,11 +40,12 @@ def test_state_that_cannot_be_read_back_is_refused_at_the_start(tmp_path):
 
 
 def test_only_the_rank_that_has_the_folder_saves():
+    host = torch.device("cpu")
     with open_checkpointer(
-        RunConfig(), None, ResumePoint(run_id="0a1b2c3d"), None, None
+        None, {}, device=host, keep=1, before=lambda: None, report=lambda *_: None
     ) as checkpoints:
         assert isinstance(checkpoints, NoCheckpointer)
-        checkpoints.save(State(), {})
+        checkpoints.save(None, {})
         checkpoints.poll()
         checkpoints.finish()
         assert checkpoints.save_s == 0

@@ -2,11 +2,12 @@ from functools import partial
 
 import pytest
 import torch
+from gathered import gather
 from torch import nn
 
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data import Digits
-from ddp_sgd.engine.components import gather_components, ready_model
+from ddp_sgd.engine.components import ready_model
 from ddp_sgd.engine.result import weights_digest
 from ddp_sgd.engine.resume import ResumePoint
 from ddp_sgd.errors import ConfigError, DataError
@@ -18,7 +19,7 @@ NOTHING = {"model": None, "loss": None, "train_set": None, "eval_set": None}
 
 
 def test_everything_from_the_configuration():
-    components = gather_components(RunConfig(), **NOTHING)
+    components = gather(RunConfig(), **NOTHING)
     assert isinstance(components.model, MLP)
     assert isinstance(components.loss, nn.CrossEntropyLoss)
     assert (len(components.train_set), len(components.eval_set)) == (1437, 360)
@@ -26,10 +27,10 @@ def test_everything_from_the_configuration():
 
 def test_weights_follow_from_the_seed_alone():
     torch.manual_seed(99)
-    first = weights_digest(gather_components(RunConfig(), **NOTHING).model)
+    first = weights_digest(gather(RunConfig(), **NOTHING).model)
     torch.rand(3)
-    assert weights_digest(gather_components(RunConfig(), **NOTHING).model) == first
-    assert weights_digest(gather_components(RunConfig(seed=1), **NOTHING).model) != first
+    assert weights_digest(gather(RunConfig(), **NOTHING).model) == first
+    assert weights_digest(gather(RunConfig(seed=1), **NOTHING).model) != first
 
 
 def test_what_is_given_is_taken():
@@ -39,7 +40,7 @@ def test_what_is_given_is_taken():
         "train_set": Digits(),
         "eval_set": None,
     }
-    components = gather_components(RunConfig(), **given)
+    components = gather(RunConfig(), **given)
     assert (components.model, components.loss, components.train_set) == (
         given["model"],
         given["loss"],
@@ -73,7 +74,7 @@ def test_the_wrong_kind_is_named(key, component, error, message):
     section = {"class_path": component}
     config = RunConfig(**({"data": {key: section}} if key in DATA else {key: section}))
     with pytest.raises(error, match=message):
-        gather_components(config, **NOTHING)
+        gather(config, **NOTHING)
 
 
 class PartlyFrozen(nn.Module):
@@ -96,25 +97,25 @@ def test_a_model_s_own_train_is_called(wrap, training):
     model = wrap(module)
     if not training:
         nn.Module.train(model, mode=False)
-    ready_model(RunConfig(), model)
+    ready_model(RunConfig().model, 0, model)
     assert (module.training, module.norm.training, module.free.training) == (True, False, True)
 
 
 def test_parts_that_were_put_into_evaluation_mode_stay_there():
     model = nn.Sequential(nn.Linear(64, 10), nn.BatchNorm1d(10).eval())
-    ready_model(RunConfig(), model)
+    ready_model(RunConfig().model, 0, model)
     assert [module.training for module in model] == [True, False]
 
 
 def test_lazy_modules_have_their_shapes_before_anything_is_compared():
     given = NOTHING | {"model": nn.Sequential(nn.LazyLinear(10)), "train_set": Digits()}
-    components = gather_components(RunConfig(), **given)
+    components = gather(RunConfig(), **given)
     assert components.model[0].weight.shape == (10, 64)
 
 
 def test_functions_of_torch_become_modules_and_keep_their_names():
     given = NOTHING | {"loss": partial(nn.functional.cross_entropy, label_smoothing=0.1)}
-    components = gather_components(RunConfig(), **given)
+    components = gather(RunConfig(), **given)
     assert isinstance(components.loss, nn.CrossEntropyLoss)
     assert components.loss.label_smoothing == 0.1
     assert components.loss_name == "torch.nn.functional.cross_entropy()"

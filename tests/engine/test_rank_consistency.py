@@ -5,10 +5,12 @@ import random
 import re
 from dataclasses import replace
 from functools import partial
+from itertools import count
 
 import numpy as np
 import pytest
 import torch
+from gathered import gather
 from ranks import run_ranks
 from torch import nn
 
@@ -16,7 +18,6 @@ import ddp_sgd.engine.fit as whole_run
 import ddp_sgd.engine.rank_consistency as agreement
 from ddp_sgd.config import RunConfig
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.components import gather_components
 from ddp_sgd.engine.fit import fit
 from ddp_sgd.engine.rank_consistency import require_consistency
 from ddp_sgd.errors import DataError
@@ -24,6 +25,14 @@ from ddp_sgd.models import MLP
 
 QUIET = {"wandb": {"mode": "disabled"}, "epochs": 1}
 NOTHING = {"model": None, "loss": None, "train_set": None, "eval_set": None}
+
+
+MOODS = count(1)
+
+
+def mood():
+    """A number that differs by two or more from one reading to the next, and between ranks."""
+    return 3 * next(MOODS) + float(np.random.default_rng().random())
 
 
 class Samples:
@@ -53,7 +62,7 @@ class Samples:
             case "unreadable" if index == 8:
                 raise OSError("the disk is gone")
             case "mood":
-                return inputs + float(np.random.default_rng().random()) * 9, target
+                return inputs + mood(), target
         return inputs, target
 
 
@@ -79,7 +88,7 @@ class Moody(Samples):
 
     def __getitem__(self, index):
         inputs, target = super().__getitem__(index)
-        return inputs + 9 * float(np.random.default_rng().random()), target
+        return inputs + mood(), target
 
 
 class Mappings(Samples):
@@ -108,8 +117,9 @@ def check(runtime, changes=None, own=None, dataset=None, model=None, collate=Non
         given |= {"train_set": kind(change, runtime.rank, last), "model": MLP(4, [], 2)}
     if model:
         given["model"] = MODELS[model](here)
-    components = replace(gather_components(config, **given), collate=collate)
-    require_consistency(config, components, runtime)
+    components = gather(config, **given)
+    components = replace(components, reading=components.reading._replace(collate=collate))
+    require_consistency(config.model_dump(mode="json"), components, runtime)
     return "agreed"
 
 
@@ -260,7 +270,7 @@ def test_fit_refuses_before_the_first_step(tmp_path):
 
 def fit_looking(runtime, folder, *, looks):
     if not looks:
-        whole_run.require_consistency = lambda *_: None
+        whole_run.require_consistency = lambda *_: {}
     config = RunConfig(**QUIET, output_dir=f"{folder}/{looks}")
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(), nn.Linear(8, 2))
     torch.manual_seed(0)
@@ -284,10 +294,8 @@ def test_alone_nothing_is_read():
         def __getitem__(self, index):
             raise AssertionError("nobody should look")
 
-    components = gather_components(
-        RunConfig(), **NOTHING | {"train_set": Unread(), "model": MLP(4, [], 2)}
-    )
-    require_consistency(RunConfig(), components, Runtime())
+    components = gather(RunConfig(), **NOTHING | {"train_set": Unread(), "model": MLP(4, [], 2)})
+    require_consistency(RunConfig().model_dump(mode="json"), components, Runtime())
 
 
 def fail_while_others_look(runtime):
@@ -299,3 +307,18 @@ def fail_while_others_look(runtime):
 def test_a_rank_that_fails_before_is_not_waited_for():
     first, second = run_ranks(2, fail_while_others_look, raises=True)
     assert (first.error, second.error) == ("RemoteError", "DataError")
+
+
+def marks_for_checkpoints(runtime):
+    components = gather(RunConfig(**QUIET), **NOTHING)
+    return list(
+        require_consistency(RunConfig(**QUIET).model_dump(mode="json"), components, runtime)
+    )
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_marks_of_the_training_data_alone_are_kept(ranks):
+    """Held-out data may change from one attempt to the next."""
+    for names in run_ranks(ranks, marks_for_checkpoints):
+        assert names
+        assert all(" of data.train[" in name for name in names)

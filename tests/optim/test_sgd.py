@@ -6,7 +6,7 @@ from torch import nn
 
 from ddp_sgd.errors import ConfigError
 from ddp_sgd.models import ConvNet
-from ddp_sgd.optim.sgd import build_sgd, is_norm_or_bias
+from ddp_sgd.optim.sgd import SGD, build_sgd, is_norm_or_bias
 
 
 class One(nn.Module):
@@ -55,15 +55,15 @@ def test_twenty_steps_against_the_formula(momentum, nesterov, decay):
 
 def test_who_decays():
     model = ConvNet(widths=[4, 4], batch_norm=True)
-    decayed, spared = build_sgd(model, weight_decay=0.5).groups
-    assert (decayed.weight_decay, spared.weight_decay) == (0.5, 0.0)
-    assert all(p.ndim >= 2 for p in decayed.parameters)
-    assert all(p.ndim < 2 for p in spared.parameters)
-    assert len(decayed.parameters) + len(spared.parameters) == len(list(model.parameters()))
+    decayed, spared = build_sgd(model, weight_decay=0.5).param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.5, 0.0)
+    assert all(p.ndim >= 2 for p in decayed["params"])
+    assert all(p.ndim < 2 for p in spared["params"])
+    assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
     everybody = build_sgd(model, weight_decay=0.5, decay_norm_and_bias=True)
-    assert [group.weight_decay for group in everybody.groups] == [0.5]
-    (all_alike,) = build_sgd(model).groups  # one call of the kernel where nobody decays
-    assert len(all_alike.parameters) == len(list(model.parameters()))
+    assert [group["weight_decay"] for group in everybody.param_groups] == [0.5]
+    (all_alike,) = build_sgd(model).param_groups  # one call of the kernel where nobody decays
+    assert len(all_alike["params"]) == len(list(model.parameters()))
 
 
 def test_a_step_is_skipped_where_it_is_said_so_even_the_first():
@@ -110,8 +110,8 @@ def test_steps_are_torch_s_own_to_the_bit(momentum, decay):
 def test_frozen_parameters_stay_out():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[0].requires_grad_(False)
-    (group,) = build_sgd(model).groups
-    assert group.parameters == [model[1].weight, model[1].bias]
+    (group,) = build_sgd(model).param_groups
+    assert group["params"] == [model[1].weight, model[1].bias]
     model.requires_grad_(False)
     with pytest.raises(
         ConfigError, match="model is Sequential without a parameter to train; name a module"
@@ -162,8 +162,10 @@ class Scaled(nn.Module):
 )
 def test_normalization_and_biases_are_reported_by_type_and_name(module, spared):
     assert norm_or_bias(module) == spared
-    decaying = [group for group in build_sgd(module, weight_decay=0.1).groups if group.weight_decay]
-    decayed = {p for group in decaying for p in group.parameters}
+    decaying = [
+        group for group in build_sgd(module, weight_decay=0.1).param_groups if group["weight_decay"]
+    ]
+    decayed = {p for group in decaying for p in group["params"]}
     own = module.named_parameters(recurse=False)
     assert {name for name, p in own if p not in decayed} == spared
 
@@ -203,3 +205,26 @@ def test_a_gradient_of_another_layout_is_read_by_its_indices():
     model.weight.grad = gradient
     build_sgd(model).step(0.5)
     assert torch.equal(model.weight.detach(), before - 0.5 * gradient)
+
+
+def test_its_state_dict_holds_momentum_by_name_in_the_order_of_the_model():
+    torch.manual_seed(0)
+    model, other = nn.Linear(2, 3), nn.Linear(2, 3)
+    optimizer = build_sgd(model, momentum=0.9, weight_decay=0.1)
+    model(torch.randn(4, 2)).sum().backward()
+    optimizer.step(0.1)
+    saved = optimizer.state_dict()
+    assert list(saved["momentum_buffer"]) == ["weight", "bias"]
+    assert saved["momentum_buffer"]["bias"] is optimizer.momentum_buffers[model.bias]
+    again = build_sgd(other, momentum=0.9)
+    again.load_state_dict(saved)
+    for name, parameter in other.named_parameters():
+        assert torch.equal(again.momentum_buffers[parameter], saved["momentum_buffer"][name])
+    again.load_state_dict({"momentum_buffer": {}})  # of a run without momentum
+    assert again.momentum_buffers[other.bias].abs().sum() > 0
+
+
+def test_without_names_its_parameters_are_numbered():
+    parameters = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))]
+    optimizer = SGD([{"params": parameters, "weight_decay": 0.0}], momentum=0.5)
+    assert list(optimizer.state_dict()["momentum_buffer"]) == ["0", "1"]
