@@ -49,7 +49,7 @@ soak: $(TESTS) ## A hundred random faults, 20 restarts, machines that come and g
 	$(BIN)/python -m benchmarks.soak $(ARGS)
 	RESTARTS=20 $(BIN)/python -m pytest tests/test_restarts.py tests/test_early_stops.py -s --timeout 900
 
-bench: $(TESTS) ## The same training by ddp_sgd, by hand and by other frameworks: half an hour. ARGS="--workloads mlp --rounds 3".
+bench: $(TESTS) ## The headline table: ddp_sgd beside frameworks and loops by hand, half an hour. ARGS="--rounds 1" for a third of it.
 	$(BIN)/python -m benchmarks.peers --write benchmarks/results $(ARGS)
 
 docs: $(RUNS) ## Write docs/configuration.md again.

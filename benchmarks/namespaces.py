@@ -4,20 +4,22 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from machines import Machine
+
+from benchmarks.harness import rank_environment
+
+RATES = {"100 Mbit/s": "100mbit", "1 Gbit/s": "1gbit"}
+"""Rates of links, as people and as ``tc`` name them."""
 
 
 @contextmanager
 def machines(number: int) -> Iterator[list[Any]]:
     """Start machines on one switch; they and what they run end with the block."""
-    sys.path.append(str(ROOT / "tests"))
-    from machines import Machine
-
     started: list[Any] = []
     with tempfile.TemporaryDirectory() as folder:
         names = [f"10.213.79.{rank + 1} node{rank}\n" for rank in range(number)]
@@ -44,9 +46,9 @@ def machines(number: int) -> Iterator[list[Any]]:
 
 
 def limit(nodes: list[Any], rate: str) -> None:
-    """Limit what each machine sends, to a rate such as ``100mbit``."""
+    """Limit what each machine sends, to one of ``RATES``."""
     for node in nodes:
-        shape = ("rate", rate, "burst", "128kb", "latency", "50ms")
+        shape = ("rate", RATES[rate], "burst", "128kb", "latency", "50ms")
         node.run("tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", *shape)
 
 
@@ -56,33 +58,22 @@ def sent_bytes(node: Any) -> int:
     return int(link["stats64"]["tx"]["bytes"])
 
 
-def environment_of(rank: int, world_size: int) -> Mapping[str, object]:
-    """Return the variables of a rank that is alone on its machine, with one thread."""
-    return {
-        "RANK": rank,
-        "WORLD_SIZE": world_size,
-        "LOCAL_RANK": 0,
-        "LOCAL_WORLD_SIZE": 1,
-        "MASTER_ADDR": "node0",
-        "MASTER_PORT": 29400,
-        "GLOO_SOCKET_IFNAME": "eth0",
-        "OMP_NUM_THREADS": 1,
-    }
+def run_on_all(nodes: list[Any], *words: str) -> list[str]:
+    """Run one rank of a Python program on each machine; return what each prints on stdout.
 
-
-def start_on_all(
-    nodes: list[Any], *words: str, said: int | None = subprocess.PIPE
-) -> list[subprocess.Popen[str]]:
-    """Start one rank of a Python program on each machine.
-
-    Args:
-        nodes: The machines.
-        words: Arguments of Python.
-        said: Where stderr goes; None shows it.
+    Raises:
+        RuntimeError: A rank fails.
     """
     processes = []
     for rank, node in enumerate(nodes):
-        variables = [f"{key}={value}" for key, value in environment_of(rank, len(nodes)).items()]
+        values = rank_environment(rank, len(nodes), address="node0", port=29400)
+        variables = [f"{name}={value}" for name, value in values.items()]
         command = node.command("env", *variables, sys.executable, *words)
-        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True))
-    return processes
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        processes.append(subprocess.Popen(command, text=True, **pipes))
+    outputs = [process.communicate(timeout=400) for process in processes]
+    for rank, process in enumerate(processes):
+        if process.returncode:
+            output, errors = outputs[rank]
+            raise RuntimeError(f"rank {rank} ended with {process.returncode}: {output}{errors}")
+    return [output for output, _ in outputs]

@@ -1,42 +1,41 @@
 """The first batch of an epoch, and of a resume, for up to 1e9 samples: time and memory.
 
-Usage: ``python -m benchmarks.order [--rounds 5] [--most 1000000000] [--write FOLDER]``; a round
-takes about a minute and 8 GB. Beside ``ddp_sgd.data.sampler.Order`` stands torch's
-``DistributedSampler`` up to 1e8 samples, which has no position: a resume iterates up to it. Each
-case is a process of its own that has imported what it needs, and reads its first batch ever.
+Usage: ``python -m benchmarks.order [--rounds 5] [--most 1000000000]``; a round takes about a minute
+and 8 GB.
+
+Indices of rank 0, 32 per batch, epoch 1. Each case is a process of its own, with imports done; its
+first batch is the first thing that it does, the sampler included. Memory is the peak of what is
+resident, less what was before. A later batch is the mean of up to 1,000 after the first; where an
+epoch has fewer than 100 there is none. ``DistributedSampler``, up to 1e8 samples, has no position
+in the epoch: a resume iterates over what was read, at the cost of a later batch for each.
 """
 
-import argparse
-import json
-import os
-import platform
-import subprocess
-import sys
 import time
-from collections import defaultdict
+from argparse import Namespace
 from collections.abc import Iterator
-from datetime import UTC, datetime
-from importlib.metadata import version
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 from torch.utils.data import BatchSampler, DistributedSampler
 
+from benchmarks import harness
 from ddp_sgd.data.sampler import TrainSampler
 
+MODULE = "benchmarks.order"
 BATCH = 32
 SAMPLES = (10**4, 10**6, 10**7, 10**8, 10**9)
 MOST_OF_TORCH = 10**8
 WORLD_SIZES = (1, 1024)
 PLACES = {"its start": 0.0, "the middle": 0.5, "its last step": 1.0}
 STEADY = 1000
-"""Most batches after the first whose mean cost is told."""
+"""Most later batches."""
 
 Case = tuple[str, int, int, str]
-"""``Order`` or ``DistributedSampler``, samples, ranks, and the place in the epoch."""
+"""Name of the sampler, samples, ranks, and the place in the epoch."""
+Figures = dict[str, float | None]
 
 
 def cases(most: int) -> Iterator[Case]:
@@ -44,7 +43,7 @@ def cases(most: int) -> Iterator[Case]:
     for samples in (n for n in SAMPLES if n <= most):
         for world_size in WORLD_SIZES:
             for place in PLACES:
-                yield "Order", samples, world_size, place
+                yield "TrainSampler", samples, world_size, place
             if samples <= MOST_OF_TORCH:
                 yield "DistributedSampler", samples, world_size, "its start"
 
@@ -60,18 +59,18 @@ def batches_of(case: Case) -> Iterator[Any]:
         )
         sampler.set_epoch(1)
         return iter(BatchSampler(sampler, BATCH, drop_last=False))
-    order = TrainSampler(
+    ours = TrainSampler(
         samples,
         global_batch=BATCH * world_size,
         batch_size=BATCH,
         rank=0,
         world_size=world_size,
     )
-    order.set_epoch(1, round(PLACES[place] * (order.steps_per_epoch - 1)))
-    return iter(order)
+    ours.set_epoch(1, round(PLACES[place] * (ours.steps_per_epoch - 1)))
+    return iter(ours)
 
 
-def measure(case: Case) -> dict[str, float | None]:
+def measure_here(*case: Any) -> Figures:
     """Measure one case in this process.
 
     Returns:
@@ -101,84 +100,30 @@ def resident_kb(key: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
-def measure_apart(case: Case) -> dict[str, float | None]:
-    """Measure one case in a process of its own."""
-    words = [sys.executable, "-m", "benchmarks.order", "--case", json.dumps(case)]
-    done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, timeout=600)
-    return json.loads(done.stdout)
+def measure(options: Namespace) -> Iterator[str]:
+    """Measure all cases in turn, each in a process of its own."""
+    apart = {case: partial(harness.run_worker, MODULE, *case) for case in cases(options.most)}
+    yield from report(harness.alternate(apart, options.rounds))
 
 
-def spread(values: list[float | None], digits: int) -> str:
-    """Write the median, and the lowest and highest value."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return ""
-    low, middle, high = (
-        f"{value:,.{digits}f}" for value in (min(known), median(known), max(known))
+def report(found: dict[Case, list[Figures]]) -> Iterator[str]:
+    """Write the result."""
+    keys = ("first_ms", "peak_mb", "later_us")
+    yield harness.markdown_table(
+        "sampler | samples | ranks | epoch from | first batch, ms | peak memory, MB | later, us",
+        (
+            (f"`{name}`", f"{samples:.0e}", *where, *([row[key] for row in rows] for key in keys))
+            for (name, samples, *where), rows in found.items()
+        ),
     )
-    return f"{middle} ({low} to {high})"
-
-
-def report(found: dict[Case, list[dict[str, float | None]]], command: str) -> str:
-    """Write the result in Markdown."""
-    lines = [
-        "| who | samples | ranks | epoch from | first batch, ms | peak memory, MB "
-        "| a later batch, us |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for (name, samples, world_size, place), each in found.items():
-        keys = {"first_ms": 2, "peak_mb": 1, "later_us": 1}
-        figures = [spread([one[key] for one in each], digits) for key, digits in keys.items()]
-        cells = [f"`{name}`", f"{samples:.0e}", str(world_size), place, *figures]
-        lines.append(f"| {' | '.join(cells)} |")
-    ours = [one for (name, *_), each in found.items() if name == "Order" for one in each]
-    slowest_ms = max(one["first_ms"] or 0.0 for one in ours)
-    rounds = len(next(iter(found.values())))
-    return f"""# The first batch of an epoch, up to {max(n for _, n, *_ in found):.0e} samples
-
-{command}, {os.cpu_count()} CPUs, {platform.machine()}, Python {platform.python_version()}, torch \
-{version("torch")}, numpy {version("numpy")}.
-
-Indices of rank 0, {BATCH} a batch, epoch 1. Each case is a process of its own, with imports done; \
-its first batch is the first thing that it does, the sampler included. Memory is the peak of what \
-is resident, less what was before. `a later batch` is the mean of up to {STEADY:,} after the \
-first; where an epoch has fewer than 100 there is none. Median over {rounds} rounds \
-(lowest to highest).
-
-{chr(10).join(lines)}
-
-The slowest first batch of `Order`, of all cases and rounds, took {slowest_ms:.1f} ms. \
-`DistributedSampler` has no place in the epoch: a resume iterates over what was read, at the cost \
-of a later batch for each.
-"""
-
-
-def main() -> None:
-    """Measure, print, and keep the result if asked to."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--most", type=int, default=max(SAMPLES), help="samples")
-    parser.add_argument("--write", type=Path)
-    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.case:
-        print(json.dumps(measure(tuple(options.case))))
-        return
-    load = os.getloadavg()[0]
-    found: dict[Case, list[dict[str, float | None]]] = defaultdict(list)
-    for _ in range(options.rounds):
-        for case in cases(options.most):
-            found[case].append(measure_apart(case))
-    command = (
-        f"`python -m benchmarks.order --rounds {options.rounds}`, {datetime.now(UTC):%Y-%m-%d}, "
-        f"load average {load:.1f} before"
-    )
-    text = report(found, command)
-    print(text)
-    if options.write:
-        path = options.write / f"order_{os.cpu_count()}cpu_{datetime.now(UTC):%Y%m}.md"
-        path.write_text(text)
+    ours = [row for (name, *_), rows in found.items() if name == "TrainSampler" for row in rows]
+    slowest_ms = max(row["first_ms"] or 0.0 for row in ours)
+    yield f"The slowest first batch of `TrainSampler` took {slowest_ms:.1f} ms."
 
 
 if __name__ == "__main__":
-    main()
+    parser = harness.option_parser(__doc__, rounds=5)
+    parser.add_argument("--most", type=int, default=max(SAMPLES), help="samples")
+    harness.run_benchmark(
+        "order", parser, measure, worker=measure_here, packages=("torch", "numpy")
+    )

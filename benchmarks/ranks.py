@@ -1,9 +1,12 @@
 """CPU time of a step and rank on 1 to 16 ranks of one machine, by what it is spent on.
 
-Usage: ``python -m benchmarks.ranks [--rounds 3] [--steps 300] [--write FOLDER]``; a round takes
-about 2 minutes. The digits MLP, 32 samples a rank and step, gloo, one thread a rank. All ranks
-share the cores, so wall time says nothing: each training thread is measured by its own CPU clock,
-phase by phase. Three measurements, rank counts in turn:
+Usage: ``python -m benchmarks.ranks [--rounds 3] [--steps 300]``; a round takes about 2 minutes.
+
+The digits MLP, 32 samples per rank and step, gloo, a row of metrics every 10 steps. All ranks share
+the cores, so wall time says nothing: each training thread is measured by its own CPU clock, phase
+by phase, in microseconds per step: median over ranks, then over rounds. `rest` is what is neither
+compute nor all-reduce of gradients: reading data and the sync, with its own small all-reduce. Rank
+0 also writes the journal. Three measurements, rank counts in turn:
 
 * together: all ranks train. Who waits for another rank finds the caches full of its things;
 * one at a time: each rank in turn takes the same steps while the others stand still, and its
@@ -11,57 +14,201 @@ phase by phase. Three measurements, rank counts in turn:
 * bytecodes instead of time: no cache and no neighbour changes them.
 """
 
-import argparse
 import multiprocessing
-import os
-import platform
-import socket
+import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path
+import time
+from argparse import Namespace
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
+from multiprocessing.synchronize import Lock
 from statistics import median
+from types import FrameType
+from typing import Any
 
-from benchmarks.rank_costs import BATCH, Costs, work_as_rank
+import torch
+from ranks import run_ranks
+
+from benchmarks import harness
+from ddp_sgd.data import Digits
+from ddp_sgd.data.datasets import InMemory
+from ddp_sgd.distributed import collectives
+from ddp_sgd.distributed.progress import Phase, ProgressTracker
+from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.seeds import Randomness
 
 RANKS = (1, 2, 4, 8, 16)
+BATCH = 32
+WARM_UP, GETTING_WARM = 100, 50
+"""Steps before the measurement; how many of them a rank takes after its turn has come."""
 COUNTED = 200
 """Steps in which bytecodes are counted."""
+KINDS = {
+    Phase.FORWARD: "compute",
+    Phase.BACKWARD: "compute",
+    Phase.OPTIMIZER: "compute",
+    Phase.ALL_REDUCE: "all-reduce",
+    Phase.DATA: "data",
+    Phase.SYNC: "sync",
+}
 REST = ("data", "sync")
 
+Costs = dict[str, float]
+"""What a step costs a rank: by kind of phase, and ``others``, the other threads of the process."""
 Round = list[Costs]
 """Costs of the ranks of one run."""
 
 
+def measure(options: Namespace) -> Iterator[str]:
+    """Measure everything, in turn; bytecodes once, since they do not vary."""
+    together = {number: partial(run, number, options.steps) for number in options.ranks}
+    alone = {
+        number: partial(run, number, options.steps, in_turns=True)
+        for number in options.ranks
+        if number > 1
+    }
+    counted = {number: partial(run, number, COUNTED, counting=True) for number in options.ranks}
+    yield from report(
+        harness.alternate(together, options.rounds),
+        harness.alternate(alone, options.rounds),
+        harness.alternate(counted, 1),
+    )
+
+
 def run(world_size: int, steps: int, *, in_turns: bool = False, counting: bool = False) -> Round:
-    """Return what a step costs each rank."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "ddp_sgd.engine.fit"])
-    ways = {"turn": context.Lock() if in_turns else None, "counting": counting}
-    processes, receivers, port = [], [], free_port()
+    """Return what a step costs each rank.
+
+    Args:
+        world_size: Number of ranks.
+        steps: Steps to measure.
+        in_turns: Whether one rank after the other measures, while the others stand still.
+        counting: Whether bytecodes are what a step costs, instead of CPU time.
+    """
+    turn = multiprocessing.get_context("forkserver").Lock() if in_turns else None
     with tempfile.TemporaryDirectory() as folder:
-        for rank in range(world_size):
-            receiver, sender = context.Pipe(duplex=False)
-            place = (rank, world_size, port)
-            process = context.Process(
-                target=work_as_rank, args=(place, steps, folder, sender), kwargs=ways
-            )
-            process.start()
-            sender.close()
-            receivers.append(receiver)
-            processes.append(process)
-        costs = [receiver.recv() for receiver in receivers]
-        for process in processes:
-            process.join()
-    return costs
+        return run_ranks(world_size, work_as_rank, steps, folder, turn, counting, deadline_s=600.0)
 
 
-def free_port() -> int:
-    """Find a port where ranks can meet."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+class Tiled:
+    """Rows again and again, n in all, in the memory of one copy: caches see the same at any n."""
+
+    def __init__(self, rows: torch.Tensor, length: int) -> None:
+        self.rows = rows
+        self.device = rows.device
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def index_select(self, dim: int, indices: torch.Tensor) -> torch.Tensor:
+        """Return rows by number, as a tensor does."""
+        return self.rows.index_select(dim, indices % len(self.rows))
+
+
+class Meter:
+    """Costs of the steps between two steps, on this rank.
+
+    Args:
+        clock: What a cost is, of the training thread.
+        first: Step at which the measurement begins.
+        last: Step at which it ends.
+        turn: Whoever holds it measures while all others stand still; instead of a sum, in which
+            they would have to take part, it gets zeros, as all do. None measures all ranks at
+            the same time.
+    """
+
+    def __init__(
+        self, clock: Callable[[], float], first: int, last: int, turn: Lock | None
+    ) -> None:
+        self.progress = ProgressTracker(clock)
+        self.first = first
+        self.last = last
+        self.turn = turn
+        self.seen: dict[int, Costs] = {}
+        self.looks = {last: self._stop, first: self._note, first - GETTING_WARM: self._start}
+
+    def look(self) -> None:
+        """Do what is due at this step, once."""
+        due = self.looks.pop(self.progress.step, None)
+        if due is not None:
+            due()
+
+    def before_seeding(self, seed: Callable[..., None]) -> Callable[..., None]:
+        """Look at every step, when its data have been read and the model is seeded."""
+
+        def look_and_seed(*arguments: Any, **options: Any) -> None:
+            self.look()
+            seed(*arguments, **options)
+
+        return look_and_seed
+
+    def costs(self) -> Costs:
+        """Return millionths a step."""
+        before, after = self.seen[self.first], self.seen[self.last]
+        costs: Costs = defaultdict(float)
+        for phase, total in after.items():
+            kind = KINDS.get(phase, phase)
+            costs[kind] += 1e6 * (total - before.get(phase, 0.0)) / (self.last - self.first)
+        return dict(costs)
+
+    def _start(self) -> None:
+        if self.turn is not None:
+            self.turn.acquire()
+            self._sum, collectives.sum_by_doubling = collectives.sum_by_doubling, _zero
+
+    def _note(self) -> None:
+        others = time.process_time() - time.thread_time()
+        spent = self.progress.spent_s()
+        self.seen[self.progress.step] = {"others": others, "wall": time.perf_counter(), **spent}
+
+    def _stop(self) -> None:
+        self._note()
+        if self.turn is not None:
+            collectives.sum_by_doubling = self._sum
+            self.turn.release()
+
+
+def _zero(tensor: torch.Tensor, _: Runtime) -> None:
+    tensor.zero_()
+
+
+class Bytecodes:
+    """A clock that counts the instructions of the interpreter in this thread, in millionths."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        sys.settrace(self._trace)
+
+    def __call__(self) -> float:
+        """Return how many there were."""
+        return self.count / 1e6
+
+    def _trace(self, frame: FrameType, event: str, _: Any) -> Any:
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        self.count += event == "opcode"
+        return self._trace
+
+
+def work_as_rank(
+    runtime: Runtime,
+    steps: int,
+    folder: str,
+    turn: Lock | None,
+    counting: bool,  # noqa: FBT001
+) -> Costs:
+    """Train as one of the ranks; return what a step costs. With a turn, who holds it measures."""
+    digits, samples = Digits(), (WARM_UP + steps + 1) * BATCH * runtime.world_size
+    targets = torch.from_numpy(digits.targets).repeat(samples // len(digits) + 1)[:samples]
+    clock = Bytecodes() if counting else time.thread_time
+    meter = Meter(clock, WARM_UP, WARM_UP + steps, turn)
+    inputs = Tiled(torch.from_numpy(digits.inputs), samples)
+    Randomness.seed = meter.before_seeding(Randomness.seed)  # type: ignore[method-assign]
+    sections = {"output_dir": folder, "epochs": 1, "wandb": {"mode": "disabled"}}
+    train_set = InMemory(inputs, targets)
+    harness.fit_with(meter.progress, runtime, train_set, data={"batch_size": BATCH}, **sections)
+    sys.settrace(None)
+    return meter.costs()
 
 
 def rest(costs: Costs) -> float:
@@ -74,112 +221,47 @@ def over_ranks(found: Round, kind: str) -> float:
     return median(costs[kind] for costs in found)
 
 
-def rests(rounds: Sequence[Round]) -> tuple[list[float], list[float]]:
-    """Return, by round, the median rest of all ranks, and that of rank 0."""
-    return [median(map(rest, found)) for found in rounds], [rest(found[0]) for found in rounds]
-
-
-def table(runs: dict[int, list[Round]], title: str) -> Iterator[str]:
+def table(title: str, runs: dict[int, list[Round]]) -> str:
     """Write what a step costs, by number of ranks; each figure is a median over the rounds."""
-    yield from (
-        f"| ranks, {title} | compute | all-reduce | reading data | heartbeat | rest | lowest to "
-        "highest | against 2 ranks | of compute | rest of rank 0 | against 2 ranks |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    )
-    baseline = [median(each) for each in rests(runs[2])]
-    for number, rounds in runs.items():
-        kinds = [
-            median(over_ranks(found, kind) for found in rounds)
-            for kind in ("compute", "all-reduce", *REST)
-        ]
-        everyone, first = rests(rounds)
-        whole, change = median(everyone), ["", ""]
-        if number > 2:
-            pairs = zip((whole, median(first)), baseline, strict=True)
-            change = [f"{100 * (now / before - 1):+.1f} %" for now, before in pairs]
-        cells = [
-            *(f"{value:,.1f}" for value in (*kinds, whole)),
-            f"{min(everyone):,.1f} to {max(everyone):,.1f}",
-            change[0],
-            f"{whole / kinds[0]:.2f}",
-            f"{median(first):,.1f}",
-            change[1],
-        ]
-        yield f"| {number} | {' | '.join(cells)} |"
+
+    def rows() -> Iterator[list[object]]:
+        rests = {n: [median(map(rest, found)) for found in rounds] for n, rounds in runs.items()}
+        firsts = {n: [rest(found[0]) for found in rounds] for n, rounds in runs.items()}
+        for n, rounds in runs.items():
+            compute, *kinds = (
+                median(over_ranks(found, kind) for found in rounds)
+                for kind in ("compute", "all-reduce", *REST)
+            )
+            change = [
+                f"{100 * (median(of[n]) / median(of[2]) - 1):+.1f} %" if n > 2 else ""
+                for of in (rests, firsts)
+            ]
+            share = median(rests[n]) / compute
+            yield [n, compute, *kinds, rests[n], change[0], share, firsts[n], change[1]]
+
+    headings = f"ranks, {title} | compute | all-reduce | reading data | sync | rest"
+    headings += " | against 2 ranks | of compute | rest of rank 0 | against 2 ranks"
+    return harness.markdown_table(headings, rows())
 
 
-def report(runs: dict[str, dict[int, list[Round]]], command: str) -> str:
-    """Write the result in Markdown."""
-    others, wall_ms = (
-        ", ".join(
-            f"{scale * median(over_ranks(found, kind) for found in rounds):.{digits}f} on {number}"
-            for number, rounds in runs["together"].items()
-        )
-        for kind, scale, digits in (("others", 1, 0), ("wall", 1e-3, 2))
-    )
-    return f"""# What a step costs a rank, on 1 to {max(runs["together"])} ranks of one machine
-
-{command}, {os.cpu_count()} CPUs for all ranks, {platform.machine()}, Python \
-{platform.python_version()}, torch {version("torch")}, gloo, one thread a rank.
-
-The digits MLP, {BATCH} samples a rank and step, a row of metrics every 10 steps. CPU time of the \
-training thread, in microseconds a step and rank: median over ranks, then over rounds. `rest` is \
-what is neither compute nor all-reduce of gradients: reading data and the heartbeat, with its own \
-small all-reduce. Rank 0 also writes the journal.
-
-{chr(10).join(table(runs["together"], "together"))}
-
-Other threads of a rank, most of them gloo's, take, in microseconds of CPU a step: {others} ranks. \
-A step takes, in ms of wall time: {wall_ms} ranks.
-
-One rank at a time, while the others stand still, and without all-reduces:
-
-{chr(10).join(table(runs["in turns"], "one at a time"))}
-
-Bytecodes that the training thread interprets, instead of time, a step and rank:
-
-{chr(10).join(table(runs["counted"], "bytecodes"))}
-"""
-
-
-def measure(numbers: Sequence[int], rounds: int, steps: int) -> dict[str, dict[int, list[Round]]]:
-    """Measure everything, in turn, several times; bytecodes once, since they do not vary."""
-    several = [number for number in numbers if number > 1]
-    runs: dict[str, dict[int, list[Round]]] = {
-        "together": {number: [] for number in numbers},
-        "in turns": {number: [] for number in several},
-        "counted": {number: [] for number in numbers},
-    }
-    for turn in range(rounds):
-        for number in numbers:
-            runs["together"][number].append(run(number, steps))
-            if turn == 0:
-                runs["counted"][number].append(run(number, COUNTED, counting=True))
-        for number in several:
-            runs["in turns"][number].append(run(number, steps, in_turns=True))
-    return runs
-
-
-def main() -> None:
-    """Measure, print, and keep the result if asked to."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--ranks", type=int, nargs="+", default=RANKS, help="2 among them")
-    parser.add_argument("--write", type=Path)
-    options = parser.parse_args()
-    load = os.getloadavg()[0]
-    runs = measure(options.ranks, options.rounds, options.steps)
-    command = (
-        f"`python -m benchmarks.ranks --rounds {options.rounds} --steps {options.steps}`, "
-        f"{datetime.now(UTC):%Y-%m-%d}, load average {load:.1f} before"
-    )
-    text = report(runs, command)
-    print(text)
-    if options.write:
-        path = options.write / f"ranks_{os.cpu_count()}cpu_{datetime.now(UTC):%Y%m}.md"
-        path.write_text(text)
+def report(
+    together: dict[int, list[Round]], alone: dict[int, list[Round]], counted: dict[int, list[Round]]
+) -> Iterator[str]:
+    """Write the result."""
+    yield table("together", together)
+    for what, kind, scale in (
+        ("Other threads of a rank, most of them gloo's, in microseconds of CPU", "others", 1.0),
+        ("Wall time in ms", "wall", 1e-3),
+    ):
+        costs = {n: median(over_ranks(r, kind) for r in rounds) for n, rounds in together.items()}
+        shown = ", ".join(f"{harness.number(scale * cost)} on {n}" for n, cost in costs.items())
+        yield f"{what} per step: {shown} ranks."
+    yield table("one at a time", alone)
+    yield table("bytecodes", counted)
 
 
 if __name__ == "__main__":
-    main()
+    parser = harness.option_parser(__doc__, rounds=3)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--ranks", type=int, nargs="+", default=RANKS, help="2 among them")
+    harness.run_benchmark("ranks", parser, measure)

@@ -1,32 +1,35 @@
 """Where the time of a step goes: the tutorials' loop beside ``ddp_sgd``, part by part.
 
-Usage: ``python -m benchmarks.step_time [--turns 3] [--write FOLDER] [--plot FILE]``. The digits
-MLP on 1 and 2 ranks, 32 samples a rank and step, gloo, one thread a rank. Both train in turn in the
-same processes, ``ddp_sgd`` with journal, W&B offline and checkpoints at their defaults.
+Usage: ``python -m benchmarks.step_time [--rounds 3] [--plot FILE]``.
+
+The digits MLP, 32 samples per rank and step, gloo. Both train in turn in the same processes,
+``ddp_sgd`` with journal, W&B offline and checkpoints at their defaults. Microseconds per step, on
+rank 0.
 """
 
-import argparse
-import contextlib
-import json
-import os
-import platform
-import subprocess
-import sys
 import tempfile
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
+from argparse import Namespace
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ddp_sgd.distributed.progress import Phase
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-if TYPE_CHECKING:
-    from ddp_sgd import Runtime
+from benchmarks import harness
+from ddp_sgd import Runtime
+from ddp_sgd.data import Digits
+from ddp_sgd.distributed.progress import Phase, ProgressTracker
+from ddp_sgd.models import MLP
 
 RANKS = (1, 2)
-EPOCHS = 120
 PARTS = {
     "data": (Phase.DATA,),
     "forward": (Phase.FORWARD,),
@@ -40,73 +43,41 @@ Spent = dict[str, float]
 """Time of a step by part, in microseconds."""
 
 
-def main() -> None:
-    """Measure, print a table, and keep it and a plot if asked to."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument("--write", type=Path)
-    parser.add_argument("--plot", type=Path)
-    parser.add_argument("--as_rank", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.as_rank:
-        work_as_rank(options.turns, options.epochs)
-        return
-    load = os.getloadavg()[0]
-    found = {ranks: measure(ranks, options.turns, options.epochs) for ranks in RANKS}
-    text = table(found, options.turns, load)
-    print(text)
-    if options.write:
-        name = f"step_time_{os.cpu_count()}cpu_{datetime.now(UTC):%Y%m}.md"
-        (options.write / name).write_text(text)
+def measure(options: Namespace) -> Iterator[str]:
+    """Measure on each number of ranks, and draw the plot if asked to."""
+    found = {
+        ranks: run_ranks(ranks, work_as_rank, options.rounds, options.epochs, deadline_s=600.0)[0]
+        for ranks in RANKS
+    }
     if options.plot:
         plot(found, options.plot)
+    rows = (
+        (ranks, loop, *medians(spent).values(), [sum(each.values()) for each in spent])
+        for ranks, loops in found.items()
+        for loop, spent in loops.items()
+    )
+    yield harness.markdown_table(" | ".join(("ranks", "loop", *PARTS, "whole")), rows)
 
 
-def measure(ranks: int, turns: int, epochs: int) -> dict[str, list[Spent]]:
-    """Return what each turn of each loop spent, on rank 0."""
-    words = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-    words += ["--standalone", "-m", "benchmarks.step_time", "--as_rank"]
-    words += [f"--turns={turns}", f"--epochs={epochs}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-    found: dict[str, list[Spent]] = json.loads(done.stdout.splitlines()[-1])
+def work_as_rank(runtime: Runtime, rounds: int, epochs: int) -> dict[str, list[Spent]]:
+    """Train by both loops in turn; return what they spent."""
+    if runtime.alone:  # the tutorials' loop has a process group all the same
+        address = f"tcp://127.0.0.1:{harness.free_port()}"
+        dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+    with tempfile.TemporaryDirectory() as folder:
+        loops = {
+            "tutorial": partial(tutorial, epochs),
+            "ddp_sgd": partial(ours, runtime, epochs, folder),
+        }
+        found = harness.alternate(loops, rounds)
+        dist.barrier()
+    if runtime.alone:
+        dist.destroy_process_group()
     return found
-
-
-def work_as_rank(turns: int, epochs: int) -> None:
-    """Train by both loops in turn; rank 0 prints what they spent."""
-    import torch
-    import torch.distributed as dist
-
-    from ddp_sgd import start_runtime
-
-    torch.set_num_threads(1)
-    found: dict[str, list[Spent]] = {"tutorial": [], "ddp_sgd": []}
-    with tempfile.TemporaryDirectory() as folder, start_runtime(device="cpu") as runtime:
-        if runtime.alone:  # the tutorials' loop wraps its model all the same
-            dist.init_process_group("gloo")
-        for turn in range(turns):
-            found["tutorial"].append(tutorial(epochs))
-            found["ddp_sgd"].append(ours(runtime, epochs, f"{folder}/{turn}"))
-            dist.barrier()
-        if runtime.alone:
-            dist.destroy_process_group()
-    if runtime.rank == 0:
-        print(json.dumps(found))
 
 
 def tutorial(epochs: int) -> Spent:
     """Train by the loop of PyTorch's tutorials, phase by phase."""
-    import torch
-    from torch import nn
-    from torch.nn.parallel import DistributedDataParallel
-    from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
-
-    from ddp_sgd.data import Digits
-    from ddp_sgd.distributed.progress import ProgressTracker
-    from ddp_sgd.models import MLP
-
     digits = Digits()
     dataset = TensorDataset(torch.from_numpy(digits.inputs), torch.from_numpy(digits.targets))
     sampler: DistributedSampler[Any] = DistributedSampler(dataset)
@@ -133,20 +104,11 @@ def tutorial(epochs: int) -> Spent:
     return by_part(progress.spent_s(), steps)
 
 
-def ours(runtime: "Runtime", epochs: int, folder: str) -> Spent:
+def ours(runtime: Runtime, epochs: int, folder: str) -> Spent:
     """Train by ``ddp_sgd`` at its defaults, but for the evaluation, which is not in the other."""
-    from ddp_sgd import RunConfig, fit
-    from ddp_sgd.data import Digits
-    from ddp_sgd.distributed.progress import ProgressTracker
-    from ddp_sgd.engine import setup
-
     progress = ProgressTracker(time.perf_counter)
-    setup.ProgressTracker = lambda: progress  # type: ignore[assignment,misc]
-    config = RunConfig.model_validate(
-        {"output_dir": folder, "epochs": epochs, "wandb": {"mode": "offline"}}
-    )
-    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
-        steps = fit(config, runtime, train_set=Digits()).step
+    sections = {"output_dir": folder, "epochs": epochs, "wandb": {"mode": "offline"}}
+    steps = harness.fit_with(progress, runtime, Digits(), **sections)
     return by_part(progress.spent_s(), steps)
 
 
@@ -158,32 +120,9 @@ def by_part(spent_s: Any, steps: int) -> Spent:
     }
 
 
-def medians(turns: list[Spent]) -> Spent:
+def medians(rounds: list[Spent]) -> Spent:
     """Return the median of each part."""
-    return {part: median(turn[part] for turn in turns) for part in PARTS}
-
-
-def table(found: dict[int, dict[str, list[Spent]]], turns: int, load: float) -> str:
-    """Write the result in Markdown."""
-    rows = []
-    for ranks, loops in found.items():
-        for loop, spent in loops.items():
-            sums = sorted(sum(turn.values()) for turn in spent)
-            cells = [f"{part:.0f}" for part in medians(spent).values()]
-            whole = f"{median(sums):.0f} ({sums[0]:.0f} to {sums[-1]:.0f})"
-            rows.append(f"| {ranks} | {loop} | {' | '.join(cells)} | {whole} |")
-    return f"""# Where the time of a step goes
-
-`python -m benchmarks.step_time --turns {turns}`, {datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} \
-CPUs, {platform.machine()}, Python {platform.python_version()}, torch {version("torch")}, gloo, \
-one thread a rank, load average {load:.1f} before. Digits MLP, 32 samples a rank and step; {turns} \
-turns of each loop in the same processes; medians on rank 0 in microseconds a step, of the whole \
-also the lowest and the highest.
-
-| ranks | loop | {" | ".join(PARTS)} | whole |
-|---|---|{"---|" * len(PARTS)}---|
-{chr(10).join(rows)}
-"""
+    return {part: median(each[part] for each in rounds) for part in PARTS}
 
 
 def plot(found: dict[int, dict[str, list[Spent]]], path: Path) -> None:
@@ -195,7 +134,7 @@ def plot(found: dict[int, dict[str, list[Spent]]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     bars = [(loop, ranks) for ranks in reversed(RANKS) for loop in ("ddp_sgd", "tutorial")]
-    names = [f"{loop}, {ranks} rank{'s' if ranks > 1 else ''}" for loop, ranks in bars]
+    names = [f"{loop}, {harness.plural(ranks, 'rank')}" for loop, ranks in bars]
     figure, axes = plt.subplots(figsize=(9, 2.8), layout="constrained")
     starts = [0.0] * len(bars)
     colors = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#aa3377")
@@ -213,4 +152,7 @@ def plot(found: dict[int, dict[str, list[Spent]]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parser = harness.option_parser(__doc__, rounds=3)
+    parser.add_argument("--epochs", type=int, default=120)
+    parser.add_argument("--plot", type=Path, help="draw it into this file")
+    harness.run_benchmark("step_time", parser, measure)

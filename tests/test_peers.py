@@ -10,12 +10,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.peers import __main__ as peers
-from benchmarks.peers.equivalence import differences
-from benchmarks.peers.goals import goals
 from benchmarks.peers.lineup import CONTESTANTS
 from benchmarks.peers.measuring import Record
-from benchmarks.peers.report import report
-from benchmarks.peers.workloads import WORKLOADS
+from benchmarks.peers.report import differences, report
+from benchmarks.peers.task import WORKLOADS
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = {1: 90, 2: 46}
@@ -75,33 +73,39 @@ def everybody(**ours):
     ]
 
 
-def test_goals_are_judged_by_the_median():
-    slow = everybody(steps_per_s=0.5, cpu_us=82, first_step_s=2.0, peak_mb=2)
-    assert [goal for goal in goals(slow) if goal.is_reached] == []
-    quick = everybody(steps_per_s=4.0, cpu_us=80, first_step_s=0.8, peak_mb=0.9)
-    found = goals(quick)
-    assert all(goal.is_reached for goal in found)
-    assert len(found) == 8 + 1 + 4 + 6  # speed, CPU time, the first step, memory
-    quick[0] = replace(quick[0], steps_per_s=0.1)  # one round of three
-    assert all(goal.is_reached for goal in goals(quick))
-
-
 def test_ratios_are_taken_within_a_round():
     records = [
         made_up(number=number, contestant=name, steps_per_s=speed * (1 + number))
         for number in range(3)
         for name, speed in (("ddp_sgd", 8.0), ("fabric", 2.0), ("ignite", 1.0))
     ]
-    (goal,) = [goal for goal in goals(records) if "framework (fabric)" in goal.text][:1]
-    assert goal.values == [4.0, 4.0, 4.0]
+    headline = next(report(records))
+    assert "| speed / Lightning Fabric | 4.00 (4.00 to 4.00) |" in headline
+    assert "| speed / the fastest framework | 4.00 (4.00 to 4.00) |" in headline
+    assert "| **ddp_sgd**, steps / s | 16.0 (8.00 to 24.0) |" in headline
 
 
 def test_the_tables_name_all_and_what_was_measured():
-    text = report(everybody(), (0.0, 0.0))
+    headline, *others = report(everybody())
+    assert headline.startswith(
+        "|  | MLP, 1 rank | MLP, 2 ranks | ConvNet, 1 rank | ConvNet, 2 ranks | ResNet-18, 1 rank |"
+    )
+    text = "\n".join(others)
     for contestant in CONTESTANTS.values():
         assert f"| {contestant.title} |" in text
-    assert "**not reached**" in text
+        assert contestant.is_ours or f"speed / {contestant.title} |" in headline
     assert "Every contestant took the same number of steps" in text
+
+
+def test_the_headline_has_the_best_framework_of_each_case():
+    figures = {"first_step_s": 0.5, "peak_mb": 0.25}
+    names = {"ddp_sgd": {}, "fabric": figures, "trainer": {"steps_per_s": 4.0}}
+    records = [made_up(contestant=name, **changes) for name, changes in names.items()]
+    headline = next(report(records))
+    assert "| speed / the fastest framework | 0.250 |" in headline
+    assert "| first step, s: the best framework | 0.500 |" in headline
+    assert "| MB per rank: the best framework | 0.250 |" in headline
+    assert "| speed / accelerate |  |" in headline
 
 
 @pytest.mark.parametrize(
@@ -121,15 +125,10 @@ def test_other_work_is_told(other, found):
     assert found in "".join(lines)
 
 
-def test_each_goes_first_in_turn(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["peers", "--workloads", "convnet", "--rounds=9"])
-    runs = peers.schedule(peers.read_options())
-    firsts = [
-        next(name for _, r, n, name in runs if (r, n) == (ranks, number))
-        for ranks in (1, 2)
-        for number in range(9)
-    ]
-    assert sorted(firsts[:9]) == sorted(firsts[9:]) == sorted(set(CONTESTANTS) - {"bare", "rarely"})
+def test_each_goes_first_in_turn():
+    options = peers.option_parser().parse_args([])
+    firsts = [peers.order(options, "convnet", 2, number)[0] for number in range(9)]
+    assert sorted(firsts) == sorted(set(CONTESTANTS) - {"bare", "rarely"})
 
 
 def test_a_program_that_fails_is_told(tmp_path):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.soak import __main__ as soak
-from benchmarks.soak.data import SpoiltDigits
 from benchmarks.soak.faults import FAULTS
+from benchmarks.soak.job import SpoiltDigits
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED = 46

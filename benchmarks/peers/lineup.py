@@ -1,34 +1,24 @@
 """Who takes part, and how each is started."""
 
 import os
-import socket
-import sys
 from dataclasses import dataclass
 
+from benchmarks.harness import python_command, rank_environment
 from benchmarks.peers.task import Task
-from benchmarks.peers.workloads import ddp_sgd_options
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Contestant:
-    """Somebody who does the work.
-
-    Args:
-        title: Its name, for people.
-        module: What is run; it is given a task.
-        is_framework: Whether it is somebody else's framework.
-        takes_our_steps: Whether it reads the samples in the order of ``ddp_sgd`` and counts the
-            last batch of an epoch by its samples, so that its weights must be nearly equal.
-        is_bare: Whether it does the arithmetic only, on one rank, for the MLP.
-        options: More options of the command of ``ddp_sgd``, for the MLP.
-    """
+    """Somebody who does the work."""
 
     title: str
-    module: str
+    module: str  # ddp_sgd.train, or the loop of contestants.py that is given the task
     is_framework: bool = False
+    # Whether it reads the samples in the order of ddp_sgd and counts the last batch of an epoch by
+    # its samples, so that its weights must be nearly equal.
     takes_our_steps: bool = False
-    is_bare: bool = False
-    options: tuple[str, ...] = ()
+    is_bare: bool = False  # does the arithmetic only, on one rank, for the MLP
+    options: tuple[str, ...] = ()  # with more options ddp_sgd does the MLP only
 
     @property
     def is_ours(self) -> bool:
@@ -39,52 +29,44 @@ class Contestant:
         """Whether it does a workload on this many ranks."""
         if self.is_bare:
             return workload == "mlp" and ranks == 1
-        return workload == "mlp" or not self.options
+        return workload == "mlp" or not self.options or not self.is_ours
 
     def command(self, task: Task) -> list[str]:
         """Give the command: Python for one rank, torchrun for several."""
-        launcher = ["torch.distributed.run", f"--nproc_per_node={task.ranks}", "--standalone", "-m"]
-        start = [sys.executable, "-m", *(launcher if task.ranks > 1 else [])]
         if self.is_ours:
-            return [*start, self.module, *ddp_sgd_options(task), *self.options]
-        return [*start, f"benchmarks.peers.contestants.{self.module}", str(task.write())]
+            words = (self.module, *task.ddp_sgd_options())
+        else:
+            words = ("benchmarks.peers.contestants", self.module, str(task.write()))
+        return python_command("-m", *words, *self.options, ranks=task.ranks)
 
     def environment(self, task: Task) -> dict[str, str]:
         """Give the environment: one thread a rank, no accelerator, and who a lone rank is."""
         chosen = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         if task.ranks == 1 and self.module in ("tuned_ddp", "tutorial"):
-            chosen |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-            chosen |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+            chosen |= rank_environment()
         return os.environ | chosen
 
 
-OURS, FLAT, TUTORIAL, BARE = "ddp_sgd", "flat", "tutorial", "bare"
+OURS, RARELY, FLAT = "ddp_sgd", "rarely", "flat"
+TUTORIAL, BARE = "tutorial", "bare"
 
 CONTESTANTS = {
-    OURS: Contestant(title="**ddp_sgd**", module="ddp_sgd.train", takes_our_steps=True),
-    "rarely": Contestant(
-        title="ddp_sgd, `--checkpoint.every_epochs=20`",
-        module="ddp_sgd.train",
+    OURS: Contestant("**ddp_sgd**", "ddp_sgd.train", takes_our_steps=True),
+    RARELY: Contestant(
+        "ddp_sgd, `--checkpoint.every_epochs=20`",
+        "ddp_sgd.train",
         takes_our_steps=True,
         options=("--checkpoint.every_epochs=20",),
     ),
-    FLAT: Contestant(title="flat buffers, no DDP", module="flat", takes_our_steps=True),
-    "tuned_ddp": Contestant(title="hand-tuned DDP loop", module="tuned_ddp", takes_our_steps=True),
-    TUTORIAL: Contestant(title="DDP loop of the tutorials", module="tutorial"),
-    "accelerate": Contestant(title="accelerate", module="hf_accelerate", is_framework=True),
-    "fabric": Contestant(title="Lightning Fabric", module="fabric", is_framework=True),
-    "trainer": Contestant(
-        title="Lightning Trainer, defaults", module="lightning_trainer", is_framework=True
-    ),
+    FLAT: Contestant("flat buffers, no DDP", "flat", takes_our_steps=True),
+    "tuned_ddp": Contestant("hand-tuned DDP loop", "tuned_ddp", takes_our_steps=True),
+    TUTORIAL: Contestant("DDP loop of the tutorials", "tutorial"),
+    "accelerate": Contestant("accelerate", "accelerate", is_framework=True),
+    "fabric": Contestant("Lightning Fabric", "fabric", is_framework=True),
+    "trainer": Contestant("Lightning Trainer, defaults", "trainer", is_framework=True),
     "stripped": Contestant(
-        title="Lightning Trainer, barebones", module="lightning_stripped", is_framework=True
+        "Lightning Trainer, barebones", "trainer", is_framework=True, options=("--barebones",)
     ),
-    "ignite": Contestant(title="PyTorch-Ignite", module="ignite", is_framework=True),
-    BARE: Contestant(title="forward, backward, fused step only", module="bare", is_bare=True),
+    "ignite": Contestant("PyTorch-Ignite", "ignite", is_framework=True),
+    BARE: Contestant("forward, backward, fused step only", "bare", is_bare=True),
 }
-
-
-def _free_port() -> int:
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        return place.getsockname()[1]

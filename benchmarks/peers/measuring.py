@@ -2,65 +2,46 @@
 
 import json
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.nn.functional import cross_entropy
+
+from benchmarks.harness import journal_rows
 from benchmarks.peers.lineup import CONTESTANTS
-from benchmarks.peers.scoring import final_loss
 from benchmarks.peers.task import Task
 from benchmarks.peers.watching import Watch
-from benchmarks.peers.workloads import WORKLOADS, Workload
+from ddp_sgd.checkpointing.serialization import find_checkpoint, read_tensors
 
+_BATCH = 128
 WARM_UP = 0.1
 """Share of the steps that is left out at the beginning of the loop."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """What one run gave.
-
-    Args:
-        workload: Key of the workload.
-        ranks: Processes.
-        round: Number of the round, from 0.
-        contestant: Key of the contestant.
-        steps: Steps taken.
-        steps_per_s: Steps a second in the loop, without its beginning.
-        cpu_us: CPU time of a rank for a step, in us, in the same part of the loop.
-        other_cpu_us: CPU time of all processes that the ranks started, for a step, in us.
-        first_step_s: From the command to the first step that is known to be done: of ``ddp_sgd``
-            the first row of its journal, which is that of step 10 by default.
-        whole_s: From the command to its end.
-        peak_mb: Most memory of a rank, in MB.
-        loss: Loss after the last step, measured for all alike.
-    """
+    """What one run gave."""
 
     workload: str
     ranks: int
-    round: int
+    round: int  # from 0
     contestant: str
     steps: int
-    steps_per_s: float
-    cpu_us: float
-    other_cpu_us: float
+    steps_per_s: float  # in the loop, without its beginning
+    cpu_us: float  # CPU time of a rank per step, in the same part of the loop
+    other_cpu_us: float  # CPU time of all processes that the ranks started, per step
+    # From the command to the first step that is known to be done: of ddp_sgd the first row of its
+    # journal, which is that of step 10 by default.
     first_step_s: float
-    whole_s: float
-    peak_mb: float
-    loss: float
+    whole_s: float  # from the command to its end
+    peak_mb: float  # most memory of a rank
+    loss: float  # after the last step, measured for all alike
 
     def as_line(self) -> str:
         """Return it as a line of JSON."""
         return f"{json.dumps(asdict(self))}\n"
-
-
-@contextmanager
-def prepared(workload: Workload, ranks: int) -> Iterator[Task]:
-    """Keep the files of a workload in a temporary folder."""
-    with tempfile.TemporaryDirectory(prefix="peers-") as folder:
-        yield workload.prepare(Path(folder), ranks)
 
 
 def measure(task: Task, workload: str, name: str, number: int) -> Record:
@@ -73,7 +54,7 @@ def measure(task: Task, workload: str, name: str, number: int) -> Record:
         number: Number of the round.
     """
     contestant = CONTESTANTS[name]
-    with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=Path(task.data).parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=task.folder) as folder:
         own = replace(task, output=folder)
         watch = Watch(
             contestant.command(own),
@@ -81,8 +62,8 @@ def measure(task: Task, workload: str, name: str, number: int) -> Record:
             Path(folder) / "output.txt",
             ranks=task.ranks,
         )
-        times = _journal(Path(folder)) if contestant.is_ours else _times(Path(folder))
-        loss = final_loss(own, WORKLOADS[workload].scored, is_ours=contestant.is_ours)
+        times = _times(Path(folder), is_ours=contestant.is_ours)
+        loss = final_loss(own, is_ours=contestant.is_ours)
     steps, end = times[-1]
     first, start = next(each for each in times if each[0] >= WARM_UP * steps)
     us_per_step = 1e6 / (steps - first)
@@ -102,14 +83,34 @@ def measure(task: Task, workload: str, name: str, number: int) -> Record:
     )
 
 
-def _times(folder: Path) -> list[tuple[int, float]]:
-    """Read when which step was done."""
+def _times(folder: Path, *, is_ours: bool) -> list[tuple[int, float]]:
+    """Read when which step was done: from the journal of ``ddp_sgd``, or as the clock marked it."""
+    if is_ours:
+        return [(row["step"], row["time"]) for row in journal_rows(folder / "run")]
     return list(enumerate(json.loads((folder / "times.json").read_text()), start=1))
 
 
-def _journal(folder: Path) -> list[tuple[int, float]]:
-    """Read the same of the rows of a journal."""
-    rows: list[dict[str, Any]] = [
-        json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()
-    ]
-    return [(row["step"], row["time"]) for row in rows if row["event"] == "train"]
+def final_loss(task: Task, *, is_ours: bool) -> float:
+    """Return the mean loss over the first samples of the training data, measured for all alike.
+
+    Batch normalization takes the statistics of the batch, since only the weights are compared.
+
+    Args:
+        task: The work; its output holds the weights.
+        is_ours: Whether the weights are in a checkpoint of ``ddp_sgd``.
+    """
+    torch.set_num_threads(1)
+    model = task.build_model()
+    model.load_state_dict(_read_weights(Path(task.output), is_ours=is_ours))
+    inputs, targets = (part[: task.scored] for part in task.read_tensors())
+    batches = zip(inputs.split(_BATCH), targets.split(_BATCH), strict=True)
+    with torch.no_grad():
+        total = sum(float(cross_entropy(model(x), y, reduction="sum")) for x, y in batches)
+    return total / len(targets)
+
+
+def _read_weights(output: Path, *, is_ours: bool) -> dict[str, Any]:
+    if not is_ours:
+        return torch.load(output / "weights.pt", weights_only=True)
+    file, _ = find_checkpoint(output / "run")
+    return read_tensors(file)["model"]

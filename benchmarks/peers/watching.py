@@ -1,21 +1,23 @@
 """A command seen from outside: the CPU time and the memory of its processes, all measured alike."""
 
-import bisect
 import subprocess
 import time
 from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
+
+from benchmarks.harness import ROOT
+
 _PAUSE_S = 0.01
 _PAUSES_A_LOOK = 10
 """The CPU clocks are read at every pause, processes and memory are looked up less often."""
 _LIMIT_S = 600.0
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Watch:
-    """Runs a command to its end, and looks at its processes meanwhile.
+    """Runs a command to its end, from ``start`` to ``end``, and looks at its processes meanwhile.
 
     Without a launcher the command is the rank; a launcher's children are the ranks. What ranks
     start themselves, such as the process in which ``ddp_sgd`` has W&B, counts apart.
@@ -25,10 +27,6 @@ class Watch:
         environ: Its environment.
         log: File for what it prints.
         ranks: Ranks; several are started by the command.
-
-    Attributes:
-        start: Unix time at which it was started.
-        end: Unix time at which it had ended.
 
     Raises:
         RuntimeError: The command fails, or takes too long.
@@ -40,7 +38,7 @@ class Watch:
         self._ranks = ranks
         self._depth_of_ranks = 1 if ranks > 1 else 0
         self._depth: dict[int, int] = {}
-        self._spent: dict[int, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
+        self._spent: dict[int, list[tuple[float, float]]] = defaultdict(list)
         self._peak: dict[int, int] = {}
         with log.open("wb") as output:
             self.start = time.time()
@@ -71,15 +69,13 @@ class Watch:
 
     def peak_mb(self) -> float:
         """Most memory that a rank had, in MB."""
-        return max(
-            peak / 1e6
-            for pid, peak in self._peak.items()
-            if self._depth[pid] == self._depth_of_ranks
-        )
+        return max(self._peak.values()) / 1e6
 
     def _cpu_s(self, pid: int, start: float, end: float) -> float:
-        times, spent = self._spent[pid]
-        return _between(times, spent, end) - _between(times, spent, start) if times else 0.0
+        if pid not in self._spent:
+            return 0.0
+        at_start, at_end = np.interp([start, end], *zip(*self._spent[pid], strict=True))
+        return float(at_end - at_start)
 
     def _look_on(self, process: subprocess.Popen[bytes]) -> None:
         for turn in range(int(_LIMIT_S / _PAUSE_S)):
@@ -89,9 +85,10 @@ class Watch:
                 self._look_up(process.pid)
             for pid in self._depth:
                 with suppress(OSError):  # it is gone
-                    spent = time.clock_gettime(_cpu_clock(pid))
-                    self._spent[pid][0].append(time.time())
-                    self._spent[pid][1].append(spent)
+                    clock = (
+                        ~pid << 3
+                    ) | 2  # its CPU time, as clock_getcpuclockid(3) has it on Linux
+                    self._spent[pid].append((time.time(), time.clock_gettime(clock)))
             time.sleep(_PAUSE_S)
         raise RuntimeError(f"{process.args} takes longer than {_LIMIT_S:g} s")
 
@@ -107,18 +104,3 @@ class Watch:
                 for thread in Path(f"/proc/{pid}/task").iterdir():
                     children = (thread / "children").read_text().split()
                     found += [(int(child), depth + 1) for child in children]
-
-
-def _cpu_clock(pid: int) -> int:
-    """Number of the clock of a process's CPU time, as clock_getcpuclockid(3) makes it on Linux."""
-    return (~pid << 3) | 2
-
-
-def _between(times: list[float], values: list[float], at: float) -> float:
-    """Read a straight line between two samples; the first or last value outside of them."""
-    place = bisect.bisect(times, at)
-    if place in (0, len(times)):
-        return values[min(place, len(values) - 1)]
-    before, after = times[place - 1], times[place]
-    share = (at - before) / (after - before)
-    return values[place - 1] + share * (values[place] - values[place - 1])

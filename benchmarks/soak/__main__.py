@@ -1,76 +1,64 @@
-"""A campaign of faults against one run, which must end as if nothing had happened.
+"""A hundred faults in one run of 2 ranks, which must end as if nothing had happened.
 
-Usage: ``python -m benchmarks.soak [--faults 100] [--seed 0] [--write benchmarks/results]``.
+Usage: ``python -m benchmarks.soak [--faults 100] [--seed 0] [--write benchmarks/results]``. The
+exit code is 1 if a promise was broken.
+
+A rank that is killed loses at most the steps since the newest checkpoint, an interval, and those
+that were trained while that was being written. Where the fault destroyed the newest checkpoint as
+well, or kept it from being written, that interval comes on top.
 """
 
-import argparse
 import contextlib
 import os
-import platform
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
+from benchmarks import harness
 from benchmarks.soak.faults import FAULTS
 from benchmarks.soak.job import INTERVAL, ROWS, Job
 from ddp_sgd.checkpointing.store import CheckpointFolder
 
-STEPS_A_FAULT = 184
+STEPS_PER_FAULT = 184
 """Eight epochs of 23 steps."""
 DISK_BYTES = 64 << 20
+BROKEN = "Broken"
+"""Marks a promise that was broken."""
 
 
-@dataclass(frozen=True)
-class Met:
-    """A fault that was met.
-
-    Args:
-        name: What was done.
-        step: Last step in the journal before.
-        back_at: Step from which the run went on; None if it did not have to be started again.
-        whole_at: Step of the newest whole checkpoint that the fault left.
-        recovery_s: Time until the next row of training.
-    """
+class Met(NamedTuple):
+    """A fault that was met."""
 
     name: str
-    step: int
-    back_at: int | None
-    whole_at: int
-    recovery_s: float
+    step: int  # last step in the journal before
+    back_at: int | None  # step from which the run went on; None if it was not started again
+    whole_at: int  # step of the newest whole checkpoint that the fault left
+    recovery_s: float  # time until the next row of training
 
 
-def main() -> int:
-    """Run the campaign; 0 if every promise was kept."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak")
-    parser.add_argument("--faults", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--write", type=Path)
-    options = parser.parse_args()
-    steps = options.faults * STEPS_A_FAULT
+def measure(options: Namespace) -> Iterator[str]:
+    """Run the campaign beside an undisturbed run of as many steps."""
+    steps = options.faults * STEPS_PER_FAULT
     spoilt = 0.1 * options.faults / (steps * 64)  # as many NaN batches as a tenth of the faults
     with small_disk() as (disk, is_small):
         names = [name for name in FAULTS if is_small or name != "disk full"]
-        whole = Job(disk / "whole", steps, spoilt, sys.executable)
+        whole = Job(disk / "whole", steps, spoilt)
         whole.start()
-        whole.wait_for_life(0.0)
+        whole.wait_for_progress(0.0)
         whole.wait_for("the undisturbed run ends", whole.is_finished)
-        job = Job(disk / "disturbed", steps, spoilt, sys.executable)
+        job = Job(disk / "disturbed", steps, spoilt)
         met = campaign(job, options.faults, random.Random(options.seed), names)
-        broken = judge(job, whole, met, bomb=disk / "disturbed" / "bomb")
-        text = report(met, job, options.seed, broken, is_small=is_small)
-    print(text)
-    if options.write:
-        name = f"soak_{os.cpu_count()}cpu_{datetime.now(UTC):%Y%m}.md"
-        (options.write / name).write_text(text)
-    return 1 if broken else 0
+        broken = judge(job, whole, met, bomb=job.bomb)
+        yield from report(met, job, broken)
+    if not is_small:
+        yield "Left out: the full disk, since this user may not mount one."
 
 
 @contextlib.contextmanager
@@ -95,11 +83,11 @@ def campaign(job: Job, faults: int, chance: random.Random, names: list[str]) -> 
         chance: Where the draws come from.
         names: Faults that can be done here.
     """
-    total = faults * STEPS_A_FAULT
+    total = faults * STEPS_PER_FAULT
     at = sorted(chance.randrange(INTERVAL // 2, total - INTERVAL) for _ in range(faults))
     drawn = chance.choices(names, [FAULTS[name][1] for name in names], k=faults)
     job.start()
-    job.wait_for_life(0.0)
+    job.wait_for_progress(0.0)
     met = []
     for number, (step, name) in enumerate(zip(at, drawn, strict=True), start=1):
         job.wait_for(f"step {step}", lambda step=step: job.last_row()["step"] >= step)
@@ -108,13 +96,13 @@ def campaign(job: Job, faults: int, chance: random.Random, names: list[str]) -> 
         FAULTS[name][0](job, chance)
         hit, left = time.time(), CheckpointFolder(job.folder / "checkpoints").choose().manifest
         survives = name == "disk full"  # the only one that a run may live through
-        row = job.wait_for_life(hit, resumed=not survives)
+        row = job.wait_for_progress(hit, resumed=not survives)
         later = _resumed(job.rows())
         back_at = later[-1]["step"] if later and later[-1]["time"] > start else None
         whole_at = left.header.step if left else 0
         met.append(Met(name, before["step"], back_at, whole_at, row["time"] - hit))
-        print(f"{number}/{faults} {name}: {met[-1]}", file=sys.stderr, flush=True)
-    job.wait_for("the run ends", lambda: job.is_finished() or job.wait_for_life(0.0) is None)
+        harness.print_progress(f"{number}/{faults} {met[-1]}")
+    job.wait_for("the run ends", lambda: job.is_finished() or job.wait_for_progress(0.0) is None)
     return met
 
 
@@ -144,53 +132,40 @@ def measurements(rows: list[dict[str, Any]]) -> dict[int, tuple[float, ...]]:
     }
 
 
-def report(met: list[Met], job: Job, seed: int, broken: list[str], *, is_small: bool) -> str:
-    """Write the result as Markdown."""
-    lines = [
-        f"# {len(met)} faults in one run of 2 ranks",
-        "",
-        f"`python -m benchmarks.soak --faults {len(met)} --seed {seed}`, "
-        f"{datetime.now(UTC):%Y-%m-%d}, python {platform.python_version()}, {os.cpu_count()} cores"
-        f", gloo, {job.result()['step']:,} steps, a checkpoint every {INTERVAL} steps, a row every "
-        f"{ROWS}, `runtime.hang_s=5`.",
-        "",
-        "| fault | times | back after, s: median | p95 | steps lost: median | most |",
-        "|---|---|---|---|---|---|",
-    ]
+def report(met: list[Met], job: Job, broken: list[str]) -> Iterator[str]:
+    """Write the result."""
+    yield (
+        f"{job.result()['step']:,} steps, gloo, a checkpoint every {INTERVAL} steps, a row every "
+        f"{ROWS}, `runtime.hang_s=5`."
+    )
+    rows = []
     for name in [*FAULTS, "all"]:
         some = [each for each in met if name in (each.name, "all")]
+        times = sorted(each.recovery_s for each in some)
+        backs = [(each.step, each.back_at) for each in some if each.back_at is not None]
+        lost = [max(0, step - back_at) for step, back_at in backs] or [0]
         if some:
-            times = [each.recovery_s for each in some]
-            lost = [max(0, each.step - each.back_at) for each in some if each.back_at is not None]
-            lines.append(
-                f"| {name} | {len(some)} | {statistics.median(times):.1f} | {_p95(times):.1f} | "
-                f"{statistics.median(lost) if lost else 0:g} | {max(lost, default=0)} |"
-            )
-    lines += [
-        "",
-        "A rank that is killed loses at most the steps since the newest checkpoint, an interval, "
-        "and those that were trained while that was being written. Where the fault destroyed the "
-        "newest checkpoint as well, or kept it from being written, that interval comes on top.",
-    ]
+            p95 = times[max(0, round(0.95 * len(times)) - 1)]
+            rows.append((name, len(some), median(times), p95, f"{median(lost):g}", max(lost)))
+    headings = "fault | times | back after, s: median | p95 | steps lost: median | most"
+    yield harness.markdown_table(headings, rows)
     skipped = int([r for r in job.rows() if r["event"] == "train"][-1]["train/skipped_steps"])
-    lines += ["", f"Batches with NaN, in both runs alike: {skipped}.", ""]
-    lines += [f"**Broken: {promise}.**" for promise in broken] or [
-        "Kept: the weights equal those of the undisturbed run bit by bit, so does the journal at "
-        "every checkpoint; every sample was trained once an epoch; no damaged file was loaded, no "
-        "bomb was run."
-    ]
-    if not is_small:
-        lines.append("Left out: the full disk, since this user may not mount one.")
-    return "\n".join([*lines, ""])
+    yield f"Batches with NaN, in both runs alike: {skipped}."
+    yield from (f"**{BROKEN}: {promise}.**" for promise in broken)
+    if not broken:
+        yield (
+            "Kept: the weights equal those of the undisturbed run bit by bit, so does the journal "
+            "at every checkpoint; every sample was trained once an epoch; no damaged file was "
+            "loaded, no bomb was run."
+        )
 
 
 def _resumed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if row["event"] == "resume"]
 
 
-def _p95(values: list[float]) -> float:
-    return sorted(values)[max(0, round(0.95 * len(values)) - 1)]
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    parser = harness.option_parser(__doc__)
+    parser.add_argument("--faults", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    sys.exit(f"**{BROKEN}" in harness.run_benchmark("soak", parser, measure))

@@ -5,10 +5,13 @@ import pickle
 import random
 import signal
 import time
-import zipfile
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
+
+import torch
+from launching import kill
+from saved_run import Bomb
+from saving import flip
 
 from benchmarks.soak.job import Job
 
@@ -16,32 +19,27 @@ Fault = Callable[[Job, random.Random], None]
 
 
 def kill_a_rank(job: Job, chance: random.Random) -> None:
-    """End a rank without a word, at any moment."""
-    _signal(job.rank(chance.randrange(2)), signal.SIGKILL)
+    """Kill a rank at any moment."""
+    job.signal_rank(chance.randrange(2), signal.SIGKILL)
 
 
 def kill_during_a_save(job: Job, chance: random.Random) -> None:
-    """End rank 0 while a checkpoint is being written."""
+    """Kill rank 0 while a checkpoint is being written."""
     folder = job.folder / "checkpoints"
-
-    def is_saving() -> bool:
-        return any(folder.glob(".step-*.new")) or job.ended() is not None
-
-    rank = job.rank(0)
-    job.wait_for("a save", is_saving)
+    job.wait_for("a save", lambda: any(folder.glob(".step-*.new")) or job.ended() is not None)
     time.sleep(chance.uniform(0.0, 0.01))
-    _signal(rank, signal.SIGKILL)
+    job.signal_rank(0, signal.SIGKILL)
 
 
 def stop_the_launcher(job: Job, chance: random.Random) -> None:  # noqa: ARG001
     """Ask the launcher to stop, as a scheduler does; somebody starts it again."""
-    _signal(job.launcher, signal.SIGTERM)
+    kill(job.launcher, signal.SIGTERM)
     job.wait_for("the launcher ends", lambda: job.ended() is not None)
 
 
 def freeze_a_rank(job: Job, chance: random.Random) -> None:
-    """Stop a rank in its tracks: it is there, and does nothing."""
-    _signal(job.rank(chance.randrange(2)), signal.SIGSTOP)
+    """Freeze a rank: it is there, and does nothing."""
+    job.signal_rank(chance.randrange(2), signal.SIGSTOP)
 
 
 def fill_the_disk(job: Job, chance: random.Random) -> None:
@@ -64,27 +62,31 @@ def fill_the_disk(job: Job, chance: random.Random) -> None:
 
 def truncate(job: Job, chance: random.Random) -> None:
     """Cut the newest checkpoint short, then kill a rank."""
-    _damage(job, chance, lambda text: text[: chance.randrange(1, len(text))])
+    _damage(job, chance, lambda file, size: os.truncate(file, chance.randrange(1, size)))
 
 
 def empty(job: Job, chance: random.Random) -> None:
     """Empty the newest checkpoint, then kill a rank."""
-    _damage(job, chance, lambda _: b"")
+    _damage(job, chance, lambda file, _: file.write_bytes(b""))
 
 
 def flip_a_bit(job: Job, chance: random.Random) -> None:
     """Flip one bit of the newest checkpoint, then kill a rank."""
-
-    def flip(text: bytes) -> bytes:
-        place = chance.randrange(len(text))
-        return text[:place] + bytes([text[place] ^ 1 << chance.randrange(8)]) + text[place + 1 :]
-
-    _damage(job, chance, flip)
+    _damage(job, chance, lambda file, size: flip(file, chance.randrange(8 * size)))
 
 
 def plant_a_bomb(job: Job, chance: random.Random) -> None:
-    """Put a pickle that runs a command in the place of the newest checkpoint, then kill a rank."""
-    _damage(job, chance, lambda _: _bomb(job.folder.parent / "bomb"))
+    """Put a pickle that runs code in the place of the newest checkpoint, then kill a rank."""
+    bomb = {"model": Bomb(job.bomb)}
+    _damage(job, chance, lambda file, _: torch.save(bomb, file, pickle_module=pickle))
+
+
+def _damage(job: Job, chance: random.Random, harm: Callable[[Path, int], object]) -> None:
+    rank = chance.randrange(2)
+    newest = max((job.folder / "checkpoints").glob("step-*.pt"), default=None)
+    if newest is not None:
+        harm(newest, newest.stat().st_size)
+    job.signal_rank(rank, signal.SIGKILL)
 
 
 FAULTS: dict[str, tuple[Fault, int]] = {
@@ -99,36 +101,3 @@ FAULTS: dict[str, tuple[Fault, int]] = {
     "newest checkpoint a pickle bomb": (plant_a_bomb, 7),
 }
 """Each fault by name, with its weight in the draw."""
-
-
-class _Bomb:
-    def __init__(self, mark: Path) -> None:
-        self._mark = mark
-
-    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
-        return os.system, (f"touch {self._mark}",)
-
-
-def _bomb(mark: Path) -> bytes:
-    """Make a file of torch's format whose pickle leaves a mark when it is run."""
-    path = mark.with_suffix(".zip")
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("archive/data.pkl", pickle.dumps({"model": _Bomb(mark)}))
-        archive.writestr("archive/version", "3\n")
-    text = path.read_bytes()
-    path.unlink()
-    return text
-
-
-def _damage(job: Job, chance: random.Random, harm: Callable[[bytes], bytes]) -> None:
-    rank = job.rank(chance.randrange(2))
-    newest = max((job.folder / "checkpoints").glob("step-*.pt"), default=None)
-    if newest is not None:
-        newest.write_bytes(harm(newest.read_bytes()))
-    _signal(rank, signal.SIGKILL)
-
-
-def _signal(process: int | None, number: signal.Signals) -> None:
-    if process is not None:
-        with suppress(ProcessLookupError):
-            os.kill(process, number)

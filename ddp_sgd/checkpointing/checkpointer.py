@@ -21,6 +21,7 @@ from ddp_sgd.errors import OutputError, unwritable
 from ddp_sgd.files import make_folder
 from ddp_sgd.text import first_line
 from ddp_sgd.torch_errors import Use, describe_out_of_memory
+from ddp_sgd.tree import map_leaves, tensors_in
 
 _Key = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
 
@@ -43,7 +44,7 @@ class Snapshot:
 
     def reserve(self, tree: Mapping[str, Any]) -> None:
         """Get hold of the memory beforehand, since its first use takes longer than the copy."""
-        for tensor in filter(_has_memory, _tensors(tree)):
+        for tensor in filter(_has_memory, tensors_in(tree)):
             if (key := _key(tensor)) not in self._kept:
                 self._kept[key] = self._like(tensor).zero_()
 
@@ -59,7 +60,7 @@ class Snapshot:
             The same tree over the kept memory.
         """
         self._before, self._kept = self._kept, {}
-        copy = self._copy(tree)
+        copy = map_leaves(self._copy, tree)
         self._before = {}
         if self._device.type != "cpu":
             self._copied = torch.Event(self._device)
@@ -71,21 +72,16 @@ class Snapshot:
         if self._copied is not None:
             self._copied.synchronize()
 
-    def _copy(self, tree: Any) -> Any:
-        if isinstance(tree, Mapping):
-            return {key: self._copy(value) for key, value in tree.items()}
-        if isinstance(tree, (list, tuple)):
-            copies = [self._copy(value) for value in tree]
-            return copies if isinstance(tree, list) else tuple(copies)
-        if not isinstance(tree, torch.Tensor):
-            return tree
-        if not _has_memory(tree):
-            return tree.detach().cpu().clone()
-        key = _key(tree)
+    def _copy(self, leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if not _has_memory(leaf):
+            return leaf.detach().cpu().clone()
+        key = _key(leaf)
         if key not in self._kept:
             host = self._before.get(key)
-            host = self._like(tree) if host is None else host
-            self._kept[key] = host.copy_(tree.detach(), non_blocking=True)
+            host = self._like(leaf) if host is None else host
+            self._kept[key] = host.copy_(leaf.detach(), non_blocking=True)
         return self._kept[key]
 
     def _like(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -104,17 +100,6 @@ def _has_memory(tensor: torch.Tensor) -> bool:
 
 def _key(tensor: torch.Tensor) -> _Key:
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
-
-
-def _tensors(tree: Any) -> Iterator[torch.Tensor]:
-    if isinstance(tree, torch.Tensor):
-        yield tree
-    elif isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from _tensors(value)
-    elif isinstance(tree, (list, tuple)):
-        for value in tree:
-            yield from _tensors(value)
 
 
 Tree = Mapping[str, Any]
@@ -218,7 +203,7 @@ class AsyncCheckpointer:
         self._going: _Save | None = None
         self._failures = 0
         self._failure: Exception | None = None
-        self.save_s = 1.0 + bytes_of(tensors) / _SLOWEST_DISK
+        self.save_s = 1.0 + sum(tensor.nbytes for tensor in tensors_in(tensors)) / _SLOWEST_DISK
         self._snapshot = Snapshot(device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ddp_sgd-checkpoint")
         self._reserved = self._thread.submit(self._snapshot.reserve, tensors)
@@ -346,13 +331,6 @@ def open_checkpointer(
         folder, tensors, device=device, keep=keep, before=before, report=report
     ) as checkpointer:
         yield checkpointer
-
-
-def bytes_of(tree: Any) -> int:
-    """Count the bytes of all tensors in nested mappings."""
-    if isinstance(tree, torch.Tensor):
-        return tree.nbytes
-    return sum(map(bytes_of, tree.values())) if isinstance(tree, Mapping) else 0
 
 
 def _out_of_memory(error: Exception | None) -> str | None:

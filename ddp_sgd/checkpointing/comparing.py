@@ -1,14 +1,14 @@
 """Differences between two state dicts, tensor by tensor."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ddp_sgd.tensor_bytes import bytes_of
 from ddp_sgd.text import MASK, columns, is_secret
+from ddp_sgd.tree import bytes_of, leaves
 
 _HEAD = ("tensor", "elements", "differ", "max abs", "relative L2", "")
 _SHOWN = 40
@@ -45,7 +45,7 @@ def compare_trees(first: Any, second: Any) -> list[Difference]:
     Returns:
         What differs, in the order of the first; distances are worked out in float64.
     """
-    one, other = dict(leaves(first)), dict(leaves(second))
+    one, other = by_path(first), by_path(second)
     names = [*one, *(name for name in other if name not in one)]
     found = (_compare(name, one, other) for name in names)
     return [difference for difference in found if difference is not None]
@@ -63,14 +63,14 @@ def misfits(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def compare_plain(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
     """List the settings in which two nested mappings differ, such as ``epochs: 2 -> 3``."""
-    one, other = dict(leaves(first)), dict(leaves(second))
+    one, other = by_path(first), by_path(second)
     names = [*one, *(name for name in other if name not in one)]
     return [
         f"{name}: differs, {MASK}"
         if is_secret(name)
         else f"{name}: {one.get(name, 'absent')} -> {other.get(name, 'absent')}"
         for name in names
-        if one.get(name, leaves) != other.get(name, leaves)  # no value equals a function
+        if one.get(name, by_path) != other.get(name, by_path)  # no value equals a function
     ]
 
 
@@ -89,13 +89,13 @@ def difference_lines(found: Sequence[Difference]) -> list[str]:
     return [*columns([_HEAD, *rows], left=(0, len(_HEAD) - 1)), *rest] if rows else []
 
 
-def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield what is no mapping and no list, with its dotted path."""
-    if not isinstance(value, (Mapping, list, tuple)) or (path and not value):
-        yield path, value
-        return
-    for key, below in value.items() if isinstance(value, Mapping) else enumerate(value):
-        yield from leaves(below, f"{path}.{key}" if path else str(key))
+def by_path(tree: Any) -> dict[str, Any]:
+    """Return the leaves of a tree by their dotted paths; an empty mapping or list is one."""
+
+    def is_empty(value: Any) -> bool:
+        return value is not tree and not value
+
+    return {".".join(map(str, path)): leaf for path, leaf in leaves(tree, is_leaf=is_empty)}
 
 
 def describe(values: Mapping[str, Any], name: str) -> str:

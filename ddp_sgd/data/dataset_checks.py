@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import StackDataset, TensorDataset, default_collate
 
 from ddp_sgd.errors import DataError, UserError
+from ddp_sgd.tree import leaves, map_leaves
 
 _COLLATE = "name a function from samples to a batch by data.collate"
 _HALVES = ("input", "target")
@@ -73,9 +74,10 @@ def no_batch(samples: Sequence[Any], where: str, indices: Sequence[int], error: 
     """
     for sample, index in zip(samples, indices, strict=True):
         for half, part in zip(_HALVES, sample, strict=True):
-            for path, leaf in _leaves(part, half):
+            for path, leaf in leaves(part):
                 if not _stacks(leaf):
-                    return f"the {path} of {where}[{index}] is {_of_leaf(leaf, half, where)}"
+                    place = half + "".join(f"[{key!r}]" for key in path)
+                    return f"the {place} of {where}[{index}] is {_of_leaf(leaf, half, where)}"
     for sample, index in zip(samples[1:], indices[1:], strict=True):
         for half, part, other in zip(_HALVES, samples[0], sample, strict=True):
             for difference in _differences(part, other, half):
@@ -107,17 +109,6 @@ def _choose(sample: Any, where: str) -> str:
         f"ddp_sgd.data.Columns and init_args {{rows: (the data set of now), input: {names[0]}, "
         f"target: {names[-1]}}}, "
     )
-
-
-def _leaves(part: Any, path: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(part, Mapping):
-        for key, item in part.items():
-            yield from _leaves(item, f"{path}[{key!r}]")
-    elif isinstance(part, (tuple, list)):
-        for number, item in enumerate(part):
-            yield from _leaves(item, f"{path}[{number}]")
-    else:
-        yield path, part
 
 
 def _stacks(leaf: Any) -> bool:
@@ -272,29 +263,25 @@ def require_rows(batch: Any, indices: Sequence[int], where: str) -> None:
 
 def single(part: Any, number: int) -> Any:
     """Copy one row of a part, which keeps its first dimension."""
-    if isinstance(part, Mapping):
-        return {key: single(item, number) for key, item in part.items()}
-    if isinstance(part, tuple):
-        items = [single(item, number) for item in part]
-        return type(part)(*items) if hasattr(part, "_fields") else tuple(items)
-    row = part[number : number + 1]
-    # At the start of memory of its own: products may round differently elsewhere.
-    return row.clone() if isinstance(row, torch.Tensor) else row
+
+    def copy_row(leaf: Any) -> Any:
+        row = leaf[number : number + 1]
+        # At the start of memory of its own: products may round differently elsewhere.
+        return row.clone() if isinstance(row, torch.Tensor) else row
+
+    return map_leaves(copy_row, part, is_leaf=is_list)
 
 
 def _rows(part: Any) -> Iterator[int | None]:
     """Count the rows of each leaf; None for what has none."""
-    if isinstance(part, (Mapping, tuple)):
-        for item in part.values() if isinstance(part, Mapping) else part:
-            yield from _rows(item)
-    elif isinstance(part, Sized) and not isinstance(part, (str, bytes)) and _has_rows(part):
-        yield len(part)
-    else:
-        yield None
+    for _, leaf in leaves(part, is_leaf=is_list):
+        is_sized = isinstance(leaf, Sized) and not isinstance(leaf, (str, bytes))
+        yield len(leaf) if is_sized and getattr(leaf, "ndim", 1) > 0 else None
 
 
-def _has_rows(part: Any) -> bool:
-    return getattr(part, "ndim", 1) > 0
+def is_list(part: Any) -> bool:
+    """Whether a part is a list, which has one entry per sample."""
+    return isinstance(part, list)
 
 
 def _depth(kind: type, method: str) -> int:

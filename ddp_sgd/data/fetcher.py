@@ -2,7 +2,7 @@
 
 import copy
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset, default_collate
 from ddp_sgd.data.dataset_checks import (
     draws_numbers,
     gives_whole_batches,
+    is_list,
     is_pair,
     may_give_whole_batches,
     no_batch,
@@ -26,6 +27,7 @@ from ddp_sgd.data.dataset_checks import (
 )
 from ddp_sgd.errors import DataError, UserError
 from ddp_sgd.seeds import seed_for
+from ddp_sgd.tree import map_leaves
 
 Collate = Callable[[list[Any]], Any]
 """Forms a batch (inputs, targets) of a list of samples."""
@@ -223,14 +225,7 @@ class Fetcher:
 
     def _to_tensors(self, part: Any) -> Any:
         """Turn the arrays of a part into tensors; a list has one entry per sample, and stays."""
-        if isinstance(part, (torch.Tensor, np.ndarray)):
-            return self._to_tensor(part)
-        if isinstance(part, Mapping):
-            return {key: self._to_tensors(item) for key, item in part.items()}
-        if isinstance(part, tuple):
-            items = [self._to_tensors(item) for item in part]
-            return type(part)(*items) if hasattr(part, "_fields") else tuple(items)
-        return part
+        return map_leaves(self._to_tensor, part, is_leaf=is_list)
 
     def _to_tensor(self, part: Any) -> Any:
         if not isinstance(part, np.ndarray):

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
 from multiprocessing.reduction import ForkingPickler
@@ -29,6 +29,7 @@ from ddp_sgd.data.sampler import EvalSampler, TrainSampler
 from ddp_sgd.errors import DataError
 from ddp_sgd.seeds import seed_for
 from ddp_sgd.torch_errors import lost_worker
+from ddp_sgd.tree import map_leaves
 
 
 class MicroBatch(NamedTuple):
@@ -330,12 +331,8 @@ def _pin(each: Any) -> Any:
 
 
 def _for_movable(value: Any, change: Callable[[Any], Any]) -> Any:
-    if hasattr(value, "to"):  # soonest: a packed sequence is a tuple with lengths for the host
-        return change(value)
-    if isinstance(value, Mapping):
-        return {key: _for_movable(item, change) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_for_movable(item, change) for item in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(_for_movable(item, change) for item in value)
-    return value
+    def change_movable(each: Any) -> Any:
+        return change(each) if hasattr(each, "to") else each
+
+    # A packed sequence is a tuple with lengths for the host, and has the method itself.
+    return map_leaves(change_movable, value, is_leaf=lambda each: hasattr(each, "to"))

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.tensor_bytes import bytes_of
+from ddp_sgd.tree import bytes_of
 
 T = TypeVar("T")
 

@@ -14,9 +14,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.utils.data import TensorDataset
 
-from ddp_sgd.engine.output_tensors import map_tensors
 from ddp_sgd.errors import DataError
 from ddp_sgd.losses import LossFunction
+from ddp_sgd.tree import map_tensors
 
 Reduction = Literal["mean", "sum", "other"]
 

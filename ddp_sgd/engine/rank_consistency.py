@@ -24,7 +24,7 @@ from ddp_sgd.engine.components import Components, Reading
 from ddp_sgd.errors import ConfigError, DataError, UserError
 from ddp_sgd.losses import loss_modules
 from ddp_sgd.rank_differences import read_versions, settings_that_agree, tell_apart, vital_versions
-from ddp_sgd.tensor_bytes import bytes_of
+from ddp_sgd.tree import bytes_of, leaves, tensors_in
 
 _MAX_PARTS = 16
 """Tensors of a sample that are looked at."""
@@ -162,29 +162,17 @@ def _describe(part: Any) -> str:
 
 
 def _shapes(part: Any) -> Iterator[str]:
-    if isinstance(part, torch.Tensor):
-        shape = "unknown" if is_lazy(part) else tuple(part.shape)
-        yield f"{str(part.dtype).removeprefix('torch.')} of shape {shape}"
-    elif isinstance(part, Mapping):
-        for key, item in part.items():
-            yield from (f"{key}: {shape}" for shape in _shapes(item))
-    elif isinstance(part, (list, tuple)):
-        for item in part:
-            yield from _shapes(item)
-    else:
-        yield type(part).__name__
+    for path, leaf in leaves(part):
+        names = "".join(f"{key}: " for key in path if not isinstance(key, int))
+        if isinstance(leaf, torch.Tensor):
+            shape = "unknown" if is_lazy(leaf) else tuple(leaf.shape)
+            yield f"{names}{str(leaf.dtype).removeprefix('torch.')} of shape {shape}"
+        else:
+            yield f"{names}{type(leaf).__name__}"
 
 
 def _tensors(part: Any) -> Iterator[torch.Tensor]:
-    if isinstance(part, torch.Tensor):
-        if not is_lazy(part):
-            yield part
-    elif isinstance(part, Mapping):
-        for item in part.values():
-            yield from _tensors(item)
-    elif isinstance(part, (list, tuple)):
-        for item in part:
-            yield from _tensors(item)
+    return (tensor for tensor in tensors_in(part) if not is_lazy(tensor))
 
 
 def _mark(tensor: torch.Tensor, *, is_target: bool) -> Mark | None:

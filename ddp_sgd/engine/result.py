@@ -20,7 +20,7 @@ from ddp_sgd.engine.sync import TimeShares, is_share
 from ddp_sgd.engine.train_state import State
 from ddp_sgd.errors import ExitCode
 from ddp_sgd.plan import Plan
-from ddp_sgd.tensor_bytes import bytes_of
+from ddp_sgd.tree import bytes_of
 
 _PLAIN = ("status", "exit_code", "step", "epoch", "samples", "world_size")
 """Fields of a result that ``result.json`` begins with."""

@@ -27,7 +27,6 @@ from ddp_sgd.engine.model_check import (
     check_registered,
     list_registered,
 )
-from ddp_sgd.engine.output_tensors import list_tensors
 from ddp_sgd.engine.side_effects import (
     CollectiveWatch,
     Place,
@@ -48,6 +47,7 @@ from ddp_sgd.losses import (
 from ddp_sgd.plan import Plan
 from ddp_sgd.seeds import Randomness
 from ddp_sgd.torch_errors import Use, refuse_out_of_memory
+from ddp_sgd.tree import list_tensors
 
 _SHOWN = 6
 """Components of a container that an error describes."""

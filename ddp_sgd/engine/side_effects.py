@@ -13,6 +13,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ddp_sgd.tree import tensors_in
+
 Place = tuple[nn.Module, str]
 """A buffer by its module and its name there: assignments replace the tensor, not the place."""
 
@@ -109,8 +111,8 @@ class WriteWatch(OperatorWatch):
     ) -> Any:
         named = kwargs or {}
         for value in _outputs_among(function, args, named):
-            for tensor in value if isinstance(value, (list, tuple)) else [value]:
-                if isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided:
+            for tensor in tensors_in(value):
+                if tensor.layout is torch.strided:
                     self.written.add(tensor.untyped_storage().data_ptr())
         return function(*args, **named)
 
