@@ -113,7 +113,7 @@ def ours(runtime: Runtime, epochs: int, folder: str) -> Spent:
 
 
 def by_part(spent_s: Any, steps: int) -> Spent:
-    """Sum phases up to parts, in microseconds a step."""
+    """Sum phases up to parts, in microseconds per step."""
     return {
         part: 1e6 * sum(spent_s.get(phase, 0.0) for phase in phases) / steps
         for part, phases in PARTS.items()
@@ -144,7 +144,7 @@ def plot(found: dict[int, dict[str, list[Spent]]], path: Path) -> None:
         starts = [start + width for start, width in zip(starts, widths, strict=True)]
     for name, whole in zip(names, starts, strict=True):
         axes.text(whole, name, f" {whole:.0f} us", va="center", fontsize=9)
-    axes.set_xlabel("microseconds a step (digits MLP, 32 samples a rank)")
+    axes.set_xlabel("microseconds per step (digits MLP, 32 samples per rank)")
     axes.set_xlim(0, 1.12 * max(starts))
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=len(PARTS), frameon=False, fontsize=9)

@@ -190,7 +190,7 @@ def _assumptions(workload: Workload, network: Network) -> Iterator[str]:
             f"{_time(workload.overlap_s)} of backward pass"
         )
     local = network.local_bandwidth_gbit
-    yield f"ring       {network.bandwidth_gbit:g} Gbit/s, {network.latency_us:g} us a message" + (
+    yield f"ring       {network.bandwidth_gbit:g} Gbit/s, {network.latency_us:g} us per message" + (
         f"; up to {network.ranks_per_host:,} ranks on one host: {local:g} Gbit/s" if local else ""
     )
 

@@ -6,7 +6,7 @@ torchrun --nproc_per_node=2 examples/own_model.py
 ```
 
 The learning rate is 0.01 for 16 samples, and a tenth of it after six epochs. The loss is printed
-once an epoch.
+once per epoch.
 """
 
 import torch

@@ -17,7 +17,7 @@ from ddp_sgd.checkpointing.store import CheckpointFolder
 
 
 def header(step=1, **changes):
-    """Where a run of 100 samples an epoch, ten a step, stood."""
+    """Where a run of 100 samples per epoch, ten a step, stood."""
     epoch, position = divmod(10 * step, 100)
     return Header(
         **{

@@ -50,7 +50,7 @@ def test_goyal_et_al_2017_from_the_command_line(capsys):
     assert main(argv) == ExitCode.DONE
     out = capsys.readouterr().out
     assert "157 steps (1,281,167 samples)" in out
-    assert "3.2 for 8,192 samples a step" in out
+    assert "3.2 for 8,192 samples per step" in out
     assert "785 steps (6,405,835 samples, 5 of 90 epochs) from 0.1" in out
 
 

@@ -187,7 +187,7 @@ def test_goyal_et_al_2017_from_8_to_256_gpus():
     """Published: ResNet-50, 100 MB of gradients, 120 ms of backward pass on a P100 (section 4.3),
     50 Gbit/s between servers of 8, about 90 % efficiency from 8 to 256 GPUs (abstract).
 
-    Assumed: a forward pass of half the backward one; 160 Gbit/s inside a server; 10 us a message;
+    Assumed: a forward pass of half the backward one; 160 Gbit/s inside a server; 10 us per message;
     buckets of 25 MiB in one ring (they used halving and doubling between servers).
     """
     workload = _workload(compute_s=0.18, gradient_bytes=100_000_000, bucket_bytes=25 * MIB)

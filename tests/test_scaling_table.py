@@ -11,9 +11,9 @@ NETWORK = Network(bandwidth_gbit=50.0, latency_us=10.0, ranks_per_host=8, local_
 
 GOLDEN = """\
 Scaling on paper
-  compute    180 ms a step of one rank alone
+  compute    180 ms per step of one rank alone
   gradients  95.37 MiB in 4 buckets, reduced during 120 ms of backward pass
-  ring       50 Gbit/s, 10 us a message; up to 8 ranks on one host: 160 Gbit/s
+  ring       50 Gbit/s, 10 us per message; up to 8 ranks on one host: 160 Gbit/s
 
   ranks    step  waiting  efficiency  samples/s  an epoch   the run
       1  180 ms     0 ms     100.0 %        178       2 h     180 h
@@ -84,9 +84,9 @@ def test_times_have_three_digits(compute_s, text):
 def test_what_is_assumed_stands_above():
     lean = Workload(compute_s=0.1, micro_batches=4, gradient_bytes=2**20, bucket_bytes=2**20)
     text = scaling_table(_plan_for, 2, lean, Network(bandwidth_gbit=1.0, latency_us=100.0))
-    assert "100 ms a step of one rank alone, in 4 micro-batches\n" in text
+    assert "100 ms per step of one rank alone, in 4 micro-batches\n" in text
     assert "1 MiB in one bucket, reduced after the backward pass\n" in text
-    assert "1 Gbit/s, 100 us a message\n" in text
+    assert "1 Gbit/s, 100 us per message\n" in text
 
 
 def test_text_is_ascii_and_fits_a_terminal():

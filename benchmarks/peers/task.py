@@ -184,7 +184,7 @@ class Task(Workload):
 
 WORKLOADS = {
     "mlp": Workload(
-        title="MLP 64-64-64-10 on the digits, 32 samples a rank",
+        title="MLP 64-64-64-10 on the digits, 32 samples per rank",
         model={
             "class_path": "ddp_sgd.models.MLP",
             "init_args": {"inputs": 64, "hidden": [64, 64], "classes": 10},
@@ -197,7 +197,7 @@ WORKLOADS = {
         tolerance=0.08,
     ),
     "convnet": Workload(
-        title="ConvNet 32-64 on images of 28 x 28, 64 samples a rank",
+        title="ConvNet 32-64 on images of 28 x 28, 64 samples per rank",
         model={"class_path": "ddp_sgd.models.ConvNet", "init_args": {}},
         shape=(1, 28, 28),
         batch_size=64,
@@ -209,7 +209,7 @@ WORKLOADS = {
         tolerance=0.05,
     ),
     "resnet": Workload(
-        title="ResNet-18 on images of 3 x 32 x 32, 32 samples a rank",
+        title="ResNet-18 on images of 3 x 32 x 32, 32 samples per rank",
         model={"class_path": "benchmarks.peers.task.resnet18_for_32x32", "init_args": {}},
         shape=(3, 32, 32),
         batch_size=32,

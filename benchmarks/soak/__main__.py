@@ -155,7 +155,7 @@ def report(met: list[Met], job: Job, broken: list[str]) -> Iterator[str]:
     if not broken:
         yield (
             "Kept: the weights equal those of the undisturbed run bit by bit, so does the journal "
-            "at every checkpoint; every sample was trained once an epoch; no damaged file was "
+            "at every checkpoint; every sample was trained once per epoch; no damaged file was "
             "loaded, no bomb was run."
         )
 

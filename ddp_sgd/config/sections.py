@@ -119,7 +119,7 @@ class OptimConfig(Section):
     """How weights move: SGD as in torch.optim.SGD, with a rate that is quoted for a named batch."""
 
     lr: Positive = 0.05
-    """Learning rate for reference_batch samples a step, above 0."""
+    """Learning rate for reference_batch samples per step, above 0."""
 
     reference_batch: Count | None = None
     """Samples a step that lr is quoted for; null means one rank's batch_size x accumulate, so that

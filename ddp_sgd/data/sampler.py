@@ -142,7 +142,7 @@ class TrainSampler(DistributedSampler[MicroBatchIndices]):
 
     Step k of an epoch owns the positions [k G, min((k + 1) G, n)) of the permutation. Of these,
     rank r reads every W-th from number r on, in micro-batches of at most b. So the union of what
-    the ranks read in a step does not depend on W, and every sample is read once an epoch.
+    the ranks read in a step does not depend on W, and every sample is read once per epoch.
 
     Iterating yields this rank's micro-batches from ``first_step`` to the end of the epoch. A rank
     that has no sample in a step yields one index of that step all the same, a dummy to be weighted

@@ -185,7 +185,7 @@ def _choose_device(wanted: str, ranks: Ranks) -> torch.device:
         if index >= count:
             raise ConfigError(
                 f"LOCAL_RANK is {index}, but this host has {count} {kind} devices; start at most "
-                f"{count} ranks a host, or set runtime.device=cpu."
+                f"{count} ranks per host, or set runtime.device=cpu."
             )
     torch.accelerator.set_device_index(index)
     return torch.device(kind, index)

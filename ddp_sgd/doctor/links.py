@@ -41,7 +41,7 @@ class Timing(NamedTuple):
     rounds: int
 
     def bus_bandwidth(self, world_size: int) -> float:
-        """Return what each link carried, 2 (W - 1) / W of the message, in bytes a second.
+        """Return what each link carried, 2 (W - 1) / W of the message, in bytes per second.
 
         Source:
             https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md

@@ -1,4 +1,4 @@
-"""Periodic all-reduce of metrics and of the stop and save flags, about once a second.
+"""Periodic all-reduce of metrics and of the stop and save flags, about once per second.
 
 Time shares of a run: data, compute, waiting for other ranks, bookkeeping.
 """
@@ -167,7 +167,7 @@ class SyncResult:
 class RankSync:
     """Keeps what steps leave behind, on the device, and reads it now and then, in one transfer.
 
-    A sync is due at every row of metrics, at the end of an epoch, and in between about once a
+    A sync is due at every row of metrics, at the end of an epoch, and in between about once per
     second. Since every rank must know when, the pause until the next sync follows from step times
     that the last one averaged over ranks.
 

@@ -100,7 +100,7 @@ class SGD:
     begin at zero: the first step is torch's, bit by bit.
 
     torch.optim.SGD does the same around the same kernel. Making one costs a second and a half,
-    since it imports the compiler of torch, and its bookkeeping 60 us a step.
+    since it imports the compiler of torch, and its bookkeeping 60 us per step.
 
     Args:
         param_groups: Who decays by how much. Parameters may have any memory layout without gaps,

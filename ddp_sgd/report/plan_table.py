@@ -29,9 +29,9 @@ def plan_lines(plan: Plan, milestones: Sequence[float]) -> list[str]:
         Four lines: batches, steps, rates, schedule; and one for each note on the schedule.
     """
     return [
-        f"batch     {_product(plan)} = {_count(plan.global_batch, 'sample')} a step; "
+        f"batch     {_product(plan)} = {_count(plan.global_batch, 'sample')} per step; "
         f"the data set has {plan.samples:,}",
-        f"steps     {plan.steps_per_epoch:,} an epoch, {plan.total_steps:,} in "
+        f"steps     {plan.steps_per_epoch:,} per epoch, {plan.total_steps:,} in "
         f"{_count(plan.epochs, 'epoch')}; {_tail(plan)}",
         f"rate      {plan.base_lr:.6g} for {_count(plan.reference_batch, 'sample')} -> "
         f"{plan.peak_lr:.6g} for {plan.global_batch:,} ({plan.scaling}, k = {plan.scale:.6g})",
@@ -86,10 +86,10 @@ def _step_rows(plan: Plan) -> list[tuple[str, str]]:
 def _rate_rows(plan: Plan) -> list[tuple[str, str]]:
     reference = f"{plan.global_batch:,} / {plan.reference_batch:,}"
     return [
-        ("base", f"{plan.base_lr:.6g} for {_count(plan.reference_batch, 'sample')} a step"),
+        ("base", f"{plan.base_lr:.6g} for {_count(plan.reference_batch, 'sample')} per step"),
         ("k", f"{plan.scale:.6g} = {reference}"),
         ("rule", _RULES[plan.scaling]),
-        ("peak", f"{plan.peak_lr:.6g} for {_count(plan.global_batch, 'sample')} a step"),
+        ("peak", f"{plan.peak_lr:.6g} for {_count(plan.global_batch, 'sample')} per step"),
         ("schedule", plan.schedule),
         ("warm-up", _warm_up(plan)),
     ]

@@ -83,7 +83,7 @@ def test_nan_on_one_rank_skips_the_step_on_all(tmp_path):
     assert first == second
     assert first[2]
     rows = journal(tmp_path, "train")
-    assert rows[-1]["train/skipped_steps"] == 20  # the bad sample comes once an epoch
+    assert rows[-1]["train/skipped_steps"] == 20  # the bad sample comes once per epoch
     assert sum(row["train/loss"] is None for row in rows) == 20
 
 

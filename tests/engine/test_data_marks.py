@@ -83,7 +83,7 @@ def data(scale=1.0, shift=0):
 
 
 def run(folder, train_set, *, stop=False, model=None, **changes):
-    """Five steps an epoch; stopped after the first."""
+    """Five steps per epoch; stopped after the first."""
     request = StopRequest()
     if stop:
         request.ask("the test")

@@ -18,7 +18,7 @@ from ddp_sgd.report.journal import read_journal
 
 
 def run(folder, stop=None, model=None, **changes):
-    """Four steps an epoch."""
+    """Four steps per epoch."""
     torch.manual_seed(0)
     samples = InMemory(torch.randn(16, 4), torch.randint(0, 2, (16,)))
     basis = {"name": "x", "epochs": 2, "wandb": {"mode": "disabled"}, "data": {"batch_size": 4}}

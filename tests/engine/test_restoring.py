@@ -25,7 +25,7 @@ LOSS = describe_loss(nn.CrossEntropyLoss())
 
 
 def saved(step, *, world_size=2, samples=100, scored_at=0, model=None, **changes):
-    """A state of a run with steps of 2 x 4 samples: 13 an epoch, the last with 4."""
+    """A state of a run with steps of 2 x 4 samples: 13 per epoch, the last with 4."""
     config = RunConfig(**{"data": {"batch_size": 4}, "epochs": 3} | changes)
     plan = make_plan(config, samples=samples, world_size=world_size)
     model = model or MLP(3, [5], 2)

@@ -40,7 +40,7 @@ def data(samples=64, width=4):
 
 
 def run(folder, *, stop=False, model=None, train_set=None, **changes):
-    """Two steps an epoch, four in all; stopped after the first."""
+    """Two steps per epoch, four in all; stopped after the first."""
     wish = StopRequest()
     if stop:
         wish.ask("the test")

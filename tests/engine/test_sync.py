@@ -59,7 +59,7 @@ BAD = {"loss": math.nan, "norm": math.nan}
 
 def test_a_row_every_so_many_steps_and_at_the_end_of_an_epoch():
     rows_at = {}
-    day = Day(every_steps=7, samples=30)  # ten steps an epoch
+    day = Day(every_steps=7, samples=30)  # ten steps per epoch
     for step in range(1, 31):
         day.spend(0.1, Phase.DATA)
         if synced := day.after(step, result(), 0.4):

@@ -7,7 +7,7 @@ from ddp_sgd.engine import triggers as module
 from ddp_sgd.engine.triggers import Deadline, Timetable, read_deadline
 from ddp_sgd.plan import make_plan
 
-PLAN = make_plan(RunConfig(epochs=4), samples=320, world_size=1)  # 10 steps an epoch, 40 in all
+PLAN = make_plan(RunConfig(epochs=4), samples=320, world_size=1)  # 10 steps per epoch, 40 in all
 
 
 def due(**section):

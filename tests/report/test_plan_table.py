@@ -23,10 +23,10 @@ Steps
                         smallest micro-batch of the run: 7 samples
 
 Learning rate
-  base                  0.05 for 30 samples a step
+  base                  0.05 for 30 samples per step
   k                     5 = 150 / 30
   rule                  linear: peak = base x k
-  peak                  0.25 for 150 samples a step
+  peak                  0.25 for 150 samples per step
   schedule              step
   warm-up               30 steps (4,311 samples, 3 of 30 epochs) from 0.05
 
@@ -45,8 +45,8 @@ Rate over the run
    299   29.94           43,023   0.0025"""
 
 GOLDEN_LINES = [
-    "batch     5 ranks x 3 micro-batches x 10 = 150 samples a step; the data set has 1,437",
-    "steps     10 an epoch, 300 in 30 epochs; the last step of an epoch has 87 samples",
+    "batch     5 ranks x 3 micro-batches x 10 = 150 samples per step; the data set has 1,437",
+    "steps     10 per epoch, 300 in 30 epochs; the last step of an epoch has 87 samples",
     "rate      0.05 for 30 samples -> 0.25 for 150 (linear, k = 5)",
     "schedule  step; warm-up: 30 steps (4,311 samples, 3 of 30 epochs) from 0.05",
 ]
