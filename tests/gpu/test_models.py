@@ -7,7 +7,7 @@ import pytest
 import torch
 from models.networks import channels_last
 from models.samples import Listed, images
-from models.test_exact_models import CASES, LAYOUTS, compare
+from models.test_exact_models import CASES, LAYOUTS, TOLERANCE, compare
 from models.training import Case, Outcome, train, train_all
 from ranks import run_ranks, srun_environment
 from torch import nn
@@ -16,9 +16,9 @@ from torch.utils.data import TensorDataset
 from ddp_sgd.distributed.runtime import start_runtime
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-ELSEWHERE = {"CTC": "CUDA has no CTC loss in double precision with targets in one row"}
-"""Models that plain torch cannot train there."""
-NAMES = [name for name in CASES if name not in ELSEWHERE]
+# The weight that torch's CUDA kernel of weight_norm gives for a double v differs by up to 3e-8 from
+# that of the CPU (measured by torch 2.11 on an H100, without ddp_sgd).
+ROUNDING = dict.fromkeys(("weight_norm", "parametrized weight_norm"), 1e-7)
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +36,10 @@ def on_cpu(outcome):
     return replace(outcome, **moved)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_one_rank(name, device, tmp_path):
-    compare(name, on_cpu(train(CASES[name], device, tmp_path, accumulate=3)))
+    outcome = on_cpu(train(CASES[name], device, tmp_path, accumulate=3))
+    compare(name, outcome, tolerance=ROUNDING.get(name, TOLERANCE))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

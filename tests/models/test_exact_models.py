@@ -165,12 +165,12 @@ def expected_of(name):
     return outcome_of(model), score_of(case, model, call=call)
 
 
-def compare(name, outcome):
+def compare(name, outcome, *, tolerance=TOLERANCE):
     expected, score = expected_of(name)
-    assert distance(outcome.parameters, expected.parameters) <= TOLERANCE
+    assert distance(outcome.parameters, expected.parameters) <= tolerance
     assert distance(outcome.parameters, outcome_of(CASES[name].build_model()).parameters) > 1e-4
-    assert distance(outcome.buffers, expected.buffers) <= TOLERANCE
-    assert outcome.scores["eval/loss"] == pytest.approx(score, rel=TOLERANCE)
+    assert distance(outcome.buffers, expected.buffers) <= tolerance
+    assert outcome.scores["eval/loss"] == pytest.approx(score, rel=tolerance)
     assert outcome.scores["eval/count"] == len(CASES[name].data())
 
 
