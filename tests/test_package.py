@@ -1,5 +1,6 @@
 """The package as a whole: what importing it costs, what it offers, how it is laid out."""
 
+import ast
 import importlib
 import subprocess
 import sys
@@ -84,6 +85,21 @@ def test_a_module_has_a_name_a_docstring_and_a_test_file(module):
     name = ".".join(("ddp_sgd", *module.with_suffix("").parts))
     assert importlib.import_module(name).__doc__
     assert (ROOT / "tests" / module.parent / f"test_{module.stem.strip('_')}.py").exists()
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_a_module_is_in_the_table_of_the_architecture(module):
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    assert f"`{module.name}`" in page or f"`{module.parent}/`" in page
+
+
+def test_modules_and_functions_stay_short():
+    for module in MODULES:
+        text = (ROOT / "ddp_sgd" / module).read_text()
+        assert text.count("\n") <= 400, module
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, (module, node.name)
 
 
 def test_shipped_versions_are_pinned():
