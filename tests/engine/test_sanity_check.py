@@ -1,12 +1,15 @@
 """The sanity check: what does not fit is named before step 1, and nothing is left behind."""
 
+import os
 import random
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from ranks import run_ranks
+from limits import WAIT_S
+from ranks import rank_environment, run_ranks
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
@@ -18,6 +21,7 @@ from ddp_sgd.engine.components import read_batch
 from ddp_sgd.engine.loss_check import listed_targets
 from ddp_sgd.engine.sanity_check import check_evaluation, check_training, describe
 from ddp_sgd.errors import ConfigError, DataError
+from ddp_sgd.host import free_port
 from ddp_sgd.models import MLP, ConvNet
 from ddp_sgd.plan import make_plan
 
@@ -331,14 +335,30 @@ def test_images_need_no_more_than_this():
     assert facts.notes == ()
 
 
-def imports_of_a_check(runtime):
-    model, dataset = ConvNet(batch_norm=True), Digits(shape="image")
+CHECK = """
+import sys
+sys.path[:0] = sys.argv[1:]
+from ddp_sgd.data import Digits
+from ddp_sgd.distributed.runtime import start_runtime
+from ddp_sgd.engine.sanity_check import check_evaluation
+from ddp_sgd.models import ConvNet
+from engine.test_sanity_check import CE, batch_of, train_check
+model, dataset = ConvNet(batch_norm=True), Digits(shape="image")
+with start_runtime(device="cpu") as runtime:
     train_check(model, CE, dataset, runtime)
     check_evaluation(model, CE, dataset, batch_of(dataset), runtime)
-    return [name for name in ("torch._dynamo", "sympy") if name in sys.modules]
+sys.exit(" ".join(name for name in ("torch._dynamo", "sympy") if name in sys.modules) or 0)
+"""
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_the_compiler_of_torch_is_not_imported(world_size):
     """It takes two seconds, longer than all else at the start of a run."""
-    assert run_ranks(world_size, imports_of_a_check) == [[]] * world_size
+    command, port = [sys.executable, "-c", CHECK, *sys.path], free_port()
+    started = []
+    for rank in range(world_size):  # not forks of a server, which has imported it
+        ranks = rank_environment(rank, world_size, port) if world_size > 1 else {}
+        environment = dict(os.environ, **ranks)
+        started.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE))
+    assert [process.communicate(timeout=WAIT_S)[1] for process in started] == [b""] * world_size
+    assert {process.returncode for process in started} == {0}
