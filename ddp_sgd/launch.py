@@ -175,8 +175,8 @@ def _run_with_restarts(
             return attempt
         left -= 1
         number = options.max_restarts - left
-        said = f"it is started again ({number} of {options.max_restarts})"
-        say_error(f"ddp_sgd: {attempt.loss}; {said}")
+        restart = f"it is started again ({number} of {options.max_restarts})"
+        say_error(f"ddp_sgd: {attempt.loss}; {restart}")
         files.forget_results()
         ours["LAUNCH_RESTART_COUNT"] = str(number)
 

@@ -19,7 +19,7 @@ _SHOWN = 3
 """Values, hosts and pieces of ranks that a sentence names before it counts the rest."""
 
 
-def tell_apart(values: Mapping[int, str], hosts: Sequence[str]) -> str | None:
+def name_values(values: Mapping[int, str], hosts: Sequence[str]) -> str | None:
     """Say which rank has which value, unless all have the same.
 
     Args:

@@ -65,13 +65,13 @@ def write_content(
         manifest = Manifest(
             file=file.name, size_bytes=size, sha256=digest, time=time.time(), header=header
         )
-        told = file.with_suffix(".json")
-        new_told = told.with_name(f".{told.name}{UNFINISHED}")
-        new_told.write_bytes(manifest.to_text().encode())
-        _sync(new, new_told)
+        manifest_file = file.with_suffix(".json")
+        new_manifest_file = manifest_file.with_name(f".{manifest_file.name}{UNFINISHED}")
+        new_manifest_file.write_bytes(manifest.to_text().encode())
+        _sync(new, new_manifest_file)
         _forget_cached(new)
         _refuse_change(new, manifest)
-        new_told.replace(told)
+        new_manifest_file.replace(manifest_file)
         new.replace(file)
         sync_folder(folder.path)
     except BaseException:

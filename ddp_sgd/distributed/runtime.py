@@ -144,7 +144,7 @@ def _joined(
         store=notes,
     )
     try:
-        error_propagation.farewell = partial(_say_farewell, notes, ranks)
+        error_propagation.farewell = partial(_keep_store_open, notes, ranks)
         with (
             watch_errors(error_propagation, notes.clone(), device),
             propagate_errors(error_propagation),
@@ -156,7 +156,7 @@ def _joined(
         abort_group()
         _leave_group()  # first of all, so that the others stop waiting for this rank
         if not error_propagation.is_store_silent:
-            _say_farewell(notes, ranks)
+            _keep_store_open(notes, ranks)
         raise
     except BaseException:
         _leave_group()
@@ -285,7 +285,7 @@ def _forget_locals(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def _say_farewell(store: Store, ranks: Ranks) -> None:
+def _keep_store_open(store: Store, ranks: Ranks) -> None:
     """Keep the store alive until every rank has read of the fault, where this rank hosts it."""
     with suppress(RuntimeError, TimeoutError):
         call_with_timeout(_FAREWELL_S + 1.0, lambda: _outlast_others(store, ranks))

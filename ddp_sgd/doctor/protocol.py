@@ -178,8 +178,8 @@ class Worker:
         if self._rank in present:
             for number in range(_ROUNDS):
                 self._hear(f"clock/{self._rank}/{number}")
-                self._say(f"clock/{self._rank}/{number}/is", repr(time.time()))
-            self._say(f"sees/{self._rank}", json.dumps(sees_token(folder, token)))
+                self._write(f"clock/{self._rank}/{number}/is", repr(time.time()))
+            self._write(f"sees/{self._rank}", json.dumps(sees_token(folder, token)))
         hosts: list[str] | None = self._hear("word")
         return hosts
 
@@ -192,13 +192,13 @@ class Worker:
         Raises:
             PeerError: Rank 0 is gone.
         """
-        self._say(f"report/{self._rank}", fault)
+        self._write(f"report/{self._rank}", fault)
         code = int(self._hear("code"))
         with suppress(PeerError):
-            self._say(f"left/{self._rank}", "")
+            self._write(f"left/{self._rank}", "")
         return code
 
-    def _say(self, key: str, text: str) -> None:
+    def _write(self, key: str, text: str) -> None:
         with needs_store():
             self._store.set(key, text)
 
@@ -287,7 +287,7 @@ class Diagnosis:
 
 
 def coordinate(
-    config: RunConfig, ranks: Ranks, mine: Facts, tell: Callable[[Diagnosis], None]
+    config: RunConfig, ranks: Ranks, mine: Facts, report: Callable[[Diagnosis], None]
 ) -> int:
     """Examine all ranks, from rank 0, and return the exit code.
 
@@ -295,7 +295,7 @@ def coordinate(
         config: Description of the run.
         ranks: This process.
         mine: Facts of this rank.
-        tell: Is called once, before any other rank leaves: launchers end all with the first.
+        report: Is called once, before any other rank leaves: launchers end all with the first.
 
     Raises:
         PeerError: The rendezvous endpoint cannot be opened.
@@ -316,7 +316,7 @@ def coordinate(
     if coordinator:
         _try_links(config, diagnosis, coordinator)
     try:
-        tell(diagnosis)
+        report(diagnosis)
     finally:  # the others must not wait, whatever became of the output
         if coordinator:
             coordinator.dismiss(diagnosis.exit_code)
@@ -350,8 +350,8 @@ def _try_links(config: RunConfig, diagnosis: Diagnosis, coordinator: Coordinator
     measured = _measure(config, hosts)
     diagnosis.measured = measured
     texts = {0: measured.fault, **coordinator.hear(_REPORTS_S)}
-    told = list(dict.fromkeys(text for text in texts.values() if text))
-    diagnosis.findings += [Finding(ExitCode.PEER, text) for text in told[:_SHOWN_REPORTS]]
+    reports = list(dict.fromkeys(text for text in texts.values() if text))
+    diagnosis.findings += [Finding(ExitCode.PEER, text) for text in reports[:_SHOWN_REPORTS]]
     diagnosis.findings += judge_links(measured.links)
 
 

@@ -38,7 +38,7 @@ from ddp_sgd.engine.triggers import Deadline, HasReason, StopRequest, Timetable,
 from ddp_sgd.errors import DivergedError
 from ddp_sgd.losses import LossFunction
 from ddp_sgd.optim.schedule import Schedule, build_schedule
-from ddp_sgd.report.reporter import Reporter, open_report, tell_of_the_end
+from ddp_sgd.report.reporter import Reporter, open_report, report_end
 from ddp_sgd.report.run_folder import RunFolder, claim_run_folder
 from ddp_sgd.torch_errors import translate_errors
 
@@ -305,7 +305,7 @@ def _repeat_result(
     refuse_data_of_another_run(resume_point, marks_of, runtime)
     if given.model is not None:
         hand_over(given.model, resume_point.file, runtime)
-    tell_of_the_end(result.as_row(), folder)
+    report_end(result.as_row(), folder)
     return result
 
 

@@ -319,7 +319,7 @@ def open_report(
         runtime.error_propagation.before_exit = None
 
 
-def tell_of_the_end(result: Row, folder: RunFolder | None) -> None:
+def report_end(result: Row, folder: RunFolder | None) -> None:
     """Print how a run ended that has nothing left to do, on the rank that has its folder."""
     if folder is not None:
         Progress().say(
@@ -330,9 +330,9 @@ def tell_of_the_end(result: Row, folder: RunFolder | None) -> None:
 
 def _loggers(config: RunConfig) -> list[Logger]:
     progress = Progress()
-    loggers: list[Logger] = [Journal(), progress, WandbLogger(config.wandb, say=progress.say)]
+    loggers: list[Logger] = [Journal(), progress, WandbLogger(config.wandb, echo=progress.say)]
     if config.log.tensorboard:
-        loggers.append(TensorBoard(say=progress.say))
+        loggers.append(TensorBoard(echo=progress.say))
     return loggers
 
 

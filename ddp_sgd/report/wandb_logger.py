@@ -78,13 +78,13 @@ class WandbLogger:
 
     Args:
         config: Section ``wandb`` of the configuration.
-        say: Prints one plain line for the user; it is called from a thread of the logger's own.
+        echo: Prints one plain line for the user; it is called from a thread of the logger's own.
     """
 
-    def __init__(self, config: WandbConfig, *, say: Callable[[str], None]) -> None:
+    def __init__(self, config: WandbConfig, *, echo: Callable[[str], None]) -> None:
         """Keep the configuration; nothing is started yet."""
         self._config = config
-        self._print = say
+        self._print = echo
         self._process: subprocess.Popen[bytes] | None = None
         self._listener = Thread(target=self._listen, name="wandb lines", daemon=True)
         self._folder = Path()
@@ -107,7 +107,7 @@ class WandbLogger:
             self._process = _ahead.pop() if _ahead else _start_process()
             self._listener.start()
         except (OSError, RuntimeError) as error:  # the system has no process or thread left for us
-            self._say(f"not started ({error}); metrics.jsonl has every row")
+            self._report(f"not started ({error}); metrics.jsonl has every row")
             self._kill()
             return
         with suppress(OSError):  # the subprocess is gone, and the listener reports it
@@ -124,10 +124,10 @@ class WandbLogger:
         _stdin(self._process).close()
         self._listener.join(limit_s)
         if self._listener.is_alive():
-            self._say(f"not finished after {limit_s:g} s; complete it: {PROGRAM} {self._folder}")
+            self._report(f"not finished after {limit_s:g} s; complete it: {PROGRAM} {self._folder}")
             self._kill()
 
-    def _say(self, text: str) -> None:
+    def _report(self, text: str) -> None:
         self._print(f"W&B: {text}")
 
     def _listen(self) -> None:
@@ -137,10 +137,10 @@ class WandbLogger:
             return
         with process.stdout as lines:
             for line in lines:
-                self._say(line.decode(errors="replace").rstrip("\n"))
+                self._report(line.decode(errors="replace").rstrip("\n"))
         code = process.wait()
         if code and not self._is_killed:
-            self._say(
+            self._report(
                 f"stopped (its process ended with code {code}); training goes on, metrics.jsonl "
                 "has every row"
             )
