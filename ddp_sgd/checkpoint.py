@@ -124,7 +124,7 @@ def _export(asked: argparse.Namespace) -> int:
     refuse_overwriting(asked.output, force=asked.force)
     file, manifest = find_checkpoint(asked.checkpoint)
     weights = read_tensors(file)["model"]
-    model: Any = SimpleNamespace(state_dict=lambda: weights)  # all that the digest asks for
+    model: Any = SimpleNamespace(state_dict=lambda: weights)  # all that the digest reads
     tied = export_weights(weights, manifest.header, asked.output, digest=weights_digest(model))
     equal = "".join(f"; {name} is tied to {kept}" for name, kept in tied.items())
     _print(f"{asked.output}: weights of step {manifest.header.step} from {file}{equal}")

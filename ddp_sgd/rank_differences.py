@@ -20,7 +20,7 @@ _SHOWN = 3
 
 
 def name_values(values: Mapping[int, str], hosts: Sequence[str]) -> str | None:
-    """Say which rank has which value, unless all have the same.
+    """Name the ranks of each value, unless all have the same.
 
     Args:
         values: Value of each rank that has one.

@@ -93,7 +93,7 @@ def _write_new(new: Path, content: Content) -> tuple[int, str]:
         stream = _Hashed(raw)
         try:
             content.fill(stream)
-        except RuntimeError as error:  # torch hides what the system said
+        except RuntimeError as error:  # torch hides the error of the system
             raise stream.failure or error from error
         raw.truncate(stream.size)
     return stream.size, stream.digest.hexdigest()
@@ -147,7 +147,7 @@ def _sync(*files: Path) -> None:
 
 
 def _forget_cached(file: Path) -> None:
-    """Have the next reader ask the disk, not the memory of the system."""
+    """Drop a file from the page cache: the next reader gets what is on the disk."""
     with file.open("rb") as stream:
         _let_go(stream.fileno())
 

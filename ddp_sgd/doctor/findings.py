@@ -47,7 +47,7 @@ def judge_facts(facts: Mapping[int, Facts], world_size: int) -> list[Finding]:
 
 
 def judge_surroundings(answers: Answers, unwritable: str | None = None) -> list[Finding]:
-    """Find what is wrong or remarkable about disks and clocks, and who fell silent.
+    """Find what is wrong or remarkable about disks and clocks, and ranks that stopped replying.
 
     Args:
         answers: Of the ranks that came.
@@ -76,8 +76,8 @@ def judge_surroundings(answers: Answers, unwritable: str | None = None) -> list[
 def judge_links(links: Sequence[Link]) -> list[Finding]:
     """Name the hosts that are much slower than the others, by their best link.
 
-    The best link of a host that is well leads to another such host, so a slow one does not blacken
-    its partners. Of two hosts with one link, none can be told to be the slow one.
+    The best link of a host that is well leads to another such host, so a slow one does not affect
+    its partners. Of two hosts with one link, the slow one cannot be found.
     """
     best: dict[str, float] = {}
     for link in links:

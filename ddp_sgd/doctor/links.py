@@ -315,7 +315,7 @@ def _room(free: Sequence[int | None]) -> str:
 
 
 def _clock(ranks: Sequence[int], clocks: Mapping[int, Clock]) -> str:
-    """Show the clock of a host by the rank whose answer came fastest."""
+    """Show the clock of a host by the rank whose reply came fastest."""
     if ranks[0] == 0:
         return "0"
     known = [clocks[rank] for rank in ranks if rank in clocks]

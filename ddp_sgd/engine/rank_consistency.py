@@ -37,7 +37,7 @@ decode a picture with other last bits, while two samples differ by more.
 
 
 class Mark(NamedTuple):
-    """What is told of a part of a sample.
+    """Description of a part of a sample.
 
     Args:
         text: For people; equal texts mean equal parts, unless there is a mean.
@@ -50,7 +50,7 @@ class Mark(NamedTuple):
     size: float = 0.0
 
     def agrees_with(self, other: "Mark") -> bool:
-        """Whether two ranks have read the same, as far as a mean can tell."""
+        """Whether two ranks have read the same, as far as a mean shows."""
         if self.mean is None or other.mean is None or self.text == other.text:
             return self.text == other.text
         limit = _TOLERANCE * max(self.size, other.size)
@@ -65,7 +65,7 @@ Marks = Mapping[str, Mark]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """What a run is, as its checkpoints say.
+    """What a run is, as recorded in its checkpoints.
 
     Args:
         run_id: Identity of the run.
@@ -86,7 +86,7 @@ def mark_samples(
     """Read the first, the middle and the last sample, as an evaluation would.
 
     Shapes, number types and integer targets have to be equal; of pictures and floating-point
-    numbers, the means. A sample that cannot be read has no mark: whoever needs it says why.
+    numbers, the means. A sample that cannot be read has no mark: reading it later raises the error.
 
     Args:
         dataset: Map-style data set with at least one sample.
@@ -200,7 +200,7 @@ def _digest(content: bytes) -> str:
 
 
 _SHOWN = 3
-"""Differences that one message tells of."""
+"""Largest number of differences in one message."""
 _NONE = Mark("")
 _SAME_DATA = "give every rank the same data, in the same order"
 
@@ -228,7 +228,7 @@ class Trait:
 
 
 class Brought(NamedTuple):
-    """What a rank tells the others.
+    """What a rank sends the others.
 
     Args:
         host: Name of its host.
@@ -327,7 +327,7 @@ def read_marks(components: Components) -> dict[str, Mark]:
 
 
 def _differences(trait: Trait, hosts: Sequence[str], runtime: Runtime) -> str:
-    """Say what differs from rank 0, on which ranks; every rank calls this and gets the same."""
+    """Describe what differs from rank 0, on which ranks; all ranks call this and get the same."""
     of_rank_0 = from_rank_0(trait.values, runtime)
     names = dict.fromkeys([*of_rank_0, *trait.values])
     deviations = [name for name in names if of_rank_0.get(name) != trait.values.get(name)]
