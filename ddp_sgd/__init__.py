@@ -1,6 +1,6 @@
 """Data-parallel SGD done right.
 
-The public names are loaded when they are first used, so that a wrong option is answered before
+The public names are loaded when they are first used, so that a wrong option is reported before
 torch is imported, and ``python -m ddp_sgd.train`` imports nothing twice.
 """
 

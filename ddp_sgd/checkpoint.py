@@ -94,10 +94,10 @@ def _add_commands(parser: Parser) -> Mapping[str, Parser]:
 def _ls(asked: argparse.Namespace) -> int:
     found = list_checkpoints(asked.folder)
     if not found:
-        _say(f"{asked.folder} holds no checkpoints")
+        _print(f"{asked.folder} holds no checkpoints")
         return ExitCode.DONE
     for line in listing_lines(found, now=time.time()):
-        _say(line)
+        _print(line)
     return ExitCode.DONE
 
 
@@ -107,7 +107,7 @@ def _verify(asked: argparse.Namespace) -> int:
     for file in files:
         fault = fault_at(file)
         damaged += fault is not None
-        _say(f"{file} {fault or 'is whole'}")
+        _print(f"{file} {fault or 'is whole'}")
     if damaged or not files:
         state = f"{damaged} of {len(files)} damaged" if files else "no checkpoint at all"
         raise DataError(
@@ -124,10 +124,10 @@ def _export(asked: argparse.Namespace) -> int:
     refuse_overwriting(asked.output, force=asked.force)
     file, manifest = find_checkpoint(asked.checkpoint)
     weights = read_tensors(file)["model"]
-    model: Any = SimpleNamespace(state_dict=lambda: weights)  # all that the digest asks for
+    model: Any = SimpleNamespace(state_dict=lambda: weights)  # all that the digest reads
     tied = export_weights(weights, manifest.header, asked.output, digest=weights_digest(model))
     equal = "".join(f"; {name} is tied to {kept}" for name, kept in tied.items())
-    _say(f"{asked.output}: weights of step {manifest.header.step} from {file}{equal}")
+    _print(f"{asked.output}: weights of step {manifest.header.step} from {file}{equal}")
     return ExitCode.DONE
 
 
@@ -137,8 +137,8 @@ def _average(asked: argparse.Namespace) -> int:
     chosen = choose_checkpoints(asked.paths, last=asked.last)
     written = write_average(chosen, asked.output)
     for file, manifest in chosen:
-        _say(f"  {file} (step {manifest.header.step}, epoch {epochs_of(manifest.header):.4g})")
-    _say(f"{written}: the mean of these {len(chosen)}")
+        _print(f"  {file} (step {manifest.header.step}, epoch {epochs_of(manifest.header):.4g})")
+    _print(f"{written}: the mean of these {len(chosen)}")
     return ExitCode.DONE
 
 
@@ -152,9 +152,9 @@ def _diff(asked: argparse.Namespace) -> int:
     weights = compare_trees(a["model"], b["model"])
     momentum = compare_trees(_momentum(a), _momentum(b))
     for line in (*settings, *difference_lines(weights), *difference_lines(momentum)):
-        _say(line)
+        _print(line)
     parts = (("settings", settings), ("weights", weights), ("momentum", momentum))
-    _say(
+    _print(
         "; ".join(
             f"{name}: {f'{len(found)} differ' if found else 'equal'}" for name, found in parts
         )
@@ -172,7 +172,7 @@ def _settings(header: Any) -> dict[str, Any]:
     return {name: getattr(header, name) for name in names}
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     deliver(f"{line}\n")
 
 

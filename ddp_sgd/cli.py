@@ -23,8 +23,8 @@ class _End(NamedTuple):
 
     Args:
         code: Exit code of the contract.
-        line: What there is to say of a code above 0, on one line.
-        traceback: Where an error comes from, if somebody asked; else empty.
+        line: The message of a code above 0, on one line.
+        traceback: Where an error comes from, if requested; else empty.
         is_first: Whether this process ran into it first.
     """
 
@@ -43,7 +43,7 @@ def run_command(
     add_options: "Callable[[ArgumentParser], None] | None" = None,
     argument: str | None = None,
 ) -> int:
-    """Run a command and turn whatever happens into an exit code.
+    """Run a command and turn its outcome into an exit code.
 
     Args:
         work: What the command does; returns its exit code, None for 0.
@@ -84,7 +84,7 @@ def run_command(
 
 
 def exit_code_of(work: Callable[[], int | None], *, debug: bool) -> int:
-    """Do some work and turn whatever happens into an exit code.
+    """Do some work and turn its outcome into an exit code.
 
     Args:
         work: Returns its exit code, None for 0.

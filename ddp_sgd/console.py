@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def say(line: str) -> None:
-    """Print a line on stdout, if there is anybody to read it; whatever fails, nothing is raised."""
+    """Print a line on stdout, if it is open; no failure is raised."""
     _print(sys.stdout, f"{line}\n")
 
 
@@ -77,7 +77,7 @@ def deliver(text: str) -> None:
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Whether somebody watches a stream, which may be closed."""
+    """Whether a stream, which may be closed, is a terminal."""
     try:
         return stream is not None and stream.isatty()
     except (OSError, ValueError):
@@ -96,11 +96,11 @@ def silence(stream: TextIO | None) -> None:
 
 
 def outlive_console() -> None:
-    """Have whatever prints in this process go on when its console fails, also the user's code.
+    """Have all code that prints in this process go on when its console fails, also the user's.
 
     The three standard descriptors are opened where they are closed: else the next file that is
     opened, such as the journal, would get what C code prints. ``sys.stdout`` and ``sys.stderr`` are
-    replaced, unless somebody else has done so.
+    replaced, unless other code has done so.
     """
     fill_descriptors()
     for name in ("stdout", "stderr"):
@@ -144,7 +144,7 @@ class _LastingFile(io.FileIO):
     def write(self, data: Any) -> int:
         try:
             while (written := super().write(data)) is None:
-                select.select([], [self], [])  # a full pipe that somebody has set to non-blocking
+                select.select([], [self], [])  # a full pipe that was set to non-blocking
         except OSError:
             _redirect_to_null(self.fileno())
             return memoryview(data).nbytes
@@ -164,7 +164,7 @@ def _lasting(descriptor: int, like: TextIO | None = None) -> TextIO:
 def _print(stream: TextIO | None, text: str) -> None:
     try:
         _write(stream, text)
-    except Exception:  # whatever a stream of the user's own raises, too
+    except Exception:  # any error of a stream of the user's own, too
         silence(stream)
 
 

@@ -25,7 +25,7 @@ class ExitCode(IntEnum):
 
 
 class UserError(Exception):
-    """A mistake or a mishap that the user can fix; the message says how.
+    """An error that the user can fix; the message gives the remedy.
 
     The message reads ``WHERE is WHAT; REMEDY``, on one line. Raise one of the subclasses.
 
@@ -41,7 +41,7 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """The configuration, the command line or the environment asks for what cannot be."""
+    """The configuration, the command line or the environment has an invalid value."""
 
     exit_code = ExitCode.CONFIG
 
@@ -102,7 +102,7 @@ class StopInterrupt(BaseException):
         reason: Name of the signal.
 
     Attributes:
-        is_caught: Whether somebody has begun to end the run.
+        is_caught: Whether a handler has begun to end the run.
     """
 
     def __init__(self, reason: str) -> None:
@@ -119,7 +119,7 @@ class StopInterrupt(BaseException):
 
 
 class RepeatedFailureError(UserError):
-    """Earlier lives of a run failed at one and the same step, and so would this one.
+    """Earlier attempts of a run failed at one and the same step, and so would this one.
 
     Args:
         message: What the user reads.
@@ -133,7 +133,7 @@ class RepeatedFailureError(UserError):
 
 
 class RemoteError(UserError):
-    """Another rank failed first and told the user; this one ends with the same code, silently.
+    """Another rank failed first and reported it; this one ends with the same code, without output.
 
     Args:
         message: The line which the other rank printed.
@@ -147,7 +147,7 @@ class RemoteError(UserError):
 
 
 def unwritable(path: Path, error: OSError) -> OutputError:
-    """Say that a path cannot be written, and why."""
+    """Return the error of a path that cannot be written."""
     return OutputError(
         f"{path} cannot be written: {error.strerror or error}; set output_dir to a folder that you "
         "may write, with room on its disk."

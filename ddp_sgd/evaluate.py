@@ -131,7 +131,7 @@ def look_up(
     runtime: "Runtime",
     given: Mapping[str, Any] | None = None,
 ) -> Saved:
-    """Find and verify a checkpoint on rank 0, and tell the others.
+    """Find and verify a checkpoint on rank 0, and send it to the others.
 
     Args:
         path: A checkpoint, a link to one, or a run folder.
@@ -222,7 +222,7 @@ def score_again(saved: Saved, runtime: "Runtime") -> "tuple[Metrics, str]":
 
 
 def _fitting_loss(saved: Saved) -> "LossFunction":
-    """Build the loss; refuse another one than the run's that nobody has asked for."""
+    """Build the loss; refuse another one than the run's that was not requested."""
     from ddp_sgd.engine.components import ready_loss
     from ddp_sgd.engine.train_state import describe_loss
 

@@ -16,7 +16,7 @@ from typing import TypeVar
 from ddp_sgd.errors import DataError
 
 _NO_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
-"""What a file system answers that cannot sync a folder."""
+"""Errors of a file system that cannot sync a folder."""
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -63,7 +63,7 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Return when the names in a folder are on the disk, where the file system can tell.
+    """Return when the names in a folder are on the disk, where the file system can sync them.
 
     Raises:
         OSError: It cannot be read, or did not reach the disk.
@@ -92,10 +92,10 @@ _MISSING = (
     errno.ELOOP,
     errno.ENAMETOOLONG,
 )
-"""There is no file of that name: that is an answer."""
+"""Errors of a name without a file: these are final."""
 
 _FINAL = (*_MISSING, errno.EACCES, errno.EPERM)
-"""The same answer comes again a second later."""
+"""Errors that a retry does not change."""
 
 
 def retry(read: Callable[[], T]) -> T:
@@ -118,7 +118,7 @@ def retry(read: Callable[[], T]) -> T:
 
 
 def is_missing(error: OSError) -> bool:
-    """Whether an error says that there is no such file, rather than that it cannot be read."""
+    """Whether an error means that there is no such file, rather than that it cannot be read."""
     return error.errno in _MISSING
 
 
@@ -126,7 +126,7 @@ def is_taken(path: Path) -> bool:
     """Whether something has this name; ``os.path.lexists`` would call a failed look a free name.
 
     Raises:
-        OSError: It cannot be said.
+        OSError: The path cannot be checked.
     """
     try:
         retry(path.lstat)
@@ -138,7 +138,7 @@ def is_taken(path: Path) -> bool:
 
 
 def unreadable(path: Path, error: OSError, otherwise: str) -> DataError:
-    """Say that a file is there and cannot be read.
+    """Return the error of a file that is there and cannot be read.
 
     Args:
         path: The file.

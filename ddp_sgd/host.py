@@ -74,7 +74,7 @@ def count_gpus(environ: Mapping[str, str]) -> int:
     Args:
         environ: The environment, such as ``os.environ``.
     """
-    # SLURM sets all of these, whatever the GPUs are, and a user narrows one: the least counts.
+    # SLURM sets all of these for GPUs of any vendor, and a user narrows one: the least counts.
     named = [_count_names(environ[name]) for name in _NARROWED_BY if name in environ]
     if named:
         return min(named)
@@ -119,7 +119,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 def keep_freed_memory() -> None:
     """Have glibc keep the memory of one step for the next, instead of giving it back to the system.
 
-    On the CPU a step frees its activations, and the next one asks for them again: given back, each
+    On the CPU a step frees its activations, and the next one allocates them again: given back, each
     of their pages is mapped and cleared again. ResNet-18 on 32 images then meets 20 to 30 thousand
     page faults more in a step of 0.6 s, a tenth of its time. A choice of the user's stays.
 
@@ -135,13 +135,13 @@ def keep_freed_memory() -> None:
 
 
 def whereabouts(address: str) -> str:
-    """Say where a name or address leads from here.
+    """Return where a name or address leads from here.
 
     Args:
         address: Name, IPv4 or IPv6 address of a host.
 
     Returns:
-        ``loopback`` if back to the machine that asks, whichever it is; ``here`` if to this machine;
+        ``loopback`` if back to the machine that looks it up, on each; ``here`` if to this machine;
         ``elsewhere``; or ``unknown`` if this machine does not know the name.
     """
     try:
@@ -158,7 +158,7 @@ def whereabouts(address: str) -> str:
 
 
 def free_port() -> int:
-    """Find a TCP port that nobody listens on at this moment."""
+    """Find a TCP port that is free at this moment."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

@@ -2,7 +2,7 @@
 
 Trusted class paths: what a checkpoint may instantiate without ``--trust``.
 
-A checkpoint holds the class paths of its run, and whoever builds them runs their code. No torch,
+A checkpoint holds the class paths of its run, and to build them runs their code. No torch,
 unless a name is one of torch's.
 """
 
@@ -41,7 +41,7 @@ _FUNCTIONS = (
 
 
 def refuse_untrusted(named: Any, given: Any, where: str) -> None:
-    """Refuse class paths that run code of somebody's, unless the caller has named them.
+    """Refuse class paths that run untrusted code, unless the caller has named them.
 
     Args:
         named: Nested plain data with the components that are about to be built.
@@ -65,7 +65,7 @@ def refuse_untrusted(named: Any, given: Any, where: str) -> None:
 
 
 def is_trusted(path: str) -> bool:
-    """Whether a class path may be built without being asked for.
+    """Whether a class path may be built without ``--trust``.
 
     That holds for models, losses, data sets and transforms of ddp_sgd, torch, torchvision and timm:
     for what they define themselves, not for the modules of others that they import.
@@ -79,7 +79,7 @@ def is_trusted(path: str) -> bool:
         return False
     try:
         found = _follow(path)
-    except ModuleNotFoundError:  # nothing to run; building it says what is missing
+    except ModuleNotFoundError:  # nothing to run; building it reports what is missing
         return True
     if found is None or not _is_in(f"{getattr(found, '__module__', None)}.", _PACKAGES):
         return False
@@ -139,7 +139,7 @@ def instantiate(component: Component, where: str, *, failure: type[UserError] = 
 
     Raises:
         ConfigError: The name cannot be imported, or the arguments do not fit its signature.
-        UserError: The call raised; an error that already says WHERE, WHAT and REMEDY passes
+        UserError: The call raised; an error that already has WHERE, WHAT and REMEDY passes
             unchanged.
     """
     named = _find(component.class_path, f"{where}.class_path")
@@ -302,7 +302,7 @@ def _from_environment(name: str, where: str) -> str:
 
 
 def _may_be_dtype(parameter: inspect.Parameter | None) -> bool:
-    """Whether an argument may be a dtype: nothing is said of its type, or that."""
+    """Whether an argument may be a dtype: it has that annotation, or none."""
     return (
         parameter is None
         or parameter.annotation is parameter.empty

@@ -66,7 +66,7 @@ _POLL_S = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchOptions:
-    """What the user asked the launcher for.
+    """Parsed options of the launcher.
 
     Args:
         nproc: Processes on this machine.
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None, stop: StopSignals | None = None) -> 
 
     Args:
         argv: Arguments after the name of the command; None takes those of the process.
-        stop: Signals that ask to stop; None listens to none.
+        stop: Signals that request a stop; None handles none.
     """
     argv = sys.argv[1:] if argv is None else argv
 
@@ -104,9 +104,9 @@ def launch(options: LaunchOptions, environ: Mapping[str, str], stop: StopSignals
     """Train under torchrun, with restarts, and return the exit code of the run.
 
     Args:
-        options: What the user asked for.
+        options: Parsed options of the launcher.
         environ: Environment variables; the run gets them, and some more.
-        stop: Signals that ask to stop.
+        stop: Signals that request a stop.
 
     Raises:
         ConfigError: The configuration of the run is at fault.
@@ -175,8 +175,8 @@ def _run_with_restarts(
             return attempt
         left -= 1
         number = options.max_restarts - left
-        said = f"it is started again ({number} of {options.max_restarts})"
-        say_error(f"ddp_sgd: {attempt.loss}; {said}")
+        restart = f"it is started again ({number} of {options.max_restarts})"
+        say_error(f"ddp_sgd: {attempt.loss}; {restart}")
         files.forget_results()
         ours["LAUNCH_RESTART_COUNT"] = str(number)
 
@@ -259,7 +259,7 @@ def read_options(argv: Sequence[str], environ: Mapping[str, str]) -> LaunchOptio
         environ: Environment variables.
 
     Returns:
-        The options; None if the user asked for help.
+        The options; None if help was requested.
 
     Raises:
         ConfigError: An option or a variable is at fault, or one is missing.
@@ -333,10 +333,10 @@ def _split(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def _locate(address: str) -> tuple[bool | None, str]:
-    """Find out whether this machine hosts the rendezvous, and what to do if nobody is there.
+    """Find out whether this machine hosts the rendezvous, and what to do if no machine is there.
 
     torchrun would host it where it takes the address for its own, and else, or if the port is
-    taken, join whatever meets there: so it is told which.
+    taken, join any rendezvous there: so ``is_host`` is set.
     """
     where = whereabouts(address)
     if where == "loopback":

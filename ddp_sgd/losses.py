@@ -37,16 +37,15 @@ class Objective:
     A unit is a sample, for a loss that gives the mean over samples. torch's own cross entropy with
     class weights, with ignored targets or with one target per pixel or token divides by the weight
     of the targets instead; then that weight is the unit, since only so a split over ranks equals
-    the whole. A subclass with a ``forward`` of its own is taken for what its author says: a mean
-    over samples.
+    the whole. A subclass with a ``forward`` of its own is assumed to be a mean over samples.
 
     Args:
         loss: Module or function of (outputs, targets) that returns the mean, a tensor without
             dimensions.
         targets: Targets of the data set, to choose which kind of unit applies.
         complete: Whether these are all targets, so that no ignored one can occur later.
-        takes_classes: Whether targets are indices of the model's outputs; None: as the type of the
-            loss says.
+        takes_classes: Whether targets are indices of the model's outputs; None: by the type of the
+            loss.
         spread: How inputs reach the model.
 
     Raises:
@@ -54,7 +53,7 @@ class Objective:
 
     Attributes:
         ignore_index: Target that the loss leaves out.
-        counts_samples: Whether the unit is a sample, whose number every rank knows without asking.
+        counts_samples: Whether the unit is a sample, whose number every rank knows.
         takes_classes: Whether targets are class indices, so that there is an accuracy.
     """
 
@@ -186,7 +185,7 @@ def has_forward_of_torch(loss: LossFunction) -> bool:
 
 
 def is_of_classes(loss: LossFunction) -> bool | None:
-    """Whether integer targets of a loss are class indices; None if its type does not say so."""
+    """Whether integer targets of a loss are class indices; None if its type does not define it."""
     module = as_module(loss)
     if not has_forward_of_torch(module):
         return None

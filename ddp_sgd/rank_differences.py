@@ -19,8 +19,8 @@ _SHOWN = 3
 """Values, hosts and pieces of ranks that a sentence names before it counts the rest."""
 
 
-def tell_apart(values: Mapping[int, str], hosts: Sequence[str]) -> str | None:
-    """Say which rank has which value, unless all have the same.
+def name_values(values: Mapping[int, str], hosts: Sequence[str]) -> str | None:
+    """Name the ranks of each value, unless all have the same.
 
     Args:
         values: Value of each rank that has one.

@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def requeue(line: CommandLine) -> int:
-    """Decide, print why, write it into ``result.json``, and leave the answer for the script.
+    """Decide, print why, write it into ``result.json``, and leave the decision for the script.
 
     Args:
         line: The configuration of the run, and what the batch script knows.
@@ -168,7 +168,7 @@ def _end(attempt: JobAttempt, launcher_code: int) -> str:
 def _rows(folder: Path) -> list[dict[str, Any]]:
     try:
         return read_journal(folder / "metrics.jsonl")
-    except DataError:  # there is none, or somebody else's
+    except DataError:  # there is none, or another run's
         return []
 
 

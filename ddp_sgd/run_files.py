@@ -202,7 +202,7 @@ class RunFiles:
 
 
 def _version(path: Path) -> tuple[int, int, int] | None:
-    """Tell one content of a file from another: time in ns, inode, size; None if it is missing."""
+    """Identify the content of a file: time in ns, inode, size; None if it is missing."""
     with suppress(OSError):
         stat = path.stat()
         return stat.st_mtime_ns, stat.st_ino, stat.st_size

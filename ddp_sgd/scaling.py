@@ -144,7 +144,7 @@ _UNITS = (("h", 3600, 6000), ("min", 60, 100), ("s", 1, 1), ("ms", 1e-3, 0))
 def scaling_table(
     plan_for: Callable[[int], Plan], world_size: int, workload: Workload, network: Network
 ) -> str:
-    """Show step, epoch and run for 1, 2, 4, ... ranks and for those that are asked for.
+    """Show step, epoch and run for 1, 2, 4, ... ranks and for those that are requested.
 
     A shorter step at the end of an epoch counts as a full one. Evaluation and saves are left out.
 

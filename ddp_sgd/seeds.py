@@ -70,7 +70,7 @@ class Randomness:
             np.random.seed(number & 0xFFFF_FFFF)  # the global one, which models draw from
 
     def seed_chunk(self, seed: int, chunk: int) -> None:
-        """Seed what is drawn for one chunk of an evaluation, whichever rank scores it.
+        """Seed what is drawn for one chunk of an evaluation, the same on any rank.
 
         Args:
             seed: Seed of the run.

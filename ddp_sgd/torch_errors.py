@@ -81,7 +81,7 @@ class Use(Enum):
 
 @contextmanager
 def memory_for(use: Use, where: str = "data.train") -> Iterator[None]:
-    """Say what memory was for, where it runs out in the block.
+    """Report what memory was for, where it runs out in the block.
 
     Args:
         use: What the memory is for.
@@ -106,7 +106,7 @@ def refuse_out_of_memory(error: Exception, use: Use, where: str = "data.train") 
         where: Key of the data set, for data.
 
     Raises:
-        ConfigError: ``error`` says that memory of the device or of the host ran out.
+        ConfigError: ``error`` reports that memory of the device or of the host ran out.
     """
     if (text := describe_out_of_memory(error, use, where)) is not None:
         raise ConfigError(f"{text}.") from error
@@ -128,7 +128,7 @@ def translate_errors(stop_reason: Callable[[], str | None] = lambda: None) -> It
     """Translate the errors that a configuration can fix; others pass unchanged.
 
     Args:
-        stop_reason: Says why this process was asked to stop, None if it was not; a loader process
+        stop_reason: Returns the reason of a stop request, None if there is none; a loader process
             that ends along with it is no error.
 
     Raises:
@@ -136,7 +136,7 @@ def translate_errors(stop_reason: Callable[[], str | None] = lambda: None) -> It
         DataError: A label out of range, an index that an embedding lacks, or a loader process that
             was killed.
         DeviceError: The device reports another error.
-        StoppedError: A loader process was killed, and this one asked to stop.
+        StoppedError: A loader process was killed, and this one has a stop request.
     """
     try:
         with _lost_workers(stop_reason):
@@ -171,7 +171,7 @@ def _translate(error: Exception) -> UserError | None:
 
 
 def unused_parameters() -> ConfigError:
-    """Say that a step left parameters without a gradient, and what to do."""
+    """Return the error of a step that left parameters without a gradient."""
     return ConfigError(
         "parallel.find_unused_parameters is false, but a step left parameters of the model "
         "without a gradient; set parallel.find_unused_parameters=true, or "
@@ -181,7 +181,7 @@ def unused_parameters() -> ConfigError:
 
 @contextmanager
 def _lost_workers(stop_reason: Callable[[], str | None]) -> Iterator[None]:
-    """Tell a loader process that was killed from one that a stop has ended, too."""
+    """Distinguish a loader process that was killed from one that a stop has ended, too."""
     try:
         yield
     except (RuntimeError, LostWorkerError) as error:
@@ -199,7 +199,7 @@ def _lost_workers(stop_reason: Callable[[], str | None]) -> Iterator[None]:
 def lost_worker(error: Exception) -> LostWorkerError | None:
     """Translate an error that reports a killed loader process; None for any other error.
 
-    torch raises that in whatever the main thread is doing. A process that is killed while it sends
+    torch raises that wherever the main thread is. A process that is killed while it sends
     a batch shows as a broken connection.
     """
     if not (isinstance(error, (EOFError, ConnectionError)) or Cause.LOST_WORKER.is_in(error)):

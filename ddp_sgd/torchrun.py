@@ -1,6 +1,6 @@
 """torchrun as a child process: start, watch, stop; and what the way it ended means. No torch.
 
-torchrun exits with 1 for any failure, starts workers again that ended because they were asked to,
+torchrun exits with 1 for any failure, starts workers again that ended on a stop request,
 and waits without a timeout for hosts that are gone. ``Torchrun`` watches for these cases,
 ``Attempt`` holds how one start of torchrun ended, and ``decide`` derives the exit code of the run.
 """
@@ -30,13 +30,13 @@ _POLL_S = 0.05
 _LOOK_S = 0.25
 """Time between two looks at the files of the run, which may be on a network."""
 _ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGQUIT)
-"""Signals that ask a process to end. A torchrun that another one ended was killed."""
+"""Signals that request the end of a process. A torchrun that another one ended was killed."""
 _INTERRUPTED = 128 + signal.SIGINT
 """Exit code after a second Ctrl-C: what a shell gives for a death by SIGINT."""
 
 
 class StopSignals:
-    """Graceful shutdown: signals that ask the launcher to stop, noted by their handlers.
+    """Graceful shutdown: signals that stop the launcher, recorded by their handlers.
 
     Attributes:
         is_requested: Whether there was one.
@@ -73,7 +73,7 @@ class Rendezvous:
         nodes: Number of machines, or ``MIN:MAX``.
         address: Name of the machine that hosts it.
         port: Port on it.
-        run_id: Tells the run from others at the same port; empty for its name.
+        run_id: Distinguishes the run from others at the same port; empty for its name.
         is_host: Whether this machine hosts it; None leaves it to torchrun.
         remedy: What to do where the machines do not find each other.
     """
@@ -176,7 +176,7 @@ def decide(
         result_code: Exit code in the ``result.json`` that this launch wrote; None if it did not.
         left_code: Exit code that a rank left for its launcher; None if none did.
         is_reported: Whether a rank printed an error.
-        is_stopped: Whether the launcher or the workers were asked to stop.
+        is_stopped: Whether the launcher or the workers had a stop request.
     """
     if attempt.ending is Ending.INTERRUPTED:
         return End(_INTERRUPTED)
@@ -303,7 +303,7 @@ class Torchrun:
 
 
 def find_workers(pid: int) -> list[int] | None:
-    """Find the processes that torchrun has started and that live; None where no tool tells.
+    """Find the running processes that torchrun has started; None where they cannot be listed.
 
     Args:
         pid: Process number of torchrun.

@@ -1,6 +1,6 @@
 import pytest
 
-from ddp_sgd.rank_differences import join_words, name_ranks, number_spans, tell_apart
+from ddp_sgd.rank_differences import join_words, name_ranks, name_values, number_spans
 
 HOSTS = ["node1", "node1", "node2", "node2", "node3", "node4", "node5"]
 
@@ -22,7 +22,7 @@ HOSTS = ["node1", "node1", "node2", "node2", "node3", "node4", "node5"]
     ],
 )
 def test_values_are_told_apart(values, words):
-    assert tell_apart(values, HOSTS) == words
+    assert name_values(values, HOSTS) == words
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ class TrackedRun:
         config = config or WandbConfig()
         write_plan(record, config)
         self.folder = record.folder
-        self.journal, self.logger = Journal(), WandbLogger(config, say=say)
+        self.journal, self.logger = Journal(), WandbLogger(config, echo=say)
         self.journal.start(record)
         self.logger.start(record)
         origin = record.origin

@@ -65,13 +65,13 @@ def write_content(
         manifest = Manifest(
             file=file.name, size_bytes=size, sha256=digest, time=time.time(), header=header
         )
-        told = file.with_suffix(".json")
-        new_told = told.with_name(f".{told.name}{UNFINISHED}")
-        new_told.write_bytes(manifest.to_text().encode())
-        _sync(new, new_told)
+        manifest_file = file.with_suffix(".json")
+        new_manifest_file = manifest_file.with_name(f".{manifest_file.name}{UNFINISHED}")
+        new_manifest_file.write_bytes(manifest.to_text().encode())
+        _sync(new, new_manifest_file)
         _forget_cached(new)
         _refuse_change(new, manifest)
-        new_told.replace(told)
+        new_manifest_file.replace(manifest_file)
         new.replace(file)
         sync_folder(folder.path)
     except BaseException:
@@ -93,7 +93,7 @@ def _write_new(new: Path, content: Content) -> tuple[int, str]:
         stream = _Hashed(raw)
         try:
             content.fill(stream)
-        except RuntimeError as error:  # torch hides what the system said
+        except RuntimeError as error:  # torch hides the error of the system
             raise stream.failure or error from error
         raw.truncate(stream.size)
     return stream.size, stream.digest.hexdigest()
@@ -147,7 +147,7 @@ def _sync(*files: Path) -> None:
 
 
 def _forget_cached(file: Path) -> None:
-    """Have the next reader ask the disk, not the memory of the system."""
+    """Drop a file from the page cache: the next reader gets what is on the disk."""
     with file.open("rb") as stream:
         _let_go(stream.fileno())
 

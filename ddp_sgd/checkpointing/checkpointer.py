@@ -275,7 +275,7 @@ class AsyncCheckpointer:
             return
         try:
             file, num_bytes, end = save.written.result()
-        except Exception as error:  # whatever it is, the run has its earlier checkpoints
+        except Exception as error:  # any error: the run has its earlier checkpoints
             self._failures += 1
             self._failure = error
             self._report(save.header, {"error": f"not written: {_reason(error)}"})

@@ -99,7 +99,7 @@ def by_path(tree: Any) -> dict[str, Any]:
 
 
 def describe(values: Mapping[str, Any], name: str) -> str:
-    """Say what stands under a name: shape and type of a tensor, else its class."""
+    """Describe the value of a name: type and shape of a tensor, else its class."""
     if name not in values:
         return "absent"
     value = values[name]

@@ -37,8 +37,8 @@ def choose_checkpoints(paths: Sequence[Path], *, last: int | None = None) -> lis
         Files and manifests, the oldest first.
 
     Raises:
-        ConfigError: Fewer than two are asked for, or named.
-        DataError: A checkpoint that is named is damaged, or there are fewer than asked for.
+        ConfigError: Fewer than two are requested, or named.
+        DataError: A checkpoint that is named is damaged, or there are fewer than requested.
     """
     if last is not None and last < 2:
         raise ConfigError(f"--last is {last}; choose at least 2.")
@@ -89,7 +89,7 @@ def write_average(chosen: Sequence[Found], output: Path) -> Path:
     """Average checkpoints into a folder of their own.
 
     The header is that of the newest, so that a run goes on from its place; without scores, since
-    nobody has scored the mean.
+    the mean was not scored.
 
     Args:
         chosen: Files and manifests, the oldest first.
@@ -155,7 +155,7 @@ def _add(
 
 
 def _identity(value: Any) -> Hashable | None:
-    """Tell floating-point tensors apart by their memory; None for anything else."""
+    """Identify a floating-point tensor by its memory; None for anything else."""
     if not isinstance(value, torch.Tensor) or not (value.is_floating_point() or value.is_complex()):
         return None
     return value.data_ptr(), value.dtype, value.shape, value.stride()

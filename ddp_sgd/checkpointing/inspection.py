@@ -23,7 +23,7 @@ class Listed:
     Args:
         file: Where it is.
         size_bytes: Its length.
-        manifest: What it says of itself; None if it has no valid manifest.
+        manifest: Its manifest; None if it has no valid one.
         remark: ``last``, ``best``, or what is wrong as far as it shows without reading the file.
     """
 

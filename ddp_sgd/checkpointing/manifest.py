@@ -117,7 +117,7 @@ def read_manifest(path: Path) -> Manifest | None:
     """Read a manifest; None if it is missing, damaged, or of another format.
 
     Raises:
-        OSError: It cannot be read; that says nothing of what is in it.
+        OSError: It cannot be read; its content may be valid.
     """
     try:
         text = retry(path.read_bytes)

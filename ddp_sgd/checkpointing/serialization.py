@@ -19,7 +19,7 @@ from ddp_sgd.files import is_missing, retry, unreadable
 from ddp_sgd.text import first_line
 
 _PLAIN = (torch.Tensor, nn.Parameter, int, float, bool, str, bytes, complex, type(None))
-"""What a reader takes; a class derived from one of them is code of somebody's."""
+"""Classes that a reader accepts; one derived from them may run code of its own."""
 
 _ANOTHER = "name another checkpoint"
 

@@ -68,7 +68,7 @@ class CheckpointFolder:
         Steps may come twice, where a resume with another global batch counted them again.
 
         Raises:
-            OSError: It cannot be said whether a name is free.
+            OSError: It cannot be checked whether a name is free.
         """
         number, name = 1, f"step-{header.step:08d}.pt"
         while is_taken(self.path / name):
@@ -104,7 +104,7 @@ class CheckpointFolder:
         return Choice(chosen, tuple(lines))
 
     def fault_of(self, entry: Manifest) -> str | None:
-        """Say what is wrong with a checkpoint; None if its bytes are those that were written.
+        """Describe what is wrong with a checkpoint; None if its bytes are those written.
 
         Raises:
             DataError: It cannot be read.
@@ -224,7 +224,7 @@ def _manifest_of(file: Path) -> Manifest | None:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether this is a file; ``Path.is_file`` says no where it cannot say, from Python 3.14 on."""
+    """Whether this is a file; on any error ``Path.is_file`` returns False from Python 3.14 on."""
     try:
         return stat.S_ISREG(retry(path.stat).st_mode)
     except OSError as error:
@@ -234,7 +234,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _unreadable(file: Path, error: OSError) -> DataError:
-    """Say that a checkpoint, or its manifest, cannot be read."""
+    """Return the error of a checkpoint, or its manifest, that cannot be read."""
     other = file.with_suffix({".pt": ".json", ".json": ".pt"}[file.suffix]).name
     otherwise = f"move it and {other} out of the folder to go on from an older checkpoint"
     return unreadable(file, error, otherwise)
@@ -250,7 +250,7 @@ def fault_of(file: Path, entry: Manifest) -> str | None:
     """Compare a file with its manifest; None if it is what was written.
 
     Raises:
-        OSError: It cannot be read; that says nothing of what is in it.
+        OSError: It cannot be read; its content may be valid.
     """
     try:
         size, digest = retry(lambda: _size_and_digest(file, entry.size_bytes))

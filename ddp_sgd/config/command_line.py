@@ -32,7 +32,7 @@ _EXAMPLES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommandLine:
-    """What the user asked a command for.
+    """Parsed command line of a command.
 
     Args:
         config: The resolved configuration.

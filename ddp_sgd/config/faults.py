@@ -84,7 +84,7 @@ def _likeness(one: str, other: str) -> float:
 
 
 def _message(path: str, values: Mapping[str, Any], text: str) -> str:
-    """Complete what a validator says: that of a section says all, that of a value the remedy."""
+    """Complete a validator's message: a section's is whole, a value's is only the remedy."""
     key = all_keys().get(path)
     is_remedy = key is not None and key.kind == "value"
     return f"{path} is {show(_value_at(path, values))}; {text}" if is_remedy else text

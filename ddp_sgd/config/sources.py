@@ -272,7 +272,7 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rank_batch(config: Mapping[str, Any]) -> int:
-    """Samples of one rank in one step that a configuration asks for."""
+    """Samples of one rank in one step, as configured."""
     data = config.get("data", {})
     return int(data.get("batch_size", 0)) * int(data.get("accumulate", 0))
 

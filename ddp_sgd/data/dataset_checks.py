@@ -39,7 +39,7 @@ def is_pair(value: Any) -> bool:
 
 
 def shape_of(value: Any) -> str:
-    """Say what a sample or a batch is, for an error."""
+    """Describe a sample or a batch, for an error."""
     if value is None:
         return "None"
     if isinstance(value, Mapping):
@@ -50,7 +50,7 @@ def shape_of(value: Any) -> str:
 
 
 def no_pair(sample: Any, where: str, index: int) -> str:
-    """Say that a sample is not (input, target), and what would make it so.
+    """Describe why a sample is not (input, target), and what would make it so.
 
     Args:
         sample: What the data set gave.
@@ -64,7 +64,7 @@ def no_pair(sample: Any, where: str, index: int) -> str:
 
 
 def no_batch(samples: Sequence[Any], where: str, indices: Sequence[int], error: Exception) -> str:
-    """Say why torch's default_collate forms no batch of samples, and what would.
+    """Describe why torch's default_collate forms no batch of samples, and what would.
 
     Args:
         samples: Pairs (input, target).
@@ -94,7 +94,7 @@ def no_batch(samples: Sequence[Any], where: str, indices: Sequence[int], error: 
 
 
 def no_tensor(array: Any, where: str, error: Exception) -> str:
-    """Say that an array of a whole batch becomes no tensor, and what would."""
+    """Describe why an array of a whole batch becomes no tensor, and what would."""
     return f"{where} gives {_of_array(array, error)}"
 
 
@@ -182,7 +182,7 @@ _STACKED = (torch.Tensor, np.ndarray)
 
 
 def may_give_whole_batches(dataset: Any) -> bool:
-    """Whether ``__getitems__`` says how samples are read, and may give more than a list of them."""
+    """Whether ``__getitems__`` reads the samples, and may return more than a list of them."""
     kind = type(dataset)
     if isinstance(dataset, TensorDataset):  # unless a subclass reads its samples differently
         return kind.__getitem__ is TensorDataset.__getitem__ and len(dataset.tensors) == 2
@@ -191,7 +191,7 @@ def may_give_whole_batches(dataset: Any) -> bool:
     # It takes each of its data sets for a list of samples, and fails where one gives a pair.
     if isinstance(dataset, StackDataset) and kind.__getitems__ is StackDataset.__getitems__:
         return False
-    # Of two methods the more derived one says how samples are read.
+    # Of two methods the more derived one reads the samples.
     return _depth(kind, "__getitems__") <= _depth(kind, "__getitem__")
 
 
@@ -230,7 +230,7 @@ def take_whole_batch(dataset: Any, indices: Sequence[int], where: str) -> Any:
         return dataset.__getitems__(indices)
     except UserError:
         raise
-    except Exception as error:  # whatever a user's data set raises
+    except Exception as error:  # any error of a user's data set
         raise DataError(
             f"{where}.__getitems__ fails for {_shown(indices)}, {type(error).__name__}: {error}; "
             "let it serve any number of indices, since ranks also read single samples, or remove "
@@ -348,7 +348,7 @@ class _Limited(io.RawIOBase):
         self._left = _ENOUGH_BYTES
 
     def writable(self) -> bool:
-        """Say that it takes bytes."""
+        """Return True: bytes can be written."""
         return True
 
     def write(self, data: Any) -> int:
@@ -368,6 +368,6 @@ def _can_be_sent(value: Any) -> bool:
         pickle.Pickler(_Limited()).dump(value)
     except _IsLongError:
         return True
-    except Exception:  # whatever an object raises that cannot be pickled
+    except Exception:  # any error of an object that cannot be pickled
         return False
     return True

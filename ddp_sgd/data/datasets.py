@@ -249,7 +249,7 @@ class Digits(InMemory):
         shape: ``flat`` gives inputs of shape (64,), ``image`` of (1, 8, 8); float32 in [0, 1].
 
     Raises:
-        DataError: Another split or shape is asked for.
+        DataError: Another split or shape is requested.
 
     Source:
         E. Alpaydin, C. Kaynak: Optical Recognition of Handwritten Digits, UCI Machine Learning

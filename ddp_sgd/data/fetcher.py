@@ -45,7 +45,7 @@ _LINE_BYTES = 64
 
 
 class Request(NamedTuple):
-    """What a loader asks for. The epoch travels along, since loader processes outlive epochs.
+    """Request of a loader. The epoch travels along, since loader processes outlive epochs.
 
     Args:
         epoch: Number of the epoch, or ``EVAL_EPOCH``.
@@ -101,14 +101,14 @@ class Fetcher:
         """Return (inputs, targets) as tensors, or containers of such; ``Unreadable`` on a fault."""
         try:
             return self._read(request)
-        except Exception as error:  # whatever a user's data set raises
+        except Exception as error:  # any error of a user's data set
             return Unreadable(self._describe(error, request))
 
     def read_with_singles(self, request: Request) -> tuple[Any, list[Any]] | Unreadable:
         """Read a batch, and make a batch of each of its samples from the same reading.
 
         Args:
-            request: What is asked for.
+            request: What to read.
 
         Returns:
             The batch, and the batches of one sample, in order; ``Unreadable`` on a fault, which
@@ -120,14 +120,14 @@ class Fetcher:
             batch = self._read(request)
             rows = range(len(request.indices))
             return batch, [tuple(single(part, n) for part in batch) for n in rows]
-        except Exception as error:  # whatever a user's data set raises
+        except Exception as error:  # any error of a user's data set
             return Unreadable(self._describe(error, request))
 
     def read_ahead(self, requests: Sequence[Request]) -> list[Any]:
         """Read several batches of one epoch, by one call where that gives the same.
 
         Args:
-            requests: What is asked for, in order.
+            requests: What to read, in order.
 
         Returns:
             For each request what ``__getitems__`` gives; a fault is that of its own batch.
@@ -143,7 +143,7 @@ class Fetcher:
 
     @property
     def reads_plainly(self) -> bool:
-        """Whether a batch is rows of tensors, whatever else is read with it."""
+        """Whether a batch is rows of tensors, alone or with other data."""
         return self._read in (self._read_own, self._read_tensors)
 
     def _choose_reader(self) -> Callable[[Request], Any]:
@@ -258,7 +258,7 @@ def _apply(collate: Collate, samples: list[Any], where: str, indices: list[int])
         batch = collate(samples)
     except UserError:
         raise
-    except Exception as error:  # whatever a user's function raises
+    except Exception as error:  # any error of a user's function
         raise DataError(
             f"data.collate is {name}, which fails for {shown}, {type(error).__name__}: {error}; "
             "let it take lists of any length, since ranks also read single samples, and leave the "

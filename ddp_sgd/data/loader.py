@@ -156,7 +156,7 @@ class EvalLoader:
 
 
 class _Requests:
-    """What a sampler draws, as what a ``Fetcher`` is asked for; DataLoader's batch sampler.
+    """What a sampler draws, as requests to a ``Fetcher``; DataLoader's batch sampler.
 
     Attributes:
         pending: What was drawn, and not read yet, in order.
@@ -240,7 +240,7 @@ def _build_batches(
 
 
 def _start_method() -> str:
-    """Say how loader processes start: as on Linux before Python 3.14, unless somebody chose.
+    """Start method of loader processes: as on Linux before Python 3.14, unless one is set.
 
     A forked process has the data set as it is. That of a fork server, Python 3.14's default, or one
     that is spawned has what a pickle of it holds, if there can be one, and imports torch again.
@@ -282,10 +282,10 @@ class _Departure:
 
 
 def _leave_signals_to_the_rank(leaving: Any, _: int) -> None:
-    """Let a loader process live through a signal to the whole job, so that the rank can save.
+    """Have a loader process ignore a signal to the whole job, so that the rank can save.
 
     Args:
-        leaving: Shared flag; once it is set, SIGTERM means what it says, or nothing could end it.
+        leaving: Shared flag; once it is set, SIGTERM ends the process, or nothing could.
     """
 
     def note(number: int, _: FrameType | None) -> None:

@@ -33,7 +33,7 @@ class Permutation:
 
     A number x < a b is a pair (x // b, x mod b). A round takes (left, right) to
     (right + F(left) mod m, left), with F a keyed hash and m the size of right; it can be undone, so
-    that rounds are a bijection of 0..ab-1 whatever F is. A value of n or more goes through the
+    that rounds are a bijection of 0..ab-1 for any F. A value of n or more goes through the
     rounds again until it is smaller (cycle walking): what is left is a bijection of 0..n-1. With
     a and b near the root of n that is rare, but for n below 64.
 
@@ -176,7 +176,7 @@ class TrainSampler(DistributedSampler[MicroBatchIndices]):
         tail: str = "exact",
     ) -> None:
         super().__init__(
-            range(samples),  # type: ignore[arg-type]  # only its length is asked for
+            range(samples),  # type: ignore[arg-type]  # only its length is used
             num_replicas=world_size,
             rank=rank,
             seed=seed,
@@ -263,7 +263,7 @@ class EvalSampler:
         batch_size: Samples in a chunk; the last may have fewer.
         rank: Number of this process, r.
         world_size: Number of processes, W.
-        in_step: Whether all ranks read equally many chunks, since the loss talks to other ranks. A
+        in_step: Whether all ranks read equally many chunks, since the loss communicates. A
             rank that has none left reads the first one again, as a dummy of size 0.
     """
 

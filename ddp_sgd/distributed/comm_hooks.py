@@ -1,7 +1,7 @@
 """DDP communication hooks: gradient compression by bf16, fp16 or PowerSGD.
 
 A hook takes the place of the all-reduce in DistributedDataParallel, and divides by the number of
-ranks, as that does. torch's hooks are imported when a run asks for one: they take their time.
+ranks, as that does. torch's hooks are imported when a run uses one: the import is slow.
 """
 
 from collections.abc import Callable, Mapping
@@ -60,7 +60,7 @@ class CommHook:
 class _BorrowedGroup:
     """The process group, for callbacks that must not keep it.
 
-    torch's hook leaves its group in callbacks, which gloo's threads drop a moment after the answer
+    torch's hook leaves its group in callbacks, which gloo's threads drop a moment after the result
     is there. If that were the last hold on the group, a thread would have to wait for itself.
     """
 
@@ -165,7 +165,7 @@ class PowerSGD(CommHook):
             self._is_finite = True
         self._buckets[number] = bucket.parameters()
         if number not in state.q_memory_dict:
-            state.rng.seed(number)  # whatever was drawn before, in this life of the run or another
+            state.rng.seed(number)  # independent of what this attempt or an earlier one drew
         reduced = self._torchs_hook(state, bucket).wait()
         self._is_finite = self._is_finite and bool(reduced.isfinite().all())  # equal on all ranks
         if bucket.is_last():

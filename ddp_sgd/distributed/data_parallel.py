@@ -20,7 +20,7 @@ from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.torch_errors import unused_parameters
 
 # Rank 0's buffers are what counts in the end, and normalization layers do not read them in
-# training: they are sent when somebody looks, not at every step. The argument was renamed between
+# training: they are sent when they are read, not at every step. The argument was renamed between
 # releases of torch.
 _NO_BUFFERS_IN_FORWARD: dict[str, Any] = (
     {"forward_sync_buffers": False}
@@ -38,7 +38,7 @@ class DataParallelModel:
 
     Attributes:
         inner: The model as the user built it; evaluation calls this one, since a forward pass of a
-            wrapper may talk to the other ranks.
+            wrapper may communicate.
         forward: What a training step calls.
         divisor: What the wrapper divides the sum over ranks by.
         meets_in: Phases of a step in which ranks wait for each other.

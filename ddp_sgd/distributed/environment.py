@@ -32,7 +32,7 @@ class Ranks:
         rank: Number of this process, in [0, world_size).
         world_size: Number of processes.
         local_rank: Number of this process on its machine.
-        local_world_size: Processes on this machine, if the launcher says so; else world_size.
+        local_world_size: Processes on this machine, if the launcher sets it; else world_size.
         launcher: ``torchrun``, ``srun`` or ``none``.
         address: Host where the ranks meet.
         port: Port where the ranks meet, in [1, 65535].
@@ -75,7 +75,7 @@ def only_on_rank(*, this_one: bool) -> Iterator[None]:
     """Report from one process only what every one finds by itself: a wrong configuration, a stop.
 
     Args:
-        this_one: Whether this process tells.
+        this_one: Whether this process reports.
 
     Raises:
         RemoteError: In place of a ``ConfigError`` or a ``StoppedError``, on the others.
@@ -95,7 +95,7 @@ def only_on_rank(*, this_one: bool) -> Iterator[None]:
 
 
 def may_be_rank_0(environ: Mapping[str, str]) -> bool:
-    """Whether this process is rank 0, or nobody else can be known to be."""
+    """Whether this process is rank 0, or no other can be known to be."""
     for rank, world_size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
         number, count = environ.get(rank, ""), environ.get(world_size, "")
         if number.isdigit() and count.isdigit() and int(number) < int(count):
@@ -109,7 +109,7 @@ def is_orphaned(environ: Mapping[str, str]) -> bool:
 
 
 def _note_parent() -> None:
-    """Remember who started this process, at once: the agent may die while torch is imported."""
+    """Record the parent process at once: the agent may die while torch is imported."""
     global _parent  # noqa: PLW0603
     _parent = os.getppid()
 
@@ -190,7 +190,7 @@ def _refuse_half_set(
 
 
 def _in_batch_shell(environ: Mapping[str, str]) -> bool:
-    """A batch script has a task number, but no task count unless one was asked for."""
+    """A batch script has a task number, but no task count unless one was requested."""
     return "SLURM_NTASKS" not in environ and "SLURM_JOB_ID" in environ
 
 
@@ -211,7 +211,7 @@ def _from_srun(environ: Mapping[str, str]) -> Ranks:
 
 
 def _refuse_lone_shell(environ: Mapping[str, str], world_size: int) -> None:
-    """Refuse to wait for tasks that nobody has started."""
+    """Refuse to wait for tasks that were not started."""
     if world_size > 1 and (shell := find_lone_shell(environ)):
         raise ConfigError(
             f"SLURM_NTASKS is {world_size}, but this process was started alone, from {shell}; "
@@ -299,7 +299,7 @@ def times_requeued(environ: Mapping[str, str]) -> int:
 
 
 def end_of_job(environ: Mapping[str, str]) -> float | None:
-    """When the job reaches its time limit, unix time in seconds; None if nobody says."""
+    """When the job reaches its time limit, unix time in seconds; None if not known."""
     if environ.get("SLURM_JOB_END_TIME", "").isdigit():
         return float(environ["SLURM_JOB_END_TIME"])
     job = name_of_job(environ)
@@ -338,7 +338,7 @@ def _is_bare_shell(process: str) -> bool:
 
 
 def _ask_for_end(job: str) -> float | None:
-    """Ask for the end of a job; releases of SLURM before 23.02 do not put it into environments."""
+    """Query the end of a job; releases of SLURM before 23.02 do not put it into environments."""
     command = ["squeue", "--noheader", f"--jobs={job}", "--format=%e"]
     with suppress(OSError, subprocess.SubprocessError, ValueError):
         answer = subprocess.run(

@@ -63,7 +63,7 @@ def find_lost_ranks(store: Store, world_size: int, wait_s: float) -> list[int]:
 
 
 def describe_lost_ranks(ranks: Sequence[int], hosts: Sequence[str], silent_s: float) -> str:
-    """Say which hosts are gone, and what to do, on one line.
+    """Describe which hosts are gone, and what to do, on one line.
 
     Args:
         ranks: Those that are gone, at least one.
@@ -130,7 +130,7 @@ class StoreErrorPropagation:
     find the first error in the store and end with its code, without a line.
 
     If a host is gone, and takes the store along or not, each side names the other. Without a store
-    ranks cannot agree on who tells, so it is one of each host: the lowest that can be there.
+    ranks cannot agree on who reports, so one of each host does: the lowest that can be there.
 
     Args:
         store: Key-value store of the group.
@@ -212,7 +212,7 @@ class StoreErrorPropagation:
         return RemoteError(first["message"], first["code"])
 
     def _resolve_in_silence(self, error: Exception) -> Exception:
-        """Blame the host of the store; of each other host one rank tells."""
+        """Report the host of the store as lost, from one rank of each other host."""
         if not is_lost_peer(error):
             return self._report_once(error)
         here = self._hosts[self._rank]
@@ -226,7 +226,7 @@ class StoreErrorPropagation:
         """Report a lost peer, which all ranks miss, from one rank of a host, without communication.
 
         A rank that hosts the store is not among them: it is what the others miss. Any other error
-        is told by the rank that has it.
+        is reported by the rank that has it.
         """
         if not isinstance(error, PeerError):
             return error
@@ -241,7 +241,7 @@ class StoreErrorPropagation:
         return RemoteError(str(error), error.exit_code)
 
     def _lost_store(self, error: Exception) -> PeerError:
-        """Say that the store is gone; with it, the rank that hosts it."""
+        """Return the error of a store that is gone, and with it the rank that hosts it."""
         if is_agent_store(os.environ):
             return self._lost_peer(error)
         return PeerError(
@@ -258,13 +258,13 @@ class StoreErrorPropagation:
 
 
 def _cause_of(error: Exception) -> str:
-    """Return what an error of gloo says, without where and the chat that follows."""
+    """Return the cause in an error of gloo, without the location and the hints that follow."""
     cause = re.sub(r"^\[[^\]]*\]\s*", "", first_line(error))
     return re.split(r"\.\s+(?=[A-Z])", cause)[0].rstrip(".")
 
 
 def is_lost_peer(error: Exception) -> bool:
-    """Whether an error says that another rank, or the way to it, is gone."""
+    """Whether an error reports that another rank, or the way to it, is gone."""
     if isinstance(error, UserError):
         return False
     return isinstance(error, DistNetworkError) or (

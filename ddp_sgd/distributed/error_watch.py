@@ -33,7 +33,7 @@ _RESULT_S = scaled(60.0)
 _ABORT_S = scaled(2.0)
 """Longest wait for the communicator to be aborted."""
 _LEAVE_S = 0.5
-"""Longest wait for this thread, where the host of the store is silent."""
+"""Longest wait for this thread, where the host of the store does not respond."""
 
 
 @contextmanager

@@ -40,11 +40,11 @@ T = TypeVar("T")
 
 
 class LivenessStore:
-    """Notes and one report in a store; no call waits longer than it is told to.
+    """Notes and one report in a store; no call waits longer than its timeout.
 
     A client of torch's store does not heed its own timeout while the host of the store is stopped:
-    the wait times out, but what it then sends is answered by nobody. So a thread of its own talks
-    to the store, and the caller waits for that thread as long as it likes.
+    the wait times out, but its next request gets no reply. So a thread of its own uses the store,
+    and the caller waits for that thread with a timeout.
 
     Args:
         store: Client for this alone, since a client does one thing at a time.
@@ -76,7 +76,7 @@ class LivenessStore:
             patience_s: Longest wait for the store, twice, in seconds.
 
         Returns:
-            The report; True if there is none; False if the store is silent.
+            The report; True if there is none; False if the store does not respond.
         """
         text = json.dumps(note)
 
@@ -88,7 +88,7 @@ class LivenessStore:
         return HangReport(*json.loads(answer)) if answer else answer is not None
 
     def read_notes(self, patience_s: float) -> list[Note] | None:
-        """Return the notes of all ranks, in their order, or None if the store is silent."""
+        """Return the notes of all ranks, in their order, or None if the store does not respond."""
         keys = [f"note/{rank}" for rank in range(self._world_size)]
         notes = self._ask(lambda store: store.multi_get(keys), patience_s)
         return [Note(*json.loads(note)) for note in notes] if notes else None
@@ -136,7 +136,7 @@ _ORPHAN_POLL_S = 1.0
 _LAST_CALL_S = scaled(2.0)
 """Longest wait for a store whose host was just woken."""
 _PATIENCE_S = 0.5
-"""Longest wait for a store that should answer at once, and for each part of leaving."""
+"""Longest wait for a store that should respond at once, and for each part of leaving."""
 _FAREWELL_S = scaled(5.0)
 """Longest wait of the store's host for the others to read the report."""
 _WRITE_S = scaled(5.0)
@@ -157,17 +157,17 @@ def watch_for_hangs(
     on_hang: Callable[[PeerError], None],
     on_orphaned: Callable[[], None],
 ) -> Iterator[None]:
-    """End every process of the job if the training thread of a rank shows no life for too long.
+    """End every process of the job if a rank hangs: its training thread makes no progress.
 
-    All ranks enter together. A thread writes notes into the group's store; who has shown
-    no life for almost ``hang_s`` looks for the rank with the least progress, and posts a report,
-    upon which every rank writes down its stacks and ends with ``ExitCode.PEER``. Time counts as
+    All ranks enter together. A thread writes notes into the group's store; a rank without progress
+    for almost ``hang_s`` finds the one with the least, and posts a report, upon which
+    every rank writes down its stacks and ends with ``ExitCode.PEER``. Time counts as
     polls saw it pass: a job that is suspended as a whole, and goes on, does not hang.
 
     Args:
         runtime: This process.
         progress: What the training thread touches.
-        hang_s: Longest time without a sign of life, in seconds, at least 1; None only looks for
+        hang_s: Longest time without progress, in seconds, at least 1; None only looks for
             the launcher.
         stacks: Folder for ``stack-rank-<rank>.txt``; made when needed. None writes none.
         on_hang: Called on every rank with the error, in a thread of its own and for a minute at
@@ -204,7 +204,7 @@ class _Watch:
         self._store_rank = None if by_agent or runtime.alone else 0
         self._interval_s = min(max(hang_s / 50, 0.05), NOTE_S) if hang_s else _ORPHAN_POLL_S
         self._patience_s = min(self._interval_s, _PATIENCE_S)
-        # What passes between the last sign of life and a poll, and from there to the report.
+        # What passes between the last progress and a poll, and from there to the report.
         self._limit_s = max(hang_s - 3 * self._interval_s, hang_s / 2) if hang_s else float("inf")
         self._polls = self._silent_polls = 0
         self._ticks = progress.ticks
@@ -222,7 +222,7 @@ class _Watch:
                 runtime.rank,
                 runtime.world_size,
             )
-            self._board.exchange(self._note(), _LAST_CALL_S)  # before anybody reads
+            self._board.exchange(self._note(), _LAST_CALL_S)  # before any rank reads
             self._places = gather_over_ranks((socket.gethostname(), os.getpid()), runtime)
         self._thread = threading.Thread(target=self._run, name="ddp_sgd-watch", daemon=True)
         self._thread.start()
@@ -232,7 +232,7 @@ class _Watch:
         self._stop.set()
         self._thread.join(2 * _PATIENCE_S)
         if self._is_ending:
-            threading.Event().wait()  # else this thread would tell of the peers that it lost
+            threading.Event().wait()  # else this thread would report the peers that it lost
         self._has_left = True
         if self._board:
             self._board.close(_PATIENCE_S)
@@ -292,7 +292,7 @@ class _Watch:
         self._before = notes
 
     def _resolve_in_silence(self, liveness: LivenessStore) -> HangReport:
-        """Blame the rank that hosts the store, if it wakes; else end alone."""
+        """Report the rank that hosts the store, if it wakes; else end alone."""
         self._is_ending = True
         host = self._store_rank
         if host is not None and host != self._rank and not liveness.is_gone:
@@ -314,7 +314,7 @@ class _Watch:
     def _post(
         self, liveness: LivenessStore, hung_ranks: list[int], notes: list[Note], *, frozen: bool
     ) -> HangReport:
-        self._is_ending = True  # even if the training thread should come to life meanwhile
+        self._is_ending = True  # even if the training thread goes on meanwhile
         message = describe_hang(
             hung_ranks,
             notes,

@@ -17,7 +17,7 @@ class LocalSGD(FlatAllReduce):
 
     Up to ``plan.local_start`` gradients are summed at every step. Afterwards each rank follows the
     gradient of its own samples, scaled by the number of ranks; weights and momentum buffers become
-    their mean over ranks wherever ``plan.ranks_sync_at`` says so; with a period of one step this is
+    their mean over ranks wherever ``plan.ranks_sync_at`` is true; with a period of one step this is
     plain SGD. Ranks are equal after an average: there, and only there, the state is saved.
 
     Args:

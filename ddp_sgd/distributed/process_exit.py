@@ -23,7 +23,7 @@ T = TypeVar("T")
 def call_with_timeout(limit_s: float, work: Callable[[], T]) -> T:
     """Return what the work returns, or raise what it raises, unless it takes too long.
 
-    torch's client of a store may wait for ever for a host that is silent, whatever its timeout.
+    torch's store client may wait for ever for a host that does not respond, despite its timeout.
 
     Args:
         limit_s: Longest wait, in seconds; work that takes longer is left to itself.
@@ -62,7 +62,7 @@ def run_with_timeout(limit_s: float, work: Callable[[], object]) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """Exit with a code, whatever threads of this package are still in a call.
+    """Exit with a code, even if threads of this package are still in a call.
 
     The interpreter ends a daemon thread that comes back from C++ by unwinding its stack, which
     aborts the process: exit code -6 in place of the run's. Where there is such a thread, exit hooks
@@ -88,16 +88,16 @@ ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 def leave_for_launcher(
     code: int, message: str, *, traceback: str = "", is_first: bool = True
 ) -> None:
-    """Write down how this process ends, where its launcher asked for it; a disk fault is dropped.
+    """Record how this process ends in its launcher's files, if any; a disk fault is dropped.
 
-    torchrun exits with 1 whatever the code was, and without the error it reports ``error_file:
+    torchrun exits with 1 for every code, and without the error it reports ``error_file:
     <N/A>`` as the last thing on the screen. Every rank leaves the line of the rank that failed
     first, since torchrun may see any of them end before it ends the others.
 
     Args:
         code: Exit code of this process.
         message: The line for the user.
-        traceback: Where the error comes from, shown above the line; empty where nobody asked.
+        traceback: Where the error comes from, shown above the line; empty if not requested.
         is_first: Whether this rank failed first, as far as is known.
     """
     with suppress(OSError):
@@ -110,7 +110,7 @@ def _leave_code(code: int) -> None:
     """Leave the code for launch scripts, from the first rank of each host.
 
     Rank 0 may be on another, without a shared disk. A run that was refused leaves no
-    ``result.json``: that would be somebody else's.
+    ``result.json``: that would be another run's.
     """
     path = os.environ.get(EXIT_CODE_FILE)
     if path and (may_be_rank_0(os.environ) or os.environ.get("LOCAL_RANK") == "0"):

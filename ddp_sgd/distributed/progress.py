@@ -37,7 +37,7 @@ class ProgressTracker:
         step: Step of the run.
         phase: What is being done.
         count: Phases entered: comparable, since all ranks enter the same phases in the same order.
-        ticks: Signs of life, phases included.
+        ticks: Signs of progress, phases included.
     """
 
     __slots__ = ("_clock", "_since", "_spent_s", "count", "phase", "step", "ticks")
@@ -68,11 +68,11 @@ class ProgressTracker:
         self.ticks += 1
 
     def touch(self) -> None:
-        """Show life within a phase; ranks may do so unequally often."""
+        """Show progress within a phase; ranks may do so unequally often."""
         self.ticks += 1
 
     def spent_s(self) -> Mapping[Phase, float]:
-        """Tell how long this thread was in each phase up to now, in seconds."""
+        """Return how long this thread was in each phase up to now, in seconds."""
         spent = self._spent_s.copy()
         spent[self.phase] += self._clock() - self._since
         return spent
@@ -86,13 +86,13 @@ NOTE_S = 2.0
 
 
 class Note(NamedTuple):
-    """What a rank tells the others of itself.
+    """Progress of a rank, as the others read it.
 
     Args:
         step: Step of the run.
         phase: What the training thread does.
         phases: Phases that it has entered; comparable among ranks.
-        idle_s: Time since its last sign of life, in seconds, as far as polls saw it pass.
+        idle_s: Time since its last progress, in seconds, as far as polls saw it pass.
         polls: Polls of the watch; stands still only if the whole process does.
         left: Whether the rank needs the store no more.
     """
@@ -127,11 +127,11 @@ def find_hung_ranks(
     Args:
         before: A reading of the notes of all ranks, many polls ago; None if there is none.
         after: The reading of now.
-        limit_s: Time without a sign of life after which a rank hangs, in seconds.
+        limit_s: Time without progress after which a rank hangs, in seconds.
 
     Returns:
-        The ranks, none where those that lag do show life; and whether they are frozen, that is not
-        even their watch is alive.
+        The ranks, none where those that lag do make progress; and whether they are frozen, that
+        is not even their watch runs.
     """
     here = [rank for rank, note in enumerate(after) if not note.left]
     frozen = [rank for rank in here if before and after[rank].polls == before[rank].polls]
@@ -151,7 +151,7 @@ def describe_hang(
     hang_s: float,
     stacks: Path | None,
 ) -> str:
-    """Say which ranks hang, since when, where, and what to do, on one line."""
+    """Describe which ranks hang, since when, where, and what to do, on one line."""
     first = notes[hung_ranks[0]]
     hosts = sorted({places[rank][0] for rank in hung_ranks})
     many = len(hung_ranks) > 1

@@ -22,15 +22,15 @@ from ddp_sgd.torch_errors import Cause
 _INTRODUCTION_S = scaled(10.0)
 """Longest wait of a rank for the name of the run whose store it has reached."""
 _GRACE_S = scaled(2.0)
-"""What a thread may take beyond its timeout before nobody waits for it any more."""
+"""What a thread may take beyond its timeout before the caller stops waiting for it."""
 
 
 class RendezvousInfo(NamedTuple):
-    """What a rendezvous tells a rank about the others.
+    """Hosts of the ranks and of their store, as found by a rendezvous.
 
     Args:
         hosts: Name of the host of each rank, in their order.
-        store_host: Name of the host on which the store lives.
+        store_host: Name of the host that runs the store.
     """
 
     hosts: list[str]
@@ -52,7 +52,7 @@ def open_store(ranks: Ranks, timeout_s: float) -> Store:
         agent does; it must not leave before the others have what they need.
 
     Raises:
-        PeerError: The others did not come, or the port belongs to somebody else.
+        PeerError: The others did not come, or another program has the port.
     """
     try:
         return call_with_timeout(timeout_s + _GRACE_S, lambda: _rendezvous(ranks, timeout_s))
@@ -71,7 +71,7 @@ def is_agent_store(environ: Mapping[str, str]) -> bool:
 
 
 def could_not_join(ranks: Ranks, timeout_s: float, error: Exception, remedy: str = "") -> UserError:
-    """Say that a rank did not find the others, why, and what to do about the trap at hand.
+    """Return the error of a rank that did not find the others, with its cause and a remedy.
 
     Args:
         ranks: This process among all.
@@ -131,7 +131,7 @@ def open_whole_store(ranks: Ranks, timeout_s: float) -> Store:
 
     Raises:
         PeerError: The port is taken.
-        OSError: Nobody opens.
+        OSError: Nothing listens there.
         RuntimeError: torch cannot connect.
     """
     if ranks.rank == 0 and not is_agent_store(os.environ):
@@ -153,7 +153,7 @@ def _host(ranks: Ranks, timeout_s: float) -> Store:
 
 
 def _wait_for_port(ranks: Ranks, timeout_s: float) -> None:
-    """Knock until somebody opens: torch's client would fill the log, and hide the cause."""
+    """Wait until the port opens: torch's client would fill the log, and hide the cause."""
     deadline = time.monotonic() + timeout_s
     while True:
         patience_s = min(max(deadline - time.monotonic(), 0.1), 5.0)
@@ -211,9 +211,9 @@ def _name_of_run(ranks: Ranks, environ: Mapping[str, str]) -> str:
 def _fresh_part(store: Store, ranks: Ranks, deadline: float) -> Store:
     """Give the ranks of this start a part of the store that no earlier one has touched.
 
-    torchrun keeps its store over restarts, with the addresses of ranks that are dead by now, and
+    torchrun keeps its store over restarts, with the addresses of ranks that have ended, and
     has no number that is equal on all agents and new in every attempt. So rank 0 draws a word, and
-    gives it to whoever asks: questions of dead ranks get answers that nobody reads.
+    sends it as the reply to every request: replies to ranks that have ended are not read.
     """
     if ranks.rank > 0:
         question = token_hex(8)

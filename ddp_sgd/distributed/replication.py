@@ -24,7 +24,7 @@ def wrap_model(
 
     With ``parallel.replica: auto`` gradients that fit into one bucket are reduced by one call after
     the backward pass. Larger ones, and what only DistributedDataParallel can do, are reduced by
-    that, or, on one rank, left as they are. One rank has nobody to send compressed gradients to.
+    that, or, on one rank, left as they are. One rank has no other to send compressed gradients to.
 
     Args:
         model: The model, on the runtime's device; its weights become rank 0's.

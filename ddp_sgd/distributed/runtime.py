@@ -1,4 +1,4 @@
-"""Process group: choose the device, join, leave, whatever happens in between."""
+"""Process group: choose the device, join, leave, also after an error."""
 
 import os
 import time
@@ -89,7 +89,7 @@ class Runtime:
 def start_runtime(
     *, backend: str = "auto", device: str = "auto", timeout_s: float = 300.0
 ) -> Iterator[Runtime]:
-    """Join the other ranks, if the environment names any, and leave them whatever happens.
+    """Join the other ranks, if the environment names any, and leave them, also after an error.
 
     Args:
         backend: ``auto`` takes the one that fits the device; else ``gloo``, ``nccl`` or ``xccl``.
@@ -98,7 +98,7 @@ def start_runtime(
         timeout_s: Longest wait for another rank, when joining and in every collective, in seconds.
 
     Yields:
-        What this process needs to know of itself.
+        Rank, device and store of this process.
 
     Raises:
         ConfigError: The environment is half-set, or the device or backend does not exist here.
@@ -127,7 +127,7 @@ def start_runtime(
 def _joined(
     ranks: Ranks, device: torch.device, backend: str, timeout_s: float
 ) -> Iterator[Runtime]:
-    """Join the other ranks, and leave them whatever happens."""
+    """Join the other ranks, and leave them, also after an error."""
     _share_cpus(ranks)
     with only_on_rank(this_one=ranks.rank == 0):
         store = open_store(ranks, timeout_s)
@@ -144,7 +144,7 @@ def _joined(
         store=notes,
     )
     try:
-        error_propagation.farewell = partial(_say_farewell, notes, ranks)
+        error_propagation.farewell = partial(_keep_store_open, notes, ranks)
         with (
             watch_errors(error_propagation, notes.clone(), device),
             propagate_errors(error_propagation),
@@ -156,7 +156,7 @@ def _joined(
         abort_group()
         _leave_group()  # first of all, so that the others stop waiting for this rank
         if not error_propagation.is_store_silent:
-            _say_farewell(notes, ranks)
+            _keep_store_open(notes, ranks)
         raise
     except BaseException:
         _leave_group()
@@ -172,7 +172,7 @@ def _choose_device(wanted: str, ranks: Ranks) -> torch.device:
         return torch.device("cpu")
     with only_on_rank(
         this_one=ranks.local_rank == 0
-    ):  # hosts may differ: one process of each tells
+    ):  # hosts may differ: one process of each reports
         if kind != here:
             raise ConfigError(
                 f"runtime.device is {wanted}, but this host has {here} only; "
@@ -279,14 +279,14 @@ def _find_way(hosts: list[str], backend: str) -> str:
 
 
 def _forget_locals(error: BaseException | None) -> None:
-    """Release the model in an error's frames: while it lives, the group stays connected."""
+    """Release the model in an error's frames: while it exists, the group stays connected."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
 
 
-def _say_farewell(store: Store, ranks: Ranks) -> None:
-    """Keep the store alive until every rank has read of the fault, where this rank hosts it."""
+def _keep_store_open(store: Store, ranks: Ranks) -> None:
+    """Keep the store running until every rank has read the error, where this rank hosts it."""
     with suppress(RuntimeError, TimeoutError):
         call_with_timeout(_FAREWELL_S + 1.0, lambda: _outlast_others(store, ranks))
 

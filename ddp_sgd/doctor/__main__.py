@@ -50,7 +50,7 @@ def doctor(line: CommandLine) -> int:
     try:
         return _consult(line, ranks)
     except (ConfigError, PeerError) as error:
-        if ranks.local_rank == 0:  # each host may have a trouble of its own, and tells once
+        if ranks.local_rank == 0:  # each host may have its own fault, and reports once
             raise
         raise RemoteError(str(error), error.exit_code) from error
 

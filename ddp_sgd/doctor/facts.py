@@ -37,11 +37,11 @@ class Facts:
         rank: Number of the process.
         world_size: Number of processes.
         local_rank: Its number on its host.
-        local_world_size: Processes on its host, as the launcher says.
+        local_world_size: Processes on its host, as the launcher sets it.
         launcher: ``torchrun``, ``srun`` or ``none``.
         host: Name of the host.
         pid: Process id.
-        device: Kind of device that the run asks for, such as ``cpu``.
+        device: Kind of device that the run requests, such as ``cpu``.
         available: Kind of device that is there.
         num_devices: Accelerators that the process sees.
         backend: Library that carries tensors.
@@ -112,11 +112,11 @@ class Clock(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """What the ranks that came have said.
+    """Replies of the ranks that came.
 
     Args:
         facts: By rank.
-        clocks: By rank; without those that fell silent.
+        clocks: By rank; without those that stopped replying.
         shares: Whether a rank sees rank 0's output folder, by rank.
     """
 
@@ -187,7 +187,7 @@ def _free_bytes(folder: Path) -> int | None:
 
 
 _ELSEWHERE = "192.0.2.1"
-"""An address that is nobody's (RFC 5737): the way to it is the way out of this host."""
+"""An address that no host has (RFC 5737): the way to it is the way out of this host."""
 _SIOCGIFADDR = 0x8915
 
 

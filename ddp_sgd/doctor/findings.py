@@ -7,7 +7,7 @@ from typing import NamedTuple
 from ddp_sgd.doctor.facts import Answers, Facts, is_loopback
 from ddp_sgd.doctor.links import PAIR_BYTES, Link
 from ddp_sgd.errors import ExitCode
-from ddp_sgd.rank_differences import name_ranks, tell_apart, vital_versions
+from ddp_sgd.rank_differences import name_ranks, name_values, vital_versions
 
 _SLOW_FACTOR = 3.0
 """How much longer than the others' a host's best link takes when the host counts as slow."""
@@ -47,7 +47,7 @@ def judge_facts(facts: Mapping[int, Facts], world_size: int) -> list[Finding]:
 
 
 def judge_surroundings(answers: Answers, unwritable: str | None = None) -> list[Finding]:
-    """Find what is wrong or remarkable about disks and clocks, and who fell silent.
+    """Find what is wrong or remarkable about disks and clocks, and ranks that stopped replying.
 
     Args:
         answers: Of the ranks that came.
@@ -76,8 +76,8 @@ def judge_surroundings(answers: Answers, unwritable: str | None = None) -> list[
 def judge_links(links: Sequence[Link]) -> list[Finding]:
     """Name the hosts that are much slower than the others, by their best link.
 
-    The best link of a host that is well leads to another such host, so a slow one does not blacken
-    its partners. Of two hosts with one link, none can be told to be the slow one.
+    The best link of a host that is well leads to another such host, so a slow one does not affect
+    its partners. Of two hosts with one link, the slow one cannot be found.
     """
     best: dict[str, float] = {}
     for link in links:
@@ -166,11 +166,11 @@ def exit_code(findings: Sequence[Finding]) -> ExitCode:
 
 
 def _clocks(answers: Answers) -> Iterator[Finding]:
-    told = set()
+    reported = set()
     for rank, clock in answers.clocks.items():
         host = answers.facts[rank].host
-        if abs(clock.ahead_s) - clock.within_s > _CLOCK_S and host not in told:
-            told.add(host)
+        if abs(clock.ahead_s) - clock.within_s > _CLOCK_S and host not in reported:
+            reported.add(host)
             way = "ahead of" if clock.ahead_s > 0 else "behind"
             yield Finding(
                 ExitCode.DONE,
@@ -215,7 +215,7 @@ def _devices(facts: Mapping[int, Facts], hosts: Sequence[str]) -> Iterator[Findi
 
 def _differences(facts: Mapping[int, Facts], hosts: Sequence[str]) -> Iterator[Finding]:
     sizes = {rank: str(each.world_size) for rank, each in facts.items()}
-    if words := tell_apart(sizes, hosts):
+    if words := name_values(sizes, hosts):
         text = f"WORLD_SIZE is {words}; start all ranks with the same number of them."
         yield Finding(ExitCode.CONFIG, text)
     for name in ("python", "torch", "ddp_sgd"):
@@ -260,7 +260,7 @@ def _apart(
     values: Callable[[Facts], Mapping[str, str]],
     name: str,
 ) -> str | None:
-    return tell_apart(
+    return name_values(
         {rank: values(each).get(name, "missing") for rank, each in facts.items()}, hosts
     )
 

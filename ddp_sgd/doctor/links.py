@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.doctor.facts import Answers, Clock, Facts
-from ddp_sgd.rank_differences import number_spans, tell_apart
+from ddp_sgd.rank_differences import name_values, number_spans
 from ddp_sgd.text import columns
 
 SIZES = (4, 4 * 2**10, 64 * 2**10, 2**20, 16 * 2**20)
@@ -146,9 +146,9 @@ def _time_pair(runtime: Runtime, pair: list[int], share_s: float) -> tuple[float
     if runtime.rank != pair[0]:
         found = [0.0, 0.0]
     spent_s = time.perf_counter() - began if runtime.rank == pair[0] else 0.0
-    told = torch.tensor([*found, spent_s], device=runtime.device)
-    dist.all_reduce(told)
-    latency_s, seconds, spent_s = told.tolist()
+    measured = torch.tensor([*found, spent_s], device=runtime.device)
+    dist.all_reduce(measured)
+    latency_s, seconds, spent_s = measured.tolist()
     return latency_s, seconds, spent_s
 
 
@@ -299,7 +299,7 @@ def _endpoints(facts: Mapping[int, Facts]) -> str:
         for rank, each in facts.items()
     }
     hosts = [facts[rank].host if rank in facts else "" for rank in range(max(facts) + 1)]
-    return tell_apart(meanings, hosts) or meanings[0]
+    return name_values(meanings, hosts) or meanings[0]
 
 
 def _folder(rank: int, shares: Mapping[int, bool]) -> str:
@@ -315,7 +315,7 @@ def _room(free: Sequence[int | None]) -> str:
 
 
 def _clock(ranks: Sequence[int], clocks: Mapping[int, Clock]) -> str:
-    """Show the clock of a host by the rank whose answer came fastest."""
+    """Show the clock of a host by the rank whose reply came fastest."""
     if ranks[0] == 0:
         return "0"
     known = [clocks[rank] for rank in ranks if rank in clocks]

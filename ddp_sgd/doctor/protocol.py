@@ -1,6 +1,6 @@
 """Protocol of the doctor: rank 0 coordinates, every other rank is a worker.
 
-Exchange of facts over the ranks' store: the coordinator asks, workers answer, with timeouts.
+Exchange of facts over the ranks' store: the coordinator requests, workers reply, with timeouts.
 """
 
 import json
@@ -41,15 +41,15 @@ from ddp_sgd.errors import ConfigError, ExitCode, PeerError, UserError
 from ddp_sgd.host import scaled
 
 _ROUNDS = 5
-"""Round trips from which the shortest tells of a clock."""
+"""Round trips of which the shortest measures a clock."""
 _ANSWER_S = scaled(5.0)
-"""Longest wait for a rank that is there and has been asked."""
+"""Longest wait for the reply of a rank that is there."""
 _GRACE_S = scaled(60.0)
-"""What rank 0 may take beyond the timeout for questions and reports."""
+"""What rank 0 may take beyond the timeout for requests and reports."""
 
 
 class Coordinator:
-    """Rank 0's side: it collects facts, gives the word, and hears reports.
+    """Rank 0's side: it collects facts, sends the decision, and reads reports.
 
     Args:
         store: From ``reach_store``.
@@ -62,7 +62,7 @@ class Coordinator:
         self._present: list[int] = []
 
     def ask(self, mine: Facts, token: str | None, timeout_s: float) -> Answers:
-        """Collect the facts of those that come in time, then ask each about clock and folder.
+        """Collect the facts of those that come in time, then request clock and folder of each.
 
         Args:
             mine: Facts of rank 0.
@@ -87,11 +87,11 @@ class Coordinator:
                 clocks[rank] = clock
             if clock and (seen := read_key(self._store, f"sees/{rank}", _ANSWER_S)) is not None:
                 shares[rank] = seen == b"true"
-        self._present = sorted(shares)  # nobody waits for a rank that fell silent
+        self._present = sorted(shares)  # a rank that stopped replying is not waited for
         return Answers(facts, clocks, shares)
 
     def give_word(self, hosts: Sequence[str] | None) -> None:
-        """Let the others join the group, and tell them the host of each rank; None: they do not."""
+        """Have the others join the group, given the host of each rank; None: they do not."""
         self._store.set("word", json.dumps(hosts))
 
     def hear(self, patience_s: float) -> dict[int, str]:
@@ -110,7 +110,7 @@ class Coordinator:
         return reports
 
     def dismiss(self, code: int) -> None:
-        """Tell the others the exit code, and stay until they have heard it, for a moment."""
+        """Send the others the exit code, and wait a moment until they have read it."""
         self._store.set("code", str(int(code)))
         for rank in self._present:
             if read_key(self._store, f"left/{rank}", _ANSWER_S) is None:
@@ -132,7 +132,7 @@ class Coordinator:
 
 
 class Worker:
-    """The side of every other rank: it hands in its facts, answers, and follows the word.
+    """The side of every other rank: it sends its facts, replies, and joins the group if requested.
 
     Args:
         store: From ``reach_store``.
@@ -157,7 +157,7 @@ class Worker:
             )
 
     def answer(self, folder: Path) -> list[str] | None:
-        """Answer rank 0's questions, and hear whether to join the group.
+        """Reply to rank 0's requests, and read whether to join the group.
 
         Args:
             folder: The output folder of this rank.
@@ -166,7 +166,7 @@ class Worker:
             Name of the host of each rank; None: the group is not joined.
 
         Raises:
-            ConfigError: Rank 0 knows of another number of ranks.
+            ConfigError: Rank 0 has another number of ranks.
             PeerError: Rank 0 is gone.
         """
         world_size, present, token = self._hear("request")
@@ -178,13 +178,13 @@ class Worker:
         if self._rank in present:
             for number in range(_ROUNDS):
                 self._hear(f"clock/{self._rank}/{number}")
-                self._say(f"clock/{self._rank}/{number}/is", repr(time.time()))
-            self._say(f"sees/{self._rank}", json.dumps(sees_token(folder, token)))
+                self._write(f"clock/{self._rank}/{number}/is", repr(time.time()))
+            self._write(f"sees/{self._rank}", json.dumps(sees_token(folder, token)))
         hosts: list[str] | None = self._hear("word")
         return hosts
 
     def report(self, fault: str) -> int:
-        """Tell rank 0 how it went, and return the exit code that it gives.
+        """Send rank 0 the result, and return the exit code that it gives.
 
         Args:
             fault: What this rank ran into; empty if nothing.
@@ -192,13 +192,13 @@ class Worker:
         Raises:
             PeerError: Rank 0 is gone.
         """
-        self._say(f"report/{self._rank}", fault)
+        self._write(f"report/{self._rank}", fault)
         code = int(self._hear("code"))
         with suppress(PeerError):
-            self._say(f"left/{self._rank}", "")
+            self._write(f"left/{self._rank}", "")
         return code
 
-    def _say(self, key: str, text: str) -> None:
+    def _write(self, key: str, text: str) -> None:
         with needs_store():
             self._store.set(key, text)
 
@@ -238,7 +238,7 @@ class Diagnosis:
     Args:
         world_size: Number of ranks that there should be.
         answers: Of those that came.
-        measured: How fast they talk.
+        measured: How fast they communicate.
         findings: What is not as it should be.
     """
 
@@ -287,7 +287,7 @@ class Diagnosis:
 
 
 def coordinate(
-    config: RunConfig, ranks: Ranks, mine: Facts, tell: Callable[[Diagnosis], None]
+    config: RunConfig, ranks: Ranks, mine: Facts, report: Callable[[Diagnosis], None]
 ) -> int:
     """Examine all ranks, from rank 0, and return the exit code.
 
@@ -295,7 +295,7 @@ def coordinate(
         config: Description of the run.
         ranks: This process.
         mine: Facts of this rank.
-        tell: Is called once, before any other rank leaves: launchers end all with the first.
+        report: Is called once, before any other rank leaves: launchers end all with the first.
 
     Raises:
         PeerError: The rendezvous endpoint cannot be opened.
@@ -316,8 +316,8 @@ def coordinate(
     if coordinator:
         _try_links(config, diagnosis, coordinator)
     try:
-        tell(diagnosis)
-    finally:  # the others must not wait, whatever became of the output
+        report(diagnosis)
+    finally:  # the others must not wait if the output failed
         if coordinator:
             coordinator.dismiss(diagnosis.exit_code)
     return diagnosis.exit_code
@@ -350,13 +350,13 @@ def _try_links(config: RunConfig, diagnosis: Diagnosis, coordinator: Coordinator
     measured = _measure(config, hosts)
     diagnosis.measured = measured
     texts = {0: measured.fault, **coordinator.hear(_REPORTS_S)}
-    told = list(dict.fromkeys(text for text in texts.values() if text))
-    diagnosis.findings += [Finding(ExitCode.PEER, text) for text in told[:_SHOWN_REPORTS]]
+    reports = list(dict.fromkeys(text for text in texts.values() if text))
+    diagnosis.findings += [Finding(ExitCode.PEER, text) for text in reports[:_SHOWN_REPORTS]]
     diagnosis.findings += judge_links(measured.links)
 
 
 def _measure(config: RunConfig, hosts: Sequence[str]) -> Measured:
-    """Join the group and time it; every rank calls this. A fault is told, not raised."""
+    """Join the group and time it; every rank calls this. A fault is returned, not raised."""
     measured, place = Measured(), config.runtime
     try:
         with start_runtime(
@@ -366,6 +366,6 @@ def _measure(config: RunConfig, hosts: Sequence[str]) -> Measured:
             measured.links, measured.num_left_out = time_pairs(runtime, hosts)
     except UserError as error:
         measured.fault = str(error)
-    except Exception as error:  # whatever a backend raises
+    except Exception as error:  # any error of a backend
         measured.fault = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return measured

@@ -17,7 +17,7 @@ from ddp_sgd.text import first_line
 def reach_store(ranks: Ranks, timeout_s: float, environ: Mapping[str, str]) -> Store:
     """Reach the store of the ranks without waiting for all of them.
 
-    Unlike ``open_store`` this lets those that did come be asked where the others are.
+    Unlike ``open_store`` this lets those that did come report on the others.
 
     Args:
         ranks: This process among all, at least two.
@@ -66,7 +66,7 @@ def is_there(store: Store, key: str) -> bool:
 
 @contextmanager
 def needs_store() -> Iterator[None]:
-    """Say what it means if the store is gone.
+    """Translate the error of a store that is gone.
 
     Raises:
         PeerError: In place of what torch raises.

@@ -330,7 +330,7 @@ def ready_loss(component: Component, loss: LossFunction | None = None) -> LossFu
 
 
 def build_reading(data: DataConfig, seed: int) -> Reading:
-    """Build the collate function of section ``data``, if it names one, and tell how to read.
+    """Build the collate function of section ``data``, if it names one, and return how to read.
 
     Raises:
         ConfigError: The collate function cannot be called.

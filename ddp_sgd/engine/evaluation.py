@@ -19,7 +19,7 @@ from ddp_sgd.losses import Objective
 Metrics = dict[str, float | int]
 
 Score = Callable[[Callable[[], bool]], Metrics]
-"""Scores the model, unless its argument says that there is something better to do."""
+"""Scores the model; stops early if its argument returns True."""
 
 
 _SMALL_BYTES = 2**14
@@ -49,13 +49,13 @@ def evaluate(
     the order of chunks, so that not even rounding depends on the number of ranks.
 
     Args:
-        model: The module itself, not its wrapper, which may talk to other ranks in a forward pass.
+        model: The module itself, not its wrapper, whose forward pass may communicate.
             Left in the mode that it was in.
         objective: The loss.
         loader: This rank's chunks.
         runtime: This process.
-        progress: Is told of every chunk.
-        interrupted: Whether this rank has something better to do; asked before every chunk.
+        progress: Updated at every chunk.
+        interrupted: Whether this rank has to stop early; called before every chunk.
         seed_chunk: Seeds what the model draws for a chunk, given its number.
 
     Returns:
@@ -120,7 +120,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 class _Scored:
     """What is known of the chunks that this rank has scored.
 
-    Right answers of many small chunks are counted by one call.
+    Correct predictions of many small chunks are counted by one call.
 
     Args:
         objective: The loss.
@@ -178,7 +178,7 @@ class _Scored:
         return sums
 
     def counts(self, place: torch.device) -> torch.Tensor:
-        """Give ``cut_short``, samples, rows of NaN, and how many were asked and right, twice."""
+        """Return ``cut_short``, samples, rows of NaN, and how many count and are correct, twice."""
         self._judge_waiting()
         known = torch.tensor([self.cut_short, self._samples], device=place)
         none = torch.zeros(5, dtype=torch.int64, device=place)
@@ -191,7 +191,7 @@ class _Scored:
             self._waiting = []
 
     def _judge(self, answers: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Count right answers; targets that the loss ignores are not asked for."""
+        """Count correct predictions, without targets that the loss ignores."""
         outputs, targets = map(torch.cat, zip(*answers, strict=True))
         asked = (targets != self._objective.ignore_index).sum()
         not_numbers = outputs.isnan().any(dim=1).sum()

@@ -38,7 +38,7 @@ from ddp_sgd.engine.triggers import Deadline, HasReason, StopRequest, Timetable,
 from ddp_sgd.errors import DivergedError
 from ddp_sgd.losses import LossFunction
 from ddp_sgd.optim.schedule import Schedule, build_schedule
-from ddp_sgd.report.reporter import Reporter, open_report, tell_of_the_end
+from ddp_sgd.report.reporter import Reporter, open_report, report_end
 from ddp_sgd.report.run_folder import RunFolder, claim_run_folder
 from ddp_sgd.torch_errors import translate_errors
 
@@ -47,13 +47,13 @@ _PATIENCE = 10
 
 
 class Loop:
-    """Takes a run from where it stands to its end, or to where somebody asks it to stop.
+    """Takes a run from where it stands to its end, or to a stop request.
 
     Args:
         context: The run; its state moves.
         schedule: Factor of the peak rate for each step.
         seed_for_step: Seed of what the model draws in a step, on this rank.
-        timetable: When the model is scored; is told how long saves and evaluations take.
+        timetable: When the model is scored; receives how long saves and evaluations take.
         rank_sync: The periodic all-reduce besides that of gradients.
         checkpointer: Saves the state.
         report: Where measurements go.
@@ -78,7 +78,7 @@ class Loop:
         self._report = report
 
     def run(self) -> None:
-        """Take steps; whatever ends them, the state is saved at the last one.
+        """Take steps; whether they end or fail, the state is saved at the last one.
 
         Raises:
             DivergedError: Gradients stay non-finite.
@@ -180,7 +180,7 @@ def fit(
         How the run ended, equal on all ranks.
 
     Raises:
-        UserError: A subclass says what the user can fix.
+        UserError: A subclass for what the user can fix.
         StoppedError: A signal came before the first step.
 
     Example:
@@ -305,7 +305,7 @@ def _repeat_result(
     refuse_data_of_another_run(resume_point, marks_of, runtime)
     if given.model is not None:
         hand_over(given.model, resume_point.file, runtime)
-    tell_of_the_end(result.as_row(), folder)
+    report_end(result.as_row(), folder)
     return result
 
 

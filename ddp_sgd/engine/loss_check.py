@@ -1,6 +1,6 @@
 """Loss reduction by experiment: a mean over samples, a sum, or something that cannot be split.
 
-Losses of a user's own say nothing about themselves. So the loss of a batch is compared with those
+A loss of a user's own does not state its reduction. So the loss of a batch is compared with those
 of its samples, on random outputs, since those of the model may be special: zero at the start, or
 saturated at the end of a run.
 
@@ -101,13 +101,13 @@ def _value(loss: LossFunction, outputs: Any, targets: Any) -> torch.Tensor | Non
     try:
         with torch.no_grad():
             value = loss(outputs, targets).detach()
-    except Exception:  # whatever a user's loss raises on outputs that are not the model's
+    except Exception:  # any error of a user's loss on outputs that are not the model's
         return None
     return value if value.ndim == 0 and bool(value.isfinite()) else None
 
 
 def _reduction(whole: torch.Tensor, parts: Sequence[torch.Tensor | None]) -> Reduction | None:
-    """Judge one draw; None if mean and sum are too close to tell, such as where all is zero.
+    """Judge one draw; None if mean and sum are too close to distinguish, such as where all is zero.
 
     Values of the same loss differ by rounding: by the square root of the unit of their type at
     most, which leaves room for sums of some thousand terms.
@@ -138,7 +138,7 @@ def _takes_classes(loss: LossFunction, draws: Sequence[Any], targets: Any) -> bo
         try:
             with torch.enable_grad():
                 (gradient,) = torch.autograd.grad(loss(scores, targets), scores)
-        except Exception:  # whatever a user's loss raises
+        except Exception:  # any error of a user's loss
             return False
         counted = (gradient != 0).any(dim=1) & (targets >= 0)
         if bool((gradient.argmin(dim=1) != targets)[counted].any()):

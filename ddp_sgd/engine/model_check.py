@@ -179,7 +179,7 @@ def is_dense(tensor: torch.Tensor) -> bool:
 
 
 def _fault_of(parameter: nn.Parameter) -> str | None:
-    """Say what is wrong with a parameter and what to do; None if it can be used."""
+    """Describe what is wrong with a parameter and what to do; None if it can be used."""
     if {base.__name__ for base in type(parameter).__mro__}.intersection(_SHARDED):
         return (
             f"a {type(parameter).__name__}: sharded parameters are not supported; give a model "

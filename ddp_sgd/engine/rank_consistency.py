@@ -23,7 +23,7 @@ from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.components import Components, Reading
 from ddp_sgd.errors import ConfigError, DataError, UserError
 from ddp_sgd.losses import loss_modules
-from ddp_sgd.rank_differences import read_versions, settings_that_agree, tell_apart, vital_versions
+from ddp_sgd.rank_differences import name_values, read_versions, settings_that_agree, vital_versions
 from ddp_sgd.tree import bytes_of, leaves, tensors_in
 
 _MAX_PARTS = 16
@@ -37,7 +37,7 @@ decode a picture with other last bits, while two samples differ by more.
 
 
 class Mark(NamedTuple):
-    """What is told of a part of a sample.
+    """Description of a part of a sample.
 
     Args:
         text: For people; equal texts mean equal parts, unless there is a mean.
@@ -50,7 +50,7 @@ class Mark(NamedTuple):
     size: float = 0.0
 
     def agrees_with(self, other: "Mark") -> bool:
-        """Whether two ranks have read the same, as far as a mean can tell."""
+        """Whether two ranks have read the same, as far as a mean shows."""
         if self.mean is None or other.mean is None or self.text == other.text:
             return self.text == other.text
         limit = _TOLERANCE * max(self.size, other.size)
@@ -65,7 +65,7 @@ Marks = Mapping[str, Mark]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """What a run is, as its checkpoints say.
+    """What a run is, as recorded in its checkpoints.
 
     Args:
         run_id: Identity of the run.
@@ -86,7 +86,7 @@ def mark_samples(
     """Read the first, the middle and the last sample, as an evaluation would.
 
     Shapes, number types and integer targets have to be equal; of pictures and floating-point
-    numbers, the means. A sample that cannot be read has no mark: whoever needs it says why.
+    numbers, the means. A sample that cannot be read has no mark: reading it later raises the error.
 
     Args:
         dataset: Map-style data set with at least one sample.
@@ -200,7 +200,7 @@ def _digest(content: bytes) -> str:
 
 
 _SHOWN = 3
-"""Differences that one message tells of."""
+"""Largest number of differences in one message."""
 _NONE = Mark("")
 _SAME_DATA = "give every rank the same data, in the same order"
 
@@ -211,13 +211,13 @@ class Trait:
 
     Args:
         values: What this rank has, in order.
-        says: How a difference reads, with ``{name}`` in it.
+        template: Description of a difference, with ``{name}`` in it.
         remedy: What the user can do.
         error: Class of the error.
     """
 
     values: dict[str, str]
-    says: str
+    template: str
     remedy: str
     error: type[UserError] = ConfigError
 
@@ -228,7 +228,7 @@ class Trait:
 
 
 class Brought(NamedTuple):
-    """What a rank tells the others.
+    """What a rank sends the others.
 
     Args:
         host: Name of its host.
@@ -281,28 +281,28 @@ def list_traits(settings: Mapping[str, Any], components: Components) -> list[Tra
     return [
         Trait(
             values=vital_versions(read_versions()),
-            says="the version of {name} is",
+            template="the version of {name} is",
             remedy="install the same packages on every host",
         ),
         Trait(
             values=settings_that_agree(settings),
-            says="{name} is",
+            template="{name} is",
             remedy="start every rank with the same files, variables and options",
         ),
         Trait(
             values={name: _length(dataset) for name, dataset in _data_sets(components).items()},
-            says="the length of {name} is",
+            template="the length of {name} is",
             remedy=_SAME_DATA,
             error=DataError,
         ),
         Trait(
             values=describe_model(components.model),
-            says="the model's {name} is",
+            template="the model's {name} is",
             remedy="build the same model on every rank",
         ),
         Trait(
             values=describe_loss_tensors(loss_modules(components.loss, components.model)),
-            says="the loss's {name} is",
+            template="the loss's {name} is",
             remedy="build the same loss on every rank, with the same class weights",
         ),
     ]
@@ -327,7 +327,7 @@ def read_marks(components: Components) -> dict[str, Mark]:
 
 
 def _differences(trait: Trait, hosts: Sequence[str], runtime: Runtime) -> str:
-    """Say what differs from rank 0, on which ranks; every rank calls this and gets the same."""
+    """Describe what differs from rank 0, on which ranks; all ranks call this and get the same."""
     of_rank_0 = from_rank_0(trait.values, runtime)
     names = dict.fromkeys([*of_rank_0, *trait.values])
     deviations = [name for name in names if of_rank_0.get(name) != trait.values.get(name)]
@@ -336,11 +336,11 @@ def _differences(trait: Trait, hosts: Sequence[str], runtime: Runtime) -> str:
     mine = {name: trait.values.get(name, "missing") for name in shown}
     found = gather_over_ranks(mine, runtime)
     lines = [
-        f"{trait.says.format(name=name)} {tell_apart(values, hosts)}"
+        f"{trait.template.format(name=name)} {name_values(values, hosts)}"
         for name in shown
         for values in [{rank: each[name] for rank, each in enumerate(found)}]
     ]
-    return ", and ".join(lines) or trait.says.format(name="order of parts") + " not the same"
+    return ", and ".join(lines) or trait.template.format(name="order of parts") + " not the same"
 
 
 def _differing_marks(per_rank: Sequence[dict[str, Mark]]) -> list[str]:
@@ -372,4 +372,4 @@ def _judge_marks(
         values = {rank: each[name] for rank, each in enumerate(per_rank) if name in each}
         texts = {rank: text for rank, text in values.items() if text is not None}
         if len(texts) == len(values):
-            raise DataError(f"{name} is {tell_apart(texts, hosts)}; {_SAME_DATA}.")
+            raise DataError(f"{name} is {name_values(texts, hosts)}; {_SAME_DATA}.")

@@ -38,7 +38,7 @@ class RunResult:
         samples: Samples trained.
         world_size: Ranks.
         scores: The last evaluation, by name.
-        shares: Where the time of this life went, from ``TimeShares.summary``.
+        shares: Where the time of this attempt went, from ``TimeShares.summary``.
         weights_digest: SHA-256 of all parameters and buffers.
     """
 
@@ -60,7 +60,7 @@ class RunResult:
 
 
 def read_result(folder: Path) -> RunResult | None:
-    """Read how an earlier life of a run ended; None if it failed, or told nothing.
+    """Read how an earlier attempt of a run ended; None if it failed, or left no result.
 
     Args:
         folder: The run folder.

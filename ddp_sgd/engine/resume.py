@@ -39,12 +39,12 @@ class ResumePoint:
 
     Args:
         run_id: Identity of the run.
-        has_rows: Whether the journal of an earlier life is there.
+        has_rows: Whether the journal of an earlier attempt is there.
         header: Where the run stood when it was saved; None begins at step 0.
         file: The checkpoint, on the rank that has the folder.
         passed_over: What is wrong with newer checkpoints.
         ending: How the run ended, if there is nothing left to do.
-        deadline: When the run must be over, unix time in seconds; None if nobody says.
+        deadline: When the run must be over, unix time in seconds; None if not known.
     """
 
     run_id: str
@@ -187,7 +187,7 @@ def _ending(
 
 
 def _config_in(folder: Path) -> dict[str, Any] | None:
-    """Read the configuration of an earlier life; None if there was none.
+    """Read the configuration of an earlier attempt; None if there was none.
 
     Raises:
         DataError: It cannot be read. Without it a run that goes on looks like a new one.
@@ -209,7 +209,7 @@ MARKS = "data"
 """Where the marks of training data are in a checkpoint; those of earlier releases have none."""
 
 _SHOWN = 3
-"""Differences that one message tells of."""
+"""Largest number of differences in one message."""
 
 
 def refuse_other_data(

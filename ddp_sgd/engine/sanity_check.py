@@ -55,7 +55,7 @@ _SHOWN = 6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingFacts:
-    """What a pass in training mode told.
+    """Result of a pass in training mode.
 
     Args:
         objective: The loss, as the sum over units that it is made of.
@@ -72,13 +72,13 @@ class TrainingFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationFacts:
-    """What a pass in evaluation mode told.
+    """Result of a pass in evaluation mode.
 
     Args:
         objective: The loss, as the sum over units that it is made of.
         randomness: The generators that it draws from.
         buffers: The buffers that it changes, such as those of observers.
-        communicates: Whether model or loss talk to other ranks.
+        communicates: Whether model or loss communicate with other ranks.
     """
 
     objective: Objective
@@ -229,7 +229,7 @@ class _Check:
         """Call the model alone."""
         try:
             return self._objective.outputs(self._model, self._inputs)
-        except Exception as error:  # whatever a user's model raises
+        except Exception as error:  # any error of a user's model
             refuse_out_of_memory(error, self._use)
             raise ConfigError(
                 f"model is {type(self._model).__name__}, which fails on inputs of "
@@ -240,10 +240,10 @@ class _Check:
     def _call_loss(self, outputs: Any) -> Any:
         try:
             with warnings.catch_warnings():
-                # Shapes that torch stretches to fit give a loss over pairs that nobody meant.
+                # Shapes that torch stretches to fit give a loss over unintended pairs.
                 warnings.filterwarnings("error", message="Using a target size")
                 return self._loss(outputs, self._targets)
-        except Exception as error:  # whatever a user's loss raises
+        except Exception as error:  # any error of a user's loss
             refuse_out_of_memory(error, self._use)
             if isinstance(error, IndexError):
                 self._check_labels(outputs)
@@ -262,7 +262,7 @@ class _Check:
             )
         try:
             backward(value, torch.ones_like(value))
-        except Exception as error:  # whatever a user's function raises
+        except Exception as error:  # any error of a user's function
             refuse_out_of_memory(error, self._use)
             raise ConfigError(
                 f"model is {type(self._model).__name__}, whose backward pass fails, "
@@ -362,7 +362,7 @@ def _on_any_rank(
 
 
 def describe(value: Any) -> str:
-    """Say what a value is, for an error: shape and type of tensors, else the class."""
+    """Describe a value, for an error: type and shape of tensors, else the class."""
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
     if isinstance(value, Mapping):

@@ -305,7 +305,7 @@ def build_scorer(
         eval_set: Map-style data set of (input, target).
         reading: How samples are read.
         runtime: This process.
-        progress: Is told of every chunk.
+        progress: Updated at every chunk.
 
     Raises:
         ConfigError: Model, loss and samples do not fit together.

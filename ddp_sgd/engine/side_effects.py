@@ -75,7 +75,7 @@ class OperatorWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Leave torch's compiler alone: to tell it not to look, torch would import it, for 2 s."""
+        """Return False: to disable torch's compiler here, torch would import it, for 2 s."""
         return False
 
 
@@ -248,7 +248,7 @@ class SideEffects:
 
 
 def _outputs_among(function: Any, args: Any, named: dict[str, Any]) -> Iterator[Any]:
-    """Yield the arguments that an operator writes to, as its schema says."""
+    """Yield the arguments that an operator writes to, by its schema."""
     for number, argument in enumerate(function._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             yield args[number] if number < len(args) else named.get(argument.name)

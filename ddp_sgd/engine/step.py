@@ -49,7 +49,7 @@ class Stepper:
         objective: What is minimized.
         optimizer: SGD over the model's parameters.
         runtime: This process.
-        progress: Is told what is being done.
+        progress: Updated at every phase.
         clip_norm: Largest L2 norm of the gradient, above 0; None does not clip.
         buffers: The buffers that steps change; None: there are none.
     """
@@ -78,7 +78,7 @@ class Stepper:
         """Take one step on the mean gradient over every unit of every rank.
 
         Of N units, a micro-batch of m units with mean loss L contributes L m / N to the loss whose
-        gradient is taken, times whatever the wrapper divides its sum over ranks by: then any split
+        gradient is taken, times what the wrapper divides its sum over ranks by: then any split
         of the samples gives the same gradient.
 
         Args:

@@ -81,13 +81,13 @@ class TimeShares:
         self._total = Spent(dict.fromkeys(_KINDS, 0.0), [0.0] * runtime.world_size)
 
     def measure(self) -> list[float]:
-        """Tell where this rank's time went since the last row, to be summed over ranks."""
+        """Return where this rank's time went since the last row, to be summed over ranks."""
         now = self._progress.spent_s()
         kinds = dict.fromkeys(_KINDS, 0.0)
         waiting = 0.0
         for phase, kind in _KIND_OF.items():
             spent = now.get(phase, 0.0) - self._before.get(phase, 0.0)
-            # Alone there is nobody to wait for: what a reduction does then is gather gradients.
+            # A single rank waits for no other: what a reduction does then is gather gradients.
             kinds["compute" if kind == "waiting" and self._runtime.alone else kind] += spent
             if phase in self._meets_in:
                 waiting += spent
@@ -118,7 +118,7 @@ class TimeShares:
         self._before = self._progress.spent_s()
 
     def summary(self) -> dict[str, float | int]:
-        """Sum up the run, this life of it.
+        """Sum up this attempt of the run.
 
         Returns:
             ``share/data``, ``share/compute``, ``share/waiting`` and ``share/bookkeeping`` of the
@@ -144,7 +144,7 @@ _PERIOD_S = 1.0
 """How long ranks may go without hearing of each other's stop request, as far as steps allow."""
 
 _MOST_STEPS = 1000
-"""Steps after which they talk at the latest: what steps leave behind is kept until then."""
+"""Most steps between two syncs: what steps leave behind is kept until then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +153,7 @@ class SyncResult:
 
     Args:
         row: Measurements since the last row, by name, where one is due; else None.
-        stop: Whether any rank was asked to stop.
+        stop: Whether any rank has a stop request.
         save: Whether the state is to be saved; then there is a row, so that none is half full.
         skipped: Steps without a finite gradient.
     """
@@ -221,7 +221,7 @@ class RankSync:
 
     @property
     def reason(self) -> str | None:
-        """Why this rank was asked to stop; None if it was not."""
+        """Reason of this rank's stop request; None if there is none."""
         return self._stop.reason
 
     def _sync(self, step: int, lr: float, *, row_is_due: bool, save: bool) -> SyncResult:

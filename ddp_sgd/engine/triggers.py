@@ -28,7 +28,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _INTERRUPTED = 128 + signal.SIGINT
 """Exit code of a process that a second Ctrl-C ends: what a shell gives for a death by SIGINT."""
 _GRACE_S = scaled(1.5)
-"""Time for the main thread to raise what a signal asks for: it may be in a call of a C library."""
+"""Time for the main thread to raise after a signal: it may be in a call of a C library."""
 
 
 class HasReason(Protocol):
@@ -40,10 +40,10 @@ class HasReason(Protocol):
 
 
 class StopRequest:
-    """Whether this process was asked to stop, and by what.
+    """Stop request of this process, and its reason.
 
     Args:
-        other: Another one who may ask, such as the stop object of a user.
+        other: Another source of requests, such as the stop object of a user.
 
     Attributes:
         interrupt: What the handler has raised, once it has.
@@ -60,18 +60,18 @@ class StopRequest:
 
     @property
     def reason(self) -> str | None:
-        """Who asked first, such as ``SIGTERM``; None as long as nobody did."""
+        """Source of the first request, such as ``SIGTERM``; None as long as there is none."""
         return self._reason or (self._other.reason if self._other else None)
 
     def ask(self, reason: str) -> None:
-        """Ask to stop between two steps; the first reason is kept."""
+        """Request a stop between two steps; the first reason is kept."""
         self._reason = self._reason or reason
 
     def defer(self) -> None:
-        """From here on a signal is honoured between steps, by whoever reads ``reason``.
+        """From here on a signal is honoured between steps, where ``reason`` is read.
 
         Raises:
-            StopInterrupt: There was a signal before, and somebody caught what it raised.
+            StopInterrupt: There was a signal before, and what it raised was caught.
         """
         self._is_deferred = True
         if self.interrupt and not self.interrupt.is_caught:
@@ -96,7 +96,7 @@ class StopRequest:
             self._raise(self._reason)
 
     def ask_now(self, reason: str) -> None:
-        """Ask to stop at once, as a handler does in the main thread.
+        """Request a stop at once, as a handler does in the main thread.
 
         Raises:
             StopInterrupt: The run has not come to its first step, and this is the first request.
@@ -130,7 +130,7 @@ def stop_on_signal(*signals: signal.Signals, owns_process: bool = False) -> Iter
     The first signal raises before ``defer``, and is a flag from then on. A second SIGINT ends the
     process at once if it is ours, and raises KeyboardInterrupt if it is the user's. A handler does
     nothing else: no collective, no file, no lock. Outside the main thread Python allows no
-    handlers; then the request stays empty unless somebody asks.
+    handlers; then the request stays empty unless ``ask`` is called.
 
     Args:
         signals: Which ones; none means SIGTERM, SIGINT and SIGUSR1.
@@ -289,7 +289,7 @@ class Timetable:
         return self._plan.ends_epochs(step, self._score_epochs)
 
     def save_is_due_at(self, step: int) -> bool:
-        """Whether the plan asks for a save after this many steps; known to all ranks beforehand."""
+        """Whether the plan has a save after this many steps; known to all ranks beforehand."""
         steps, epochs = self._config.every_steps, self._config.every_epochs
         return (
             step == self._plan.total_steps
@@ -304,7 +304,7 @@ class Timetable:
         return min(dates)
 
     def save_is_due_now(self) -> bool:
-        """Whether the clock of this rank asks for a save; the ranks must agree on the answer."""
+        """Whether a save is due by the clock of this rank; the ranks must agree on it."""
         minutes = self._config.every_minutes
         return minutes is not None and time.monotonic() - self._last_save >= 60 * minutes
 
@@ -333,7 +333,7 @@ class Deadline:
         """Whether to stop now.
 
         Args:
-            pause_s: Time until this is asked again, in seconds, evaluations not counted.
+            pause_s: Time until the next call, in seconds, evaluations not counted.
         """
         if self._at is None:
             return False
@@ -347,10 +347,10 @@ def read_deadline(given: float | str | None, environ: Mapping[str, str]) -> floa
 
     Args:
         given: ``runtime.deadline``: unix time in seconds, or a date and time.
-        environ: The environment; SLURM says there when the job ends, or which job to ask it for.
+        environ: The environment; SLURM sets the end of the job there, or the job to query.
 
     Returns:
-        Unix time in seconds; None if nobody says.
+        Unix time in seconds; None if not known.
     """
     if isinstance(given, str):
         return datetime.fromisoformat(given).astimezone().timestamp()

@@ -1,8 +1,8 @@
 """File lock of a run folder, and an owner note for hosts that the lock does not reach.
 
 ``flock`` on a folder is local to one host on NFS, and some network file systems have no locks at
-all or keep them on each host. So a regular file is locked, and beside it lies a note that says who
-owns the folder. The owner renews the note; a start on another host watches whether it does.
+all or keep them on each host. So a regular file is locked, and a note beside it names the
+owner of the folder. The owner renews the note; a start on another host watches whether it does.
 """
 
 import errno
@@ -24,7 +24,7 @@ from ddp_sgd.files import is_missing, retry
 from ddp_sgd.host import scaled
 
 LOCK_NAME = ".lock"
-"""File that is locked. It stays, empty: whoever removes a lock file may remove another's."""
+"""File that is locked. It stays, empty: to remove a lock file may remove that of another run."""
 
 OWNER_NAME = ".owner.json"
 """The owner note; removed at the end of a run."""
@@ -33,7 +33,7 @@ RENEW_S = 5.0
 """Time between two renewals of the owner note."""
 
 SILENT_RENEWALS = 3
-"""Renewals that must fail to come before the owner of a note counts as dead."""
+"""Missed renewals after which the owner of a note counts as ended."""
 
 _PATIENCE_S = scaled(10.0)
 """Longest wait for another run to leave the folder: a rank that lost its launcher saves first."""
@@ -52,7 +52,7 @@ class Owner(NamedTuple):
         pid: Number of the process.
         job: Its SLURM job; None outside of SLURM.
         restarts: How often that job was requeued before.
-        token: Tells this use of the folder from every other.
+        token: Identifies this use of the folder.
     """
 
     host: str
@@ -92,7 +92,7 @@ class FolderLock:
     """Keeps other runs out of a folder, from its making to ``release``.
 
     The system takes the lock back if this process dies. The note stays then: a start under the same
-    kernel knows better by the lock, and so does the next attempt of the same SLURM job; any other
+    kernel goes by the lock, and so does the next attempt of the same SLURM job; any other
     waits ``SILENT_RENEWALS * RENEW_S`` for the note to be renewed before it takes over.
 
     Args:
@@ -204,7 +204,7 @@ class OwnerWatch:
         here: This process; None describes it.
 
     Attributes:
-        owner: Who the note named at the last look; None if nobody.
+        owner: The owner in the note at the last look; None if there was none.
         renewals: How often the note was seen to change.
     """
 
@@ -237,7 +237,7 @@ class OwnerWatch:
         """Whether a run has the folder; one that was killed on this host has it no more."""
         try:
             is_renewed = self.look()
-        except OSError:  # a disk that is out of reach for a moment says nothing about the run
+        except OSError:  # a disk may be out of reach for a moment while the run goes on
             return True
         is_here = self.owner is not None and self._here.shares_locks_with(self.owner)
         return is_renewed and not (is_here and self.owner and _is_gone(self.owner.pid))

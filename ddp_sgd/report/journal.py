@@ -170,7 +170,7 @@ class JournalTail:
         """Read the rows that were appended since the last call.
 
         Args:
-            is_over: Whether nobody writes any more: a last line without its newline then counts,
+            is_over: Whether the writer has ended: a last line without its newline then counts,
                 if it is a row.
 
         Raises:

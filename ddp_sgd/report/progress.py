@@ -40,7 +40,7 @@ class Progress:
             return
         try:
             change(self._bar)
-        except Exception:  # whatever the terminal or tqdm makes of it
+        except Exception:  # any error of the terminal or tqdm
             self._bar.disable = True  # else it would try again when it is deleted
             self._bar = None
             silence(sys.stderr)

@@ -108,7 +108,7 @@ class AsyncWriter:
             return
         try:
             self._write(burst)
-        except Exception as error:  # whatever it is, it belongs to the thread that trains
+        except Exception as error:  # any error is raised in the thread that trains
             self._failure = self._failure or error
 
 
@@ -162,7 +162,7 @@ class Reporter:
 
         Args:
             plan: The run's arithmetic.
-            state: Is asked for the step of every row.
+            state: Read for the step of every row.
             notes: What the user should know, one line each.
         """
         self._plan, self._state = plan, state
@@ -184,7 +184,7 @@ class Reporter:
             self._write("start", {**world, "run_id": origin.run_id})
         if origin.is_resumed:
             self._write("resume", {**world, **origin.note})
-        self.flush()  # if the run dies at once, its journal shows that it began
+        self.flush()  # if the run ends at once, its journal shows that it began
 
     def train(self, row: Row | None) -> None:
         """Log what the steps since the last row measured, if there is a row."""
@@ -257,7 +257,7 @@ class Reporter:
             return
         wall = {"wall_s": time.perf_counter() - self._start}
         full = _finite({**result, **self._job, **wall})
-        try:  # the result first: loggers may take their time, and a launcher may lose patience
+        try:  # the result first: loggers may be slow, and a launcher's timeout may pass
             self._folder.finish(full)
         finally:
             if self._writer:
@@ -305,7 +305,7 @@ def open_report(
         origin: Where this attempt of the run begins.
 
     Raises:
-        ConfigError: A logger that the configuration asks for is not installed.
+        ConfigError: A logger that the configuration enables is not installed.
     """
     loggers = _loggers(config) if folder else []
     report = Reporter(folder, loggers, config, runtime.world_size, origin)
@@ -319,7 +319,7 @@ def open_report(
         runtime.error_propagation.before_exit = None
 
 
-def tell_of_the_end(result: Row, folder: RunFolder | None) -> None:
+def report_end(result: Row, folder: RunFolder | None) -> None:
     """Print how a run ended that has nothing left to do, on the rank that has its folder."""
     if folder is not None:
         Progress().say(
@@ -330,9 +330,9 @@ def tell_of_the_end(result: Row, folder: RunFolder | None) -> None:
 
 def _loggers(config: RunConfig) -> list[Logger]:
     progress = Progress()
-    loggers: list[Logger] = [Journal(), progress, WandbLogger(config.wandb, say=progress.say)]
+    loggers: list[Logger] = [Journal(), progress, WandbLogger(config.wandb, echo=progress.say)]
     if config.log.tensorboard:
-        loggers.append(TensorBoard(say=progress.say))
+        loggers.append(TensorBoard(echo=progress.say))
     return loggers
 
 

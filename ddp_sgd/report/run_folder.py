@@ -209,7 +209,7 @@ def _is_empty(folder: Path) -> bool:
 def note_failure(folder: Path, step: int, code: int, error: str) -> None:
     """Append a failure; one of the world around is not noted.
 
-    The row says ``gives_up`` if it is the last that is allowed, so that the launcher can end
+    The row has ``gives_up`` if it is the last that is allowed, so that the launcher can end
     torchrun, which would start all processes again only to read so.
 
     Raises:
@@ -231,7 +231,7 @@ def refuse_endless_failure(folder: Path, environ: Mapping[str, str]) -> None:
 
     Args:
         folder: The run folder.
-        environ: The environment, which says whether this is a restart.
+        environ: The environment, which has the number of restarts.
 
     Raises:
         RepeatedFailureError: It failed ``SAME_STEP`` times in a row at one step.
@@ -269,7 +269,7 @@ def result_from_rows(
     """Build a result from the journal: it stands where the last row does.
 
     Args:
-        rows: The journal; one row at least says that the run began.
+        rows: The journal; at least one row records the start of the run.
         exit_code: How the run ended; a run that was stopped on request has not failed.
         error: What the user should know.
     """

@@ -18,20 +18,20 @@ class TensorBoard:
     """Writes numbers as scalars over ``step`` into the folder ``tensorboard`` of the run folder.
 
     Args:
-        say: Prints one plain line for the user.
+        echo: Prints one plain line for the user.
 
     Raises:
         ConfigError: TensorBoard is not installed.
     """
 
-    def __init__(self, *, say: Callable[[str], None]) -> None:
+    def __init__(self, *, echo: Callable[[str], None]) -> None:
         """Look for the package, without importing it."""
         if find_spec("tensorboard") is None:
             raise ConfigError(
                 "log.tensorboard is true while the package tensorboard is missing; "
                 "pip install 'ddp_sgd[tensorboard]', or set log.tensorboard=false."
             )
-        self._say = say
+        self._echo = echo
         self._writer: SummaryWriter | None = None
 
     def start(self, record: RunRecord) -> None:
@@ -66,4 +66,4 @@ class TensorBoard:
 
     def _stop(self, error: Exception) -> None:
         self._writer = None
-        self._say(f"TensorBoard: stopped ({error}); training goes on, metrics.jsonl has every row")
+        self._echo(f"TensorBoard: stopped ({error}); training goes on, metrics.jsonl has every row")

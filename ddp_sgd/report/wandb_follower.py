@@ -1,6 +1,6 @@
 """Weights & Biases (W&B) follower: logs every row of ``metrics.jsonl`` to W&B once.
 
-As a subprocess of the trainer it logs on until the trainer has ended, or died. By hand,
+As a subprocess of the trainer it logs on until the trainer has ended. By hand,
 ``python -m ddp_sgd.report.wandb_follower RUN`` completes a W&B run after a crash, or follows a run
 that trains where there is no network.
 
@@ -60,7 +60,7 @@ _BEST = "best/eval/accuracy"
 
 
 def follow_trainer() -> None:
-    """Log the run of the process that has started this one to W&B, until it ends or dies."""
+    """Log the run of the process that has started this one to W&B, until that ends."""
     trainer = os.getppid()
     control, held, lines = os.dup(0), os.dup(0), os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -81,7 +81,7 @@ def follow_trainer() -> None:
             return bool(poll.poll(1e3 * seconds))
 
         def report(text: str) -> None:
-            with suppress(OSError):  # the trainer is dead
+            with suppress(OSError):  # the trainer has ended
                 print(text, file=lines)
 
         try:
@@ -92,20 +92,20 @@ def follow_trainer() -> None:
 
 
 def _leave_after_trainer(descriptor: int) -> None:
-    """End this process FINISH_TIMEOUT_S after the trainer, whatever hangs.
+    """End this process FINISH_TIMEOUT_S after the trainer, even if it hangs.
 
     Args:
         descriptor: Of its own, never closed: one that is closed at the end looks like a hang-up.
     """
     poll = select.poll()
-    poll.register(descriptor, 0)  # a hang-up is reported unasked
+    poll.register(descriptor, 0)  # a hang-up is always reported
     poll.poll()
-    time.sleep(scaled(FINISH_TIMEOUT_S + 5.0))  # a trainer that lives ends this process before
+    time.sleep(scaled(FINISH_TIMEOUT_S + 5.0))  # a trainer that still runs ends this process before
     os._exit(1)
 
 
 def follow(attempt: WandbRun, wait: Callable[[float], bool]) -> None:
-    """Log the rows of a run to W&B until it is over; raises whatever wandb raises.
+    """Log the rows of a run to W&B until it is over; raises wandb's errors.
 
     Args:
         attempt: The run in W&B, to be opened.
@@ -113,7 +113,7 @@ def follow(attempt: WandbRun, wait: Callable[[float], bool]) -> None:
     """
     # The helper of a run of the user's own is not for this one, and may end before.
     os.environ.pop("WANDB_SERVICE", None)
-    # wandb's reports about itself leave from an exit hook of their own, which a silent server
+    # wandb's reports about itself leave from an exit hook of their own, which a stalled server
     # holds for 20 s and whose failures are printed; only the environment turns them off.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     try:

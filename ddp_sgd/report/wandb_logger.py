@@ -2,7 +2,7 @@
 
 The logger can neither delay, hang nor stop training: all that touches wandb happens in the
 subprocess (``wandb_follower``), and no row passes through a pipe. One pipe holds the request, and
-is closed when the trainer has ended or died; another brings lines for the user.
+is closed when the trainer has ended; another brings lines for the user.
 """
 
 import json
@@ -35,7 +35,7 @@ UPLOAD_TIMEOUT_S = 20.0
 """How long wandb may go on uploading at the end."""
 
 FINISH_TIMEOUT_S = 30.0
-"""How long the subprocess may live on when the trainer is done or dead: an upload that runs into
+"""How long the subprocess may run on when the trainer has ended: an upload that runs into
 its limit (20 s), or a run that ends while its server is still being tried (10 s, 2 s to give up,
 1 s to go offline), and room for the last rows."""
 
@@ -68,7 +68,7 @@ def start_ahead(config: WandbConfig) -> None:
     Args:
         config: Section ``wandb`` of the configuration.
     """
-    with suppress(OSError):  # whatever is wrong, the logger finds out again
+    with suppress(OSError):  # the logger runs into the same error again
         if not _ahead and not is_disabled(config.mode):
             _ahead.append(_start_process())
 
@@ -78,13 +78,13 @@ class WandbLogger:
 
     Args:
         config: Section ``wandb`` of the configuration.
-        say: Prints one plain line for the user; it is called from a thread of the logger's own.
+        echo: Prints one plain line for the user; it is called from a thread of the logger's own.
     """
 
-    def __init__(self, config: WandbConfig, *, say: Callable[[str], None]) -> None:
+    def __init__(self, config: WandbConfig, *, echo: Callable[[str], None]) -> None:
         """Keep the configuration; nothing is started yet."""
         self._config = config
-        self._print = say
+        self._print = echo
         self._process: subprocess.Popen[bytes] | None = None
         self._listener = Thread(target=self._listen, name="wandb lines", daemon=True)
         self._folder = Path()
@@ -107,7 +107,7 @@ class WandbLogger:
             self._process = _ahead.pop() if _ahead else _start_process()
             self._listener.start()
         except (OSError, RuntimeError) as error:  # the system has no process or thread left for us
-            self._say(f"not started ({error}); metrics.jsonl has every row")
+            self._report(f"not started ({error}); metrics.jsonl has every row")
             self._kill()
             return
         with suppress(OSError):  # the subprocess is gone, and the listener reports it
@@ -124,10 +124,10 @@ class WandbLogger:
         _stdin(self._process).close()
         self._listener.join(limit_s)
         if self._listener.is_alive():
-            self._say(f"not finished after {limit_s:g} s; complete it: {PROGRAM} {self._folder}")
+            self._report(f"not finished after {limit_s:g} s; complete it: {PROGRAM} {self._folder}")
             self._kill()
 
-    def _say(self, text: str) -> None:
+    def _report(self, text: str) -> None:
         self._print(f"W&B: {text}")
 
     def _listen(self) -> None:
@@ -137,16 +137,16 @@ class WandbLogger:
             return
         with process.stdout as lines:
             for line in lines:
-                self._say(line.decode(errors="replace").rstrip("\n"))
+                self._report(line.decode(errors="replace").rstrip("\n"))
         code = process.wait()
         if code and not self._is_killed:
-            self._say(
+            self._report(
                 f"stopped (its process ended with code {code}); training goes on, metrics.jsonl "
                 "has every row"
             )
 
     def _kill(self) -> None:
-        """End the subprocess, if there is one, whatever it does; wandb's helper follows it."""
+        """End the subprocess, if there is one, in any state; wandb's helper follows it."""
         self._is_killed = True
         process, self._process = self._process, None
         if process:
@@ -231,13 +231,13 @@ class WandbRun:
         why = ""
         if settings.mode not in ("offline", "dryrun"):
             try:
-                # Finds the key where wandb itself does, asks nobody for one and no server about it.
+                # Finds the key where wandb itself does, without a prompt or a request to a server.
                 if wandb.login(prompt=False, verify=False):
                     run = wandb.init(**arguments)
                     self._opened(run, f"online, {run.url}")
                     return run
                 why = " (no API key)"
-            except Exception as error:  # whatever it is, the run can go on offline
+            except Exception as error:  # any error: the run can go on offline
                 why = f" ({first_line(error)})"
             tear_down()
             self._set_up()
@@ -247,7 +247,7 @@ class WandbRun:
         return run
 
     def _set_up(self) -> "wandb.Settings":
-        """Start wandb's helper, silent; returns the user's settings with the mode of ours on top.
+        """Start wandb's helper, muted; returns the user's settings with the mode of ours on top.
 
         The helper logs to stderr where it cannot write to the home folder, hence the descriptors.
         """
@@ -316,7 +316,7 @@ class WandbRun:
 
 
 def tear_down() -> None:
-    """End wandb's helper and take away wandb's exit hook, whatever state they are in."""
+    """End wandb's helper and take away wandb's exit hook, in any state."""
     # BaseException: it leaves by sys.exit when the helper failed, which was reported.
     with suppress(BaseException):
         import wandb

@@ -18,7 +18,7 @@ def _scalars(folder):
 
 def test_scalars_are_read_back_at_their_steps_and_times(tmp_path):
     said = []
-    logger = TensorBoard(say=said.append)
+    logger = TensorBoard(echo=said.append)
     logger.start(SimpleNamespace(folder=tmp_path))
     logger.write([("start", AXES)])
     logger.write([("train", {**AXES, "train/loss": 2.25, "train/grad_norm": None, "note": "text"})])
@@ -37,7 +37,7 @@ def test_scalars_are_read_back_at_their_steps_and_times(tmp_path):
 def test_a_missing_package_is_found_at_once(monkeypatch):
     monkeypatch.setattr("ddp_sgd.report.tensorboard.find_spec", lambda name: None)
     with pytest.raises(ConfigError) as caught:
-        TensorBoard(say=print)
+        TensorBoard(echo=print)
     assert str(caught.value) == (
         "log.tensorboard is true while the package tensorboard is missing; "
         "pip install 'ddp_sgd[tensorboard]', or set log.tensorboard=false."
@@ -48,7 +48,7 @@ def test_a_missing_package_is_found_at_once(monkeypatch):
 def test_a_folder_that_cannot_be_made_stops_only_the_view(tmp_path):
     (tmp_path / "tensorboard").write_text("in the way")
     said = []
-    logger = TensorBoard(say=said.append)
+    logger = TensorBoard(echo=said.append)
     logger.start(SimpleNamespace(folder=tmp_path))
     logger.write([("train", {**AXES, "train/loss": 1.0})])
     logger.finish({})
@@ -63,7 +63,7 @@ def test_a_writer_that_fails_stops_only_the_view(tmp_path, monkeypatch, method):
         raise OSError(28, "No space left on device")
 
     said = []
-    logger = TensorBoard(say=said.append)
+    logger = TensorBoard(echo=said.append)
     logger.start(SimpleNamespace(folder=tmp_path))
     writer = logger._writer
     monkeypatch.setattr(writer, method, fail)
