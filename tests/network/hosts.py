@@ -4,11 +4,11 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from contextlib import contextmanager, suppress
 
 import pytest
-from commands import starting_python
 from launching import MULTINODE, environment
 from limits import WAIT_S
 from machines import Machine, what_is_missing
@@ -102,7 +102,7 @@ class Run:
         with self._said.open("w") as said:
             self.process = subprocess.Popen(
                 host.command("env", f"--chdir={folder}", str(MULTINODE), *options),
-                env=environment(PYTHON=str(starting_python()), **(given | variables)),
+                env=environment(PYTHON=sys.executable, **(given | variables)),
                 stdin=subprocess.DEVNULL,
                 stdout=said,
                 stderr=said,
