@@ -178,7 +178,7 @@ def scaling_table(
 
 def _assumptions(workload: Workload, network: Network) -> Iterator[str]:
     micro_batches = workload.micro_batches
-    yield f"compute    {_time(workload.compute_s)} a step of one rank alone" + (
+    yield f"compute    {_time(workload.compute_s)} per step of one rank alone" + (
         f", in {micro_batches:,} micro-batches" if micro_batches > 1 else ""
     )
     size = f"{workload.gradient_bytes / _MIB:.4g} MiB"
