@@ -453,7 +453,7 @@ def test_the_code_of_a_script_does_not_depend_on_its_console(option, code, where
     done = subprocess.run(
         ["bash", "-c", f'{words}; echo "${{PIPESTATUS[0]}}" > code'],
         cwd=tmp_path,
-        env=environment(PYTHON=str(python_folder() / "python")),
+        env=environment(PYTHON=sys.executable),
         stdout=subprocess.DEVNULL,
         check=False,
         timeout=WAIT_S,
