@@ -142,6 +142,7 @@ def starting_python():
 def _ask(address, first):
     """What ``python`` of ``python_folder`` does; it needs nothing of this module."""
     import array
+    import contextlib
     import os
     import pickle
     import signal
@@ -170,15 +171,32 @@ def _ask(address, first):
             if signal.getsignal(number) == signal.SIG_IGN
         ],
     }
+    pids, early = [], []
+
+    def pass_on(number, _):
+        if not pids:
+            early.append(number)
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pids[0], number)
+
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
+        if number not in wanted["ignored"]:
+            signal.signal(number, pass_on)
     channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     channel.connect(address)
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", streams))]
     channel.sendmsg([pickle.dumps(wanted)], rights if streams else [])
-    pid = int(channel.recv(100))
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
-        if number not in wanted["ignored"]:
-            signal.signal(number, lambda number, _: os.kill(pid, number))
-    code = int(channel.recv(100) or 255)
+    pids.append(int(channel.recv(100)))
+    for number in early:
+        pass_on(number, None)
+    channel.settimeout(0.1)  # a signal just before the call does not interrupt it
+    while True:
+        try:
+            code = int(channel.recv(100) or 255)
+            break
+        except TimeoutError:
+            pass
     if code < 0:
         if -code != signal.SIGKILL:
             signal.signal(-code, signal.SIG_DFL)
