@@ -27,7 +27,7 @@ def _start(folder, script, *options, **variables):
     process = subprocess.Popen(
         [str(script), *options],
         cwd=folder,
-        env=environment(PYTHON=str(python_folder() / "python"), **variables),
+        env=environment(**{"PYTHON": str(python_folder() / "python")} | variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -299,7 +299,7 @@ def test_signal_to_the_script_ends_the_run_between_two_steps(number, tmp_path):
 
 
 def test_signal_before_the_ranks_are_there_is_a_stop_too(tmp_path):
-    process = _start(tmp_path, LOCAL, "--nproc=1", *ENDLESS)
+    process = _start(tmp_path, LOCAL, "--nproc=1", *ENDLESS, PYTHON=sys.executable)
     _wait_until(lambda: list(tmp_path.glob("runs/digits.logs.*")), process)
     process.send_signal(signal.SIGTERM)
     code, _, err = _end(process)
