@@ -176,9 +176,19 @@ def test_a_second_interrupt_does_not_wait_for_the_end_of_the_step(tmp_path):
     assert_ends_at_the_second_interrupt(processes)
 
 
+def wait_until_asleep(pid):
+    """Wait until the main thread of a process waits in the system, ten times in a row."""
+    path, deadline, seen = Path(f"/proc/{pid}/task/{pid}/stat"), time.monotonic() + WAIT_S, 0
+    while seen < 10:
+        assert time.monotonic() < deadline
+        seen = seen + 1 if path.read_text().rpartition(")")[2].split()[0] == "S" else 0
+        time.sleep(0.01)
+
+
 def test_a_second_interrupt_ends_a_process_that_is_stuck(tmp_path):
     processes = train(tmp_path, *_stuck("model", "StuckModel", "c"))
     wait_for(tmp_path / "mark", processes)
+    wait_until_asleep(processes[0].pid)  # before it is in C, the first one ends it
     assert_ends_at_the_second_interrupt(processes)
 
 
