@@ -93,7 +93,7 @@ $(LOWEST)/.installed: $(TESTS) tests/lowest_versions.py
 	@touch $@
 
 # Of the torch-free part of the package: what its tests import, too, needs no torch.
-NEWER_TESTS := tests/config --ignore=tests/config/test_reference.py tests/test_plan.py tests/test_seeds.py \
+NEWER_TESTS := tests/config --ignore=tests/config/test_reference.py tests/test_plan.py \
 	tests/test_scaling.py tests/test_explain.py --deselect=tests/test_explain.py::test_the_model_gives_the_size_of_its_gradients \
 	--deselect=tests/test_explain.py::test_a_model_that_is_frozen_has_no_gradients tests/test_requeue.py tests/distributed/test_slurm_environment.py \
 	tests/test_slurm_job.py tests/distributed/test_gpus.py tests/launch/test_options.py tests/test_run_files.py \
