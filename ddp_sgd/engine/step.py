@@ -1,7 +1,6 @@
 """One step: the exact mean gradient over every sample of every rank, then SGD."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch.nn.utils import clip_grads_with_norm_
@@ -73,8 +72,9 @@ class Stepper:
         self._clip_norm = clip_norm
         self._buffers = buffers or None
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._factors: dict[tuple[float, torch.dtype], torch.Tensor] = {}
 
-    def step(self, batches: StepBatches, lr: float) -> StepResult:
+    def step(self, batches: StepBatches, lr: float | torch.Tensor) -> StepResult:
         """Take one step on the mean gradient over every unit of every rank.
 
         Of N units, a micro-batch of m units with mean loss L contributes L m / N to the loss whose
@@ -83,7 +83,7 @@ class Stepper:
 
         Args:
             batches: This rank's part of the step.
-            lr: Rate of this step.
+            lr: Rate of this step, a number or a tensor on the device.
         """
         if self._buffers:
             self._prepare_buffers(self._buffers, batches.step)
@@ -102,7 +102,7 @@ class Stepper:
                 weight = self._objective.weight(ready.samples)
                 if batch.is_last:
                     self._progress.enter(Phase.BACKWARD)
-                backward(loss, _as_gradient(weight * divisor / units, loss))
+                backward(loss, self._as_gradient(weight * divisor / units, loss))
             losses.append(loss.detach())
             weights.append(weight)
         self._progress.enter(Phase.ALL_REDUCE)
@@ -124,7 +124,7 @@ class Stepper:
         sum_over_ranks(units, self._runtime)
         return own, torch.where(units > 0, units, 1.0)  # none at all: the gradient is zero
 
-    def _update(self, gradient: list[torch.Tensor], lr: float) -> torch.Tensor:
+    def _update(self, gradient: list[torch.Tensor], lr: float | torch.Tensor) -> torch.Tensor:
         """Clip, then move the weights, unless the gradient is not finite; decided on the device."""
         norm = _total_norm(gradient)
         skipped = (norm - norm).nan_to_num_(nan=1.0).float()  # 0 where it is finite, else 1
@@ -134,6 +134,19 @@ class Stepper:
         if self._buffers:
             self._buffers.restore_where(skipped)
         return norm
+
+    def _as_gradient(self, factor: float | torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        """Return the gradient that the backward pass begins with, of a loss that counts by a factor.
+
+        The same bits as from the loss times the factor, without an operation of the model's graph.
+        An epoch has few factors: they are kept on the device, where a captured step reads them.
+        """
+        if isinstance(factor, torch.Tensor):
+            return factor.to(loss.dtype)
+        key = (factor, loss.dtype)
+        if key not in self._factors:
+            self._factors[key] = torch.tensor(factor, dtype=loss.dtype, device=loss.device)
+        return self._factors[key]
 
     def _prepare_buffers(self, buffers: TrainingBuffers, step: int) -> None:
         """Make the buffers equal on all ranks, where the weights are, and remember them."""
@@ -161,22 +174,6 @@ def backward(loss: torch.Tensor, gradient: torch.Tensor) -> None:
         allow_unreachable=True,
         accumulate_grad=True,
     )
-
-
-def _as_gradient(factor: float | torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
-    """Return the gradient that the backward pass begins with, of a loss that counts by a factor.
-
-    The same bits as from the loss times the factor, without an operation of the model's graph; an
-    epoch has few factors, so nothing is sent to the device for most steps.
-    """
-    if isinstance(factor, torch.Tensor):
-        return factor.to(loss.dtype)
-    return _number_on_device(factor, loss.dtype, loss.device)
-
-
-@lru_cache
-def _number_on_device(value: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.tensor(value, dtype=dtype, device=device)
 
 
 def _total_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
