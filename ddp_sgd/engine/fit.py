@@ -23,6 +23,7 @@ from ddp_sgd.distributed.progress import Phase
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.components import Given, Reading, build_reading, gather_components
 from ddp_sgd.engine.evaluation import Interrupted
+from ddp_sgd.engine.precision import torch_settings
 from ddp_sgd.engine.rank_consistency import Identity, mark_training_set, require_consistency
 from ddp_sgd.engine.result import RunResult, build_result
 from ddp_sgd.engine.resume import (
@@ -203,6 +204,7 @@ def fit(
             open_report(config, runtime, folder, resume_point.origin) as report,
             propagate_errors(runtime.error_propagation),
             translate_errors(lambda: request.reason),
+            torch_settings(config.compute, runtime.device, report.notice),
         ):
             return _train(config, given, runtime, resume_point, folder, report, request)
 
@@ -235,8 +237,9 @@ def _train(
         identity,
         optim=config.optim,
         parallel=config.parallel,
+        compute=config.compute,
     )
-    report.start(plan, context.state, context.notes)
+    report.start(plan, context.state, (*resume_point.notes, *context.notes))
     timetable = Timetable(
         config.checkpoint,
         plan,

@@ -12,6 +12,7 @@ from ddp_sgd.distributed.data_parallel import DataParallelModel
 from ddp_sgd.distributed.progress import Phase, ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import TrainingBuffers
+from ddp_sgd.engine.precision import LossScale
 from ddp_sgd.losses import Objective, wide_float
 from ddp_sgd.optim.sgd import SGD
 
@@ -27,6 +28,7 @@ class StepResult:
         local_units: Units of this rank.
         grad_norm: L2 norm of the whole mean gradient, before clipping; equal on all ranks. Where it
             is not finite the step was skipped, on all ranks.
+        scaling: With a loss scale, that of the step, and the overflows of the run so far.
     """
 
     losses: list[torch.Tensor]
@@ -34,11 +36,12 @@ class StepResult:
     units: float | torch.Tensor
     local_units: float
     grad_norm: torch.Tensor
+    scaling: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def tensors(self) -> list[torch.Tensor]:
-        """List what is still on the device: the losses, the units if they are, the norm."""
+        """List what is still on the device: the losses, the units if they are, norm and scaling."""
         counted = [self.units] if isinstance(self.units, torch.Tensor) else []
-        return [*self.losses, *counted, self.grad_norm]
+        return [*self.losses, *counted, self.grad_norm, *(self.scaling or ())]
 
 
 class Stepper:
@@ -52,9 +55,13 @@ class Stepper:
         progress: Updated at every phase.
         clip_norm: Largest L2 norm of the gradient, above 0; None does not clip.
         buffers: The buffers that steps change; None: there are none.
+        loss_scale: Scale of the loss, for gradients of 16 bits; None: they are not scaled.
+
+    Attributes:
+        loss_scale: The same.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # these are the parts of a step
         self,
         wrapper: DataParallelModel,
         objective: Objective,
@@ -64,6 +71,7 @@ class Stepper:
         *,
         clip_norm: float | None = None,
         buffers: TrainingBuffers | None = None,
+        loss_scale: LossScale | None = None,
     ) -> None:
         self._wrapper = wrapper
         self._objective = objective
@@ -72,6 +80,7 @@ class Stepper:
         self._progress = progress
         self._clip_norm = clip_norm
         self._buffers = buffers or None
+        self.loss_scale = loss_scale
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def step(self, batches: StepBatches, lr: float) -> StepResult:
@@ -102,17 +111,19 @@ class Stepper:
                 weight = self._objective.weight(ready.samples)
                 if batch.is_last:
                     self._progress.enter(Phase.BACKWARD)
-                backward(loss, _as_gradient(weight * divisor / units, loss))
+                backward(loss, self._as_gradient(weight * divisor / units, loss))
             losses.append(loss.detach())
             weights.append(weight)
         self._progress.enter(Phase.ALL_REDUCE)
         gradient = self._wrapper.reduce(batches.step)
         self._progress.enter(Phase.OPTIMIZER)
-        grad_norm = self._update(gradient, lr)
+        grad_norm, scaling = self._update(gradient, lr)
         if self._wrapper.averages_after(batches.step):
             self._progress.enter(Phase.AVERAGE)
             self._wrapper.average()
-        return StepResult(losses, weights, units, local_units, grad_norm)
+            if self.loss_scale:
+                self.loss_scale.agree(self._runtime)
+        return StepResult(losses, weights, units, local_units, grad_norm, scaling)
 
     def _count_units(self, batches: StepBatches) -> tuple[float, float | torch.Tensor]:
         """Count the units of this rank and of all; weighed targets need one small all-reduce."""
@@ -124,8 +135,21 @@ class Stepper:
         sum_over_ranks(units, self._runtime)
         return own, torch.where(units > 0, units, 1.0)  # none at all: the gradient is zero
 
-    def _update(self, gradient: list[torch.Tensor], lr: float) -> torch.Tensor:
-        """Clip, then move the weights, unless the gradient is not finite; decided on the device."""
+    def _as_gradient(self, factor: float | torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        """Return the gradient that the backward pass begins with: the factor, and the scale."""
+        gradient = _as_gradient(factor, loss)
+        return gradient * self.loss_scale.scale if self.loss_scale else gradient
+
+    def _update(
+        self, gradient: list[torch.Tensor], lr: float
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        """Clip, then move the weights, unless the gradient is not finite; decided on the device.
+
+        Returns:
+            The norm of the gradient, and what ``StepResult.scaling`` is.
+        """
+        if self.loss_scale:
+            self.loss_scale.unscale(gradient)
         norm = _total_norm(gradient)
         skipped = (norm - norm).nan_to_num_(nan=1.0).float()  # 0 where it is finite, else 1
         if self._clip_norm is not None:
@@ -133,7 +157,7 @@ class Stepper:
         self._optimizer.step(lr, skipped)
         if self._buffers:
             self._buffers.restore_where(skipped)
-        return norm
+        return norm, self.loss_scale.update(skipped) if self.loss_scale else None
 
     def _prepare_buffers(self, buffers: TrainingBuffers, step: int) -> None:
         """Make the buffers equal on all ranks, where the weights are, and remember them."""
