@@ -329,7 +329,9 @@ def fabric(case: Case, device: torch.device) -> float:
     """Return steps per second of Lightning Fabric, in its usual settings."""
     from lightning_fabric import Fabric  # type: ignore[import-not-found]
 
-    tool = Fabric(accelerator=device.type, devices=1, precision="bf16-mixed" if case.images else None)
+    tool = Fabric(
+        accelerator=device.type, devices=1, precision="bf16-mixed" if case.images else None
+    )
     loop = ByHand(case, device)
     loop.model, loop.optimizer = tool.setup(loop.model, loop.optimizer)
     return framework(loop, tool.backward)
@@ -425,7 +427,10 @@ def loops_of(
                 compute=compute | {"compile": True}, data=place
             ),
         }
-    crop = {"class_path": "ddp_sgd.data.augment.RandomCrop", "init_args": {"size": 32, "padding": 4}}
+    crop = {
+        "class_path": "ddp_sgd.data.augment.RandomCrop",
+        "init_args": {"size": 32, "padding": 4},
+    }
     flip = {"class_path": "ddp_sgd.data.augment.RandomHorizontalFlip"}
     transforms = {"train_transforms": [crop, flip, NORMALIZE]} if case.images else {}
     others = {tool.__name__: partial(tool, case, device) for tool in (fabric, accelerate)}

@@ -12,6 +12,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+_SHOWN = 6
+"""Components of a container that an error describes."""
+
 _DEEPEST = 6
 """Objects within objects that are looked at: attributes may refer back to their owner."""
 
@@ -125,6 +128,23 @@ def _attributes_of(value: Any) -> Iterator[str]:
     yield from getattr(value, "__dict__", {})
     if dataclasses.is_dataclass(value):  # perhaps with slots
         yield from (field.name for field in dataclasses.fields(value))
+
+
+def describe(value: Any) -> str:
+    """Describe a value, for an error: type and shape of tensors, else the class."""
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        parts = [f"{key}: {describe(item)}" for key, item in value.items()]
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        named = zip(value._fields, value, strict=True)
+        parts = [f"{name}: {describe(item)}" for name, item in named]
+    elif isinstance(value, (list, tuple)):
+        parts = [describe(item) for item in value]
+    else:
+        parts = []
+    shown = ", ".join(parts[:_SHOWN]) + (", ..." if len(parts) > _SHOWN else "")
+    return f"a {type(value).__name__} of ({shown})" if parts else f"a {type(value).__name__}"
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,10 @@ REASONS = {
     "_should_skip_dynamo": "asking torch's compiler not to look would import it, for 2 s",
     "_version": "counts writes to a tensor, also those that change no value",
     "torch._C._distributed_c10d.ErrorType": "the states in which a communicator can be",
+    "torch._C._set_deterministic_algorithms": "the public one imports torch's compiler, for 2 s",
+    "torch._amp_update_scale_": "adapts a loss scale on the device; torch.amp.GradScaler calls it",
     "torch._foreach_copy_": "one call for many tensors; there is no public one",
+    "torch._foreach_mul_": "one call for many tensors; there is no public one",
     "torch._foreach_norm": "one call for many tensors; there is no public one",
     "torch._fused_sgd_": "torch.optim.SGD calls the same kernel, and imports torch's compiler",
     "torch.autograd.Variable._execution_engine": "a backward pass with a given gradient otherwise "

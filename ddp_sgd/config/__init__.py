@@ -6,7 +6,7 @@ from ddp_sgd.config.command_line import (
     load_config,
     read_command_line,
 )
-from ddp_sgd.config.schema import RunConfig
+from ddp_sgd.config.schema import ComputeConfig, ParallelConfig, RunConfig, RuntimeConfig
 from ddp_sgd.config.sections import (
     CheckpointConfig,
     Component,
@@ -14,8 +14,6 @@ from ddp_sgd.config.sections import (
     EvalConfig,
     LogConfig,
     OptimConfig,
-    ParallelConfig,
-    RuntimeConfig,
     ScheduleConfig,
     WandbConfig,
 )
@@ -26,6 +24,7 @@ __all__ = [
     "CheckpointConfig",
     "CommandLine",
     "Component",
+    "ComputeConfig",
     "DataConfig",
     "EvalConfig",
     "LogConfig",

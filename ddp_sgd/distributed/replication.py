@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ddp_sgd.config.sections import ParallelConfig
+from ddp_sgd.config.schema import ParallelConfig
 from ddp_sgd.distributed.comm_hooks import build_comm_hook
 from ddp_sgd.distributed.data_parallel import DataParallelModel, FlatAllReduce, WrappedDDP
 from ddp_sgd.distributed.local_sgd import LocalSGD

@@ -6,27 +6,31 @@ the periodic sync reads. The host owns the step number.
 """
 
 import gc
-import random
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from itertools import islice
+from typing import Any, Protocol
 
-import numpy as np
 import torch
-from torch import nn
 
 from ddp_sgd.data.loader import MicroBatch, StepBatches
+from ddp_sgd.distributed.collectives import gather_over_ranks
 from ddp_sgd.distributed.progress import Phase, ProgressTracker
-from ddp_sgd.engine.buffers import buffers_by_name
-from ddp_sgd.engine.side_effects import SideEffects
+from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.engine.capture_check import Moved, find_problem
+from ddp_sgd.engine.setup import TrainContext
 from ddp_sgd.engine.step import Stepper, StepResult
 from ddp_sgd.errors import ConfigError, DeviceError
 from ddp_sgd.losses import wide_float
 from ddp_sgd.optim.sgd import RateTable
 from ddp_sgd.tree import leaves, map_leaves
 
-_NOISE = 4.0
-"""How many times farther from an eager step a replay may be than another eager step is, where
-kernels are not deterministic."""
+_CHECKED, _LOOKED_AT = 3, 8
+"""Full steps that are checked before the first replay, and steps among which they are."""
+
+_COPIES = 6
+"""Copies of all that a step moves which the check makes, at most."""
 
 _KEY = "compute.cuda_graphs is true while"
 _LEAVE = "or set compute.cuda_graphs=false"
@@ -50,14 +54,12 @@ class CudaGraph:  # pragma: no cover  # needs CUDA: tests/gpu
 
     def __init__(self) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        self._stream = torch.cuda.Stream()
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def capture(self, body: Callable[[], None]) -> None:
         """Record what a function launches."""
         gc.collect()  # memory that is freed during the capture would belong to the graph
-        with torch.cuda.graph(
-            self._graph, stream=self._stream, capture_error_mode="thread_local"
-        ):
+        with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
             body()
 
     def replay(self) -> None:
@@ -72,24 +74,18 @@ class CudaGraph:  # pragma: no cover  # needs CUDA: tests/gpu
         torch.cuda.current_stream().wait_stream(self._stream)
 
 
-def new_graph() -> Graph:
-    """Make a graph of the current device."""
-    return CudaGraph()
+def new_graph(device: torch.device) -> Graph:
+    """Make a graph of a device.
 
-
-class Moved(NamedTuple):
-    """What a step moves.
-
-    Args:
-        modules: The model, and the modules of the loss.
-        generators: Generators that a step draws from.
-        others: Tensors besides parameters and buffers by name, such as momentum buffers; they are
-            written in place.
+    Raises:
+        ConfigError: It has none.
     """
-
-    modules: Sequence[nn.Module]
-    generators: Sequence[torch.Generator]
-    others: dict[str, torch.Tensor]
+    if device.type != "cuda":
+        raise ConfigError(
+            f"{_KEY} the run is on {device.type}, which has no CUDA graphs; set "
+            "compute.cuda_graphs=false."
+        )
+    return CudaGraph()
 
 
 class CapturedStep:
@@ -107,11 +103,11 @@ class CapturedStep:
         device: Where the model is.
         progress: Updated at every step.
 
-    Raises:
-        ConfigError: The step cannot be captured.
+    Attributes:
+        loss_scale: Of the stepper.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # all that varies from step to step
         self,
         stepper: Stepper,
         moved: Moved,
@@ -123,6 +119,7 @@ class CapturedStep:
         device: torch.device,
         progress: ProgressTracker,
     ) -> None:
+        self.loss_scale = stepper.loss_scale
         self._stepper = stepper
         self._moved = moved
         self._rates = rates
@@ -135,8 +132,7 @@ class CapturedStep:
         self._slot = torch.zeros(1, dtype=torch.int64, device=device)
         self._step_on_device = -1
         self._rows = torch.zeros(0)
-        self._weights: list[int] = []
-        self._draws_on_host = False
+        self._form = StepResult([], [], 0, 0, self._rows)
 
     def step(self, batches: StepBatches, lr: float | torch.Tensor) -> StepResult:
         """Take one step.
@@ -153,8 +149,8 @@ class CapturedStep:
             return self._stepper.step(batches, lr)
         if batches.step % self._steps_per_epoch == 0 and (problem := self._find_problem(batches)):
             raise DeviceError(
-                f"{_KEY} the step {problem}, at step {batches.step}, after earlier ones did not; go "
-                f"on from the last checkpoint with compute.cuda_graphs=false."
+                f"{_KEY} the step {problem}, at step {batches.step}, after earlier ones did not; "
+                "go on from the last checkpoint with compute.cuda_graphs=false."
             )
         self._progress.enter(Phase.FORWARD, batches.step)
         return self._replay(batches)
@@ -173,67 +169,36 @@ class CapturedStep:
                 raise ConfigError(f"{_KEY} the step {problem}; change that, {_LEAVE}.")
 
     def _find_problem(self, batches: StepBatches) -> str:
-        """Take a step twice eagerly and once by replay, from one state; empty if all agree."""
-        effects = SideEffects(self._moved.modules, self._moved.generators)
-        others = {name: tensor.clone() for name, tensor in self._moved.others.items()}
+        """Compare a replay with eager steps; empty if all agree."""
+        graph = self._graph or new_graph(self._device)
 
-        def put_back() -> None:
-            effects.undo(attributes=False)
-            for name, tensor in self._moved.others.items():
-                tensor.copy_(others[name])
-
-        graph = self._graph or new_graph()
-        try:
-            first = self._run_eagerly(graph, batches)
-            put_back()
-            effects.keep_attributes()  # the first pass may have filled caches
-            again = self._run_eagerly(graph, batches)
-            if self._draws_on_host:
-                return "draws from random or numpy.random, which a graph repeats; draw by torch"
-            if names := effects.changed_attributes():
-                return (
-                    f"sets {names[0]}, which stays on the host; use a buffer that is written in "
-                    "place"
-                )
-            put_back()
+        def capture() -> None:
             if self._graph is None:
                 self._capture(graph)
-                put_back()
-                effects.undo()
-            self._seed(batches.step)
-            self._replay(batches)
-            return _difference(first, again, self._state())
+
+        def replay() -> torch.Tensor:
+            return torch.stack(self._replay(batches).tensors())
+
+        try:
+            return find_problem(
+                self._moved,
+                lambda: self._seed(batches.step),
+                lambda: self._take_eagerly(graph, batches),
+                capture,
+                replay,
+            )
         finally:
-            put_back()
-            effects.undo()
             self._step_on_device = -1
 
-    def _run_eagerly(self, graph: Graph, batches: StepBatches) -> dict[str, torch.Tensor]:
+    def _take_eagerly(self, graph: Graph, batches: StepBatches) -> torch.Tensor:
         results: list[StepResult] = []
         rate = self._rates.at(batches.step)
-        self._seed(batches.step)
-        before = random.getstate(), _numpy_state()
         graph.run_eagerly(lambda: results.append(self._stepper.step(batches, rate)))
-        self._draws_on_host = before != (random.getstate(), _numpy_state())
-        numbers = torch.stack([each.to(wide_float(self._device)) for each in results[0].tensors()])
         if not len(self._rows):
-            self._rows = torch.zeros(
-                (RateTable.SIZE, len(numbers)), dtype=numbers.dtype, device=self._device
-            )
-            self._weights = results[0].weights
-        self._rows[batches.step % RateTable.SIZE] = numbers
-        return self._state()
-
-    def _state(self) -> dict[str, torch.Tensor]:
-        """Copy all that a step moves, by name, and what steps left behind."""
-        roots = {str(number): module for number, module in enumerate(self._moved.modules)}
-        tensors = {"loss and norm": self._rows, **self._moved.others}
-        for where, root in roots.items():
-            tensors |= {f"parameter {where}.{n}": p for n, p in root.named_parameters()}
-        for name, (module, key) in buffers_by_name(roots).items():
-            if (buffer := module._buffers[key]) is not None:
-                tensors[f"buffer {name}"] = buffer
-        return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+            shape = RateTable.SIZE, len(results[0].tensors())
+            self._rows = torch.zeros(shape, dtype=wide_float(self._device), device=self._device)
+            self._form = results[0]
+        return torch.stack([each.to(self._rows.dtype) for each in results[0].tensors()])
 
     def _capture(self, graph: Graph) -> None:
         try:
@@ -263,8 +228,110 @@ class CapturedStep:
             self._slot.fill_(slot)
         self._graph.replay()
         self._step_on_device = batches.step + 1
-        *losses, norm = self._rows[slot].unbind()
-        return StepResult(losses, self._weights, batches.samples, sum(self._weights), norm)
+        return self._form.with_tensors(self._rows[slot].unbind())
+
+
+def capture_step(
+    context: TrainContext,
+    rates: RateTable,
+    seed_for_step: Callable[[int], int],
+    notice: Callable[[str], None],
+) -> TrainContext:
+    """Capture the full steps of a run, if they can be repeated as they are.
+
+    Args:
+        context: The run, before its first step; its state stays as it is.
+        rates: Rates of the run.
+        seed_for_step: Seed of what the model draws in a step, on this rank.
+        notice: Receives a line where steps stay eager, since none is full, or the memory of the
+            device is too small for the check.
+
+    Returns:
+        The run with the stepper that replays.
+
+    Raises:
+        ConfigError: The step cannot be captured.
+    """
+    runtime, plan, stepper = context.runtime, context.plan, context.stepper
+    if not isinstance(stepper, Stepper):
+        raise TypeError("the steps are captured already")
+    new_graph(runtime.device)
+    if not runtime.alone and runtime.backend == "gloo":
+        raise ConfigError(
+            f"{_KEY} gradients go between ranks by gloo, on the host; use nccl, {_LEAVE}."
+        )
+    moved = Moved(
+        (context.wrapper.inner, *context.loss_modules.values()),
+        context.randomness.generators,
+        {
+            **_by_name("momentum of", context.optimizer.state_dict()["momentum_buffer"]),
+            **_by_name("loss", stepper.loss_scale.state_dict() if stepper.loss_scale else {}),
+        },
+    )
+    if any(t.dtype == torch.float64 for t in moved.others.values()) or any(
+        p.dtype == torch.float64 for p in context.wrapper.inner.parameters()
+    ):
+        raise ConfigError(f"{_KEY} parameters are float64; use float32, {_LEAVE}.")
+    full = full_steps(context)
+    lacking = _lacking_memory(moved, runtime)
+    if not full or lacking:
+        why = lacking or f"no step has all {plan.global_batch} samples of the global batch"
+        notice(f"steps are not captured: {why}")
+        return context
+    step = CapturedStep(
+        stepper,
+        moved,
+        rates,
+        lambda number: context.randomness.seed(seed_for_step(number)),
+        full[0],
+        steps_per_epoch=plan.steps_per_epoch,
+        device=runtime.device,
+        progress=context.progress,
+    )
+    step.check(full)
+    return replace(context, stepper=step)
+
+
+def full_steps(context: TrainContext) -> list[StepBatches]:
+    """Read the next full steps of a run, at most three, on the device; steps are not taken."""
+    device = context.runtime.device
+    steps: Any = context.loader.from_step(context.state.step, context.skip)
+    with closing(steps):
+        return [
+            each._replace(micro_batches=tuple(_copied(b, device) for b in each.micro_batches))
+            for each in islice(steps, _LOOKED_AT)
+            if each.samples == context.plan.global_batch
+        ][:_CHECKED]
+
+
+def _copied(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """Copy a micro-batch to the device, since a loader fills its memory again."""
+    moved = batch.to(device)
+    keep = _clone_of_tensor
+    return moved._replace(
+        inputs=map_leaves(keep, moved.inputs), targets=map_leaves(keep, moved.targets)
+    )
+
+
+def _clone_of_tensor(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _lacking_memory(moved: Moved, runtime: Runtime) -> str:
+    """Describe that the copies of a check do not fit into memory, on any rank, if it is so."""
+    lacking = ""
+    if runtime.device.type == "cuda":  # pragma: no cover
+        tensors = [p for module in moved.modules for p in (*module.parameters(), *module.buffers())]
+        needed = _COPIES * sum(each.nbytes for each in (*tensors, *moved.others.values()))
+        free, _ = torch.cuda.mem_get_info(runtime.device)
+        free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        if needed > free:
+            lacking = f"checking that needs {needed / 2**20:.0f} MiB of {free / 2**20:.0f} free"
+    return next(filter(None, gather_over_ranks(lacking, runtime)), "")
+
+
+def _by_name(what: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"{what} {name}": tensor for name, tensor in tensors.items()}
 
 
 class _StaticBatches:
@@ -318,35 +385,3 @@ def _form(batches: StepBatches) -> tuple[Any, ...]:
     tensors = _tensors(batches.micro_batches)
     sizes = [each.samples for each in batches.micro_batches]
     return batches.samples, sizes, [(each.shape, each.dtype) for each in tensors]
-
-
-def _numpy_state() -> tuple[int, bytes]:
-    state: Any = np.random.get_state(legacy=False)  # of the global generator, which models use
-    return state["state"]["pos"], state["state"]["key"].tobytes()
-
-
-def _difference(
-    first: dict[str, torch.Tensor], again: dict[str, torch.Tensor], replayed: dict[str, torch.Tensor]
-) -> str:
-    """Describe how a replay differs from eager steps; empty if it does not, beyond their noise."""
-    noise = max(_distance(first[name], again[name]) for name in first)
-    for name, tensor in first.items():
-        distance = _distance(tensor, replayed[name])
-        if distance > _NOISE * noise:
-            return (
-                f"is not repeated by its graph ({name} differs by {distance:.1e} of its largest "
-                "number): a replay calls no Python, and reads memory that was there at the capture"
-            )
-    return ""
-
-
-def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Return the largest difference, relative to the largest number; 0 for equal ones, with NaN."""
-    if one.shape != other.shape:
-        return float("inf")
-    if torch.equal(one.nan_to_num(), other.nan_to_num()) and torch.equal(one.isnan(), other.isnan()):
-        return 0.0
-    a, b = one.double(), other.double()
-    largest = float(a.abs().nan_to_num().max())
-    distance = float((a - b).abs().max()) / (largest or 1.0)
-    return distance if distance == distance else float("inf")

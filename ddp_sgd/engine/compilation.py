@@ -1,20 +1,21 @@
 """Compilation: ``torch.compile`` of a model in place, before the first step."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ddp_sgd.config import ComputeConfig
 from ddp_sgd.data.loader import MicroBatch
-from ddp_sgd.distributed.data_parallel import DataParallelModel
 from ddp_sgd.engine.evaluation import evaluating
+from ddp_sgd.engine.setup import TrainContext
 from ddp_sgd.engine.side_effects import undo_side_effects
 from ddp_sgd.engine.step import backward
 from ddp_sgd.errors import ConfigError, UserError
-from ddp_sgd.losses import Objective
 from ddp_sgd.text import first_line
 from ddp_sgd.torch_errors import Use, refuse_out_of_memory
 from ddp_sgd.tree import tensors_in
@@ -23,75 +24,28 @@ CACHE_NAME = "compiled"
 """Folder of compiled code in the run folder."""
 
 
-class FixedBatch:
-    """Calls a compiled model with batches of one size, and its own code with all others.
+@contextmanager
+def compiled(context: TrainContext, compute: ComputeConfig, cache: Path) -> Iterator[None]:
+    """Let a model run compiled code in the block, which is compiled now, for both its modes.
 
-    Code is compiled for one size: compiling it again for the last batch of an epoch would take
-    longer than it saves.
-
-    Args:
-        model: The model or its wrapper.
-        size: Samples of the batches that are compiled for.
-    """
-
-    def __init__(self, model: nn.Module, size: int) -> None:
-        self._model = model
-        self._size = size
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model."""
-        first = next(tensors_in((args, kwargs)), None)
-        if first is None or (first.ndim and len(first) == self._size):
-            return self._model(*args, **kwargs)
-        with torch.compiler.set_stance("force_eager"):
-            return self._model(*args, **kwargs)
-
-
-def compile_model(
-    model: nn.Module, mode: bool | str, *, deterministic: bool, cache: Path | None
-) -> None:
-    """Have a model compiled at its next calls, in place, so that its keys stay.
+    Compilation takes a forward and a backward pass without a reduction, and a forward pass in
+    evaluation mode; the state stays as it is. It may take minutes: so it is done before the run is
+    watched for hangs.
 
     Args:
-        model: The model itself, not its wrapper.
-        mode: True, or a mode of ``torch.compile``.
-        deterministic: Let no kernel be chosen by its time.
-        cache: Folder for compiled code, so that a run that goes on does not compile again; None, or
-            where ``TORCHINDUCTOR_CACHE_DIR`` is set: what torch chooses.
-    """
-    if cache is not None:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache.resolve()))
-    if deterministic:
-        model.compile(dynamic=False, options={"deterministic": True})
-    else:
-        model.compile(dynamic=False, mode=None if mode is True else mode)
-
-
-def compile_now(
-    wrapper: DataParallelModel,
-    objective: Objective,
-    batch: MicroBatch,
-    modules: Sequence[nn.Module],
-    generators: Sequence[torch.Generator],
-    *,
-    evaluates: bool,
-) -> None:
-    """Compile by one forward and backward pass, and one forward pass in evaluation, if there is.
-
-    The state stays as it is. No gradient is reduced. Ranks do this before the run is watched for
-    hangs, since it may take minutes.
-
-    Args:
-        wrapper: The model, for whose wrapper the compiler may divide its code.
-        objective: What is minimized.
-        batch: A batch of the size of most, on the device.
-        modules: The model, and the modules of the loss.
-        generators: Generators that passes draw from.
-        evaluates: Whether the run evaluates the model.
+        context: The run.
+        compute: Section ``compute`` of the configuration.
+        cache: Folder for compiled code, so that a run that goes on does not compile again. Where
+            ``TORCHINDUCTOR_CACHE_DIR`` is set, that is used.
 
     Raises:
         ConfigError: The model cannot be compiled.
     """
+    model, objective, wrapper = context.wrapper.inner, context.objective, context.wrapper
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache.resolve()))
+    begun: Any = context.loader.from_step(context.state.step)
+    with closing(begun) as steps:
+        batch: MicroBatch = next(iter(steps)).micro_batches[0].to(context.runtime.device)
 
     def train() -> None:
         with wrapper.sync_gradients(when=False):
@@ -99,13 +53,45 @@ def compile_now(
             backward(loss, torch.ones_like(loss))
 
     def score() -> None:
-        with evaluating(wrapper.inner):
-            objective(objective.outputs(wrapper.inner, batch.inputs), batch.targets)
+        with evaluating(model):
+            objective(objective.outputs(model, batch.inputs), batch.targets)
 
-    with undo_side_effects(modules, generators):
-        _refuse_failure(train, Use.STEP)
-        if evaluates:
+    compile_model(model, compute, batch.samples)
+    try:
+        modules = [model, *context.loss_modules.values()]
+        with undo_side_effects(modules, context.randomness.generators):
+            _refuse_failure(train, Use.STEP)
             _refuse_failure(score, Use.EVALUATION)
+        yield
+    finally:
+        model._compiled_call_impl = None
+
+
+def compile_model(model: nn.Module, compute: ComputeConfig, size: int) -> None:
+    """Compile a model in place, so that its keys stay, for batches of one size.
+
+    Compiling it again for the last batch of an epoch would take longer than it saves: batches of
+    another size run the code of the model itself.
+
+    Args:
+        model: The model itself, not its wrapper.
+        compute: Section ``compute`` of the configuration.
+        size: Samples of the batches to compile for.
+    """
+    if compute.deterministic:  # no kernel is chosen by its time
+        model.compile(dynamic=False, options={"deterministic": True})
+    else:
+        model.compile(
+            dynamic=False, mode=compute.compile if isinstance(compute.compile, str) else None
+        )
+    code: Any = model._compiled_call_impl
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        first = next(tensors_in((args, kwargs)), None)
+        is_of_size = first is None or (first.ndim > 0 and len(first) == size)
+        return (code if is_of_size else model._call_impl)(*args, **kwargs)
+
+    model._compiled_call_impl = call
 
 
 def _refuse_failure(compile_pass: Callable[[], None], use: Use) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.checkpointing.serialization import read_tensors
-from ddp_sgd.config.sections import OptimConfig, ParallelConfig
+from ddp_sgd.config import ComputeConfig, OptimConfig, ParallelConfig
 from ddp_sgd.data.loader import EvalLoader, TrainLoader
 from ddp_sgd.data.sampler import EvalSampler, TrainSampler
 from ddp_sgd.distributed.collectives import broadcast_over_ranks
@@ -21,10 +21,11 @@ from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, buffers_by_name
 from ddp_sgd.engine.components import Components, Reading, read_batch
 from ddp_sgd.engine.evaluation import Metrics, Score, evaluate
 from ddp_sgd.engine.model_check import check_normalization
+from ddp_sgd.engine.precision import LossScale, Numerics
 from ddp_sgd.engine.rank_consistency import Identity, mark_training_set
 from ddp_sgd.engine.resume import MARKS, ResumePoint, refuse_other_data, state_from
 from ddp_sgd.engine.sanity_check import TrainingFacts, check_evaluation, check_training
-from ddp_sgd.engine.step import Stepper
+from ddp_sgd.engine.step import Stepper, StepTaker
 from ddp_sgd.engine.sync import TimeShares
 from ddp_sgd.engine.train_state import (
     State,
@@ -36,7 +37,7 @@ from ddp_sgd.engine.train_state import (
     restore_buffers,
     run_state_dict,
 )
-from ddp_sgd.losses import LossFunction, loss_modules
+from ddp_sgd.losses import LossFunction, Objective, loss_modules
 from ddp_sgd.optim.sgd import SGD, build_sgd
 from ddp_sgd.plan import Plan
 from ddp_sgd.seeds import Randomness
@@ -52,6 +53,7 @@ class TrainContext:
         runtime: This process.
         wrapper: The model, equal on all ranks.
         stepper: Takes steps.
+        objective: What is minimized.
         loader: The training set, step by step.
         score: Evaluates the model; gives nothing if there is no held-out set.
         randomness: The generators that steps draw from, such as for dropout.
@@ -69,7 +71,8 @@ class TrainContext:
     plan: Plan
     runtime: Runtime
     wrapper: DataParallelModel
-    stepper: Stepper
+    stepper: StepTaker
+    objective: Objective
     loader: TrainLoader
     score: Score
     randomness: Randomness
@@ -90,6 +93,7 @@ class TrainContext:
             The header, and the tensors where they are; whole on rank 0.
         """
         model, identity = self.wrapper.inner, self.identity
+        loss_scale = self.stepper.loss_scale
         header, tree = run_state_dict(
             self.state,
             model=model,
@@ -103,6 +107,7 @@ class TrainContext:
             **other_state_dict(model, self.loss_modules, self.buffers),
             MARKS: {name: tuple(mark) for name, mark in identity.marks.items()},
             "compression": self.wrapper.state_dict(),
+            "loss_scale": loss_scale.state_dict() if loss_scale else {},
         }
         return header, {**tree, **{key: value for key, value in others.items() if value}}
 
@@ -120,9 +125,11 @@ class TrainContext:
         momentum = self.optimizer.state_dict()["momentum_buffer"].values()
         broadcast_over_ranks(momentum, self.runtime)
         self.wrapper.load_state_dict(saved.get("compression") if saved else None)
+        if loss_scale := self.stepper.loss_scale:
+            loss_scale.load_state_dict(saved.get("loss_scale") if saved else None, self.runtime)
 
 
-def build_context(
+def build_context(  # noqa: PLR0913  # a section for each part of the run
     components: Components,
     plan: Plan,
     runtime: Runtime,
@@ -131,6 +138,7 @@ def build_context(
     *,
     optim: OptimConfig,
     parallel: ParallelConfig,
+    compute: ComputeConfig,
 ) -> TrainContext:
     """Put the components together, in the state that was saved.
 
@@ -140,33 +148,36 @@ def build_context(
         runtime: This process.
         resume_point: What the run goes on from.
         identity: What the run is.
-        optim: Section ``optim`` of the configuration.
-        parallel: Section ``parallel`` of the configuration.
+        optim: Section of the configuration, as are ``parallel`` and ``compute``.
+        parallel: How the models of all ranks are kept equal.
+        compute: How numbers are computed.
 
     Raises:
         ConfigError: The components do not fit together, or not to the plan.
         DataError: A sample cannot be read, labels lie out of range, or a checkpoint is damaged.
         RefusedError: The checkpoint is of another run.
     """
-    saved = _restore_model(components, resume_point, identity)
     state, skip = state_from(resume_point.header, plan)
-    model, modules = _on_device(components, runtime)
-    if resume_point.header:  # before the check, which has to find the same on every rank
-        broadcast_state(model, runtime)
+    numerics = Numerics(compute, runtime.device)
+    model, modules, saved = _ready_model(components, resume_point, identity, numerics, runtime)
     check_normalization(model, plan, step=state.step, skip=skip, device=runtime.device)
     optimizer = _optimizer(optim, model)
-    facts = _check_training(components, model, plan, runtime)
+    facts = _check_training(components, model, plan, runtime, numerics)
+    if compute.cuda_graphs and not runtime.alone:  # a wrapper's buckets cannot be captured
+        parallel = parallel.model_copy(update={"replica": "flat"})
     with memory_for(Use.MODEL):  # whose gradients need room, too
         wrapper = wrap_model(model, runtime, parallel, plan, optimizer.momentum_buffers)
     progress = ProgressTracker()
     options: dict[str, Any] = {"clip_norm": optim.clip_norm, "buffers": facts.buffers}
+    options["loss_scale"] = LossScale(runtime.device) if numerics.scales_loss else None
     context = TrainContext(
         plan=plan,
         runtime=runtime,
         wrapper=wrapper,
+        objective=facts.objective,
         stepper=Stepper(wrapper, facts.objective, optimizer, runtime, progress, **options),
         loader=_train_loader(components, plan, runtime),
-        score=_scorer(components, wrapper, runtime, progress),
+        score=_scorer(components, wrapper, runtime, progress, numerics),
         randomness=facts.randomness,
         optimizer=optimizer,
         state=state,
@@ -175,13 +186,18 @@ def build_context(
         shares=TimeShares(progress, runtime, (*wrapper.meets_in, Phase.BUFFERS)),
         buffers=facts.buffers,
         loss_modules=modules,
-        notes=facts.notes,
+        notes=(*numerics.check_parameters(model), *facts.notes),
         identity=identity,
     )
     _load_or_broadcast(context, saved, is_resumed=resume_point.header is not None)
+    _close_files(components)
+    return context
+
+
+def _close_files(components: Components) -> None:
+    """Close what reading a few samples has opened, before loader processes are forked."""
     if components.reading.workers:
         components.files.close()
-    return context
 
 
 def _load_or_broadcast(context: TrainContext, saved: Tree | None, *, is_resumed: bool) -> None:
@@ -190,6 +206,25 @@ def _load_or_broadcast(context: TrainContext, saved: Tree | None, *, is_resumed:
         context.load_state_dict(saved)
     else:
         _broadcast_buffers(context.loss_modules, context.runtime)
+
+
+def _ready_model(
+    components: Components,
+    resume_point: ResumePoint,
+    identity: Identity,
+    numerics: Numerics,
+    runtime: Runtime,
+) -> tuple[nn.Module, dict[str, nn.Module], Tree | None]:
+    """Restore the model, if there is a checkpoint, and move it and the loss to the device.
+
+    Returns:
+        The model, the modules of the loss, and all tensors of the checkpoint.
+    """
+    saved = _restore_model(components, resume_point, identity)
+    model, modules = _on_device(components, numerics, runtime)
+    if resume_point.header:  # before the check, which has to find the same on every rank
+        broadcast_state(model, runtime)
+    return model, modules, saved
 
 
 def _restore_model(
@@ -212,10 +247,12 @@ def _restore_model(
     return saved
 
 
-def _on_device(components: Components, runtime: Runtime) -> tuple[nn.Module, dict[str, nn.Module]]:
+def _on_device(
+    components: Components, numerics: Numerics, runtime: Runtime
+) -> tuple[nn.Module, dict[str, nn.Module]]:
     """Move the model, and the modules of the loss, to the device of this rank."""
     with memory_for(Use.MODEL):
-        model = components.model.to(runtime.device)
+        model = numerics.arrange(components.model.to(runtime.device))
         modules = loss_modules(components.loss, model)
         for module in modules.values():
             module.to(runtime.device)
@@ -223,11 +260,12 @@ def _on_device(components: Components, runtime: Runtime) -> tuple[nn.Module, dic
 
 
 def _check_training(
-    components: Components, model: nn.Module, plan: Plan, runtime: Runtime
+    components: Components, model: nn.Module, plan: Plan, runtime: Runtime, numerics: Numerics
 ) -> TrainingFacts:
     size, collate = components.reading.batch_size, components.reading.collate
     batch = read_batch(components.train_set, "data.train", batch_size=size, collate=collate)
-    return check_training(model, components.loss, components.train_set, batch, plan, runtime)
+    loss, train_set = components.loss, components.train_set
+    return check_training(model, loss, train_set, batch, plan, runtime, numerics)
 
 
 def _broadcast_buffers(modules: Mapping[str, nn.Module], runtime: Runtime) -> None:
@@ -270,6 +308,7 @@ def _scorer(
     wrapper: DataParallelModel,
     runtime: Runtime,
     progress: ProgressTracker,
+    numerics: Numerics,
 ) -> Score:
     if components.eval_set is None:
         return lambda _: {}
@@ -280,6 +319,7 @@ def _scorer(
         components.reading,
         runtime,
         progress,
+        numerics,
     )
 
     def score(interrupted: Callable[[], bool]) -> Metrics:
@@ -296,6 +336,7 @@ def build_scorer(
     reading: Reading,
     runtime: Runtime,
     progress: ProgressTracker,
+    numerics: Numerics,
 ) -> Callable[..., Metrics]:
     """Make what scores a model on held-out data.
 
@@ -306,6 +347,7 @@ def build_scorer(
         reading: How samples are read.
         runtime: This process.
         progress: Updated at every chunk.
+        numerics: Precision and memory format of the passes, which the model has already.
 
     Raises:
         ConfigError: Model, loss and samples do not fit together.
@@ -313,7 +355,7 @@ def build_scorer(
     """
     size, collate = reading.batch_size, reading.collate
     batch = read_batch(eval_set, "data.eval", batch_size=size, collate=collate)
-    facts = check_evaluation(model, loss, eval_set, batch, runtime)
+    facts = check_evaluation(model, loss, eval_set, batch, runtime, numerics)
     chunks = EvalSampler(
         len(eval_set), batch_size=size, in_step=facts.communicates, **runtime.shard
     )

@@ -1,6 +1,9 @@
 """One step: the exact mean gradient over every sample of every rank, then SGD."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol
 
 import torch
 from torch.nn.utils import clip_grads_with_norm_
@@ -11,6 +14,7 @@ from ddp_sgd.distributed.data_parallel import DataParallelModel
 from ddp_sgd.distributed.progress import Phase, ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import TrainingBuffers
+from ddp_sgd.engine.precision import LossScale
 from ddp_sgd.losses import Objective, wide_float
 from ddp_sgd.optim.sgd import SGD
 
@@ -26,6 +30,7 @@ class StepResult:
         local_units: Units of this rank.
         grad_norm: L2 norm of the whole mean gradient, before clipping; equal on all ranks. Where it
             is not finite the step was skipped, on all ranks.
+        scaling: With a loss scale, that of the step, and the overflows of the run so far.
     """
 
     losses: list[torch.Tensor]
@@ -33,11 +38,38 @@ class StepResult:
     units: float | torch.Tensor
     local_units: float
     grad_norm: torch.Tensor
+    scaling: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def tensors(self) -> list[torch.Tensor]:
-        """List what is still on the device: the losses, the units if they are, the norm."""
+        """List what is still on the device: the losses, the units if they are, norm and scaling."""
         counted = [self.units] if isinstance(self.units, torch.Tensor) else []
-        return [*self.losses, *counted, self.grad_norm]
+        return [*self.losses, *counted, self.grad_norm, *(self.scaling or ())]
+
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> "StepResult":
+        """Return what another step of the same form leaves behind.
+
+        Args:
+            tensors: Its ``tensors``.
+        """
+        rest = iter(tensors)
+        losses = list(islice(rest, len(self.losses)))
+        units = next(rest) if isinstance(self.units, torch.Tensor) else self.units
+        norm = next(rest)
+        scaling = (next(rest), next(rest)) if self.scaling else None
+        return StepResult(losses, self.weights, units, self.local_units, norm, scaling)
+
+
+class StepTaker(Protocol):
+    """What takes steps: the one after the other eagerly, or by a graph.
+
+    Attributes:
+        loss_scale: Scale of the loss; None: it is not scaled.
+    """
+
+    loss_scale: LossScale | None
+
+    def step(self, batches: StepBatches, lr: float | torch.Tensor) -> StepResult:
+        """Take one step."""
 
 
 class Stepper:
@@ -51,9 +83,13 @@ class Stepper:
         progress: Updated at every phase.
         clip_norm: Largest L2 norm of the gradient, above 0; None does not clip.
         buffers: The buffers that steps change; None: there are none.
+        loss_scale: Scale of the loss, for gradients of 16 bits; None: they are not scaled.
+
+    Attributes:
+        loss_scale: The same.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # these are the parts of a step
         self,
         wrapper: DataParallelModel,
         objective: Objective,
@@ -63,6 +99,7 @@ class Stepper:
         *,
         clip_norm: float | None = None,
         buffers: TrainingBuffers | None = None,
+        loss_scale: LossScale | None = None,
     ) -> None:
         self._wrapper = wrapper
         self._objective = objective
@@ -71,6 +108,7 @@ class Stepper:
         self._progress = progress
         self._clip_norm = clip_norm
         self._buffers = buffers or None
+        self.loss_scale = loss_scale
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._factors: dict[tuple[float, torch.dtype], torch.Tensor] = {}
 
@@ -108,11 +146,13 @@ class Stepper:
         self._progress.enter(Phase.ALL_REDUCE)
         gradient = self._wrapper.reduce(batches.step)
         self._progress.enter(Phase.OPTIMIZER)
-        grad_norm = self._update(gradient, lr)
+        grad_norm, scaling = self._update(gradient, lr)
         if self._wrapper.averages_after(batches.step):
             self._progress.enter(Phase.AVERAGE)
             self._wrapper.average()
-        return StepResult(losses, weights, units, local_units, grad_norm)
+            if self.loss_scale:
+                self.loss_scale.agree(self._runtime)
+        return StepResult(losses, weights, units, local_units, grad_norm, scaling)
 
     def _count_units(self, batches: StepBatches) -> tuple[float, float | torch.Tensor]:
         """Count the units of this rank and of all; weighed targets need one small all-reduce."""
@@ -124,8 +164,16 @@ class Stepper:
         sum_over_ranks(units, self._runtime)
         return own, torch.where(units > 0, units, 1.0)  # none at all: the gradient is zero
 
-    def _update(self, gradient: list[torch.Tensor], lr: float | torch.Tensor) -> torch.Tensor:
-        """Clip, then move the weights, unless the gradient is not finite; decided on the device."""
+    def _update(
+        self, gradient: list[torch.Tensor], lr: float | torch.Tensor
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        """Clip, then move the weights, unless the gradient is not finite; decided on the device.
+
+        Returns:
+            The norm of the gradient, and what ``StepResult.scaling`` is.
+        """
+        if self.loss_scale:
+            self.loss_scale.unscale(gradient)
         norm = _total_norm(gradient)
         skipped = (norm - norm).nan_to_num_(nan=1.0).float()  # 0 where it is finite, else 1
         if self._clip_norm is not None:
@@ -133,20 +181,22 @@ class Stepper:
         self._optimizer.step(lr, skipped)
         if self._buffers:
             self._buffers.restore_where(skipped)
-        return norm
+        return norm, self.loss_scale.update(skipped) if self.loss_scale else None
 
     def _as_gradient(self, factor: float | torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
-        """Return the gradient that the backward pass begins with, of a loss that counts by a factor.
+        """Return the gradient that the backward pass begins with: the factor, and the scale.
 
         The same bits as from the loss times the factor, without an operation of the model's graph.
         An epoch has few factors: they are kept on the device, where a captured step reads them.
         """
         if isinstance(factor, torch.Tensor):
-            return factor.to(loss.dtype)
-        key = (factor, loss.dtype)
-        if key not in self._factors:
-            self._factors[key] = torch.tensor(factor, dtype=loss.dtype, device=loss.device)
-        return self._factors[key]
+            gradient = factor.to(loss.dtype)
+        else:
+            key = (factor, loss.dtype)
+            if key not in self._factors:
+                self._factors[key] = torch.tensor(factor, dtype=loss.dtype, device=loss.device)
+            gradient = self._factors[key]
+        return gradient * self.loss_scale.scale if self.loss_scale else gradient
 
     def _prepare_buffers(self, buffers: TrainingBuffers, step: int) -> None:
         """Make the buffers equal on all ranks, where the weights are, and remember them."""

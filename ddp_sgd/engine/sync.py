@@ -257,6 +257,7 @@ class RankSync:
             "train/lr": lr,
             "train/grad_norm": tally.grad_norm,
             "train/skipped_steps": float(tally.skipped.total),
+            **tally.scaling,
             "throughput/samples_per_s": samples / spent.elapsed_s,
             "time/step_ms": 1e3 * spent.elapsed_s / steps,
             "time/data_ms": step_ms["data"],
@@ -279,13 +280,16 @@ class _Tally:
         units: Units of all ranks since the last row.
         own_units: Units of this rank since the last row.
         grad_norm: L2 norm of the last gradient.
-        skipped: Steps of the run that were skipped.
+        skipped: Steps of the run that were skipped; without overflows, which the loss scale needs.
+        scaling: ``train/loss_scale`` and ``train/overflow_steps`` of the last step; empty without a
+            loss scale.
     """
 
     def __init__(self, skipped: SkippedSteps) -> None:
         self.unread: list[StepResult] = []
         self.skipped = skipped
         self.grad_norm = 0.0
+        self.scaling: dict[str, float] = {}
         self.forget_losses()
 
     def forget_losses(self) -> None:
@@ -301,7 +305,12 @@ class _Tally:
             units = next(numbers) if isinstance(result.units, torch.Tensor) else result.units
             self.grad_norm = next(numbers)
             is_finite = math.isfinite(self.grad_norm)
-            self.skipped = self.skipped.after(is_finite=is_finite)
+            scale = 1.0
+            if result.scaling:
+                scale, overflows = next(numbers), next(numbers)
+                self.scaling = {"train/loss_scale": scale, "train/overflow_steps": overflows}
+            if is_finite or scale <= 1.0:
+                self.skipped = self.skipped.after(is_finite=is_finite)
             if is_finite:
                 pairs = zip(result.weights, losses, strict=True)
                 self.loss += sum([weight * loss for weight, loss in pairs if weight])  # no dummy

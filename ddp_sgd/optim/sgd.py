@@ -224,9 +224,7 @@ class RateTable:
 
     SIZE = 1024
 
-    def __init__(
-        self, rate_at: Callable[[int], float], steps: int, device: torch.device
-    ) -> None:
+    def __init__(self, rate_at: Callable[[int], float], steps: int, device: torch.device) -> None:
         self.values = torch.zeros(self.SIZE, device=device)
         self._rate_at = rate_at
         self._steps = steps

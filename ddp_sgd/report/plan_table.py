@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
+from ddp_sgd.config import ComputeConfig
 from ddp_sgd.optim.schedule import Schedule, step_of
 from ddp_sgd.plan import Plan, micro_batch_sizes
 from ddp_sgd.text import columns
@@ -14,21 +15,34 @@ _RULES = {
     "none": "none: peak = base",
 }
 
+_PRECISIONS = {
+    "fp32": "fp32 (torch's defaults; on CUDA, TF32 in convolutions)",
+    "ieee": "fp32, without TF32",
+    "tf32": "fp32, with TF32 on CUDA",
+    "bf16": "bf16 by autocast",
+    "fp16": "fp16 by autocast, with a dynamic loss scale",
+}
+
 _NOTE_WIDTH = 55
 """Longest line of a note in the table, in characters: the rest of 80."""
 
 
-def plan_lines(plan: Plan, milestones: Sequence[float]) -> list[str]:
+def plan_lines(
+    plan: Plan, milestones: Sequence[float], compute: ComputeConfig | None = None
+) -> list[str]:
     """Sum the plan up for the head of a log.
 
     Args:
         plan: The run's arithmetic.
         milestones: Those of the schedule, in epochs.
+        compute: Section ``compute`` of the configuration; None: its defaults.
 
     Returns:
-        Four lines: batches, steps, rates, schedule; and one for each note on the schedule.
+        Five lines: precision, batches, steps, rates, schedule; and one for each note on the
+        schedule.
     """
     return [
+        f"precision {', '.join(_compute_words(compute or ComputeConfig()))}",
         f"batch     {_product(plan)} = {_count(plan.global_batch, 'sample')} per step; "
         f"the data set has {plan.samples:,}",
         f"steps     {plan.steps_per_epoch:,} per epoch, {plan.total_steps:,} in "
@@ -40,13 +54,19 @@ def plan_lines(plan: Plan, milestones: Sequence[float]) -> list[str]:
     ]
 
 
-def plan_table(plan: Plan, schedule: Schedule, milestones: Sequence[float]) -> str:
+def plan_table(
+    plan: Plan,
+    schedule: Schedule,
+    milestones: Sequence[float],
+    compute: ComputeConfig | None = None,
+) -> str:
     """Show every number of the plan, and the rate at each tenth of the run.
 
     Args:
         plan: The run's arithmetic.
         schedule: Factor of ``plan.peak_lr`` at each step.
         milestones: Those of the schedule, in epochs.
+        compute: Section ``compute`` of the configuration; None: its defaults.
 
     Returns:
         Sections with a heading each, as text of several lines without a newline at the end.
@@ -55,6 +75,7 @@ def plan_table(plan: Plan, schedule: Schedule, milestones: Sequence[float]) -> s
         "Batches": _batch_rows(plan),
         "Steps": _step_rows(plan),
         "Learning rate": [*_rate_rows(plan), *_note_rows(plan, milestones)],
+        "Computation": _compute_rows(compute or ComputeConfig()),
     }
     every_row = [row for rows in sections.values() for row in rows]
     lines = iter(columns(every_row, left=(0, 1), gap="   "))
@@ -93,6 +114,22 @@ def _rate_rows(plan: Plan) -> list[tuple[str, str]]:
         ("schedule", plan.schedule),
         ("warm-up", _warm_up(plan)),
     ]
+
+
+def _compute_words(compute: ComputeConfig) -> list[str]:
+    """Name the precision, and what else is set."""
+    flags = {
+        "channels_last": compute.channels_last,
+        "compiled": bool(compute.compile),
+        "CUDA graphs": compute.cuda_graphs,
+        "not deterministic": not compute.deterministic,
+    }
+    return [_PRECISIONS[compute.precision], *(word for word, is_set in flags.items() if is_set)]
+
+
+def _compute_rows(compute: ComputeConfig) -> list[tuple[str, str]]:
+    precision, *flags = _compute_words(compute)
+    return [("precision", precision), *(("", flag) for flag in flags)]
 
 
 def _note_rows(plan: Plan, milestones: Sequence[float]) -> list[tuple[str, str]]:

@@ -1,7 +1,7 @@
 import pytest
 
 from ddp_sgd.config import RunConfig, changes_that_matter, rank_batch
-from ddp_sgd.config.sources import without_places
+from ddp_sgd.config.sources import rounding_notes, without_places
 
 DIGITS = {"class_path": "ddp_sgd.data.Digits"}
 
@@ -22,6 +22,7 @@ def before(**changes):
         {"log": {"every_steps": 1}, "wandb": {"mode": "disabled"}},
         {"checkpoint": {"every_steps": 5, "keep": 1}},
         {"parallel": {"bucket_mb": 1.0}, "runtime": {"hang_s": None}},
+        {"compute": {"channels_last": True}},
     ],
 )
 def test_what_leaves_the_weights_alone_is_no_change(changes):
@@ -63,6 +64,8 @@ def test_what_leaves_the_weights_alone_is_no_change(changes):
             {"data": {"collate": {"class_path": "my.Pad"}}},
             "data.collate.class_path was None, is my.Pad",
         ),
+        ({"compute": {"precision": "bf16"}}, "compute.precision was fp32, is bf16"),
+        ({"compute": {"deterministic": False}}, "compute.deterministic was True, is False"),
     ],
 )
 def test_what_moves_the_weights_is_named_with_both_values(changes, line):
@@ -76,6 +79,25 @@ def test_a_key_that_an_older_release_did_not_have_was_at_its_default():
     assert changes_that_matter(old, RunConfig(optim={"clip_norm": 2.0})) == [
         "optim.clip_norm was None, is 2.0"
     ]
+
+
+def test_a_run_of_a_release_without_compute_was_computed_as_torch_does():
+    old = before()
+    del old["compute"]
+    assert changes_that_matter(old, RunConfig()) == []
+    assert rounding_notes(old, RunConfig()) == []
+    assert changes_that_matter(old, RunConfig(compute={"precision": "tf32"})) == [
+        "compute.precision was fp32, is tf32"
+    ]
+    assert rounding_notes(old, RunConfig(compute={"channels_last": True})) == [
+        "compute.channels_last was False, is True: the last bits of later steps may differ"
+    ]
+
+
+def test_a_key_that_only_begins_like_another_is_none_of_it():
+    old = before()
+    old["data"]["tail_fin"] = old["optimism"] = 1
+    assert changes_that_matter(old, RunConfig()) == []
 
 
 MODELS = [

@@ -36,7 +36,7 @@ def _message(values, origins=None, options=()):
             {"zzz": 1},
             "unknown key zzz; the keys at the top are name, output_dir, seed, epochs, resume, "
             "on_resize, model, loss, data, optim, schedule, eval, log, checkpoint, wandb, "
-            "parallel, runtime.",
+            "parallel, runtime, compute.",
         ),
         ({"optim.lr": 1}, "unknown key optim.lr; nest it, as optim: {lr: ...}."),
         (

@@ -6,8 +6,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from ddp_sgd.config.schema import RunConfig
-from ddp_sgd.config.sections import ParallelConfig, RuntimeConfig
+from ddp_sgd.config.schema import ParallelConfig, RunConfig, RuntimeConfig
 
 
 def _bounds(annotation, metadata):

@@ -13,7 +13,8 @@ from ddp_sgd.distributed.progress import ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine import captured_step as module
 from ddp_sgd.engine.buffers import TrainingBuffers, statistics_of
-from ddp_sgd.engine.captured_step import CapturedStep, Moved
+from ddp_sgd.engine.capture_check import Moved
+from ddp_sgd.engine.captured_step import CapturedStep
 from ddp_sgd.engine.step import Stepper
 from ddp_sgd.errors import ConfigError, DeviceError
 from ddp_sgd.losses import Objective
@@ -47,7 +48,7 @@ class Stale(Again):
 
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch):
-    monkeypatch.setattr(module, "new_graph", Again)
+    monkeypatch.setattr(module, "new_graph", lambda _: Again())
 
 
 def batches(step, accumulate=1, samples=SAMPLES, x=X):
@@ -226,7 +227,9 @@ class Scheduled(nn.Linear):
 def test_what_a_graph_would_not_repeat_is_refused(kind, reason):
     model = kind(3, 4)
     weight = model.weight.detach().clone()
-    with pytest.raises(ConfigError, match=rf"^compute\.cuda_graphs is true while the step {reason}"):
+    with pytest.raises(
+        ConfigError, match=rf"^compute\.cuda_graphs is true while the step {reason}"
+    ):
         Run(model, captured=True)
     assert torch.equal(model.weight, weight)
 
@@ -242,7 +245,7 @@ def test_a_capture_that_fails_leaves_the_state(monkeypatch):
             body()
             raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(module, "new_graph", Broken)
+    monkeypatch.setattr(module, "new_graph", lambda _: Broken())
     model = build("batch norm")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = random.getstate()
@@ -253,7 +256,7 @@ def test_a_capture_that_fails_leaves_the_state(monkeypatch):
 
 
 def test_a_replay_that_does_nothing_is_found(monkeypatch):
-    monkeypatch.setattr(module, "new_graph", lambda: Stale(lambda: None))
+    monkeypatch.setattr(module, "new_graph", lambda _: Stale(lambda: None))
     with pytest.raises(ConfigError, match="is not repeated by its graph .* differs by"):
         Run(build("dropout"), captured=True)
 
