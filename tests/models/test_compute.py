@@ -302,3 +302,42 @@ def test_parameters_of_16_bits_are_trained_with_one_note(tmp_path, capsys):
     case = Case(model=networks.mlp, data=samples.rows(dtype=torch.bfloat16), dtype=torch.bfloat16)
     assert train(case, Runtime(), tmp_path).status == "finished"
     assert capsys.readouterr().out.count("note      parameters are bfloat16: updates below") == 1
+
+
+PAIRS = {
+    "fp16, ddp": {"compute": FP16, "parallel": {"replica": "ddp"}},
+    "fp16, bf16 compression": {"compute": FP16, "parallel": {"compression": "bf16"}},
+    "fp16, local SGD": {
+        "compute": FP16,
+        "parallel": {"local_sgd": {"start_step": 1, "period": 2}},
+        "checkpoint": {"every_epochs": None},
+    },
+    "bf16, powersgd": {"compute": BF16, "parallel": {"compression": "powersgd"}},
+    "bf16, static graph": {"compute": BF16, "parallel": {"static_graph": True}},
+    "bf16, unused": {"compute": BF16, "parallel": {"find_unused_parameters": True}},
+    "channels_last, local SGD": {
+        "compute": {"channels_last": True},
+        "parallel": {"local_sgd": {"start_step": 0, "period": 2}},
+    },
+    "channels_last, powersgd": {
+        "compute": {"channels_last": True},
+        "parallel": {"compression": "powersgd"},
+    },
+    "not deterministic": {"compute": {"deterministic": False}, "parallel": {"replica": "ddp"}},
+    "tf32, clipping": {"compute": {"precision": "tf32"}, "optim": {"clip_norm": 100.0}},
+}
+
+
+def train_pairs(runtime, folder):
+    outcomes = {}
+    for number, (name, changes) in enumerate(PAIRS.items()):
+        outcomes[name] = train(CONVNET, runtime, folder / str(number), epochs=4, **changes)
+    return {name: (each.digest, each.scores["eval/loss"]) for name, each in outcomes.items()}
+
+
+def test_pairs_that_work_together(tmp_path):
+    first, second = run_ranks(2, train_pairs, tmp_path)
+    assert first == second
+    alone = train(CONVNET, Runtime(), tmp_path / "alone", epochs=4)
+    for name, (_, loss) in first.items():
+        assert loss == pytest.approx(alone.scores["eval/loss"], rel=0.05), name
