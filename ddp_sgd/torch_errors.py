@@ -97,39 +97,67 @@ def memory_for(use: Use, where: str = "data.train") -> Iterator[None]:
         raise
 
 
-def refuse_out_of_memory(error: Exception, use: Use, where: str = "data.train") -> None:
+def refuse_out_of_memory(
+    error: Exception,
+    use: Use,
+    where: str = "data.train",
+    batch: tuple[int, int] | None = None,
+) -> None:
     """Raise an error that names the cause and the remedy, if memory ran out.
 
     Args:
         error: What was raised.
         use: What the memory is for.
         where: Key of the data set, for data.
+        batch: ``data.batch_size`` and ``data.accumulate``, for a step; None: not known.
 
     Raises:
         ConfigError: ``error`` reports that memory of the device or of the host ran out.
     """
-    if (text := describe_out_of_memory(error, use, where)) is not None:
+    if (text := describe_out_of_memory(error, use, where, batch)) is not None:
         raise ConfigError(f"{text}.") from error
 
 
-def describe_out_of_memory(error: Exception, use: Use, where: str = "data.train") -> str | None:
+def describe_out_of_memory(
+    error: Exception,
+    use: Use,
+    where: str = "data.train",
+    batch: tuple[int, int] | None = None,
+) -> str | None:
     """Return what is too large and the remedy, without a full stop; None for any other error."""
     on_device = type(error).__name__ == "OutOfMemoryError" or Cause.DEVICE_MEMORY.is_in(error)
     if not (on_device or isinstance(error, MemoryError) or Cause.HOST_MEMORY.is_in(error)):
         return None
     what, remedy = use.value
+    if batch is not None and use is Use.STEP:
+        what = f"data.batch_size is {batch[0]}, a micro-batch that is too large"
+        remedy = _smaller_batch(*batch)
     cause = first_line(error).rstrip(".")
     place = "device" if on_device else "host"
     return f"{what.format(where=where)} for the memory of the {place}: {cause}; {remedy}"
 
 
+def _smaller_batch(batch_size: int, accumulate: int) -> str:
+    """Return the largest micro-batch below this one that takes the same steps, as settings."""
+    factor = next((n for n in range(2, batch_size + 1) if batch_size % n == 0), None)
+    if factor is None:
+        return "make the model or the samples smaller, or take a device with more memory"
+    return (
+        f"set data.batch_size={batch_size // factor} data.accumulate={accumulate * factor}, which "
+        "keeps the steps the same"
+    )
+
+
 @contextmanager
-def translate_errors(stop_reason: Callable[[], str | None] = lambda: None) -> Iterator[None]:
+def translate_errors(
+    stop_reason: Callable[[], str | None] = lambda: None, batch: tuple[int, int] | None = None
+) -> Iterator[None]:
     """Translate the errors that a configuration can fix; others pass unchanged.
 
     Args:
         stop_reason: Returns the reason of a stop request, None if there is none; a loader process
             that ends along with it is no error.
+        batch: ``data.batch_size`` and ``data.accumulate`` of the steps; None: not known.
 
     Raises:
         ConfigError: Parameters without a gradient, or too little memory.
@@ -142,7 +170,7 @@ def translate_errors(stop_reason: Callable[[], str | None] = lambda: None) -> It
         with _lost_workers(stop_reason):
             yield
     except (RuntimeError, IndexError, MemoryError) as error:
-        refuse_out_of_memory(error, Use.STEP)
+        refuse_out_of_memory(error, Use.STEP, batch=batch)
         if translated := _translate(error):
             raise translated from error
         raise

@@ -57,6 +57,25 @@ def test_memory_of_the_device(error):
 
 
 @pytest.mark.parametrize(
+    ("batch", "remedy"),
+    [
+        ((256, 1), "set data.batch_size=128 data.accumulate=2, which keeps the steps the same"),
+        ((33, 2), "set data.batch_size=11 data.accumulate=6, which keeps the steps the same"),
+        ((7, 1), "set data.batch_size=1 data.accumulate=7, which keeps the steps the same"),
+        ((1, 8), "make the model or the samples smaller, or take a device with more memory"),
+    ],
+)
+def test_a_micro_batch_that_does_not_fit_is_named_with_one_that_takes_the_same_steps(batch, remedy):
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    with pytest.raises(ConfigError) as caught, translate_errors(batch=batch):
+        raise error
+    assert str(caught.value) == (
+        f"data.batch_size is {batch[0]}, a micro-batch that is too large for the memory of the "
+        f"device: CUDA out of memory. Tried to allocate 2.00 GiB; {remedy}."
+    )
+
+
+@pytest.mark.parametrize(
     "error",
     [
         RuntimeError("CUDA error: device-side assert triggered"),

@@ -93,6 +93,7 @@ def start_runtime(
 
     Args:
         backend: ``auto`` takes the one that fits the device; else ``gloo``, ``nccl`` or ``xccl``.
+            With ``gloo``, ranks of a host that has fewer devices share them.
         device: ``auto`` takes an accelerator where there is one; else ``cpu``, ``cuda``, ``xpu`` or
             ``mps``.
         timeout_s: Longest wait for another rank, when joining and in every collective, in seconds.
@@ -111,7 +112,7 @@ def start_runtime(
     """
     with only_on_rank(this_one=may_be_rank_0(os.environ)):
         ranks = read_ranks(os.environ)
-    place = _choose_device(device, ranks)
+    place = _choose_device(device, ranks, shared=backend == "gloo")
     with only_on_rank(this_one=ranks.rank == 0):
         _check_backend(backend, place)
     with batch_scheduling():
@@ -164,7 +165,8 @@ def _joined(
     _leave_group()
 
 
-def _choose_device(wanted: str, ranks: Ranks) -> torch.device:
+def _choose_device(wanted: str, ranks: Ranks, *, shared: bool = False) -> torch.device:
+    """Choose the device of this rank: each has one of its own, unless they may be shared."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     here = accelerator.type if accelerator else "cpu"
     kind = here if wanted == "auto" else wanted
@@ -181,11 +183,14 @@ def _choose_device(wanted: str, ranks: Ranks) -> torch.device:
     count = torch.accelerator.device_count()
     # A site that binds one device to each task shows every rank its own as number 0.
     index = 0 if count == 1 and ranks.launcher == "srun" else ranks.local_rank
+    if shared:  # gloo sends tensors by way of the host; NCCL takes one rank for each device
+        index %= count
     with only_on_rank(this_one=index == count):  # the first that finds no device
         if index >= count:
             raise ConfigError(
                 f"LOCAL_RANK is {index}, but this host has {count} {kind} devices; start at most "
-                f"{count} ranks per host, or set runtime.device=cpu."
+                f"{count} ranks per host, set runtime.device=cpu, or let ranks share devices with "
+                "runtime.backend=gloo."
             )
     torch.accelerator.set_device_index(index)
     return torch.device(kind, index)

@@ -203,12 +203,14 @@ def _devices(facts: Mapping[int, Facts], hosts: Sequence[str]) -> Iterator[Findi
             )
             return
         is_bound = each.num_devices == 1 and each.launcher == "srun"
-        if each.device != "cpu" and not is_bound and each.local_rank >= each.num_devices:
+        may_share = is_bound or each.backend == "gloo"
+        if each.device != "cpu" and not may_share and each.local_rank >= each.num_devices:
             yield Finding(
                 ExitCode.CONFIG,
                 f"LOCAL_RANK is {each.local_rank} on {name_ranks([each.rank], hosts)}, which has "
                 f"{each.num_devices} {each.device} devices; start at most {each.num_devices} ranks "
-                "a host, or set runtime.device=cpu.",
+                "a host, set runtime.device=cpu, or let ranks share devices with "
+                "runtime.backend=gloo.",
             )
             return
 

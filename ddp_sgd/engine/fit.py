@@ -197,6 +197,7 @@ def fit(
         ...     fit(RunConfig(epochs=3), runtime).scores["eval/accuracy"]
     """
     given = Given(model, loss, train_set, eval_set)
+    batch = config.data.batch_size, config.data.accumulate
     with (
         nullcontext(_stop_request(stop)) if stop is not None else stop_on_signal() as request,
         claim_run_folder(config, runtime) as folder,
@@ -211,7 +212,7 @@ def fit(
         with (
             open_report(config, runtime, folder, resume_point.origin) as report,
             propagate_errors(runtime.error_propagation),
-            translate_errors(lambda: request.reason),
+            translate_errors(lambda: request.reason, batch),
             torch_settings(config.compute, runtime.device, report.notice),
         ):
             return _train(config, given, runtime, resume_point, folder, report, request)

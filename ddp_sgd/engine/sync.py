@@ -140,6 +140,11 @@ class TimeShares:
         return row
 
 
+def peak_bytes(device: torch.device) -> int | None:
+    """Most memory of a device that training had in use, in bytes; None if not CUDA."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
 _PERIOD_S = 1.0
 """How long ranks may go without hearing of each other's stop request, as far as steps allow."""
 
@@ -197,6 +202,8 @@ class RankSync:
         self._tally = _Tally(state.skipped)
         self._next_sync = self._next_look = 0
         self._last_row = state.step
+        if runtime.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(runtime.device)  # of what ran in this process before
 
     def after(self, step: int, result: StepResult, *, lr: float) -> SyncResult | None:
         """Count a step, and synchronize the ranks if it is time.
@@ -227,24 +234,28 @@ class RankSync:
     def _sync(self, step: int, lr: float, *, row_is_due: bool, save: bool) -> SyncResult:
         # The wait for the device comes before the look at the clock: steps are not over earlier.
         self._tally.read()
-        own = self._shares.measure()
+        own, device = self._shares.measure(), self._runtime.device
         steps = max(1, step - self._last_row)
         elapsed_s = self._shares.own_elapsed_s(own)
         if self._timetable.deadline.is_near(max(_PERIOD_S, elapsed_s / steps)):
             self._stop.ask("the deadline is near")
         wishes = [float(self._stop.reason is not None), float(self._timetable.save_is_due_now())]
-        device = self._runtime.device
+        peak = peak_bytes(device)
+        peaks = [] if peak is None else at_own_rank(peak, self._runtime)
         everything = torch.tensor(
-            [self._tally.loss, *wishes, *own], dtype=wide_float(device), device=device
+            [self._tally.loss, *wishes, *peaks, *own], dtype=wide_float(device), device=device
         )
         loss, stop, save_now, *summed = sum_over_ranks(everything, self._runtime).tolist()
-        spent = self._shares.read(summed)
+        peaks, times = summed[: len(peaks)], summed[len(peaks) :]
+        spent = self._shares.read(times)
         save = save or stop > 0 or save_now > 0
         if save:
             self._timetable.start_over()
         pause = int(_PERIOD_S * steps / spent.elapsed_s)
         self._next_sync = step + min(max(1, pause), _MOST_STEPS)
         row = self._row(step, lr, loss, spent) if row_is_due or save else None
+        if row is not None and peaks:
+            row["memory/peak_bytes"] = max(peaks)
         return SyncResult(row, stop > 0, save, self._tally.skipped)
 
     def _row(self, step: int, lr: float, loss: float, spent: Spent) -> dict[str, float | None]:

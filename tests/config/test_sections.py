@@ -172,6 +172,15 @@ def test_what_does_not_go_together_is_refused(options, message):
         ParallelConfig(**options)
 
 
+@pytest.mark.parametrize("compression", ["fp16", "powersgd"])
+def test_scaled_gradients_are_not_compressed_to_what_they_do_not_fit(compression):
+    options = {"compute": {"precision": "fp16"}, "parallel": {"compression": compression}}
+    with pytest.raises(ValidationError, match=f"compression is {compression}, which scaled"):
+        RunConfig(**options)
+    RunConfig(**options | {"compute": {"precision": "bf16"}})
+    RunConfig(**options | {"parallel": {"compression": "bf16"}})
+
+
 def test_a_save_between_two_averages_is_refused_with_a_number_that_fits():
     local = {"local_sgd": {"start_step": 100, "period": 8}}
     with pytest.raises(ValidationError, match="checkpoint.every_steps=16"):

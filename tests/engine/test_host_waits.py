@@ -23,6 +23,11 @@ WAITS = {
 }
 
 
+def is_cast_of_autocast(*dtypes):
+    """Whether a copy is from or to 16 bits: autocast names the device, which is the same."""
+    return not {torch.bfloat16, torch.float16}.isdisjoint(dtypes)
+
+
 class CountWaits(TorchDispatchMode):
     """Lists the operations that need a value from the device on the host.
 
@@ -53,6 +58,7 @@ class CountWaits(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         to_host = function is torch.ops.aten._to_copy.default and "device" in (kwargs or {})
+        to_host = to_host and not is_cast_of_autocast(args[0].dtype, kwargs.get("dtype"))
         if function in WAITS or to_host:
             self.waits.append(str(function))
         return function(*args, **(kwargs or {}))
@@ -84,7 +90,7 @@ def train(runtime, folder, changes):
         log={"every_steps": 7},
         **changes,
     )
-    loss = nn.CrossEntropyLoss(weight=torch.ones(10)) if "clip_norm" in str(changes) else None
+    loss = nn.CrossEntropyLoss(weight=torch.ones(10)) if "accumulate" in str(changes) else None
     with CountWaits() as count:
         fit(config, runtime, train_set=Digits(), loss=loss)
     return seen
@@ -97,12 +103,18 @@ CHANGES = {
         "data": {"batch_size": 32, "accumulate": 2, "eval": None},
         "optim": {"clip_norm": 0.5},
     },
+    "bf16": {"data": {"batch_size": 64, "eval": None}, "compute": {"precision": "bf16"}},
+    "fp16": {
+        "data": {"batch_size": 64, "eval": None},
+        "optim": {"clip_norm": 0.5},
+        "compute": {"precision": "fp16", "channels_last": True, "deterministic": False},
+    },
 }
 
 
 @pytest.mark.parametrize(
     ("world_size", "name"),
-    [(1, "defaults"), *((2, name) for name in CHANGES)],
+    [(1, "defaults"), (1, "bf16"), (1, "fp16"), *((2, name) for name in CHANGES)],
 )
 def test_no_step_waits_for_the_device(name, world_size, tmp_path):
     for seen in run_ranks(world_size, train, tmp_path, CHANGES[name]):
