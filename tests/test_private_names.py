@@ -10,6 +10,8 @@ PACKAGE = Path(__file__).parent.parent / "ddp_sgd"
 REASONS = {
     "_abort_process_group": "ends a collective that waits for a lost rank; destroying waits for it",
     "_buffers": "buffers are replaced in place, also those of scripted modules, and None is kept",
+    "_call_impl": "calls a compiled module uncompiled, for batches of another size",
+    "_compiled_call_impl": "holds the compiled code of a module; one size of batches goes there",
     "_get_backend": "the backend of a device says whether its communicator has failed",
     "_load_from_state_dict": "shows whether a module loads its buffers in its own way",
     "_non_persistent_buffers_set": "says which buffers the state_dict of a module leaves out",

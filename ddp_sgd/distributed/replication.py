@@ -19,6 +19,8 @@ def wrap_model(
     config: ParallelConfig,
     plan: Plan,
     momentum_buffers: Mapping[nn.Parameter, torch.Tensor],
+    *,
+    captured: bool = False,
 ) -> DataParallelModel:
     """Keep a model equal on all ranks, in the way that costs least.
 
@@ -32,6 +34,7 @@ def wrap_model(
         config: Section ``parallel`` of the configuration.
         plan: The run's arithmetic.
         momentum_buffers: Of each parameter; empty without momentum.
+        captured: Whether steps are captured, which buckets of several ranks cannot be.
 
     Raises:
         ConfigError: The model's gradients cannot be compressed.
@@ -42,7 +45,8 @@ def wrap_model(
     compresses = config.compression != "none" and not runtime.alone
     only_ddp = config.static_graph or config.find_unused_parameters or compresses
     fits = trained <= config.bucket_mb * 2**20 and not only_ddp
-    if config.replica == "flat" or (config.replica == "auto" and fits):
+    is_flat = config.replica == "flat" or (captured and not runtime.alone)
+    if is_flat or (config.replica == "auto" and fits):
         return FlatAllReduce(model, runtime)
     if runtime.alone:
         return DataParallelModel(model, runtime)

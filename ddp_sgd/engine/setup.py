@@ -163,10 +163,9 @@ def build_context(  # noqa: PLR0913  # a section for each part of the run
     check_normalization(model, plan, step=state.step, skip=skip, device=runtime.device)
     optimizer = _optimizer(optim, model)
     facts = _check_training(components, model, plan, runtime, numerics)
-    if compute.cuda_graphs and not runtime.alone:  # a wrapper's buckets cannot be captured
-        parallel = parallel.model_copy(update={"replica": "flat"})
+    momentum, captured = optimizer.momentum_buffers, compute.cuda_graphs
     with memory_for(Use.MODEL):  # whose gradients need room, too
-        wrapper = wrap_model(model, runtime, parallel, plan, optimizer.momentum_buffers)
+        wrapper = wrap_model(model, runtime, parallel, plan, momentum, captured=captured)
     progress = ProgressTracker()
     options: dict[str, Any] = {"clip_norm": optim.clip_norm, "buffers": facts.buffers}
     options["loss_scale"] = LossScale(runtime.device) if numerics.scales_loss else None
@@ -189,7 +188,7 @@ def build_context(  # noqa: PLR0913  # a section for each part of the run
         notes=(*numerics.check_parameters(model), *facts.notes),
         identity=identity,
     )
-    _load_or_broadcast(context, saved, is_resumed=resume_point.header is not None)
+    _load_or_broadcast(context, saved, resume_point)
     _close_files(components)
     return context
 
@@ -200,9 +199,9 @@ def _close_files(components: Components) -> None:
         components.files.close()
 
 
-def _load_or_broadcast(context: TrainContext, saved: Tree | None, *, is_resumed: bool) -> None:
+def _load_or_broadcast(context: TrainContext, saved: Tree | None, point: ResumePoint) -> None:
     """Go on from what was saved, or begin with the loss of rank 0."""
-    if is_resumed:
+    if point.header is not None:
         context.load_state_dict(saved)
     else:
         _broadcast_buffers(context.loss_modules, context.runtime)

@@ -1,4 +1,4 @@
-"""A captured step does what an eager one does; on the CPU a stand-in calls the step again."""
+"""A captured step does what an eager one does; on the CPU another graph calls the step again."""
 
 import random
 
@@ -47,7 +47,7 @@ class Stale(Again):
 
 
 @pytest.fixture(autouse=True)
-def stand_in(monkeypatch):
+def graph_of_the_cpu(monkeypatch):
     monkeypatch.setattr(module, "new_graph", lambda _: Again())
 
 
