@@ -111,7 +111,8 @@ def explain(command_line: CommandLine) -> int:
 
     plan = plan_for(world_size)
     schedule = build_schedule(config.schedule, plan)
-    parts = [plan_table(plan, schedule, config.schedule.milestones), curve(plan, schedule)]
+    table = plan_table(plan, schedule, config.schedule.milestones, data=config.data)
+    parts = [table, curve(plan, schedule)]
     if options["step_ms"] is not None:
         network = Network(
             bandwidth_gbit=options["bandwidth_gbit"],
