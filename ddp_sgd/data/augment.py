@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ddp_sgd.data.dataset_checks import shape_of, single
+from ddp_sgd.data.dataset_checks import shape_of
 from ddp_sgd.data.draws import Draws, Indices, Number, sample_keys
 from ddp_sgd.errors import ConfigError, UserError
 from ddp_sgd.seeds import seed_for
@@ -23,10 +23,11 @@ class Transform(Protocol):
     """Interface of a transform: any callable of (batch, draws), such as a class of one's own.
 
     It is called with the inputs of a micro-batch on the device, as the data set gives them: a
-    tensor of shape (m, ...), or a container of such. It returns the inputs of the model, leaves its
-    argument unchanged, and takes random numbers from ``draws`` only. A micro-batch may have any
-    number of samples from 1 on. What a transform calls for one sample should not depend on the
-    others, or else results depend on how samples are split into micro-batches.
+    tensor of shape (m, ...), or a container of such; ``draws`` are where its first tensor is. It
+    returns the inputs of the model, leaves its argument unchanged, and takes random numbers from
+    ``draws`` only. A micro-batch may have any number of samples from 1 on. What a transform makes
+    of a sample should not depend on the others, or else results depend on how samples are split
+    into micro-batches.
 
     Under ``compute.cuda_graphs`` a transform is captured once and replayed: shapes are fixed, and
     no branch may depend on values that are on the device.
@@ -124,12 +125,11 @@ class Transforms:
         transform = self._transforms[number]
         if isinstance(transform, nn.Module):
             transform.to(keys.device)
-        before = [tensor.clone() for tensor in tensors_in(inputs)]
+        before = _copies(inputs)
         result = self._apply(number, inputs, keys)
-        if not _are_close(before, tensors_in(inputs)):
+        if not _are_close(before, _copies(inputs)):
             raise self._error(number, "changes its batch in place", "let it return a new one")
-        again = self._apply(number, inputs, keys)
-        if not _are_close(tensors_in(result), tensors_in(again)):
+        if not _are_close(_copies(result), _copies(self._apply(number, inputs, keys))):
             raise self._error(
                 number,
                 "gives another result for the same batch and draws",
@@ -138,7 +138,9 @@ class Transforms:
         if isinstance(result, torch.Tensor) and result.shape[:1] != keys.shape:
             what = f"gives {_describe(result)} for {len(keys)} samples"
             raise self._error(number, what, "let it give one row for each sample")
-        self._apply(number, single(inputs, 0), keys[:1])  # ranks have batches of one sample, too
+        if isinstance(inputs, torch.Tensor) and inputs.layout is torch.strided:
+            # Ranks have batches of one sample, too.
+            self._apply(number, inputs[:1].clone(), keys[:1])
         return result
 
     def _keys(self, inputs: Any, indices: Indices, epoch: Number) -> torch.Tensor:
@@ -178,13 +180,19 @@ def _describe(value: Any) -> str:
     return shape_of(value)
 
 
-def _are_close(one: Any, other: Any) -> bool:
+def _copies(tree: Any) -> list[torch.Tensor]:
+    """Copy dense tensors to the host."""
+    return [each.to("cpu", copy=True) for each in tensors_in(tree) if each.layout is torch.strided]
+
+
+def _are_close(ones: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
     """Whether tensors are equal to some rounding, since not every kernel repeats its last bits."""
-    pairs = list(zip([each.cpu() for each in one], [each.cpu() for each in other], strict=True))
-    return all(a.shape == b.shape and a.dtype == b.dtype for a, b in pairs) and all(
-        torch.allclose(a.to(wide), b.to(wide), rtol=1e-4, equal_nan=True)
-        for a, b in pairs
-        for wide in [torch.complex128 if a.is_complex() else torch.float64]
+    if [(a.shape, a.dtype) for a in ones] != [(b.shape, b.dtype) for b in others]:
+        return False
+    wide = [torch.complex128 if a.is_complex() else torch.float64 for a in ones]
+    return all(
+        torch.allclose(a.to(dtype), b.to(dtype), rtol=1e-4, equal_nan=True)
+        for a, b, dtype in zip(ones, others, wide, strict=True)
     )
 
 

@@ -55,7 +55,7 @@ def sample_keys(base: int, epoch: Number, indices: torch.Tensor) -> torch.Tensor
     """
     if isinstance(epoch, torch.Tensor):
         return mix(indices * _GAMMA + _epoch_key(base, epoch))
-    return mix(indices * _GAMMA + _epoch_number(base, epoch))
+    return mix(indices * _GAMMA + _epoch_key_on_host(base, epoch))
 
 
 def _epoch_key(base: int, epoch: torch.Tensor) -> torch.Tensor:
@@ -63,8 +63,9 @@ def _epoch_key(base: int, epoch: torch.Tensor) -> torch.Tensor:
 
 
 @lru_cache
-def _epoch_number(base: int, epoch: int) -> int:
-    return int(_epoch_key(base, torch.tensor(epoch)))  # on the host
+def _epoch_key_on_host(base: int, epoch: int) -> torch.Tensor:
+    """Hash (seed, epoch), as a tensor without dimensions, which goes to a device as a number."""
+    return _epoch_key(base, torch.tensor(epoch))
 
 
 class Draws:

@@ -290,6 +290,21 @@ def test_a_transform_gets_inputs_as_the_data_set_gives_them():
     assert all(torch.equal(again[key], result[key]) for key in batch)
 
 
+def doubled(batch, draws):
+    return nn.utils.rnn.PackedSequence(batch.data * 2, batch.batch_sizes)
+
+
+def to_dense(batch, draws):
+    return batch.to_dense()
+
+
+def test_other_inputs_than_tensors_of_rows_are_passed_on():
+    packed = nn.utils.rnn.pack_sequence([torch.ones(3), torch.ones(2)])
+    assert apply([doubled], packed, range(2)).data.tolist() == [2.0] * 5
+    eye = torch.eye(5)
+    assert torch.equal(apply([to_dense], eye.to_sparse()), eye)
+
+
 @pytest.mark.parametrize("split", [[5], [1] * 5, [2, 3], [4, 1]])
 def test_any_split_of_a_batch_gives_the_same(split):
     chain = [RandomCrop([6, 7], 2), RandomHorizontalFlip(), Cutout(3), Normalize(MEAN, STD)]
