@@ -65,7 +65,7 @@ def _epoch_key(base: int, epoch: torch.Tensor) -> torch.Tensor:
 @lru_cache
 def _epoch_key_on_host(base: int, epoch: int) -> torch.Tensor:
     """Hash (seed, epoch), as a tensor without dimensions, which goes to a device as a number."""
-    return _epoch_key(base, torch.tensor(epoch))
+    return _epoch_key(base, torch.tensor(epoch, device="cpu"))
 
 
 class Draws:
