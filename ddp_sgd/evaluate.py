@@ -161,7 +161,7 @@ def look_up(
 def _components(config: RunConfig) -> list[Any]:
     """What a score builds, as plain data."""
     data = config.data
-    built = (config.model, config.loss, data.eval, data.collate)
+    built = (config.model, config.loss, data.eval, data.collate, *data.eval_transforms)
     return [component.model_dump() for component in built if component]
 
 
@@ -215,11 +215,9 @@ def _score(saved: Saved, component: Component, runtime: "Runtime") -> "tuple[Met
     files = OpenFiles(eval_set)
     model = components.ready_model(config.model, config.seed)
     loss = as_module(_fitting_loss(saved))
-    reading = components.build_reading(config.data, config.seed)
+    reading = components.build_reading(config.data, config.seed, trains=False)
     if not components.is_materialized(model):
-        batch = components.read_batch(
-            eval_set, "data.eval", batch_size=reading.batch_size, collate=reading.collate
-        )
+        batch = components.read_sample_batch(eval_set, "data.eval", reading)
         components.materialize_lazy(model, loss, batch, config.seed)
     modules = loss_modules(loss, model)
     kept = modules if _is_loss_of(saved) else {}

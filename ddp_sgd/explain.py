@@ -111,7 +111,9 @@ def explain(command_line: CommandLine) -> int:
 
     plan = plan_for(world_size)
     schedule = build_schedule(config.schedule, plan)
-    table = plan_table(plan, schedule, config.schedule.milestones, config.compute)
+    table = plan_table(
+        plan, schedule, config.schedule.milestones, compute=config.compute, data=config.data
+    )
     parts = [table, curve(plan, schedule)]
     if options["step_ms"] is not None:
         network = Network(

@@ -16,6 +16,7 @@ _EXAMPLES = {
     "number": "1.0",
     "array of number": "[30, 60]",
     "array of string": "[a, b]",
+    "array of component": "[{class_path: ddp_sgd.data.augment.RandomHorizontalFlip}]",
 }
 
 
@@ -144,6 +145,8 @@ def _words(node: Node) -> str:
 
 
 def _items(node: Node) -> str:
+    if "$ref" in node:
+        return " of components"
     return f", each item {_choices(node)}" if node else ""
 
 
@@ -181,7 +184,9 @@ def _example(node: Node, default: Any) -> str:
     if default not in (None, "auto", [], {}) and not isinstance(default, dict | bool):
         return "" if "enum" in node else yaml_value(default)
     for part in _alternatives(node):
-        items = f" of {part['items'].get('type')}" if "items" in part else ""
+        below = part.get("items", {})
+        kind = "component" if "$ref" in below else below.get("type")
+        items = f" of {kind}" if "items" in part else ""
         is_choice = default == "auto" or "const" in part
         if not is_choice and (example := _EXAMPLES.get(f"{part.get('type')}{items}")):
             return example

@@ -113,6 +113,12 @@ class DataConfig(Section):
     """Loader processes of each rank; 0 reads in the rank itself, which is faster for data in
     memory."""
 
+    train_transforms: tuple[Component, ...] = ()
+    """Callables of (batch, draws), applied on the device to the inputs of each micro-batch."""
+
+    eval_transforms: tuple[Component, ...] = ()
+    """The same for evaluation, where a sample has the same random numbers every time."""
+
 
 class OptimConfig(Section):
     """How weights move: SGD as in torch.optim.SGD, with a rate that is quoted for a named batch."""

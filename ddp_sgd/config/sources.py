@@ -222,8 +222,8 @@ def _without(value: Any) -> Any:
 
 
 _MATTERS = (
-    *("seed", "model", "loss", "data.train", "data.collate", "data.tail", "optim"),
-    *("schedule", "parallel.compression", "parallel.local_sgd"),
+    *("seed", "model", "loss", "data.train", "data.collate", "data.train_transforms", "data.tail"),
+    *("optim", "schedule", "parallel.compression", "parallel.local_sgd"),
     *("compute.precision", "compute.compile", "compute.deterministic"),
 )
 """Keys on which the weights depend, each with all that is below it."""

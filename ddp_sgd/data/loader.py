@@ -14,9 +14,12 @@ from multiprocessing.sharedctypes import RawValue
 from types import FrameType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from ddp_sgd.data.augment import NO_TRANSFORMS, Transforms
+from ddp_sgd.data.draws import Indices, Number
 from ddp_sgd.data.fetcher import (
     AHEAD_BYTES,
     EVAL_EPOCH,
@@ -31,6 +34,8 @@ from ddp_sgd.seeds import seed_for
 from ddp_sgd.torch_errors import lost_worker
 from ddp_sgd.tree import map_leaves
 
+_UNKNOWN = np.empty(0, np.int64)
+
 
 class MicroBatch(NamedTuple):
     """What one rank sends through the model at once.
@@ -40,12 +45,16 @@ class MicroBatch(NamedTuple):
         targets: Tensor of shape (m, ...), or a container of such.
         samples: True number of samples in it, m; 0 for a dummy, whose loss counts for nothing.
         is_last: Whether it ends this rank's part of the step.
+        epoch: Number of the epoch.
+        indices: Which samples it holds, of shape (m,), those of a dummy included.
     """
 
     inputs: Any
     targets: Any
     samples: int
     is_last: bool
+    epoch: Number = 0
+    indices: Indices = _UNKNOWN
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Return the same batch on a device; the copy from pinned memory does not wait."""
@@ -62,11 +71,13 @@ class StepBatches(NamedTuple):
         step: Number of the step in the run, from 0.
         samples: Samples in the step, over all ranks, N.
         micro_batches: This rank's part, at least one.
+        transforms: Applied to the inputs once they are on the device.
     """
 
     step: int
     samples: int
     micro_batches: tuple[MicroBatch, ...]
+    transforms: Transforms = NO_TRANSFORMS
 
 
 class TrainLoader:
@@ -79,6 +90,7 @@ class TrainLoader:
         workers: Loader processes; 0 reads in this process.
         device: Where the batches go.
         collate: Function from a list of samples to a batch; None: torch's default_collate.
+        transforms: Applied to the inputs by those who bring them to the device.
     """
 
     def __init__(
@@ -90,9 +102,11 @@ class TrainLoader:
         workers: int,
         device: torch.device,
         collate: Collate | None = None,
+        transforms: Transforms = NO_TRANSFORMS,
     ) -> None:
         self._sampler = sampler
         self._epochs = epochs
+        self._transforms = transforms
         fetcher = Fetcher(dataset, "data.train", sampler.seed, collate)
         self._requests = _Requests(sampler)
         self._batches = _build_batches(fetcher, self._requests, workers, device, sampler.seed)
@@ -113,9 +127,12 @@ class TrainLoader:
             self._sampler.set_epoch(epoch, first_step, skip)
             for inputs, targets in _read(self._batches):
                 drawn = self._requests.pending.popleft()
-                micro_batches.append(MicroBatch(inputs, targets, drawn.size, drawn.is_last))
+                size, is_last, indices = drawn.size, drawn.is_last, drawn.indices
+                batch = MicroBatch(inputs, targets, size, is_last, epoch, indices)
+                micro_batches.append(batch)
                 if drawn.is_last:
-                    yield StepBatches(step, drawn.step_samples, tuple(micro_batches))
+                    batches = tuple(micro_batches)
+                    yield StepBatches(step, drawn.step_samples, batches, self._transforms)
                     micro_batches.clear()
                     step += 1
             first_step = skip = 0
@@ -131,6 +148,7 @@ class EvalLoader:
         workers: Loader processes; 0 reads in this process.
         device: Where the batches go.
         collate: Function from a list of samples to a batch; None: torch's default_collate.
+        transforms: Applied to the inputs by those who bring them to the device.
     """
 
     def __init__(
@@ -142,8 +160,10 @@ class EvalLoader:
         workers: int,
         device: torch.device,
         collate: Collate | None = None,
+        transforms: Transforms = NO_TRANSFORMS,
     ) -> None:
         self.chunks = chunks
+        self._transforms = transforms
         fetcher = Fetcher(dataset, "data.eval", seed, collate)
         self._requests = _Requests(chunks)
         self._batches = _build_batches(fetcher, self._requests, workers, device, seed)
@@ -153,6 +173,17 @@ class EvalLoader:
         for inputs, targets in _read(self._batches):
             drawn = self._requests.pending.popleft()
             yield drawn.number, drawn.size, inputs, targets
+
+    def transform(self, inputs: Any, number: int) -> Any:
+        """Apply the transforms to the inputs of a chunk, which are on the device.
+
+        Args:
+            inputs: Inputs of the chunk.
+            number: Number of the chunk.
+        """
+        if not len(self._transforms):
+            return inputs
+        return self._transforms(inputs, self.chunks.indices(number), EVAL_EPOCH)
 
 
 class _Requests:

@@ -6,7 +6,7 @@ Sample batch: a few samples for such checks, and how they become arguments of th
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.data import IterableDataset
 
 from ddp_sgd.config.sections import Component, DataConfig
+from ddp_sgd.data.augment import NO_TRANSFORMS, Transforms
 from ddp_sgd.data.dataset_checks import OpenFiles
 from ddp_sgd.data.fetcher import EVAL_EPOCH, Collate, Fetcher, Request, Unreadable
 from ddp_sgd.data.loader import move
@@ -28,6 +29,8 @@ from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.instantiate import instantiate
 from ddp_sgd.losses import LossFunction, Objective, Spread, as_module, loss_modules
 from ddp_sgd.seeds import seed_for
+
+_HOST = torch.device("cpu")
 
 _MOST_SAMPLES = 8
 """Samples of the batch: enough for pairs of one class, few enough for any memory."""
@@ -86,6 +89,30 @@ def read_batch(dataset: Any, where: str, *, batch_size: int, collate: Collate | 
         raise DataError(read.message)
     (inputs, targets), singles = read
     return Batch(inputs, targets, [target for _, target in singles], indices.tolist())
+
+
+def read_sample_batch(
+    dataset: Any, where: str, reading: "Reading", device: torch.device = _HOST
+) -> Batch:
+    """Read a few samples, and have the transforms of training or evaluation applied to them.
+
+    Args:
+        dataset: Map-style data set with at least one sample.
+        where: Its key, ``data.train`` or ``data.eval``.
+        reading: How samples are read.
+        device: Where they are transformed, and the inputs stay.
+
+    Raises:
+        ConfigError: A transform fails, or does not keep to its interface.
+        DataError: The samples cannot be read.
+    """
+    size, collate = reading.batch_size, reading.collate
+    batch = read_batch(dataset, where, batch_size=size, collate=collate)
+    transforms, epoch = reading.train_transforms, 0
+    if where == "data.eval":
+        transforms, epoch = reading.eval_transforms, EVAL_EPOCH
+    inputs = move(batch.inputs, device)
+    return batch._replace(inputs=transforms.check(inputs, np.array(batch.indices), epoch))
 
 
 def choose_spread(model: nn.Module, inputs: Any, samples: int) -> Spread:
@@ -192,12 +219,16 @@ class Reading(NamedTuple):
         workers: Loader processes; 0 reads in this process.
         seed: Seed of the run.
         collate: Function from a list of samples to a batch; None: torch's default_collate.
+        train_transforms: Applied to the inputs of training, on the device.
+        eval_transforms: Applied to those of evaluation.
     """
 
     batch_size: int
     workers: int
     seed: int
     collate: Collate | None = None
+    train_transforms: Transforms = NO_TRANSFORMS
+    eval_transforms: Transforms = NO_TRANSFORMS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,9 +286,7 @@ def gather_components(
     check_loss_parameters(loss_modules(loss_function, built))
     reading = build_reading(data, seed)
     if not is_materialized(built):
-        batch = read_batch(
-            train_set, "data.train", batch_size=reading.batch_size, collate=reading.collate
-        )
+        batch = read_sample_batch(train_set, "data.train", reading)
         materialize_lazy(built, loss_function, batch, seed)
     return Components(
         model=built,
@@ -329,11 +358,16 @@ def ready_loss(component: Component, loss: LossFunction | None = None) -> LossFu
     return loss
 
 
-def build_reading(data: DataConfig, seed: int) -> Reading:
-    """Build the collate function of section ``data``, if it names one, and return how to read.
+def build_reading(data: DataConfig, seed: int, *, trains: bool = True) -> Reading:
+    """Build collate function and transforms of section ``data``, and return how to read.
+
+    Args:
+        data: Section ``data`` of the configuration.
+        seed: Seed of the run.
+        trains: Whether the transforms of training are built, too.
 
     Raises:
-        ConfigError: The collate function cannot be called.
+        ConfigError: The collate function or a transform cannot be called.
     """
     collate = None if data.collate is None else instantiate(data.collate, "data.collate")
     if data.collate is not None and not callable(collate):
@@ -341,4 +375,12 @@ def build_reading(data: DataConfig, seed: int) -> Reading:
             f"data.collate is a {type(collate).__name__}; name a function from a list of samples "
             "to a batch (inputs, targets)."
         )
-    return Reading(data.batch_size, data.workers, seed, collate)
+    train = _build_transforms(data.train_transforms if trains else (), "train", seed)
+    eval_ = _build_transforms(data.eval_transforms, "eval", seed)
+    return Reading(data.batch_size, data.workers, seed, collate, train, eval_)
+
+
+def _build_transforms(listed: Sequence[Component], name: str, seed: int) -> Transforms:
+    where = f"data.{name}_transforms"
+    built = [instantiate(each, f"{where}[{number}]") for number, each in enumerate(listed)]
+    return Transforms(built, seed=seed, where=where)

@@ -78,7 +78,8 @@ def evaluate(
                 scored.cut_short = 1
                 break
             seed_chunk(chunk)
-            outputs = objective.outputs(model, move(inputs, runtime.device))
+            ready = loader.transform(move(inputs, runtime.device), chunk)
+            outputs = objective.outputs(model, ready)
             scored.add(chunk, samples, outputs, targets)
     sums, counts = scored.by_chunk(loader.chunks.count, place), scored.counts(place)
     sum_over_ranks(sums, runtime)

@@ -18,7 +18,7 @@ from ddp_sgd.distributed.progress import Phase, ProgressTracker
 from ddp_sgd.distributed.replication import wrap_model
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, buffers_by_name
-from ddp_sgd.engine.components import Components, Reading, read_batch
+from ddp_sgd.engine.components import Components, Reading, read_sample_batch
 from ddp_sgd.engine.evaluation import Metrics, Score, evaluate
 from ddp_sgd.engine.model_check import check_normalization
 from ddp_sgd.engine.precision import LossScale, Numerics
@@ -261,10 +261,9 @@ def _on_device(
 def _check_training(
     components: Components, model: nn.Module, plan: Plan, runtime: Runtime, numerics: Numerics
 ) -> TrainingFacts:
-    size, collate = components.reading.batch_size, components.reading.collate
-    batch = read_batch(components.train_set, "data.train", batch_size=size, collate=collate)
-    loss, train_set = components.loss, components.train_set
-    return check_training(model, loss, train_set, batch, plan, runtime, numerics)
+    train_set, reading = components.train_set, components.reading
+    batch = read_sample_batch(train_set, "data.train", reading, runtime.device)
+    return check_training(model, components.loss, train_set, batch, plan, runtime, numerics)
 
 
 def _broadcast_buffers(modules: Mapping[str, nn.Module], runtime: Runtime) -> None:
@@ -299,6 +298,7 @@ def _train_loader(components: Components, plan: Plan, runtime: Runtime) -> Train
         workers=components.reading.workers,
         device=runtime.device,
         collate=components.reading.collate,
+        transforms=components.reading.train_transforms,
     )
 
 
@@ -352,11 +352,10 @@ def build_scorer(
         ConfigError: Model, loss and samples do not fit together.
         DataError: The samples cannot be read, or labels lie out of range.
     """
-    size, collate = reading.batch_size, reading.collate
-    batch = read_batch(eval_set, "data.eval", batch_size=size, collate=collate)
+    batch = read_sample_batch(eval_set, "data.eval", reading, runtime.device)
     facts = check_evaluation(model, loss, eval_set, batch, runtime, numerics)
     chunks = EvalSampler(
-        len(eval_set), batch_size=size, in_step=facts.communicates, **runtime.shard
+        len(eval_set), batch_size=reading.batch_size, in_step=facts.communicates, **runtime.shard
     )
     loader = EvalLoader(
         eval_set,
@@ -364,7 +363,8 @@ def build_scorer(
         seed=reading.seed,
         workers=reading.workers,
         device=runtime.device,
-        collate=collate,
+        collate=reading.collate,
+        transforms=reading.eval_transforms,
     )
     begin_chunk = partial(facts.begin_chunk, reading.seed)
     score = partial(

@@ -134,8 +134,9 @@ class Stepper:
         for batch in batches.micro_batches:
             self._progress.touch()
             ready = batch.to(self._runtime.device)
+            inputs = batches.transforms(ready.inputs, ready.indices, ready.epoch)
             with self._wrapper.sync_gradients(when=batch.is_last):
-                outputs = self._objective.outputs(self._wrapper.forward, ready.inputs)
+                outputs = self._objective.outputs(self._wrapper.forward, inputs)
                 loss = self._objective(outputs, ready.targets)
                 weight = self._objective.weight(ready.samples)
                 if batch.is_last:

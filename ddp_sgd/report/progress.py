@@ -49,7 +49,8 @@ class Progress:
         """Print the plan, and open the bar on a terminal."""
         self._record = record
         config = record.config
-        for line in plan_lines(record.plan, config.schedule.milestones, config.compute):
+        sections = config.compute, config.data
+        for line in plan_lines(record.plan, config.schedule.milestones, *sections):
             self.say(line)
         for note in record.notes:
             self.say(f"note      {note}")

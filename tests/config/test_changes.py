@@ -18,6 +18,7 @@ def before(**changes):
         {"resume": "must", "on_resize": "rescale"},
         {"data": {"workers": 2, "eval": None}},
         {"data": {"batch_size": 16, "accumulate": 2}},
+        {"data": {"eval_transforms": [{"class_path": "my.Crop"}]}},
         {"eval": {"every_epochs": 3}},
         {"log": {"every_steps": 1}, "wandb": {"mode": "disabled"}},
         {"checkpoint": {"every_steps": 5, "keep": 1}},
@@ -66,6 +67,11 @@ def test_what_leaves_the_weights_alone_is_no_change(changes):
         ),
         ({"compute": {"precision": "bf16"}}, "compute.precision was fp32, is bf16"),
         ({"compute": {"deterministic": False}}, "compute.deterministic was True, is False"),
+        (
+            {"data": {"train_transforms": [{"class_path": "my.Crop", "args": [3]}]}},
+            "data.train_transforms was [], is [{'class_path': 'my.Crop', 'args': [3], 'init_args': "
+            "{}, 'call': True}]",
+        ),
     ],
 )
 def test_what_moves_the_weights_is_named_with_both_values(changes, line):
@@ -74,7 +80,7 @@ def test_what_moves_the_weights_is_named_with_both_values(changes, line):
 
 def test_a_key_that_an_older_release_did_not_have_was_at_its_default():
     old = before()
-    del old["optim"]["clip_norm"]
+    del old["optim"]["clip_norm"], old["data"]["train_transforms"]
     assert changes_that_matter(old, RunConfig()) == []
     assert changes_that_matter(old, RunConfig(optim={"clip_norm": 2.0})) == [
         "optim.clip_norm was None, is 2.0"

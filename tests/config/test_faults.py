@@ -84,6 +84,16 @@ def _message(values, origins=None, options=()):
             "wandb.tags is 'x'; choose a list, each item text that is not empty, such as [a, b].",
         ),
         (
+            {"data": {"train_transforms": {}}},
+            "data.train_transforms is {}; choose a list of components, such as "
+            "[{class_path: ddp_sgd.data.augment.RandomHorizontalFlip}].",
+        ),
+        (
+            {"data": {"eval_transforms": [{"class_path": "my.Crop", "size": 3}]}},
+            "data.eval_transforms is [{'class_path': 'my.Crop', 'size': 3}]; choose a list of "
+            "components, such as [{class_path: ddp_sgd.data.augment.RandomHorizontalFlip}].",
+        ),
+        (
             {"name": 5},
             "name is 5; choose text that matches ^[A-Za-z0-9._-]+$, such as digits, or quote it "
             'to make it text: "5".',

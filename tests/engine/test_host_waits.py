@@ -96,6 +96,21 @@ def train(runtime, folder, changes):
     return seen
 
 
+class AsImages:
+    """Applies a transform for images to the digits as they are stored."""
+
+    def __init__(self, transform):
+        self.transform = transform
+
+    def __call__(self, batch, draws):
+        return self.transform(batch.reshape(-1, 1, 8, 8), draws).flatten(start_dim=1)
+
+
+def as_images(name, **init_args):
+    inner = {"class_path": f"ddp_sgd.data.augment.{name}", "init_args": init_args}
+    return {"class_path": f"{__name__}.AsImages", "init_args": {"transform": inner}}
+
+
 CHANGES = {
     "defaults": {"data": {"batch_size": 64, "eval": None}},
     "ddp": {"data": {"batch_size": 64, "eval": None}, "parallel": {"replica": "ddp"}},
@@ -108,6 +123,19 @@ CHANGES = {
         "data": {"batch_size": 64, "eval": None},
         "optim": {"clip_norm": 0.5},
         "compute": {"precision": "fp16", "channels_last": True, "deterministic": False},
+    },
+    "transforms": {
+        "data": {
+            "batch_size": 64,
+            "eval": None,
+            "train_transforms": [
+                as_images("RandomCrop", size=8, padding=1),
+                as_images("RandomCrop", size=8, padding=1, mode="reflect"),
+                as_images("RandomHorizontalFlip"),
+                as_images("Normalize", mean=0.3, std=0.4),
+                as_images("Cutout", size=2),
+            ],
+        }
     },
 }
 

@@ -1,6 +1,7 @@
 import pytest
 
 from ddp_sgd.config.schema import ComputeConfig, RunConfig
+from ddp_sgd.config.sections import DataConfig
 from ddp_sgd.optim.schedule import build_schedule
 from ddp_sgd.plan import make_plan
 from ddp_sgd.report.plan_table import plan_lines, plan_table
@@ -164,6 +165,39 @@ def test_milestones_beyond_the_end_are_noted(epochs, late):
     assert lines[5:] == ([f"note      {wanted}"] if late else [])
     assert (f"note {wanted}" in " ".join(table.split())) == bool(late)
     assert max(map(len, table.splitlines())) <= 80
+
+
+def _listed(*names):
+    return [{"class_path": f"package.module.{name}"} for name in names]
+
+
+@pytest.mark.parametrize(
+    ("data", "line", "rows"),
+    [
+        ({}, None, []),
+        ({"train_transforms": _listed("A", "B")}, "A, B", ["transforms A, B"]),
+        ({"eval_transforms": _listed("B")}, "evaluation: B", ["transforms evaluation: B"]),
+        (
+            {"train_transforms": _listed("A", "B", "A"), "eval_transforms": _listed("B")},
+            "A, B, A; evaluation: B",
+            ["transforms A, B, A", "evaluation: B"],
+        ),
+    ],
+)
+def test_transforms_are_named(data, line, rows):
+    plan, factors, milestones = _plan()
+    lines = plan_lines(plan, milestones, data=DataConfig(**data))
+    assert lines[4:] == ([f"transform {line}"] if line else [])
+    table = plan_table(plan, factors, milestones, data=DataConfig(**data))
+    batches = table.partition("\n\nSteps")[0].splitlines()
+    assert [" ".join(row.split()) for row in batches[7:]] == rows
+
+
+def test_many_transforms_are_wrapped():
+    many = DataConfig(train_transforms=_listed(*["RandomHorizontalFlip"] * 20))
+    table = plan_table(*_plan(), data=many)
+    assert max(map(len, table.splitlines())) <= 80
+    assert table.count("RandomHorizontalFlip") == 20
 
 
 @pytest.mark.parametrize(("milestone", "is_late"), [(4.95, False), (4.96, True)])
