@@ -114,6 +114,10 @@ class DataConfig(Section):
     """Loader processes of each rank; 0 reads in the rank itself, which is faster for data in
     memory."""
 
+    device: Literal["auto", "host", "accelerator"] = "auto"
+    """Where data sets of arrays live; auto: on a CUDA device if they fit into a quarter of its free
+    memory, divided by its ranks. Others are read on the host."""
+
 
 class OptimConfig(Section):
     """How weights move: SGD as in torch.optim.SGD, with a rate that is quoted for a named batch."""

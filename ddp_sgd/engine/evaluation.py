@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddp_sgd.data.loader import EvalLoader, move
+from ddp_sgd.data.device import move
+from ddp_sgd.data.loader import EvalLoader
 from ddp_sgd.data.sampler import EvalSampler
 from ddp_sgd.distributed.collectives import sum_over_ranks
 from ddp_sgd.distributed.progress import ProgressTracker

@@ -114,6 +114,9 @@ class Loop:
         context.randomness.seed(self._seed_for_step(state.step))
         result = context.stepper.step(batches, lr)
         state.step += 1
+        if context.runtime.device.type != "cpu":
+            context.progress.enter(Phase.DATA)
+            context.loader.read_ahead()  # while the device computes
         context.progress.enter(Phase.SYNC)
         synced = self._rank_sync.after(state.step, result, lr=lr)
         if synced:

@@ -18,7 +18,7 @@ from ddp_sgd.distributed.progress import Phase, ProgressTracker
 from ddp_sgd.distributed.replication import wrap_model
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, buffers_by_name
-from ddp_sgd.engine.components import Components, Reading, read_batch
+from ddp_sgd.engine.components import Components, Reading, place_arrays, read_batch
 from ddp_sgd.engine.evaluation import Metrics, Score, evaluate
 from ddp_sgd.engine.model_check import check_normalization
 from ddp_sgd.engine.rank_consistency import Identity, mark_training_set
@@ -262,6 +262,7 @@ def _train_loader(components: Components, plan: Plan, runtime: Runtime) -> Train
         workers=components.reading.workers,
         device=runtime.device,
         collate=components.reading.collate,
+        arrays=place_arrays(components.train_set, "data.train", components.reading, runtime),
     )
 
 
@@ -324,6 +325,7 @@ def build_scorer(
         workers=reading.workers,
         device=runtime.device,
         collate=collate,
+        arrays=place_arrays(eval_set, "data.eval", reading, runtime),
     )
     begin_chunk = partial(facts.begin_chunk, reading.seed)
     score = partial(
