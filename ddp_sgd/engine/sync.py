@@ -299,6 +299,8 @@ class _Tally:
         for result in self.unread:
             losses = [next(numbers) for _ in result.weights]
             units = next(numbers) if isinstance(result.units, torch.Tensor) else result.units
+            own = result.local_units
+            own = next(numbers) if isinstance(own, torch.Tensor) else own
             self.grad_norm = next(numbers)
             is_finite = math.isfinite(self.grad_norm)
             self.skipped = self.skipped.after(is_finite=is_finite)
@@ -306,5 +308,5 @@ class _Tally:
                 pairs = zip(result.weights, losses, strict=True)
                 self.loss += sum([weight * loss for weight, loss in pairs if weight])  # no dummy
                 self.units += units
-                self.own_units += result.local_units
+                self.own_units += own
         self.unread.clear()
