@@ -63,6 +63,7 @@ class Use(Enum):
         "let the data set read samples when they are asked for, start fewer ranks on a host, or "
         "give the job more memory",
     )
+    DATA_ON_DEVICE = ("{where} is too large", "set data.device=host")
     MODEL = (
         "model is too large",
         "make it smaller, start fewer ranks on a host, or take one with more memory",

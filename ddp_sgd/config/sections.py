@@ -113,6 +113,10 @@ class DataConfig(Section):
     """Loader processes of each rank; 0 reads in the rank itself, which is faster for data in
     memory."""
 
+    device: Literal["auto", "host", "accelerator"] = "auto"
+    """Where data sets of arrays live; auto: on a CUDA device if they fit into a quarter of its free
+    memory, divided by its ranks. Others are read on the host."""
+
     train_transforms: tuple[Component, ...] = ()
     """Callables of (batch, draws), applied on the device to the inputs of each micro-batch."""
 

@@ -6,7 +6,7 @@ the periodic sync reads. The host owns the step number.
 """
 
 import gc
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
@@ -14,26 +14,23 @@ from typing import Any, Protocol
 
 import torch
 
-from ddp_sgd.data.loader import MicroBatch, StepBatches
+from ddp_sgd.data.loader import StepBatches
 from ddp_sgd.distributed.collectives import gather_over_ranks
 from ddp_sgd.distributed.progress import Phase, ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.capture_check import Moved, find_problem
 from ddp_sgd.engine.setup import TrainContext
+from ddp_sgd.engine.static_batches import GRAPHS_ARE_ON, LEAVE_OUT, StaticBatches, copy_batch
 from ddp_sgd.engine.step import Stepper, StepResult
 from ddp_sgd.errors import ConfigError, DeviceError
 from ddp_sgd.losses import wide_float
 from ddp_sgd.optim.sgd import RateTable
-from ddp_sgd.tree import leaves, map_leaves
 
 _CHECKED, _LOOKED_AT = 3, 8
 """Full steps that are checked before the first replay, and steps among which they are."""
 
 _COPIES = 6
 """Copies of all that a step moves which the check makes, at most."""
-
-_KEY = "compute.cuda_graphs is true while"
-_LEAVE = "or set compute.cuda_graphs=false"
 
 
 class Graph(Protocol):
@@ -82,7 +79,7 @@ def new_graph(device: torch.device) -> Graph:
     """
     if device.type != "cuda":
         raise ConfigError(
-            f"{_KEY} the run is on {device.type}, which has no CUDA graphs; set "
+            f"{GRAPHS_ARE_ON} the run is on {device.type}, which has no CUDA graphs; set "
             "compute.cuda_graphs=false."
         )
     return CudaGraph()
@@ -128,7 +125,7 @@ class CapturedStep:
         self._device = device
         self._progress = progress
         self._graph: Graph | None = None
-        self._full = _StaticBatches(first, device)
+        self._full = StaticBatches(first, device)
         self._slot = torch.zeros(1, dtype=torch.int64, device=device)
         self._step_on_device = -1
         self._rows = torch.zeros(0)
@@ -145,12 +142,12 @@ class CapturedStep:
             DeviceError: A replay that was checked differs from the eager step; the state is that
                 before the step.
         """
-        if not self._full.fit(batches):
+        if batches.samples != self._full.batches.samples or not self._full.fill(batches):
             return self._stepper.step(batches, lr)
         if batches.step % self._steps_per_epoch == 0 and (problem := self._find_problem(batches)):
             raise DeviceError(
-                f"{_KEY} the step {problem}, at step {batches.step}, after earlier ones did not; "
-                "go on from the last checkpoint with compute.cuda_graphs=false."
+                f"{GRAPHS_ARE_ON} the step {problem}, at step {batches.step}, after earlier ones "
+                "did not; go on from the last checkpoint with compute.cuda_graphs=false."
             )
         self._progress.enter(Phase.FORWARD, batches.step)
         return self._replay(batches)
@@ -166,7 +163,7 @@ class CapturedStep:
         """
         for batches in samples:
             if problem := self._find_problem(batches):
-                raise ConfigError(f"{_KEY} the step {problem}; change that, {_LEAVE}.")
+                raise ConfigError(f"{GRAPHS_ARE_ON} the step {problem}; change that, {LEAVE_OUT}.")
 
     def _find_problem(self, batches: StepBatches) -> str:
         """Compare a replay with eager steps; empty if all agree."""
@@ -177,6 +174,10 @@ class CapturedStep:
                 self._capture(graph)
 
         def replay() -> torch.Tensor:
+            if not self._full.fill(batches):
+                raise ConfigError(
+                    f"{GRAPHS_ARE_ON} batches have tensors of changing shapes; {LEAVE_OUT[3:]}."
+                )
             return torch.stack(self._replay(batches).tensors())
 
         try:
@@ -205,8 +206,8 @@ class CapturedStep:
             graph.capture(self._body)
         except Exception as error:  # any error of a user's model
             raise ConfigError(
-                f"{_KEY} the step cannot be captured, {type(error).__name__}: {error}; let no "
-                f"value of the device decide on the host, such as by .item() or if, {_LEAVE}."
+                f"{GRAPHS_ARE_ON} the step cannot be captured, {type(error).__name__}: {error}; do "
+                f"not let values of the device decide on the host, such as by if, {LEAVE_OUT}."
             ) from error
         self._graph = graph
 
@@ -223,7 +224,6 @@ class CapturedStep:
             raise RuntimeError("the step was not captured")
         slot = batches.step % RateTable.SIZE
         self._rates.load(batches.step)
-        self._full.fill(batches)
         if self._step_on_device != batches.step:
             self._slot.fill_(slot)
         self._graph.replay()
@@ -258,7 +258,8 @@ def capture_step(
     new_graph(runtime.device)
     if not runtime.alone and runtime.backend == "gloo":
         raise ConfigError(
-            f"{_KEY} gradients go between ranks by gloo, on the host; use nccl, {_LEAVE}."
+            f"{GRAPHS_ARE_ON} gradients go between ranks by gloo, on the host; use nccl, "
+            f"{LEAVE_OUT}."
         )
     moved = Moved(
         (context.wrapper.inner, *context.loss_modules.values()),
@@ -271,7 +272,7 @@ def capture_step(
     if any(t.dtype == torch.float64 for t in moved.others.values()) or any(
         p.dtype == torch.float64 for p in context.wrapper.inner.parameters()
     ):
-        raise ConfigError(f"{_KEY} parameters are float64; use float32, {_LEAVE}.")
+        raise ConfigError(f"{GRAPHS_ARE_ON} parameters are float64; use float32, {LEAVE_OUT}.")
     full = full_steps(context)
     lacking = _lacking_memory(moved, runtime)
     if not full or lacking:
@@ -294,27 +295,13 @@ def capture_step(
 
 def full_steps(context: TrainContext) -> list[StepBatches]:
     """Read the next full steps of a run, at most three, on the device; steps are not taken."""
-    device = context.runtime.device
     steps: Any = context.loader.from_step(context.state.step, context.skip)
     with closing(steps):
         return [
-            each._replace(micro_batches=tuple(_copied(b, device) for b in each.micro_batches))
+            each._replace(micro_batches=tuple(map(copy_batch, each.micro_batches)))
             for each in islice(steps, _LOOKED_AT)
             if each.samples == context.plan.global_batch
         ][:_CHECKED]
-
-
-def _copied(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    """Copy a micro-batch to the device, since a loader fills its memory again."""
-    moved = batch.to(device)
-    keep = _clone_of_tensor
-    return moved._replace(
-        inputs=map_leaves(keep, moved.inputs), targets=map_leaves(keep, moved.targets)
-    )
-
-
-def _clone_of_tensor(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _lacking_memory(moved: Moved, runtime: Runtime) -> str:
@@ -332,56 +319,3 @@ def _lacking_memory(moved: Moved, runtime: Runtime) -> str:
 
 def _by_name(what: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {f"{what} {name}": tensor for name, tensor in tensors.items()}
-
-
-class _StaticBatches:
-    """Micro-batches of a full step in memory that stays where it is.
-
-    Args:
-        first: Batches of a full step.
-        device: Where the memory is.
-
-    Attributes:
-        batches: The micro-batches, on the device.
-    """
-
-    def __init__(self, first: StepBatches, device: torch.device) -> None:
-        self.batches = first._replace(
-            micro_batches=tuple(_static(batch, device) for batch in first.micro_batches)
-        )
-        self._device = device
-        self._tensors = _tensors(self.batches.micro_batches)
-        self._form = _form(first)
-
-    def fit(self, batches: StepBatches) -> bool:
-        """Whether a step has the same numbers of samples, and tensors of the same shapes."""
-        return _form(batches) == self._form
-
-    def fill(self, batches: StepBatches) -> None:
-        """Copy the micro-batches of a step; nothing waits for the device."""
-        new = _tensors(tuple(batch.to(self._device) for batch in batches.micro_batches))
-        torch._foreach_copy_(self._tensors, new)
-
-
-def _static(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    def keep(leaf: Any) -> torch.Tensor:
-        if not isinstance(leaf, torch.Tensor) or leaf.layout is not torch.strided:
-            raise ConfigError(
-                f"{_KEY} a batch holds a {type(leaf).__name__}; let data.train give tensors, in "
-                f"containers of Python's own, {_LEAVE}."
-            )
-        return torch.empty_like(leaf, device=device).copy_(leaf)
-
-    return batch._replace(
-        inputs=map_leaves(keep, batch.inputs), targets=map_leaves(keep, batch.targets)
-    )
-
-
-def _tensors(micro_batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
-    return [leaf for each in micro_batches for _, leaf in leaves((each.inputs, each.targets))]
-
-
-def _form(batches: StepBatches) -> tuple[Any, ...]:
-    tensors = _tensors(batches.micro_batches)
-    sizes = [each.samples for each in batches.micro_batches]
-    return batches.samples, sizes, [(each.shape, each.dtype) for each in tensors]

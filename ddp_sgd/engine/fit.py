@@ -123,6 +123,9 @@ class Loop:
         rate = lr if self._rates is None else self._rates.at(state.step)
         result = context.stepper.step(batches, rate)
         state.step += 1
+        if context.runtime.device.type != "cpu":
+            context.progress.enter(Phase.DATA)
+            context.loader.read_ahead()  # while the device computes
         context.progress.enter(Phase.SYNC)
         synced = self._rank_sync.after(state.step, result, lr=lr)
         if synced:

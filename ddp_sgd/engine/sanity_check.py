@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddp_sgd.data.loader import move
+from ddp_sgd.data.device import move
 from ddp_sgd.distributed.collectives import gather_over_ranks
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, statistics_of

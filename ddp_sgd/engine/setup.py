@@ -18,7 +18,7 @@ from ddp_sgd.distributed.progress import Phase, ProgressTracker
 from ddp_sgd.distributed.replication import wrap_model
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, buffers_by_name
-from ddp_sgd.engine.components import Components, Reading, read_sample_batch
+from ddp_sgd.engine.components import Components, Reading, place_arrays, read_sample_batch
 from ddp_sgd.engine.evaluation import Metrics, Score, evaluate
 from ddp_sgd.engine.model_check import check_normalization
 from ddp_sgd.engine.precision import LossScale, Numerics
@@ -299,6 +299,7 @@ def _train_loader(components: Components, plan: Plan, runtime: Runtime) -> Train
         device=runtime.device,
         collate=components.reading.collate,
         transforms=components.reading.train_transforms,
+        arrays=place_arrays(components.train_set, "data.train", components.reading, runtime),
     )
 
 
@@ -365,6 +366,7 @@ def build_scorer(
         device=runtime.device,
         collate=reading.collate,
         transforms=reading.eval_transforms,
+        arrays=place_arrays(eval_set, "data.eval", reading, runtime),
     )
     begin_chunk = partial(facts.begin_chunk, reading.seed)
     score = partial(

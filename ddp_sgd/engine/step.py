@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch.nn.utils import clip_grads_with_norm_
 
+from ddp_sgd.data.device import move
 from ddp_sgd.data.loader import StepBatches
 from ddp_sgd.distributed.collectives import sum_over_ranks
 from ddp_sgd.distributed.data_parallel import DataParallelModel
@@ -15,7 +16,7 @@ from ddp_sgd.distributed.progress import Phase, ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import TrainingBuffers
 from ddp_sgd.engine.precision import LossScale
-from ddp_sgd.losses import Objective, wide_float
+from ddp_sgd.losses import Objective, counts_on_host, wide_float
 from ddp_sgd.optim.sgd import SGD
 
 
@@ -27,7 +28,7 @@ class StepResult:
         losses: Mean loss of each micro-batch of this rank.
         weights: Units in each of them; the sum of losses by weights is this rank's loss.
         units: Units of the loss over all ranks: samples, unless the loss weighs targets.
-        local_units: Units of this rank.
+        local_units: Units of this rank; on the device if they were counted there.
         grad_norm: L2 norm of the whole mean gradient, before clipping; equal on all ranks. Where it
             is not finite the step was skipped, on all ranks.
         scaling: With a loss scale, that of the step, and the overflows of the run so far.
@@ -36,13 +37,14 @@ class StepResult:
     losses: list[torch.Tensor]
     weights: list[int]
     units: float | torch.Tensor
-    local_units: float
+    local_units: float | torch.Tensor
     grad_norm: torch.Tensor
     scaling: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def tensors(self) -> list[torch.Tensor]:
-        """List what is still on the device: the losses, the units if they are, norm and scaling."""
-        counted = [self.units] if isinstance(self.units, torch.Tensor) else []
+        """List what is still on the device: losses, units if they are, norm and scaling."""
+        units = (self.units, self.local_units)
+        counted = [each for each in units if isinstance(each, torch.Tensor)]
         return [*self.losses, *counted, self.grad_norm, *(self.scaling or ())]
 
     def with_tensors(self, tensors: Sequence[torch.Tensor]) -> "StepResult":
@@ -53,10 +55,13 @@ class StepResult:
         """
         rest = iter(tensors)
         losses = list(islice(rest, len(self.losses)))
-        units = next(rest) if isinstance(self.units, torch.Tensor) else self.units
+        units, own = (
+            next(rest) if isinstance(each, torch.Tensor) else each
+            for each in (self.units, self.local_units)
+        )
         norm = next(rest)
         scaling = (next(rest), next(rest)) if self.scaling else None
-        return StepResult(losses, self.weights, units, self.local_units, norm, scaling)
+        return StepResult(losses, self.weights, units, own, norm, scaling)
 
 
 class StepTaker(Protocol):
@@ -155,15 +160,24 @@ class Stepper:
                 self.loss_scale.agree(self._runtime)
         return StepResult(losses, weights, units, local_units, grad_norm, scaling)
 
-    def _count_units(self, batches: StepBatches) -> tuple[float, float | torch.Tensor]:
+    def _count_units(
+        self, batches: StepBatches
+    ) -> tuple[float | torch.Tensor, float | torch.Tensor]:
         """Count the units of this rank and of all; weighed targets need one small all-reduce."""
         if self._objective.counts_samples:
             return sum([b.samples for b in batches.micro_batches]), batches.samples
-        own = sum(self._objective.units(b.targets, b.samples) for b in batches.micro_batches)
-        device = self._runtime.device
-        units = torch.tensor(own, dtype=wide_float(device), device=device)
+        own: float | torch.Tensor
+        device, objective = self._runtime.device, self._objective
+        if counts_on_host(device):
+            own = sum(objective.units(b.targets, b.samples) for b in batches.micro_batches)
+            units = torch.tensor(own, dtype=wide_float(device))
+        else:
+            pairs = [(move(b.targets, device), b.samples) for b in batches.micro_batches]
+            own = torch.stack([objective.units_on_device(*pair) for pair in pairs]).sum()
+            units = own.clone()
         sum_over_ranks(units, self._runtime)
-        return own, torch.where(units > 0, units, 1.0)  # none at all: the gradient is zero
+        # None at all: the gradient is zero. A number in place of the ones would be sent each time.
+        return own, torch.where(units > 0, units, torch.ones_like(units))
 
     def _update(
         self, gradient: list[torch.Tensor], lr: float | torch.Tensor

@@ -314,6 +314,8 @@ class _Tally:
         for result in self.unread:
             losses = [next(numbers) for _ in result.weights]
             units = next(numbers) if isinstance(result.units, torch.Tensor) else result.units
+            own = result.local_units
+            own = next(numbers) if isinstance(own, torch.Tensor) else own
             self.grad_norm = next(numbers)
             is_finite = math.isfinite(self.grad_norm)
             scale = 1.0
@@ -326,5 +328,5 @@ class _Tally:
                 pairs = zip(result.weights, losses, strict=True)
                 self.loss += sum([weight * loss for weight, loss in pairs if weight])  # no dummy
                 self.units += units
-                self.own_units += result.local_units
+                self.own_units += own
         self.unread.clear()

@@ -12,15 +12,8 @@ from ranks import run_ranks
 from torch import nn
 
 from ddp_sgd.data import InMemory
-from ddp_sgd.data.loader import (
-    EvalLoader,
-    TrainLoader,
-    _for_movable,
-    _pin,
-    _read,
-    _start_method,
-    move,
-)
+from ddp_sgd.data.device import for_movable, move, pin
+from ddp_sgd.data.loader import EvalLoader, TrainLoader, _read
 from ddp_sgd.data.sampler import EvalSampler, TrainSampler
 from ddp_sgd.errors import DataError
 from ddp_sgd.torch_errors import lost_worker
@@ -121,11 +114,6 @@ def test_data_set_that_no_pickle_holds_is_read_by_workers_on_linux():
         pass
 
     assert read(loader(Local(), workers=2).from_step(0)) == read(loader(Local()).from_step(0))
-
-
-def test_start_method_that_somebody_chose_is_kept(monkeypatch):
-    _choose_start_method(monkeypatch, "spawn")
-    assert _start_method() == "spawn"
 
 
 @pytest.mark.usefixtures("workers_may_be_forked")
@@ -272,7 +260,7 @@ class Pinned(Encoding):
 def test_what_cannot_be_pinned_stays_as_it_is():
     """A mapping that cannot be pinned keeps its type: a model sees the same on each device."""
     encoding = Encoding(ids=3)
-    assert _for_movable([encoding, {"a": Pinned()}], _pin) == [encoding, {"a": "pinned"}]
+    assert for_movable([encoding, {"a": Pinned()}], pin) == [encoding, {"a": "pinned"}]
 
 
 @pytest.mark.parametrize(
@@ -281,7 +269,7 @@ def test_what_cannot_be_pinned_stays_as_it_is():
 )
 def test_tensors_on_a_device_and_sparse_ones_are_not_pinned(tensor):
     """torch would raise: it locks the memory of dense tensors on the host only."""
-    assert _pin(tensor) is tensor
+    assert pin(tensor) is tensor
 
 
 class Packed:
@@ -295,7 +283,7 @@ class Packed:
 
 def test_packed_sequences_on_a_device_are_not_pinned():
     packed = Packed()
-    assert _pin(packed) is packed
+    assert pin(packed) is packed
 
 
 def test_mappings_of_any_type_move():

@@ -270,10 +270,3 @@ def test_the_first_step_of_an_epoch_is_checked_again():
     with pytest.raises(DeviceError, match=rf"at step {EPOCH}, after earlier ones did not"):
         run.step(EPOCH)
     assert_equal(run.state(), before)
-
-
-def test_batches_of_other_things_than_tensors_are_refused():
-    first = batches(0)
-    named = first.micro_batches[0]._replace(inputs={"x": X[:SAMPLES], "names": "abc"})
-    with pytest.raises(ConfigError, match="a batch holds a str"):
-        module._StaticBatches(first._replace(micro_batches=(named,)), torch.device("cpu"))

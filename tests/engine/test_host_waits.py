@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data import Digits
 from ddp_sgd.engine import fit as module
+from ddp_sgd.engine import step
 from ddp_sgd.engine.fit import fit
 from ddp_sgd.engine.sync import RankSync
 from ddp_sgd.losses import Objective
@@ -66,6 +67,7 @@ class CountWaits(TorchDispatchMode):
 
 def train(runtime, folder, changes):
     """Train, and tell which steps had waits, and which had a heartbeat."""
+    changes = dict(changes)
     seen = {}
 
     class Watching(RankSync):
@@ -83,6 +85,9 @@ def train(runtime, folder, changes):
         return value
 
     module.RankSync, Objective.units = Watching, units_on_the_host
+    if changes.pop("units", "host") == "device":  # as on a GPU, where targets are on the device
+        step.counts_on_host = lambda _: False
+        Objective.units = None
     config = RunConfig(
         output_dir=str(folder),
         epochs=2,
@@ -136,6 +141,11 @@ CHANGES = {
                 as_images("Cutout", size=2),
             ],
         }
+    },
+    "units on the device": {
+        "data": {"batch_size": 32, "accumulate": 2, "eval": None},
+        "optim": {"clip_norm": 0.5},
+        "units": "device",
     },
 }
 

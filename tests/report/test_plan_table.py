@@ -187,7 +187,7 @@ def _listed(*names):
 def test_transforms_are_named(data, line, rows):
     plan, factors, milestones = _plan()
     lines = plan_lines(plan, milestones, data=DataConfig(**data))
-    assert lines[4:] == ([f"transform {line}"] if line else [])
+    assert lines[5:] == ([f"transform {line}"] if line else [])
     table = plan_table(plan, factors, milestones, data=DataConfig(**data))
     batches = table.partition("\n\nSteps")[0].splitlines()
     assert [" ".join(row.split()) for row in batches[7:]] == rows
