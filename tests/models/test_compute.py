@@ -19,10 +19,13 @@ from models.training import (
     whole_batches,
 )
 from ranks import run_ranks
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from ddp_sgd.checkpoint import main as checkpoint
 from ddp_sgd.checkpointing.serialization import find_checkpoint, read_tensors
+from ddp_sgd.checkpointing.store import CheckpointFolder
 from ddp_sgd.config import RunConfig
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine import precision
@@ -140,6 +143,22 @@ def test_a_checkpoint_of_channels_last_loads_into_a_contiguous_model(tmp_path):
     assert all(p.is_contiguous() for p in model.parameters())
     assert weights_digest(model) == outcome.digest
     assert weights_digest(model.to(memory_format=torch.channels_last)) == outcome.digest
+
+
+def test_checkpoints_of_channels_last_are_exported_and_averaged(tmp_path, capsys):
+    changes = {"checkpoint": {"every_epochs": 1}, "schedule": {"name": "constant"}}
+    outcome = train(CONVNET, Runtime(), tmp_path, compute={"channels_last": True}, **changes)
+    assert checkpoint(["export", str(tmp_path / "run"), str(tmp_path / "w.safetensors")]) == 0
+    exported = load_file(tmp_path / "w.safetensors")
+    assert all(torch.equal(exported[name], p) for name, p in outcome.parameters.items())
+    mean_of_two = ["--last", "2", "--output", str(tmp_path / "mean")]
+    assert checkpoint(["average", str(tmp_path / "run"), *mean_of_two]) == 0
+    folder = CheckpointFolder(tmp_path / "run" / "checkpoints")
+    *_, first, last = (read_tensors(file)["model"] for file in sorted(folder.path.glob("*.pt")))
+    mean = read_tensors(find_checkpoint(tmp_path / "mean")[0])["model"]
+    for name, value in mean.items():
+        torch.testing.assert_close(value, (first[name] + last[name]) / 2)
+        assert value.stride() == last[name].stride()
 
 
 def test_the_memory_format_may_change_on_a_resume_with_a_note(tmp_path, capsys):
