@@ -121,7 +121,8 @@ class _PreciseObjective(Objective):
 
 def _as_channels_last(each: Any) -> Any:
     is_image = isinstance(each, torch.Tensor) and each.ndim == 4 and each.layout is torch.strided
-    return each.contiguous(memory_format=torch.channels_last) if is_image else each
+    # Not contiguous(): weights of 1 x 1 count as both, and their strides would not be the gradient's.
+    return each.to(memory_format=torch.channels_last) if is_image else each
 
 
 _FIRST_SCALE = 2.0**16
@@ -167,6 +168,7 @@ class LossScale:
         Returns:
             The s that the step had, and the overflows of the run so far.
         """
+        skipped = skipped.to(self.scale.device)  # without any gradient it is on the host
         used = self.scale.clone()
         self.overflow_steps += (skipped * (used > 1)).int()
         torch._amp_update_scale_(

@@ -127,6 +127,8 @@ def test_images_and_convolutions_get_the_memory_format():
     weights = [p for p in model.parameters() if p.ndim == 4]
     assert weights
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+    pointwise = numerics(channels_last=True).arrange(nn.Conv2d(8, 4, 1))
+    assert pointwise.weight.stride() == (8, 1, 8, 8)  # as its gradient, where images are so, too
     images, row = torch.zeros(2, 3, 4, 5), torch.zeros(2, 3)
     pair = numerics(channels_last=True).inputs(Pair(images, [row]))
     assert pair.image.is_contiguous(memory_format=torch.channels_last)

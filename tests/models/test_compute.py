@@ -158,7 +158,7 @@ def test_checkpoints_of_channels_last_are_exported_and_averaged(tmp_path, capsys
     mean = read_tensors(find_checkpoint(tmp_path / "mean")[0])["model"]
     for name, value in mean.items():
         torch.testing.assert_close(value, (first[name] + last[name]) / 2)
-        assert value.stride() == last[name].stride()
+        assert value.ndim < 4 or value.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_the_memory_format_may_change_on_a_resume_with_a_note(tmp_path, capsys):
