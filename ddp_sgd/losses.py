@@ -8,6 +8,7 @@ from functools import partial
 from types import FunctionType
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -128,9 +129,11 @@ class Objective:
         Raises:
             DataError: There is no class weight for a target.
         """
-        counted = targets[targets != self.ignore_index].cpu()  # a data set may be on a device
-        if self._weight is None:
-            return float(counted.numel() * min(samples, 1))
+        targets = targets.cpu()  # a data set may be on a device
+        if self._weight is None:  # numpy counts a small batch in a third of the time
+            ignored = np.count_nonzero(targets.numpy() == self.ignore_index)
+            return float((targets.numel() - ignored) * min(samples, 1))
+        counted = targets[targets != self.ignore_index]
         if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < len(
             self._weight
         ):

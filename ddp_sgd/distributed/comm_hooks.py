@@ -75,6 +75,9 @@ class PowerSGD(CommHook):
     for the one before, since the messages of two would get mixed up on gloo; and a step that is
     skipped, since its gradient is not finite, leaves no trace: it would never go away.
 
+    On a GPU the host waits for the device in every step: torch's hook synchronizes it for each
+    bucket that it compresses, after which the look at whether the gradient is finite costs nothing.
+
     Args:
         names: Name of each parameter.
         runtime: This process.

@@ -170,6 +170,8 @@ class Stepper:
         device, objective = self._runtime.device, self._objective
         if counts_on_host(device):
             own = sum(objective.units(b.targets, b.samples) for b in batches.micro_batches)
+            if self._runtime.alone:  # a number costs less than a tensor, in a step of small layers
+                return own, own if own > 0 else 1.0
             units = torch.tensor(own, dtype=wide_float(device))
         else:
             pairs = [(move(b.targets, device), b.samples) for b in batches.micro_batches]

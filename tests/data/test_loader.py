@@ -366,3 +366,53 @@ def test_small_batches_are_read_together_and_yet_one_by_one(monkeypatch):
     together = read(loader(data, epochs=1).from_step(0))
     assert calls == [4, 19]  # the first batch tells how large they are
     assert together == read(loader([data[i] for i in range(23)], epochs=1).from_step(0))
+
+
+class Whole(Augmented):
+    """Whole batches with noise, and the number of rows of each reading."""
+
+    def __init__(self, width=2):
+        self.width = width
+        self.rows = []
+
+    def __getitems__(self, indices):
+        self.rows.append(len(indices))
+        noise = torch.rand(len(indices), self.width)
+        return {"x": noise}, torch.tensor(indices)
+
+
+@pytest.mark.parametrize(("width", "in_a_row"), [(2, 8), (1 << 12, 3), (1 << 15, 1)])
+def test_small_batches_of_ones_own_are_read_in_a_row(width, in_a_row):
+    data = Whole(width)
+    steps = TrainSampler(100, global_batch=4, batch_size=4, rank=0, world_size=1, seed=3)
+    batches = TrainLoader(data, steps, epochs=1, workers=0, device=CPU).from_step(0)
+    data.rows.clear()  # of the look at what the method gives
+    next(batches)
+    assert data.rows == [4]
+    next(batches)
+    assert data.rows == [4] * (1 + in_a_row)
+
+
+@pytest.mark.parametrize("start", [1, 5, 9])
+def test_batches_of_ones_own_do_not_depend_on_where_a_run_begins(start):
+    def inputs(first):
+        steps = TrainSampler(100, global_batch=4, batch_size=4, rank=0, world_size=1, seed=3)
+        batches = TrainLoader(Whole(), steps, epochs=1, workers=0, device=CPU).from_step(first)
+        return [batch.micro_batches[0].inputs["x"].tolist() for batch in batches]
+
+    assert inputs(0)[start:] == inputs(start)
+
+
+def test_a_batch_of_ones_own_that_cannot_be_read_comes_in_its_turn():
+    class Bad(Whole):
+        def __getitems__(self, indices):
+            if len(self.rows) == 5:
+                raise OSError("disk on fire")
+            return super().__getitems__(indices)
+
+    steps = TrainSampler(100, global_batch=4, batch_size=4, rank=0, world_size=1, seed=3)
+    batches = TrainLoader(Bad(), steps, epochs=1, workers=0, device=CPU).from_step(0)
+    for _ in range(4):
+        next(batches)
+    with pytest.raises(DataError, match="disk on fire"):
+        next(batches)

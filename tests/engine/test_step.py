@@ -71,7 +71,7 @@ def test_units_that_are_counted_on_the_device_take_the_same_step(monkeypatch):
         result = take.step(batches(2, 1, y=labels), lr=0.1)
         assert (float(result.units), float(result.local_units)) == (4.0, 4.0)
         assert isinstance(result.local_units, torch.Tensor) is not on_host
-        assert len(result.tensors()) == (4 if on_host else 5)
+        assert len(result.tensors()) == (3 if on_host else 5)
         weights.append(model.weight.detach())
     assert torch.equal(*weights)
 
