@@ -4,10 +4,10 @@ Usage: ``python -m benchmarks.gpu [--rounds 3] [--only mlp,convnet] [--small]``.
 
 Each case trains the same model on the same random data, by hand and by ``ddp_sgd``, in alternating
 rounds within one process, with ``cudnn.benchmark`` and without deterministic kernels on both sides.
-Loops by hand gather every batch by its indices. ``graph``: one CUDA graph of the whole step, which
-gathers by a counter on the device and skips steps whose gradient is not finite. Figures of
-``ddp_sgd`` are those of its journal, without the first rows. ``--small`` makes all numbers small, to
-run every part where there is no GPU.
+Loops by hand gather every batch by its indices; those of small models are one CUDA graph of the
+whole step, which gathers by a counter on the device and skips steps whose gradient is not finite.
+Figures of ``ddp_sgd`` are those of its journal, without the first rows. ``--small`` makes all
+numbers small, to run every part where there is no GPU.
 """
 
 import gc
@@ -16,6 +16,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -167,7 +168,7 @@ class ByHand:
         self.optimizer.step()
 
     def eager(self) -> float:
-        """Return steps per second, with batches that are copied ahead where data are on the host."""
+        """Return steps per second; batches of data on the host are copied ahead."""
         batches = self.from_device if self.on_device else self.from_host
         for inputs, targets in batches(self.order(5)):
             self.step(inputs, targets)
@@ -185,44 +186,37 @@ class ByHand:
 
     def from_host(self, order: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Gather batches into page-locked memory, and copy them ahead on a stream of their own."""
-        is_cuda = self.device.type == "cuda"
-        size = self.case.batch
-        ring = [
-            tuple(
-                torch.empty((size, *part.shape[1:]), dtype=part.dtype, pin_memory=is_cuda)
-                for part in (self.inputs, self.targets)
-            )
-            for _ in range(3)
-        ]
-        stream = torch.cuda.Stream() if is_cuda else None
-        copied: list[Any] = [None] * len(ring)
+        if self.device.type != "cuda":
+            yield from ((self.inputs[indices], self.targets[indices]) for indices in order)
+            return
+        parts = self.inputs, self.targets
+        shapes = [((self.case.batch, *part.shape[1:]), part.dtype) for part in parts]
+        ring = [[torch.empty(s, dtype=d, pin_memory=True) for s, d in shapes] for _ in range(3)]
+        copied = [torch.cuda.Event() for _ in ring]
+        stream = torch.cuda.Stream()
 
-        def send(number: int) -> tuple[torch.Tensor, ...]:
+        def send(number: int) -> list[torch.Tensor]:
             slot = number % len(ring)
-            if copied[slot]:
-                copied[slot].synchronize()
-            for part, buffer in zip((self.inputs, self.targets), ring[slot], strict=True):
+            copied[slot].synchronize()
+            for part, buffer in zip(parts, ring[slot], strict=True):
                 torch.index_select(part, 0, order[number], out=buffer)
-            if stream is None:
-                return tuple(buffer.clone() for buffer in ring[slot])
             with torch.cuda.stream(stream):
-                moved = tuple(b.to(self.device, non_blocking=True) for b in ring[slot])
-                copied[slot] = stream.record_event()
+                moved = [buffer.to(self.device, non_blocking=True) for buffer in ring[slot]]
+                copied[slot].record()
             return moved
 
         ahead = send(0)
         for number in range(len(order)):
-            if stream is not None:
-                torch.cuda.current_stream().wait_stream(stream)
-                for part in ahead:
-                    part.record_stream(torch.cuda.current_stream())
+            torch.cuda.current_stream().wait_stream(stream)
             inputs, targets = ahead
+            inputs.record_stream(torch.cuda.current_stream())
+            targets.record_stream(torch.cuda.current_stream())
             yield inputs, targets
             if number + 1 < len(order):
                 ahead = send(number + 1)
 
     def graph(self) -> float:
-        """Return steps per second of one CUDA graph, which gathers and checks for finite numbers."""
+        """Return steps per second of one CUDA graph."""
         case, device = self.case, self.device
         order = self.order(case.steps).to(device)
         counter = torch.zeros(1, dtype=torch.int64, device=device)
@@ -352,10 +346,9 @@ def framework(loop: ByHand, backward: Callable[[torch.Tensor], None]) -> float:
 
     def steps(count: int) -> None:
         for inputs, targets in loop.from_device(loop.order(count)):
-            if loop.case.images:
-                inputs = inputs.float().div_(255).sub_(0.5).div_(0.25)
+            scaled = inputs.float().div_(255).sub_(0.5).div_(0.25) if loop.case.images else inputs
             loop.optimizer.zero_grad()
-            loss = loop.loss(loop.model(inputs), targets)
+            loss = loop.loss(loop.model(scaled), targets)
             backward(loss)
             loop.optimizer.step()
 
@@ -445,12 +438,7 @@ def loops_of(
 
 def has_frameworks() -> bool:
     """Whether the frameworks are installed."""
-    try:
-        import accelerate as _
-        import lightning_fabric as _  # noqa: F811
-    except ImportError:
-        return False
-    return True
+    return all(map(find_spec, ("accelerate", "lightning_fabric")))
 
 
 def memory(case: Case, device: torch.device) -> str:

@@ -205,6 +205,7 @@ def _score(saved: Saved, component: Component, runtime: "Runtime") -> "tuple[Met
     from ddp_sgd.distributed.progress import ProgressTracker
     from ddp_sgd.engine import components
     from ddp_sgd.engine.precision import Numerics
+    from ddp_sgd.engine.reading import build_reading
     from ddp_sgd.engine.result import weights_digest
     from ddp_sgd.engine.setup import build_scorer
     from ddp_sgd.losses import as_module, loss_modules
@@ -215,7 +216,7 @@ def _score(saved: Saved, component: Component, runtime: "Runtime") -> "tuple[Met
     files = OpenFiles(eval_set)
     model = components.ready_model(config.model, config.seed)
     loss = as_module(_fitting_loss(saved))
-    reading = components.build_reading(config.data, config.seed, trains=False)
+    reading = build_reading(config.data, config.seed, trains=False)
     if not components.is_materialized(model):
         batch = components.read_sample_batch(eval_set, "data.eval", reading)
         components.materialize_lazy(model, loss, batch, config.seed)

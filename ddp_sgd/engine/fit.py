@@ -23,10 +23,11 @@ from ddp_sgd.distributed.progress import Phase
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.captured_step import capture_step
 from ddp_sgd.engine.compilation import CACHE_NAME, compiled
-from ddp_sgd.engine.components import Given, Reading, build_reading, gather_components
+from ddp_sgd.engine.components import Given, gather_components
 from ddp_sgd.engine.evaluation import Interrupted
 from ddp_sgd.engine.precision import torch_settings
 from ddp_sgd.engine.rank_consistency import Identity, mark_training_set, require_consistency
+from ddp_sgd.engine.reading import Reading, build_reading
 from ddp_sgd.engine.result import RunResult, build_result
 from ddp_sgd.engine.resume import (
     ResumePoint,

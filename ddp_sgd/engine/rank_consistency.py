@@ -20,7 +20,8 @@ from torch.nn.parameter import is_lazy
 from ddp_sgd.data.fetcher import EVAL_EPOCH, Collate, Fetcher, Request, Unreadable
 from ddp_sgd.distributed.collectives import from_rank_0, gather_over_ranks
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.components import Components, Reading
+from ddp_sgd.engine.components import Components
+from ddp_sgd.engine.reading import Reading
 from ddp_sgd.errors import ConfigError, DataError, UserError
 from ddp_sgd.losses import loss_modules
 from ddp_sgd.rank_differences import name_values, read_versions, settings_that_agree, vital_versions

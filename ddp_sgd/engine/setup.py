@@ -18,11 +18,12 @@ from ddp_sgd.distributed.progress import Phase, ProgressTracker
 from ddp_sgd.distributed.replication import wrap_model
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, buffers_by_name
-from ddp_sgd.engine.components import Components, Reading, place_arrays, read_sample_batch
+from ddp_sgd.engine.components import Components, read_sample_batch
 from ddp_sgd.engine.evaluation import Metrics, Score, evaluate
 from ddp_sgd.engine.model_check import check_normalization
 from ddp_sgd.engine.precision import LossScale, Numerics
 from ddp_sgd.engine.rank_consistency import Identity, mark_training_set
+from ddp_sgd.engine.reading import Reading, place_arrays
 from ddp_sgd.engine.resume import MARKS, ResumePoint, refuse_other_data, state_from
 from ddp_sgd.engine.sanity_check import TrainingFacts, check_evaluation, check_training
 from ddp_sgd.engine.step import Stepper, StepTaker
@@ -149,8 +150,8 @@ def build_context(  # noqa: PLR0913  # a section for each part of the run
         resume_point: What the run goes on from.
         identity: What the run is.
         optim: Section of the configuration, as are ``parallel`` and ``compute``.
-        parallel: How the models of all ranks are kept equal.
-        compute: How numbers are computed.
+        parallel: See ``optim``.
+        compute: See ``optim``.
 
     Raises:
         ConfigError: The components do not fit together, or not to the plan.
@@ -167,14 +168,13 @@ def build_context(  # noqa: PLR0913  # a section for each part of the run
     with memory_for(Use.MODEL):  # whose gradients need room, too
         wrapper = wrap_model(model, runtime, parallel, plan, momentum, captured=captured)
     progress = ProgressTracker()
-    options: dict[str, Any] = {"clip_norm": optim.clip_norm, "buffers": facts.buffers}
-    options["loss_scale"] = LossScale(runtime.device) if numerics.scales_loss else None
+    stepper = _stepper(optim, wrapper, facts, optimizer, runtime, progress, numerics)
     context = TrainContext(
         plan=plan,
         runtime=runtime,
         wrapper=wrapper,
         objective=facts.objective,
-        stepper=Stepper(wrapper, facts.objective, optimizer, runtime, progress, **options),
+        stepper=stepper,
         loader=_train_loader(components, plan, runtime),
         score=_scorer(components, wrapper, runtime, progress, numerics),
         randomness=facts.randomness,
@@ -189,14 +189,30 @@ def build_context(  # noqa: PLR0913  # a section for each part of the run
         identity=identity,
     )
     _load_or_broadcast(context, saved, resume_point)
-    _close_files(components)
+    if components.reading.workers:
+        components.files.close()
     return context
 
 
-def _close_files(components: Components) -> None:
-    """Close what reading a few samples has opened, before loader processes are forked."""
-    if components.reading.workers:
-        components.files.close()
+def _stepper(
+    optim: OptimConfig,
+    wrapper: DataParallelModel,
+    facts: TrainingFacts,
+    optimizer: SGD,
+    runtime: Runtime,
+    progress: ProgressTracker,
+    numerics: Numerics,
+) -> Stepper:
+    return Stepper(
+        wrapper,
+        facts.objective,
+        optimizer,
+        runtime,
+        progress,
+        clip_norm=optim.clip_norm,
+        buffers=facts.buffers,
+        loss_scale=LossScale(runtime.device) if numerics.scales_loss else None,
+    )
 
 
 def _load_or_broadcast(context: TrainContext, saved: Tree | None, point: ResumePoint) -> None:
