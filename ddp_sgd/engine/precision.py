@@ -121,7 +121,7 @@ class _PreciseObjective(Objective):
 
 def _as_channels_last(each: Any) -> Any:
     is_image = isinstance(each, torch.Tensor) and each.ndim == 4 and each.layout is torch.strided
-    # Not contiguous(): weights of 1 x 1 count as both, and their strides would not be the gradient's.
+    # Not contiguous(): weights of 1 x 1 count as both, and would keep other strides than gradients.
     return each.to(memory_format=torch.channels_last) if is_image else each
 
 
