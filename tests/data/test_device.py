@@ -177,6 +177,21 @@ def test_rows_on_the_device_are_those_of_their_indices(sizes, moments):
     assert watched.wrong == []
 
 
+def test_a_device_that_failed_is_left_without_another_error():
+    class Failed(FakeDevice):
+        def compute_waits(self, event):
+            if self.has_failed:
+                raise RuntimeError("CUDA error: device-side assert triggered")
+            super().compute_waits(event)
+
+    device = Failed(random.Random(0))
+    device.has_failed = False
+    running = Prefetcher(device).run([batch_of(0), batch_of(1)], place_all)
+    next(running)
+    device.has_failed = True
+    running.close()  # an error here would be a second one on the screen
+
+
 def batch_of(number, rows=4):
     return [[torch.full((rows, 2), float(number)), torch.full((rows,), number)]]
 
