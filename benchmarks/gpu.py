@@ -80,7 +80,7 @@ def convnet() -> nn.Module:
     """Make the small ConvNet, for images of 28 x 28."""
     from ddp_sgd.models import ConvNet
 
-    return ConvNet(1, 10)
+    return ConvNet(channels=1, classes=10)
 
 
 def resnet(name: str, classes: int) -> nn.Module:

@@ -6,6 +6,7 @@ samples draw from generators of the whole process.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -218,7 +219,8 @@ class Prefetcher:
                 self._wait_for_copies()
                 yield ahead.item
         finally:
-            self._wait_for_copies()  # buffers may be freed, and copies not be over
+            with suppress(RuntimeError):  # of a device that failed, which the step reports
+                self._wait_for_copies()  # buffers may be freed, and copies not be over
             self._read = self._ahead = None
 
     def read_ahead(self) -> None:

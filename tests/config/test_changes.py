@@ -19,6 +19,7 @@ def before(**changes):
         {"data": {"workers": 2, "eval": None}},
         {"data": {"batch_size": 16, "accumulate": 2}},
         {"data": {"eval_transforms": [{"class_path": "my.Crop"}]}},
+        {"data": {"device": "host"}},
         {"eval": {"every_epochs": 3}},
         {"log": {"every_steps": 1}, "wandb": {"mode": "disabled"}},
         {"checkpoint": {"every_steps": 5, "keep": 1}},

@@ -14,11 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import TensorDataset
 
-from ddp_sgd.data import InMemory, loader
+from ddp_sgd import RunConfig, fit
+from ddp_sgd.data import Digits, InMemory, loader
 from ddp_sgd.data.device import Prefetcher, move, prefetch_rows
 from ddp_sgd.data.loader import EvalLoader, TrainLoader
 from ddp_sgd.data.placement import ArrayPair, Rows, find_arrays
 from ddp_sgd.data.sampler import EvalSampler, TrainSampler
+from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.errors import DataError
 from ddp_sgd.tree import leaves
 
@@ -177,6 +179,21 @@ def test_rows_on_the_device_are_those_of_their_indices(sizes, moments):
     assert watched.wrong == []
 
 
+def test_a_device_that_failed_is_left_without_another_error():
+    class Failed(FakeDevice):
+        def compute_waits(self, event):
+            if self.has_failed:
+                raise RuntimeError("CUDA error: device-side assert triggered")
+            super().compute_waits(event)
+
+    device = Failed(random.Random(0))
+    device.has_failed = False
+    running = Prefetcher(device).run([batch_of(0), batch_of(1)], place_all)
+    next(running)
+    device.has_failed = True
+    running.close()  # an error here would be a second one on the screen
+
+
 def batch_of(number, rows=4):
     return [[torch.full((rows, 2), float(number)), torch.full((rows,), number)]]
 
@@ -320,6 +337,42 @@ def test_chunks_on_a_device_are_those_of_the_host(dataset, request):
             watched.compute(chunk[2:], each)
     device.finish()
     assert watched.wrong == []
+
+
+class Samples:
+    """Digits, read one by one."""
+
+    def __init__(self, split):
+        self.digits = Digits(split)
+
+    def __len__(self):
+        return len(self.digits)
+
+    def __getitem__(self, index):
+        return self.digits[index]
+
+
+@pytest.mark.parametrize("kind", [Digits, Samples])
+def test_a_run_with_prefetching_equals_one_without(kind, tmp_path, monkeypatch):
+    """Copies are over at once here, since the run computes on the host."""
+
+    def run(name):
+        config = RunConfig(
+            output_dir=str(tmp_path),
+            name=name,
+            epochs=2,
+            data={"accumulate": 3},
+            wandb={"mode": "disabled"},
+        )
+        return fit(config, Runtime(), train_set=kind("train"), eval_set=kind("eval"))
+
+    expected = run("direct")
+    device = FakeDevice(random.Random(0), eagerness=1.0)
+    monkeypatch.setattr(loader, "open_transfer", lambda _: device)
+    found = run("prefetched")
+    assert device.allocations > 0
+    assert found.weights_digest == expected.weights_digest
+    assert found.scores == expected.scores
 
 
 def test_an_early_look_at_a_fake_device_would_be_seen():

@@ -1,13 +1,16 @@
 """Between two heartbeats nothing waits for the device."""
 
+import random
+
 import pytest
 import torch
+from fake_device import FakeDevice
 from ranks import run_ranks
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddp_sgd.config import RunConfig
-from ddp_sgd.data import Digits
+from ddp_sgd.data import Digits, loader
 from ddp_sgd.engine import fit as module
 from ddp_sgd.engine import step
 from ddp_sgd.engine.fit import fit
@@ -85,7 +88,9 @@ def train(runtime, folder, changes):
         return value
 
     module.RankSync, Objective.units = Watching, units_on_the_host
-    if changes.pop("units", "host") == "device":  # as on a GPU, where targets are on the device
+    if changes.pop("as on", "cpu") == "gpu":
+        device = FakeDevice(random.Random(0), eagerness=1.0)
+        loader.open_transfer = lambda _: device
         step.counts_on_host = lambda _: False
         Objective.units = None
     config = RunConfig(
@@ -142,10 +147,10 @@ CHANGES = {
             ],
         }
     },
-    "units on the device": {
+    "as on a GPU": {
         "data": {"batch_size": 32, "accumulate": 2, "eval": None},
         "optim": {"clip_norm": 0.5},
-        "units": "device",
+        "as on": "gpu",
     },
 }
 
