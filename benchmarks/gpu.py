@@ -334,7 +334,9 @@ def fabric(case: Case, device: torch.device) -> float:
 def accelerate(case: Case, device: torch.device) -> float:
     """Return steps per second of accelerate, in its usual settings."""
     from accelerate import Accelerator  # type: ignore[import-not-found]
+    from accelerate.state import AcceleratorState  # type: ignore[import-not-found]
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # its settings hold for a process
     tool = Accelerator(mixed_precision="bf16" if case.images else "no", cpu=device.type == "cpu")
     loop = ByHand(case, device)
     loop.model, loop.optimizer = tool.prepare(loop.model, loop.optimizer)
