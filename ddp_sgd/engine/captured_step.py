@@ -23,7 +23,6 @@ from ddp_sgd.engine.setup import TrainContext
 from ddp_sgd.engine.static_batches import GRAPHS_ARE_ON, LEAVE_OUT, StaticBatches, copy_batch
 from ddp_sgd.engine.step import Stepper, StepResult
 from ddp_sgd.errors import ConfigError, DeviceError
-from ddp_sgd.losses import wide_float
 from ddp_sgd.optim.sgd import RateTable
 
 _CHECKED, _LOOKED_AT = 3, 8
@@ -129,7 +128,7 @@ class CapturedStep:
         self._slot = torch.zeros(1, dtype=torch.int64, device=device)
         self._step_on_device = -1
         self._rows = torch.zeros(0)
-        self._form = StepResult([], [], 0, 0, self._rows)
+        self._results: list[StepResult] = []
 
     def step(self, batches: StepBatches, lr: float | torch.Tensor) -> StepResult:
         """Take one step.
@@ -195,11 +194,12 @@ class CapturedStep:
         results: list[StepResult] = []
         rate = self._rates.at(batches.step)
         graph.run_eagerly(lambda: results.append(self._stepper.step(batches, rate)))
+        numbers = torch.stack(results[0].tensors())
         if not len(self._rows):
-            shape = RateTable.SIZE, len(results[0].tensors())
-            self._rows = torch.zeros(shape, dtype=wide_float(self._device), device=self._device)
-            self._form = results[0]
-        return torch.stack([each.to(self._rows.dtype) for each in results[0].tensors()])
+            shape = RateTable.SIZE, len(numbers)
+            self._rows = torch.zeros(shape, dtype=numbers.dtype, device=self._device)
+            self._results = [results[0].with_tensors(row.unbind()) for row in self._rows.unbind()]
+        return numbers
 
     def _capture(self, graph: Graph) -> None:
         try:
@@ -215,25 +215,24 @@ class CapturedStep:
         """Take a step as the graph does: all that varies comes from memory on the device."""
         rate = self._rates.values.index_select(0, self._slot)[0]
         result = self._stepper.step(self._full.batches, rate)
-        numbers = torch.stack([each.to(self._rows.dtype) for each in result.tensors()])
-        self._rows.index_copy_(0, self._slot, numbers[None])
-        self._slot.add_(1).remainder_(RateTable.SIZE)
+        self._rows.index_copy_(0, self._slot, torch.stack(result.tensors())[None])
+        self._slot.add_(1)
 
     def _replay(self, batches: StepBatches) -> StepResult:
         if self._graph is None:
             raise RuntimeError("the step was not captured")
         slot = batches.step % RateTable.SIZE
         self._rates.load(batches.step)
-        if self._step_on_device != batches.step:
+        if self._step_on_device != batches.step or slot == 0:
             self._slot.fill_(slot)
         self._graph.replay()
         self._step_on_device = batches.step + 1
-        return self._form.with_tensors(self._rows[slot].unbind())
+        return self._results[slot]
 
 
 def capture_step(
     context: TrainContext,
-    rates: RateTable,
+    rates: RateTable | None,
     seed_for_step: Callable[[int], int],
     notice: Callable[[str], None],
 ) -> TrainContext:
@@ -241,7 +240,7 @@ def capture_step(
 
     Args:
         context: The run, before its first step; its state stays as it is.
-        rates: Rates of the run.
+        rates: Rates of the run; None for parameters in double precision, which have no table.
         seed_for_step: Seed of what the model draws in a step, on this rank.
         notice: Receives a line where steps stay eager, since none is full, or the memory of the
             device is too small for the check.
@@ -261,6 +260,8 @@ def capture_step(
             f"{GRAPHS_ARE_ON} gradients go between ranks by gloo, on the host; use nccl, "
             f"{LEAVE_OUT}."
         )
+    if rates is None:
+        raise ConfigError(f"{GRAPHS_ARE_ON} parameters are float64; use float32, {LEAVE_OUT}.")
     moved = Moved(
         (context.wrapper.inner, *context.loss_modules.values()),
         context.randomness.generators,
@@ -269,10 +270,6 @@ def capture_step(
             **_by_name("loss", stepper.loss_scale.state_dict() if stepper.loss_scale else {}),
         },
     )
-    if any(t.dtype == torch.float64 for t in moved.others.values()) or any(
-        p.dtype == torch.float64 for p in context.wrapper.inner.parameters()
-    ):
-        raise ConfigError(f"{GRAPHS_ARE_ON} parameters are float64; use float32, {LEAVE_OUT}.")
     full = full_steps(context)
     lacking = _lacking_memory(moved, runtime)
     if not full or lacking:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ddp_sgd.checkpointing.checkpointer import Checkpointer, open_checkpointer
@@ -46,6 +47,8 @@ from ddp_sgd.optim.sgd import RateTable
 from ddp_sgd.report.reporter import Reporter, open_report, report_end
 from ddp_sgd.report.run_folder import RunFolder, claim_run_folder
 from ddp_sgd.torch_errors import translate_errors
+
+_DOUBLE = (torch.float64, torch.complex128)
 
 _PATIENCE = 10
 """Steps in a row without a finite gradient that end a run."""
@@ -285,7 +288,8 @@ def _rate_table(
 ) -> RateTable | None:
     """Make a table of rates where steps read them on the device; None: they take numbers."""
     plan, device = context.plan, context.runtime.device
-    if device.type != "cuda" and not compute.cuda_graphs:
+    is_double = any(p.dtype in _DOUBLE for p in context.wrapper.inner.parameters())
+    if is_double or (device.type != "cuda" and not compute.cuda_graphs):
         return None
     return RateTable(lambda step: plan.peak_lr * schedule(step), plan.total_steps, device)
 
@@ -302,7 +306,7 @@ def _accelerated(
 ) -> Iterator[TrainContext]:
     """Compile the model and capture its steps, as far as the configuration asks for it."""
     with compiled(context, compute, cache) if compute.compile else nullcontext():
-        if compute.cuda_graphs and rates is not None:
+        if compute.cuda_graphs:
             context = capture_step(context, rates, seed_for_step, notice)
         yield context
 

@@ -85,11 +85,13 @@ class StaticBatches:
 
     def _sources(self, batches: StepBatches) -> list[torch.Tensor]:
         """List the tensors of a step that are copied."""
-        found = [
-            _tensor_of(leaf)
-            for batch in batches.micro_batches
-            for _, leaf in leaves((batch.inputs, batch.targets))
-        ]
+        found: list[torch.Tensor] = []
+        for batch in batches.micro_batches:
+            for part in (batch.inputs, batch.targets):
+                if type(part) is Rows or type(part) is torch.Tensor:  # soonest: this is every step
+                    found.append(_tensor_of(part))
+                else:
+                    found += [_tensor_of(leaf) for _, leaf in leaves(part)]
         if self._transforms:
             found += [_indices_of(batch) for batch in batches.micro_batches]
         return found
@@ -97,7 +99,8 @@ class StaticBatches:
     @staticmethod
     def _form_of(batches: StepBatches, sources: Sequence[torch.Tensor]) -> tuple[Any, ...]:
         sizes = [each.samples for each in batches.micro_batches]
-        return batches.samples, sizes, [(each.shape, each.dtype) for each in sources]
+        shapes = [each.shape for each in sources]
+        return batches.samples, sizes, shapes, [each.dtype for each in sources]
 
 
 def _tensor_of(leaf: Any) -> torch.Tensor:

@@ -226,6 +226,7 @@ class RateTable:
 
     def __init__(self, rate_at: Callable[[int], float], steps: int, device: torch.device) -> None:
         self.values = torch.zeros(self.SIZE, device=device)
+        self._each = self.values.unbind()
         self._rate_at = rate_at
         self._steps = steps
         self._block = -1
@@ -245,7 +246,7 @@ class RateTable:
     def at(self, step: int) -> torch.Tensor:
         """Return the rate of a step, as a tensor without dimensions that lasts for its block."""
         self.load(step)
-        return self.values[step % self.SIZE]
+        return self._each[step % self.SIZE]
 
 
 def build_sgd(

@@ -42,7 +42,7 @@ class StopAt:
         return "enough" if self.looks < 0 else None
 
 
-def train(folder, kind="mlp", *, captured, model=None, stop=None, data=None, **sections):
+def train(folder, kind="mlp", *, captured, model=None, stop=None, samples=None, **sections):
     config = {
         "output_dir": str(folder),
         "epochs": 3,
@@ -53,7 +53,7 @@ def train(folder, kind="mlp", *, captured, model=None, stop=None, data=None, **s
         "data": {"batch_size": 16, **sections.get("data", {})},
         "compute": {"cuda_graphs": captured, **sections.get("compute", {})},
     }
-    samples = data or TensorDataset(IMAGES, LABELS)
+    samples = samples or TensorDataset(IMAGES, LABELS)
     return fit(
         RunConfig.model_validate(config),
         Runtime(device=torch.device("cuda", 0)),
@@ -106,7 +106,7 @@ def test_the_journals_are_equal_and_skipped_steps_are_counted(tmp_path):
     data = TensorDataset(images, LABELS)
     journals = []
     for captured in (False, True):
-        train(tmp_path / str(captured), "convnet", captured=captured, data=data)
+        train(tmp_path / str(captured), "convnet", captured=captured, samples=data)
         journals.append(rows(tmp_path / str(captured)))
     assert journals[0] == journals[1]
     assert journals[0][-1]["train/skipped_steps"] == 3
@@ -160,4 +160,4 @@ class Replaces(nn.Module):
 def test_what_cannot_be_captured_is_named_and_another_run_goes_on(model, reason, tmp_path):
     with pytest.raises(ConfigError, match=reason):
         train(tmp_path, captured=True, model=model())
-    assert train(tmp_path / "eager", captured=False, model=model()).status == "done"
+    assert train(tmp_path / "eager", captured=False, model=model()).status == "finished"

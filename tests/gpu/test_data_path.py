@@ -13,8 +13,8 @@ from ddp_sgd.data.device import Prefetcher, Transfer, move
 from ddp_sgd.data.loader import TrainLoader
 from ddp_sgd.data.placement import Rows, find_arrays
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.components import _ranks_on_device
 from ddp_sgd.engine.fit import fit
+from ddp_sgd.engine.reading import _ranks_on_device
 from ddp_sgd.engine.step import Stepper
 from ddp_sgd.errors import DataError
 from ddp_sgd.models import MLP
