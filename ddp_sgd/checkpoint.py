@@ -143,8 +143,8 @@ def _average(asked: argparse.Namespace) -> int:
 
 
 def _diff(asked: argparse.Namespace) -> int:
-    from ddp_sgd.checkpointing.comparing import compare_plain, compare_trees, difference_lines
     from ddp_sgd.checkpointing.serialization import find_checkpoint, read_tensors
+    from ddp_sgd.tree import compare_plain, compare_trees, difference_lines
 
     (one, first), (other, second) = (find_checkpoint(path) for path in (asked.first, asked.second))
     settings = compare_plain(_settings(first.header), _settings(second.header))

@@ -15,7 +15,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ddp_sgd import __version__
-from ddp_sgd.checkpointing.comparing import misfits
 from ddp_sgd.checkpointing.manifest import Header, SkippedSteps
 from ddp_sgd.checkpointing.serialization import read_tensors
 from ddp_sgd.data.sampler import ORDER
@@ -32,6 +31,7 @@ from ddp_sgd.errors import RefusedError
 from ddp_sgd.losses import LossFunction
 from ddp_sgd.optim.sgd import SGD
 from ddp_sgd.plan import Plan
+from ddp_sgd.tree import misfits
 
 
 @dataclass(slots=True)
