@@ -13,9 +13,8 @@ from ddp_sgd.config.sections import OptimConfig, ParallelConfig
 from ddp_sgd.data.loader import EvalLoader, TrainLoader
 from ddp_sgd.data.sampler import EvalSampler, TrainSampler
 from ddp_sgd.distributed.collectives import broadcast_over_ranks
-from ddp_sgd.distributed.data_parallel import DataParallelModel
+from ddp_sgd.distributed.data_parallel import DataParallelModel, wrap_model
 from ddp_sgd.distributed.progress import Phase, ProgressTracker
-from ddp_sgd.distributed.replication import wrap_model
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, buffers_by_name
 from ddp_sgd.engine.components import Components, Reading, read_batch
