@@ -186,8 +186,8 @@ def score_again(saved: Saved, runtime: "Runtime") -> "tuple[Metrics, str]":
     from ddp_sgd.engine import components
     from ddp_sgd.engine.result import weights_digest
     from ddp_sgd.engine.setup import build_scorer
+    from ddp_sgd.errors import translate_errors
     from ddp_sgd.losses import as_module, loss_modules
-    from ddp_sgd.torch_errors import translate_errors
 
     config = saved.config
     if config.data.eval is None:

@@ -17,10 +17,9 @@ from ddp_sgd.checkpointing.atomic_write import write_checkpoint
 from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.checkpointing.serialization import refuse_foreign
 from ddp_sgd.checkpointing.store import FOLDER_NAME, CheckpointFolder
-from ddp_sgd.errors import OutputError, unwritable
+from ddp_sgd.errors import OutputError, Use, describe_out_of_memory, unwritable
 from ddp_sgd.files import make_folder
 from ddp_sgd.text import first_line
-from ddp_sgd.torch_errors import Use, describe_out_of_memory
 from ddp_sgd.tree import map_leaves, tensors_in
 
 _Key = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]

@@ -18,8 +18,8 @@ from ddp_sgd.distributed.collectives import broadcast_buffers, broadcast_paramet
 from ddp_sgd.distributed.comm_hooks import CommHook, build_comm_hook
 from ddp_sgd.distributed.progress import Phase
 from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.errors import unused_parameters
 from ddp_sgd.plan import Plan
-from ddp_sgd.torch_errors import unused_parameters
 
 # Rank 0's buffers are what counts in the end, and normalization layers do not read them in
 # training: they are sent when they are read, not at every step. The argument was renamed between

@@ -19,6 +19,7 @@ from ddp_sgd.distributed.process_exit import call_with_timeout
 from ddp_sgd.distributed.progress import NOTE_S, Note
 from ddp_sgd.distributed.rendezvous import RendezvousInfo, is_agent_store
 from ddp_sgd.errors import (
+    Cause,
     ExitCode,
     PeerError,
     RemoteError,
@@ -27,7 +28,6 @@ from ddp_sgd.errors import (
 )
 from ddp_sgd.host import scaled
 from ddp_sgd.text import first_line
-from ddp_sgd.torch_errors import Cause
 
 _POLL_S = 0.1
 

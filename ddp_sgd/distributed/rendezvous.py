@@ -14,10 +14,9 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from ddp_sgd.distributed.environment import Ranks
 from ddp_sgd.distributed.process_exit import call_with_timeout
-from ddp_sgd.errors import PeerError, UserError
+from ddp_sgd.errors import Cause, PeerError, UserError
 from ddp_sgd.host import scaled, whereabouts
 from ddp_sgd.text import first_line
-from ddp_sgd.torch_errors import Cause
 
 _INTRODUCTION_S = scaled(10.0)
 """Longest wait of a rank for the name of the run whose store it has reached."""

@@ -35,12 +35,11 @@ from ddp_sgd.engine.setup import TrainContext, build_context
 from ddp_sgd.engine.sync import RankSync, SyncResult
 from ddp_sgd.engine.train_state import hand_over, refuse_other_parts
 from ddp_sgd.engine.triggers import Deadline, HasReason, StopRequest, Timetable, stop_on_signal
-from ddp_sgd.errors import DivergedError
+from ddp_sgd.errors import DivergedError, translate_errors
 from ddp_sgd.losses import LossFunction
 from ddp_sgd.optim.schedule import Schedule, build_schedule
 from ddp_sgd.report.reporter import Reporter, open_report, report_end
 from ddp_sgd.report.run_folder import RunFolder, claim_run_folder
-from ddp_sgd.torch_errors import translate_errors
 
 _PATIENCE = 10
 """Steps in a row without a finite gradient that end a run."""

@@ -35,11 +35,11 @@ from ddp_sgd.engine.train_state import (
     restore_buffers,
     run_state_dict,
 )
+from ddp_sgd.errors import Use, memory_for
 from ddp_sgd.losses import LossFunction, loss_modules
 from ddp_sgd.optim.sgd import SGD, build_sgd
 from ddp_sgd.plan import Plan
 from ddp_sgd.seeds import Randomness
-from ddp_sgd.torch_errors import Use, memory_for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
