@@ -19,9 +19,10 @@ from ddp_sgd.distributed.error_propagation import (
     ErrorPropagation,
     LocalErrorPropagation,
     StoreErrorPropagation,
+    abort_group,
     propagate_errors,
+    watch_errors,
 )
-from ddp_sgd.distributed.error_watch import abort_group, watch_errors
 from ddp_sgd.distributed.process_exit import call_with_timeout
 from ddp_sgd.distributed.rendezvous import (
     could_not_join,
@@ -243,7 +244,7 @@ def _connect(
 
     if runtime.backend == "nccl":
         # Else NCCL's watchdog ends the process by SIGABRT: no line, no code, no result. See
-        # ``error_watch`` for what ends it instead.
+        # ``watch_errors`` for what ends it instead.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     try:
         call_with_timeout(timeout_s + _GRACE_S, connect)

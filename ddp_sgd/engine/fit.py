@@ -16,8 +16,7 @@ from ddp_sgd.checkpointing.checkpointer import Checkpointer, open_checkpointer
 from ddp_sgd.checkpointing.manifest import SkippedSteps
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.data.loader import StepBatches
-from ddp_sgd.distributed.error_propagation import propagate_errors
-from ddp_sgd.distributed.error_watch import end_process
+from ddp_sgd.distributed.error_propagation import end_process, propagate_errors
 from ddp_sgd.distributed.hang_watch import watch_for_hangs
 from ddp_sgd.distributed.progress import Phase
 from ddp_sgd.distributed.runtime import Runtime
