@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddp_sgd.checkpointing.inspection import epochs_of
-from ddp_sgd.checkpointing.manifest import Header
+from ddp_sgd.checkpointing.store import Header
 from ddp_sgd.cli import run_command
 from ddp_sgd.config import CommandLine, Component, RunConfig, dump_yaml
 from ddp_sgd.console import deliver

@@ -13,10 +13,8 @@ from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 
-from ddp_sgd.checkpointing.atomic_write import write_checkpoint
-from ddp_sgd.checkpointing.manifest import Header
-from ddp_sgd.checkpointing.serialization import refuse_foreign
-from ddp_sgd.checkpointing.store import FOLDER_NAME, CheckpointFolder
+from ddp_sgd.checkpointing.serialization import refuse_foreign, write_checkpoint
+from ddp_sgd.checkpointing.store import FOLDER_NAME, CheckpointFolder, Header
 from ddp_sgd.errors import OutputError, Use, describe_out_of_memory, unwritable
 from ddp_sgd.files import make_folder
 from ddp_sgd.text import first_line

@@ -13,11 +13,9 @@ from typing import Any
 
 import torch
 
-from ddp_sgd.checkpointing.atomic_write import write_checkpoint
 from ddp_sgd.checkpointing.inspection import checkpoint_folder, epochs_of
-from ddp_sgd.checkpointing.manifest import Header, Manifest
-from ddp_sgd.checkpointing.serialization import find_checkpoint, read_tensors
-from ddp_sgd.checkpointing.store import CheckpointFolder
+from ddp_sgd.checkpointing.serialization import find_checkpoint, read_tensors, write_checkpoint
+from ddp_sgd.checkpointing.store import CheckpointFolder, Header, Manifest
 from ddp_sgd.config.yaml_io import write_yaml
 from ddp_sgd.errors import ConfigError, DataError, OutputError
 from ddp_sgd.files import sync_file, sync_folder

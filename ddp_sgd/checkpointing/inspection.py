@@ -6,8 +6,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddp_sgd.checkpointing.manifest import Header, Manifest, read_manifest
-from ddp_sgd.checkpointing.store import FOLDER_NAME, SET_ASIDE, CheckpointFolder, fault_of
+from ddp_sgd.checkpointing.store import (
+    FOLDER_NAME,
+    SET_ASIDE,
+    CheckpointFolder,
+    Header,
+    Manifest,
+    fault_of,
+    manifest_of,
+)
 from ddp_sgd.errors import DataError
 from ddp_sgd.text import columns
 
@@ -92,17 +99,12 @@ def fault_at(path: Path) -> str | None:
     try:
         if not file.is_file():
             return "is not there"
-        manifest = _manifest_of(file)
+        manifest = manifest_of(file)
         if manifest is None:
             return f"has no valid manifest {file.with_suffix('.json').name} beside it"
         return fault_of(file, manifest)
     except OSError as error:
         return _cannot_be_read(error)
-
-
-def _manifest_of(file: Path) -> Manifest | None:
-    manifest = read_manifest(file.with_suffix(".json")) if file.suffix == ".pt" else None
-    return manifest if manifest and manifest.file == file.name else None
 
 
 def _marks(folder: Path) -> Mapping[str, list[str]]:
@@ -118,7 +120,7 @@ def _look_at(file: Path, marks: Mapping[str, list[str]]) -> Listed:
     words = list(marks.get(file.name, ()))
     manifest = None
     try:
-        manifest = _manifest_of(file)
+        manifest = manifest_of(file)
         if file.suffix != ".pt":
             words.append("set aside")
         elif manifest is None:

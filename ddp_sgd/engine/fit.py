@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ddp_sgd.checkpointing.checkpointer import Checkpointer, open_checkpointer
-from ddp_sgd.checkpointing.manifest import SkippedSteps
+from ddp_sgd.checkpointing.store import SkippedSteps
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.data.loader import StepBatches
 from ddp_sgd.distributed.error_propagation import end_process, propagate_errors

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.checkpointing.serialization import read_tensors
+from ddp_sgd.checkpointing.store import Header
 from ddp_sgd.config.sections import OptimConfig, ParallelConfig
 from ddp_sgd.data.loader import EvalLoader, TrainLoader
 from ddp_sgd.data.sampler import EvalSampler, TrainSampler

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ddp_sgd.checkpointing.manifest import SkippedSteps
+from ddp_sgd.checkpointing.store import SkippedSteps
 from ddp_sgd.distributed.collectives import at_own_rank, sum_over_ranks
 from ddp_sgd.distributed.progress import Phase, ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime

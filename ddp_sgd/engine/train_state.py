@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ddp_sgd import __version__
-from ddp_sgd.checkpointing.manifest import Header, SkippedSteps
 from ddp_sgd.checkpointing.serialization import read_tensors
+from ddp_sgd.checkpointing.store import Header, SkippedSteps
 from ddp_sgd.data.sampler import ORDER
 from ddp_sgd.distributed.collectives import broadcast_buffers, broadcast_parameters, from_rank_0
 from ddp_sgd.distributed.runtime import Runtime
