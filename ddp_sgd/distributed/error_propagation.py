@@ -25,7 +25,7 @@ from torch.distributed.distributed_c10d import Store
 from ddp_sgd.console import report_error
 from ddp_sgd.distributed.process_exit import call_with_timeout, leave_for_launcher, run_with_timeout
 from ddp_sgd.distributed.progress import NOTE_S, Note
-from ddp_sgd.distributed.rendezvous import RendezvousInfo, is_agent_store
+from ddp_sgd.distributed.rendezvous import RendezvousInfo, StoreKey, is_agent_store
 from ddp_sgd.errors import (
     Cause,
     ExitCode,
@@ -44,14 +44,14 @@ def find_lost_ranks(store: Store, world_size: int, wait_s: float) -> list[int]:
     """Find the ranks whose watch makes no note any more.
 
     Args:
-        store: Where each rank leaves its notes, under ``note/<rank>``.
+        store: Where each rank leaves its notes.
         world_size: Number of ranks.
         wait_s: How long to look, in seconds; longer than the time between two notes.
 
     Returns:
         Ranks in order; none where not all keep a watch.
     """
-    keys = [f"note/{rank}" for rank in range(world_size)]
+    keys = [StoreKey.NOTE.of(rank) for rank in range(world_size)]
     if not store.check(keys):
         return []
     first = _read(store, keys)
@@ -100,7 +100,7 @@ def _read(store: Store, keys: list[str]) -> list[Note]:
 
 _PATIENCE_S = scaled(5.0)
 """Longest wait for a store, before its host counts as gone."""
-_FIRST_FAULT = "ddp_sgd/first_fault"
+_FIRST_FAULT = StoreKey.FIRST_FAULT.of()
 
 
 class ErrorPropagation(Protocol):
