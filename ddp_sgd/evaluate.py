@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddp_sgd.checkpointing.inspection import epochs_of
 from ddp_sgd.checkpointing.store import Header
 from ddp_sgd.cli import run_command
 from ddp_sgd.config import CommandLine, Component, RunConfig, dump_yaml
@@ -93,7 +92,7 @@ def _work(line: CommandLine, runtime: "Runtime") -> list[str]:
     row = {
         "checkpoint": str(saved.file),
         "step": header.step,
-        "epoch": epochs_of(header),
+        "epoch": header.epochs,
         "samples": header.samples,
         "world_size": runtime.world_size,
         "weights_digest": digest,

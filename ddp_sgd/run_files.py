@@ -171,8 +171,8 @@ class RunFiles:
         result = result_from_rows(rows, exit_code=ExitCode.STOPPED, error=_STOPPED_LINE)
         if header is None:
             return {**result, "step": 0, "epoch": 0.0, "samples": 0}
-        epoch = header.epoch + header.position / header.plan["samples_per_epoch"]
-        return {**result, "step": header.step, "epoch": epoch, "samples": header.samples}
+        place = {"step": header.step, "epoch": header.epochs, "samples": header.samples}
+        return {**result, **place}
 
     def move_into_run_folder(self) -> None:
         """Move the logs of all workers into ``logs/`` of the run folder; or leave them there."""

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from ddp_sgd.checkpointing.inspection import checkpoint_folder, epochs_of
 from ddp_sgd.checkpointing.serialization import find_checkpoint, read_tensors, write_checkpoint
 from ddp_sgd.checkpointing.store import CheckpointFolder, Header, Manifest
 from ddp_sgd.config.yaml_io import write_yaml
@@ -118,7 +117,7 @@ def write_average(chosen: Sequence[Found], output: Path) -> Path:
 
 def _whole_in(path: Path, most: int | None) -> dict[Path, Manifest]:
     """Verify the newest first, and no more than are needed."""
-    folder = checkpoint_folder(path)
+    folder = CheckpointFolder.at(path)
     whole: dict[Path, Manifest] = {}
     for manifest in reversed(folder.manifests()):
         if len(whole) == most:
@@ -214,7 +213,7 @@ def export_weights(
     metadata = {
         "format": "pt",
         "step": str(header.step),
-        "epoch": repr(epochs_of(header)),
+        "epoch": repr(header.epochs),
         "samples": str(header.samples),
         "run_id": header.run_id,
         "weights_digest": digest,

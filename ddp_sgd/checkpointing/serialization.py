@@ -19,7 +19,6 @@ from typing import Any, BinaryIO
 import torch
 from torch import nn
 
-from ddp_sgd.checkpointing.inspection import checkpoint_folder
 from ddp_sgd.checkpointing.store import (
     FORMAT,
     UNFINISHED,
@@ -98,7 +97,7 @@ def _load(file: Path) -> Any:
 
 def _find(path: Path) -> tuple[Path, Manifest]:
     if path.is_dir():
-        folder = checkpoint_folder(path)
+        folder = CheckpointFolder.at(path)
         chosen = folder.choose()
         if chosen.manifest is None:
             why = "; ".join(chosen.passed_over) or "nothing was saved in it"

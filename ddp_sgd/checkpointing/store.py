@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ddp_sgd.errors import DataError
-from ddp_sgd.files import is_missing, is_taken, retry, unreadable
+from ddp_sgd.files import is_file, is_missing, is_taken, retry, unreadable
 
 FORMAT = 1
 """Version of what a checkpoint holds; a reader refuses others."""
@@ -74,6 +73,11 @@ class Header:
     versions: dict[str, str]
 
     @property
+    def epochs(self) -> float:
+        """Passes over the data, a real number."""
+        return float(self.epoch + self.position / self.plan["samples_per_epoch"])
+
+    @property
     def is_scored(self) -> bool:
         """Whether the scores are those of the weights that are saved."""
         return self.scored_at == self.step and bool(self.scores)
@@ -103,15 +107,12 @@ class Manifest:
         content = {name: getattr(self, name) for name in self.__slots__} | {"header": header}
         check = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         outer = {"format": FORMAT, "check": check, **content}
-        return _in_lines(_texts(outer) | {"header": _in_lines(_texts(header))}) + "\n"
+        return _in_lines(outer, header=_in_lines(header)) + "\n"
 
 
-def _texts(content: dict[str, Any]) -> dict[str, str]:
-    return {key: json.dumps(value) for key, value in content.items()}
-
-
-def _in_lines(texts: dict[str, str]) -> str:
+def _in_lines(content: dict[str, Any], **written: str) -> str:
     """Give every key a line of its own; with an indent ``json.dumps`` takes ten times as long."""
+    texts = {key: json.dumps(value) for key, value in content.items()} | written
     lines = [f'"{key}": {text}' for key, text in texts.items()]
     return "{\n" + ",\n".join(lines) + "\n}"
 
@@ -173,6 +174,12 @@ class CheckpointFolder:
         self.path = path
         self._settled: list[Manifest] | None = None
         self._best: Manifest | None = None
+
+    @classmethod
+    def at(cls, path: Path) -> "CheckpointFolder":
+        """Find the checkpoints of a run folder, or take a folder of checkpoints as it is."""
+        inner = path / FOLDER_NAME
+        return cls(inner if inner.is_dir() else path)
 
     def manifests(self) -> list[Manifest]:
         """Read the manifests whose file is there, the oldest checkpoint first.
@@ -341,17 +348,7 @@ def manifest_of(file: Path) -> Manifest | None:
         OSError: It may be, but cannot be read.
     """
     entry = read_manifest(file.with_suffix(".json"))
-    return entry if entry and entry.file == file.name and _is_file(file) else None
-
-
-def _is_file(path: Path) -> bool:
-    """Whether this is a file; on any error ``Path.is_file`` returns False from Python 3.14 on."""
-    try:
-        return stat.S_ISREG(retry(path.stat).st_mode)
-    except OSError as error:
-        if is_missing(error):
-            return False
-        raise
+    return entry if entry and entry.file == file.name and is_file(file) else None
 
 
 def _unreadable(file: Path, error: OSError) -> DataError:

@@ -63,7 +63,7 @@ class ResumePoint:
             has_rows=self.has_rows,
             is_resumed=self.has_rows or head is not None,
             step=head.step if head else 0,
-            epoch=head.epoch + head.position / head.plan["samples_per_epoch"] if head else 0.0,
+            epoch=head.epochs if head else 0.0,
             samples=head.samples if head else 0,
             is_scored=head is not None and head.scored_at == head.step,
             note={
