@@ -26,6 +26,7 @@ from benchmarks import harness
 from ddp_sgd import Runtime
 from ddp_sgd.data import Digits
 from ddp_sgd.distributed.progress import Phase, ProgressTracker
+from ddp_sgd.host import free_port
 from ddp_sgd.models import MLP
 
 RANKS = (1, 2)
@@ -49,7 +50,12 @@ def measure(options: Namespace) -> Iterator[str]:
         for ranks in RANKS
     }
     rows = (
-        (ranks, loop, *medians(spent).values(), [sum(each.values()) for each in spent])
+        (
+            ranks,
+            loop,
+            *(median(each[part] for each in spent) for part in PARTS),
+            [sum(each.values()) for each in spent],
+        )
         for ranks, loops in found.items()
         for loop, spent in loops.items()
     )
@@ -59,7 +65,7 @@ def measure(options: Namespace) -> Iterator[str]:
 def work_as_rank(runtime: Runtime, rounds: int, epochs: int) -> dict[str, list[Spent]]:
     """Train by both loops in turn; return what they spent."""
     if runtime.alone:  # the tutorials' loop has a process group all the same
-        address = f"tcp://127.0.0.1:{harness.free_port()}"
+        address = f"tcp://127.0.0.1:{free_port()}"
         dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
     with tempfile.TemporaryDirectory() as folder:
         loops = {
@@ -115,11 +121,6 @@ def by_part(spent_s: Any, steps: int) -> Spent:
         part: 1e6 * sum(spent_s.get(phase, 0.0) for phase in phases) / steps
         for part, phases in PARTS.items()
     }
-
-
-def medians(rounds: list[Spent]) -> Spent:
-    """Return the median of each part."""
-    return {part: median(each[part] for each in rounds) for part in PARTS}
 
 
 if __name__ == "__main__":
