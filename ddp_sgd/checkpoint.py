@@ -15,13 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ddp_sgd.checkpointing.store import (
-    SET_ASIDE,
-    CheckpointFolder,
-    Manifest,
-    fault_of,
-    manifest_of,
-)
+from ddp_sgd.checkpointing.store import SET_ASIDE, CheckpointFolder, Manifest, fault_of, manifest_of
 from ddp_sgd.cli import exit_code_of
 from ddp_sgd.console import Parser, deliver
 from ddp_sgd.errors import ConfigError, DataError, ExitCode

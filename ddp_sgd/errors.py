@@ -125,12 +125,12 @@ class StopInterrupt(BaseException):
         )
 
 
-class RepeatedFailureError(UserError):
-    """Earlier attempts of a run failed at one and the same step, and so would this one.
+class EarlierError(UserError):
+    """An error that another process ran into before.
 
     Args:
-        message: What the user reads.
-        exit_code: The code of the last failure.
+        message: What the user reads, or has read from that process.
+        exit_code: The code with which it ended.
     """
 
     def __init__(self, message: str, exit_code: int) -> None:
@@ -139,18 +139,12 @@ class RepeatedFailureError(UserError):
         self.exit_code = ExitCode(exit_code)
 
 
-class RemoteError(UserError):
-    """Another rank failed first and reported it; this one ends with the same code, without output.
+class RepeatedFailureError(EarlierError):
+    """Earlier attempts of a run failed at one and the same step, and so would this one."""
 
-    Args:
-        message: The line which the other rank printed.
-        exit_code: The code with which the other rank ends.
-    """
 
-    def __init__(self, message: str, exit_code: int) -> None:
-        """Take over the code of the rank that failed."""
-        super().__init__(message)
-        self.exit_code = ExitCode(exit_code)
+class RemoteError(EarlierError):
+    """Another rank failed first and reported it; this one ends with its code, without output."""
 
 
 def unwritable(path: Path, error: OSError) -> OutputError:

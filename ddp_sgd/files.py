@@ -86,13 +86,7 @@ PAUSES_S = (0.1, 0.3, 1.0)
 fails over may take longer than a start should wait.
 """
 
-_MISSING = (
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-)
+_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 """Errors of a name without a file: these are final."""
 
 _FINAL = (*_MISSING, errno.EACCES, errno.EPERM)

@@ -46,15 +46,7 @@ from ddp_sgd.console import deliver, outlive_console, report_error, say_error
 from ddp_sgd.errors import ConfigError, ExitCode
 from ddp_sgd.host import count_gpus, scaled, usable_cpus, whereabouts
 from ddp_sgd.run_files import RunFiles
-from ddp_sgd.torchrun import (
-    Attempt,
-    End,
-    Ending,
-    Rendezvous,
-    StopSignals,
-    Torchrun,
-    decide,
-)
+from ddp_sgd.torchrun import Attempt, End, Ending, Rendezvous, StopSignals, Torchrun, decide
 
 _ASKS_FOR_TEXT = ("-h", "--help", "--print_config")
 _WITH_VALUE = ("--nnodes", "--nproc", "--max-restarts")

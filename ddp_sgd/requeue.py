@@ -228,10 +228,7 @@ def requeue(line: CommandLine) -> int:
     reason = f"{end}: {f'not requeued, since {obstacle}' if obstacle else 'requeued'}"
     decision = {"requeued": obstacle is None, "requeue_reason": reason}
     if attempt.began_at is not None and not result:
-        result = {
-            **result_from_rows(rows, exit_code=ExitCode.PEER, error=_LOST_LINE),
-            "job": name,
-        }
+        result = {**result_from_rows(rows, exit_code=ExitCode.PEER, error=_LOST_LINE), "job": name}
     try:
         if result:
             write_result(folder / "result.json", {**result, **decision})

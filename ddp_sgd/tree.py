@@ -228,11 +228,7 @@ def difference_lines(found: Sequence[Difference]) -> list[str]:
     """Show differences as a table: those that cannot be compared first, then the largest."""
     ordered = sorted(found, key=lambda entry: (not entry.misfit, -_size(entry)))
     rows = [
-        (
-            entry.name,
-            *(("-", "-", "-", "-") if entry.misfit else _numbers(entry)),
-            entry.misfit,
-        )
+        (entry.name, *(("-", "-", "-", "-") if entry.misfit else _numbers(entry)), entry.misfit)
         for entry in ordered[:_SHOWN]
     ]
     rest = [f"and {len(ordered) - _SHOWN} more"] if len(ordered) > _SHOWN else []

@@ -26,14 +26,7 @@ from ddp_sgd.console import report_error
 from ddp_sgd.distributed.process_exit import call_with_timeout, leave_for_launcher, run_with_timeout
 from ddp_sgd.distributed.progress import NOTE_S, Note
 from ddp_sgd.distributed.rendezvous import RendezvousInfo, StoreKey, is_agent_store
-from ddp_sgd.errors import (
-    Cause,
-    ExitCode,
-    PeerError,
-    RemoteError,
-    StopInterrupt,
-    UserError,
-)
+from ddp_sgd.errors import Cause, ExitCode, PeerError, RemoteError, StopInterrupt, UserError
 from ddp_sgd.host import scaled
 from ddp_sgd.text import first_line
 
