@@ -236,11 +236,6 @@ def memory_for(use: Use, where: str = "data.train") -> Iterator[None]:
 def refuse_out_of_memory(error: Exception, use: Use, where: str = "data.train") -> None:
     """Raise an error that names the cause and the remedy, if memory ran out.
 
-    Args:
-        error: What was raised.
-        use: What the memory is for.
-        where: Key of the data set, for data.
-
     Raises:
         ConfigError: ``error`` reports that memory of the device or of the host ran out.
     """

@@ -58,11 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(line: CommandLine) -> int:
-    """Join the ranks that the environment names, and score.
-
-    Args:
-        line: The checkpoint, and what changes in its configuration.
-    """
+    """Join the ranks that the environment names, and score."""
     with only_on_rank(this_one=may_be_rank_0(os.environ)):
         read_ranks(os.environ)
     from ddp_sgd.distributed.runtime import start_runtime
@@ -166,10 +162,6 @@ def _components(config: RunConfig) -> list[Any]:
 
 def score_again(saved: Saved, runtime: "Runtime") -> "tuple[Metrics, str]":
     """Score a saved model on every sample of ``data.eval``.
-
-    Args:
-        saved: From ``look_up``.
-        runtime: This process.
 
     Returns:
         The scores, and the digest of the weights; equal on all ranks, on any number of them.

@@ -224,13 +224,7 @@ def torchrun_flags(
 
 
 def torchrun_environment(environ: Mapping[str, str], nproc: int, cpus: int) -> dict[str, str]:
-    """Build the environment of torchrun; what the user has set stays.
-
-    Args:
-        environ: Environment variables of the launcher.
-        nproc: Processes on this machine.
-        cpus: CPUs that this machine has for them.
-    """
+    """Build the environment of torchrun; what the user has set stays."""
     defaults = {
         "OMP_NUM_THREADS": str(max(1, cpus // nproc)),
         # One rank prints, so lines need no name in front; torchrun takes no empty text for that.
@@ -245,10 +239,6 @@ def torchrun_environment(environ: Mapping[str, str], nproc: int, cpus: int) -> d
 
 def read_options(argv: Sequence[str], environ: Mapping[str, str]) -> LaunchOptions | None:
     """Read the options of the launcher, which come before those of ``ddp_sgd.train``.
-
-    Args:
-        argv: Arguments without the name of the program.
-        environ: Environment variables.
 
     Returns:
         The options; None if help was requested.

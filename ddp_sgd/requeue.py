@@ -124,9 +124,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def prepare(line: CommandLine) -> int:
     """Make the folder of the logs, and print the variables.
 
-    Args:
-        line: The configuration of the run.
-
     Raises:
         OutputError: The folder cannot be made.
     """
@@ -186,9 +183,6 @@ def describe_job(environ: Mapping[str, str], folder: Path, timeout_s: int) -> di
 def find_port(port: int) -> int:
     """Find a port that no other program listens on, at a port or some way above it.
 
-    Args:
-        port: The first choice.
-
     Raises:
         ConfigError: All are taken.
     """
@@ -245,10 +239,6 @@ def why_not(attempt: JobAttempt, *, max_requeues: int) -> str | None:
 
     A job goes on if it was stopped, or lost a machine, and saved a step since it began; not if it
     failed, which a person has to look at, and not if SLURM ends or requeues it by itself.
-
-    Args:
-        attempt: How the job ended.
-        max_requeues: How often it may go back into the queue.
     """
     if attempt.exit_code not in (ExitCode.STOPPED, ExitCode.PEER, None):
         return "what failed would fail again"

@@ -22,9 +22,6 @@ class RunFiles:
 
     The run folder is made by rank 0, so the logs begin beside it, and move in when the run is over.
 
-    Args:
-        folder: The run folder.
-
     Attributes:
         folder: The run folder.
         logs: Folder of the logs: first ``NAME.logs.*`` beside the run folder.

@@ -27,9 +27,6 @@ class Snapshot:
     """Host memory as large as the state, page-locked where the state is on an accelerator.
 
     Where no page-locked memory is to be had, pageable memory takes its place.
-
-    Args:
-        device: Where the state is.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -120,12 +117,7 @@ class Checkpointer(Protocol):
     save_s: float
 
     def save(self, header: Header, tensors: Tree) -> None:
-        """Save a state dict; training may go on when this returns.
-
-        Args:
-            header: Where the run stands.
-            tensors: The tensors, where they are.
-        """
+        """Save a state dict; training may go on when this returns."""
 
     def poll(self) -> None:
         """Report a save that has ended since."""
@@ -219,10 +211,6 @@ class AsyncCheckpointer:
 
     def save(self, header: Header, tensors: Tree) -> None:
         """Copy a state dict, and write the copy in the background.
-
-        Args:
-            header: Where the run stands.
-            tensors: The tensors, where they are.
 
         Raises:
             OutputError: This many saves in a row have failed.

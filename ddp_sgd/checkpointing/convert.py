@@ -169,10 +169,6 @@ ENDING = ".safetensors"
 def refuse_overwriting(output: Path, *, force: bool) -> None:
     """Look at the names before anything slow is done.
 
-    Args:
-        output: Where the weights go.
-        force: Whether files that exist may be replaced.
-
     Raises:
         ConfigError: It has another ending.
         OutputError: It, or the configuration beside it, exists.

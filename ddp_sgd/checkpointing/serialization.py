@@ -41,9 +41,6 @@ _ANOTHER = "name another checkpoint"
 def read_tensors(file: Path) -> dict[str, Any]:
     """Load a checkpoint onto the host.
 
-    Args:
-        file: A file that a run has written.
-
     Returns:
         ``model`` (name to tensor), ``optimizer`` (``momentum_buffer``: name to tensor), the header
         by name, ``data``, marks of the training data, if they could be read, and ``compression`` if

@@ -218,11 +218,7 @@ def keys_text(*, width: int = 100) -> str:
 
 
 def reference_markdown(page: str) -> str:
-    """Write the tables of ``docs/configuration.md`` again, and keep the prose before them.
-
-    Args:
-        page: The page as it is.
-    """
+    """Write the tables of ``docs/configuration.md`` again, and keep the prose before them."""
     rows = "\n".join(_row(key, key.leaf) for key in keys_below("loss"))
     head, _, rest = page.partition(_COMPONENT_TABLE)
     prose = rest[rest.index("\n\n") : rest.index(_ALL_KEYS)]

@@ -175,9 +175,6 @@ class StoreErrorPropagation:
     def resolve(self, error: Exception) -> Exception:
         """Return the error that this rank should end with.
 
-        Args:
-            error: What this rank ran into.
-
         Returns:
             The error itself if this rank failed first, as a ``PeerError`` if it is a lost
             connection; ``RemoteError`` if another rank failed before.
@@ -348,10 +345,6 @@ def end_process(error: Exception, error_propagation: ErrorPropagation) -> NoRetu
 
     The line is printed, unless another rank has reported the error; ``before_exit`` is called with
     it, and the communicator is aborted.
-
-    Args:
-        error: Why it ends.
-        error_propagation: Of this rank.
     """
     error = error_propagation.resolve(error)
     code = error.exit_code if isinstance(error, UserError) else ExitCode.INTERNAL

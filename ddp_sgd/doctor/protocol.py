@@ -49,12 +49,7 @@ _GRACE_S = scaled(60.0)
 
 
 class Coordinator:
-    """Rank 0's side: it collects facts, sends the decision, and reads reports.
-
-    Args:
-        store: From ``reach_store``.
-        world_size: Number of ranks.
-    """
+    """Rank 0's side: it collects facts, sends the decision, and reads reports."""
 
     def __init__(self, store: Store, world_size: int) -> None:
         self._store = store
@@ -160,9 +155,6 @@ class Worker:
 
     def answer(self, folder: Path) -> list[str] | None:
         """Reply to rank 0's requests, and read whether to join the group.
-
-        Args:
-            folder: The output folder of this rank.
 
         Returns:
             Name of the host of each rank; None: the group is not joined.
@@ -327,11 +319,6 @@ def coordinate(
 
 def visit(config: RunConfig, ranks: Ranks, mine: Facts) -> int:
     """Take part in the checks, on any rank but 0, and return the exit code.
-
-    Args:
-        config: Description of the run.
-        ranks: This process.
-        mine: Facts of this rank.
 
     Raises:
         PeerError: Rank 0 cannot be reached.

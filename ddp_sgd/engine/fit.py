@@ -314,10 +314,6 @@ def _stop_request(stop: HasReason) -> StopRequest:
 def refuse_divergence(skipped: SkippedSteps, lr: float) -> None:
     """End a run whose gradients stay non-finite.
 
-    Args:
-        skipped: Steps without a finite gradient.
-        lr: Rate of the last step.
-
     Raises:
         DivergedError: There were 10 or more.
     """

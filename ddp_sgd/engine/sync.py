@@ -64,11 +64,6 @@ class TimeShares:
     phase is waiting. Where it goes on during the backward pass, waiting is what a rank takes longer
     for that than the quickest one. On an accelerator these are times of the host, which waits for
     the device only at a sync.
-
-    Args:
-        progress: Measures phases.
-        runtime: This process.
-        meets_in: Phases in which ranks wait for each other.
     """
 
     def __init__(
