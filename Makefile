@@ -52,9 +52,9 @@ soak: $(TESTS) ## A hundred random faults, 20 restarts, machines that come and g
 bench: $(TESTS) ## The headline table: ddp_sgd beside frameworks and loops by hand, half an hour. ARGS="--rounds 1" for a third of it.
 	$(BIN)/python -m benchmarks.peers --write benchmarks/results $(ARGS)
 
-docs: $(RUNS) ## Write docs/configuration.md again.
-	$(BIN)/python -c 'from ddp_sgd.config.reference import reference_markdown as m; print(m(), end="")' \
-		>docs/configuration.md
+docs: $(RUNS) ## Write the tables of docs/configuration.md again.
+	$(BIN)/python -c 'from pathlib import Path; from ddp_sgd.config.keys import reference_markdown; \
+		page = Path("docs/configuration.md"); page.write_text(reference_markdown(page.read_text()))'
 
 clean: ## Remove what tools leave behind; runs/ and .venv/ stay.
 	rm -rf .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache dist

@@ -22,9 +22,6 @@ class RunFiles:
 
     The run folder is made by rank 0, so the logs begin beside it, and move in when the run is over.
 
-    Args:
-        folder: The run folder.
-
     Attributes:
         folder: The run folder.
         logs: Folder of the logs: first ``NAME.logs.*`` beside the run folder.
@@ -171,8 +168,8 @@ class RunFiles:
         result = result_from_rows(rows, exit_code=ExitCode.STOPPED, error=_STOPPED_LINE)
         if header is None:
             return {**result, "step": 0, "epoch": 0.0, "samples": 0}
-        epoch = header.epoch + header.position / header.plan["samples_per_epoch"]
-        return {**result, "step": header.step, "epoch": epoch, "samples": header.samples}
+        place = {"step": header.step, "epoch": header.epochs, "samples": header.samples}
+        return {**result, **place}
 
     def move_into_run_folder(self) -> None:
         """Move the logs of all workers into ``logs/`` of the run folder; or leave them there."""

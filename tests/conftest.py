@@ -40,7 +40,7 @@ SLOW = (
     "distributed/test_hang",
     "distributed/test_launcher_files.py",
     "distributed/test_local_sgd.py",
-    "distributed/test_replication.py",
+    "distributed/test_wrap_model.py",
     "doctor/test_links.py",
     "doctor/test_main.py",
     "doctor/test_protocol.py",

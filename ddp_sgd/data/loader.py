@@ -26,9 +26,8 @@ from ddp_sgd.data.fetcher import (
     Unreadable,
 )
 from ddp_sgd.data.sampler import EvalSampler, TrainSampler
-from ddp_sgd.errors import DataError
+from ddp_sgd.errors import DataError, lost_worker
 from ddp_sgd.seeds import seed_for
-from ddp_sgd.torch_errors import lost_worker
 from ddp_sgd.tree import map_leaves
 
 

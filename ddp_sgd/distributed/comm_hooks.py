@@ -75,10 +75,6 @@ class PowerSGD(CommHook):
     for the one before, since the messages of two would get mixed up on gloo; and a step that is
     skipped, since its gradient is not finite, leaves no trace: it would never go away.
 
-    Args:
-        names: Name of each parameter.
-        runtime: This process.
-
     Source:
         Vogels et al. 2019, arXiv:1905.13727.
     """

@@ -67,9 +67,6 @@ def leave(code: int) -> NoReturn:
     The interpreter ends a daemon thread that comes back from C++ by unwinding its stack, which
     aborts the process: exit code -6 in place of the run's. Where there is such a thread, exit hooks
     are left out.
-
-    Args:
-        code: Exit code of the contract.
     """
     if any(
         thread.daemon and thread.name.startswith("ddp_sgd-") for thread in threading.enumerate()

@@ -13,11 +13,10 @@ from typing import Any
 from torch import nn
 
 from ddp_sgd.checkpointing.checkpointer import Checkpointer, open_checkpointer
-from ddp_sgd.checkpointing.manifest import SkippedSteps
+from ddp_sgd.checkpointing.store import SkippedSteps
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.data.loader import StepBatches
-from ddp_sgd.distributed.error_propagation import propagate_errors
-from ddp_sgd.distributed.error_watch import end_process
+from ddp_sgd.distributed.error_propagation import end_process, propagate_errors
 from ddp_sgd.distributed.hang_watch import watch_for_hangs
 from ddp_sgd.distributed.progress import Phase
 from ddp_sgd.distributed.runtime import Runtime
@@ -35,12 +34,11 @@ from ddp_sgd.engine.setup import TrainContext, build_context
 from ddp_sgd.engine.sync import RankSync, SyncResult
 from ddp_sgd.engine.train_state import hand_over, refuse_other_parts
 from ddp_sgd.engine.triggers import Deadline, HasReason, StopRequest, Timetable, stop_on_signal
-from ddp_sgd.errors import DivergedError
+from ddp_sgd.errors import DivergedError, translate_errors
 from ddp_sgd.losses import LossFunction
 from ddp_sgd.optim.schedule import Schedule, build_schedule
 from ddp_sgd.report.reporter import Reporter, open_report, report_end
 from ddp_sgd.report.run_folder import RunFolder, claim_run_folder
-from ddp_sgd.torch_errors import translate_errors
 
 _PATIENCE = 10
 """Steps in a row without a finite gradient that end a run."""
@@ -315,10 +313,6 @@ def _stop_request(stop: HasReason) -> StopRequest:
 
 def refuse_divergence(skipped: SkippedSteps, lr: float) -> None:
     """End a run whose gradients stay non-finite.
-
-    Args:
-        skipped: Steps without a finite gradient.
-        lr: Rate of the last step.
 
     Raises:
         DivergedError: There were 10 or more.

@@ -22,8 +22,7 @@ from ddp_sgd.data.loader import (
     move,
 )
 from ddp_sgd.data.sampler import EvalSampler, TrainSampler
-from ddp_sgd.errors import DataError
-from ddp_sgd.torch_errors import lost_worker
+from ddp_sgd.errors import DataError, lost_worker
 
 CPU = torch.device("cpu")
 
