@@ -50,7 +50,7 @@ TORCH = (
 )
 WANDB = ("numpy", "wandb", "ddp_sgd.report.wandb_follower", "ddp_sgd.distributed.environment")
 PIPE, DEVNULL = subprocess.PIPE, subprocess.DEVNULL
-STARTERS = ("ddp_sgd.launch", "ddp_sgd.torchrun", "torch.distributed.run")
+STARTERS = ("ddp_sgd.launch", "ddp_sgd.torchrun", "torch.distributed.run", "benchmarks.peers")
 """Programs that start processes, which are forked as well."""
 IS_LINUX = sys.platform == "linux"
 
