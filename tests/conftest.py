@@ -58,6 +58,9 @@ SLOW = (
 LONGEST = "slurm/test_jobs.py"
 """The file that takes longest comes first, so that no worker is left with it at the end."""
 
+# Threads of torch and numpy in every process would wait for each other by spinning on busy CPUs.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 settings.register_profile(
     "any_machine",
     max_examples=50,

@@ -129,6 +129,8 @@ def _rank(
 ):
     os.environ.clear()
     os.environ.update(environment)
+    # Else a rank has loader processes started by a fork server of its own, which imports torch.
+    multiprocessing.set_start_method(None, force=True)
     measured = coverage.Coverage.current()
     if measured and "UNMEASURED" in environment:
         measured.stop()
