@@ -20,7 +20,7 @@ train: $(RUNS) ## Train on the embedded digits, 2 processes; PROCESSES=4 ARGS="-
 	PYTHON=$(BIN)/python launch/local.sh --nproc $(PROCESSES) $(ARGS)
 
 test: $(TESTS) ## Run the tests; fails below 95 % coverage. ARGS="tests/test_plan.py --no-cov" for some.
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --cov=ddp_sgd $(ARGS)
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder --cov=ddp_sgd $(ARGS)
 
 test-fast: $(TESTS) ## Run the unit tests and a few runs, in less than two minutes.
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --no-cov --fast $(ARGS)
