@@ -415,8 +415,8 @@ def test_every_row_comes_once_to_a_server_where_the_follower_is_killed(stub, rec
 @pytest.mark.timeout(600 + 60 * KILLS)
 def test_every_row_comes_once_where_the_trainer_is_killed_again_and_again(tmp_path):
     instants = random.Random(3)
-    hurry, epochs = tmp_path / "hurry", 4 * KILLS  # more than the attempts get to
-    patience = f"{{pause_s: 0.01, until: {hurry}}}"
+    hurry, epochs = tmp_path / "hurry", 2 * KILLS  # more than the attempts get to
+    patience = f"{{pause_s: 0.02, until: {hurry}}}"
     options = [
         f"--epochs={epochs}", "--log.every_steps=1", "--checkpoint.every_steps=5",
         f"--model={{class_path: user_code.Slow, init_args: {patience}}}",
