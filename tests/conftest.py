@@ -40,6 +40,7 @@ SLOW = (
     "distributed/test_hang",
     "distributed/test_launcher_files.py",
     "distributed/test_local_sgd.py",
+    "distributed/test_recursive_doubling.py",
     "distributed/test_replication.py",
     "doctor/test_links.py",
     "doctor/test_main.py",
@@ -47,14 +48,18 @@ SLOW = (
     "engine/test_evaluation.py",
     "engine/test_host_waits.py",
     "engine/test_rank_consistency.py",
+    "launch/test_run.py",
+    "launch/test_wheel.py",
     "report/test_wandb",
+    "test_allocation.py",
     "test_benchmarks.py",
     "test_console.py",
+    "test_launch.py",
     "test_platforms.py",
     "test_secrets.py",
 )
 """Files that ``--fast`` leaves out: what is left are the unit tests, and runs of ``test_train.py``,
-``distributed/test_runs.py``, ``launch/test_run.py`` and others."""
+``distributed/test_runs.py`` and others."""
 LONGEST = (
     "slurm/test_jobs.py",
     "network/test_two_hosts.py",
