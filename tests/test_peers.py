@@ -2,11 +2,11 @@
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
+import commands
 import pytest
 
 from benchmarks.peers import __main__ as peers
@@ -25,7 +25,7 @@ def test_everybody_does_the_same_work(tmp_path):
     environ = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
     lines = tmp_path / "records.jsonl"
     command = ["-m", "benchmarks.peers", "--short", f"--records={lines}", f"--write={tmp_path}"]
-    done = subprocess.run(
+    done = commands.run(
         [sys.executable, *command],
         cwd=ROOT,
         env=environ,
