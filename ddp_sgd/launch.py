@@ -136,8 +136,9 @@ def _report_end(end: End, files: RunFiles, *, may_restore: bool, is_stopped: boo
     if end.error:
         report_error(end.error)
     has_result = end.is_from_result
-    if end.code == ExitCode.STOPPED and may_restore and not has_result:
-        has_result = files.restore_stop_result()
+    # The next attempt may have removed it since it was read.
+    if end.code == ExitCode.STOPPED and may_restore and files.result() is None:
+        has_result = files.restore_stop_result() or has_result
     if has_result:
         files.move_into_run_folder()
     elif end.code == ExitCode.DONE or (is_stopped and not files.attempts()):

@@ -13,6 +13,10 @@ from tempfile import mkdtemp
 from typing import Any
 
 from ddp_sgd.errors import DataError, ExitCode, OutputError, UserError
+from ddp_sgd.host import scaled
+
+_LOCK_S = 5.0
+"""Longest wait for a worker that is being ended to leave the run folder, in seconds."""
 
 _STOPPED_LINE = "the run was stopped while it was starting again; start it again to go on."
 
@@ -136,7 +140,7 @@ class RunFiles:
         if result is None:
             return False
         try:
-            lock = FolderLock(self.folder, patience_s=0.0)
+            lock = FolderLock(self.folder, patience_s=scaled(_LOCK_S))
         except (OSError, UserError):
             return False
         try:

@@ -42,8 +42,9 @@ def test_everybody_does_the_same_work(tmp_path):
     assert all(each.steps == STEPS[each.ranks] for each in records)
     assert differences(records) == []
     for each in records:
-        for figure in ("steps_per_s", "cpu_us", "first_step_s", "whole_s", "peak_mb", "loss"):
+        for figure in ("steps_per_s", "first_step_s", "whole_s", "peak_mb", "loss"):
             assert getattr(each, figure) > 0, (figure, each)
+        assert each.cpu_us + each.other_cpu_us > 0, each  # the clock of a short run may not move
         assert each.first_step_s < each.whole_s
     (file,) = tmp_path.glob("peers_*.md")
     assert file.read_text().strip() == done.stdout.strip()

@@ -105,6 +105,8 @@ def follow(attempt: WandbRun, wait: Callable[[float], bool]) -> None:
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     try:
         lock_out_others(attempt.folder / "wandb" / ".lock")
+        # On a busy machine the process of a later attempt may have come first.
+        attempt.is_resumed |= (attempt.folder / "wandb" / "run_id").exists()
         run = attempt.open()
         if run is not None:
             _log_rows(attempt, run, wait)

@@ -278,6 +278,19 @@ def test_a_lost_follower_is_replaced_by_hand(record, said):
     assert (summary["status"], summary["best/eval/accuracy"]) == ("finished", 0.7)
 
 
+def test_the_process_of_the_first_attempt_may_come_last(record, said):
+    """On a busy machine it may wait while that of a later attempt sends all."""
+    attempt(record, said, WandbConfig(mode="disabled"), rows=rows_of(10, 60))
+    first = TrackedRun(record, said.append, OFFLINE)  # it has no journal of before, or it seems so
+    assert not record.origin.has_rows
+    first.finish(RESULT)
+    assert places(inspect_offline_run(record.folder)) == EACH_ONCE
+    again = TrackedRun(record, said.append, OFFLINE)
+    again.finish(RESULT)
+    assert places(inspect_offline_run(record.folder)) == EACH_ONCE
+    assert len(ids(record.folder)) == 1
+
+
 def test_a_run_that_trained_with_wandb_disabled_is_sent_by_hand(stub, record, said):
     attempt(record, said, WandbConfig(mode="disabled"), rows=rows_of(10, 60))
     assert not (record.folder / "wandb").exists()
