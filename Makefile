@@ -20,7 +20,7 @@ train: $(RUNS) ## Train on the embedded digits, 2 processes; PROCESSES=4 ARGS="-
 	PYTHON=$(BIN)/python launch/local.sh --nproc $(PROCESSES) $(ARGS)
 
 test: $(TESTS) ## Run the tests; fails below 95 % coverage. ARGS="tests/test_plan.py --no-cov" for some.
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --cov=ddp_sgd $(ARGS)
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder --cov=ddp_sgd $(ARGS)
 
 test-fast: $(TESTS) ## Run the unit tests and a few runs, in less than two minutes.
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --no-cov --fast $(ARGS)
@@ -52,9 +52,9 @@ soak: $(TESTS) ## A hundred random faults, 20 restarts, machines that come and g
 bench: $(TESTS) ## The headline table: ddp_sgd beside frameworks and loops by hand, half an hour. ARGS="--rounds 1" for a third of it.
 	$(BIN)/python -m benchmarks.peers --write benchmarks/results $(ARGS)
 
-docs: $(RUNS) ## Write docs/configuration.md again.
-	$(BIN)/python -c 'from ddp_sgd.config.reference import reference_markdown as m; print(m(), end="")' \
-		>docs/configuration.md
+docs: $(RUNS) ## Write the tables of docs/configuration.md again.
+	$(BIN)/python -c 'from pathlib import Path; from ddp_sgd.config.keys import reference_markdown; \
+		page = Path("docs/configuration.md"); page.write_text(reference_markdown(page.read_text()))'
 
 clean: ## Remove what tools leave behind; runs/ and .venv/ stay.
 	rm -rf .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache dist
@@ -93,7 +93,7 @@ $(LOWEST)/.installed: $(TESTS) tests/lowest_versions.py
 	@touch $@
 
 # Of the torch-free part of the package: what its tests import, too, needs no torch.
-NEWER_TESTS := tests/config --ignore=tests/config/test_reference.py tests/test_plan.py tests/test_seeds.py \
+NEWER_TESTS := tests/config --ignore=tests/config/test_reference.py tests/test_plan.py \
 	tests/test_scaling.py tests/test_explain.py --deselect=tests/test_explain.py::test_the_model_gives_the_size_of_its_gradients \
 	--deselect=tests/test_explain.py::test_a_model_that_is_frozen_has_no_gradients tests/test_requeue.py tests/distributed/test_slurm_environment.py \
 	tests/test_slurm_job.py tests/distributed/test_gpus.py tests/launch/test_options.py tests/test_run_files.py \

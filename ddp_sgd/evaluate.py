@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddp_sgd.checkpointing.inspection import epochs_of
-from ddp_sgd.checkpointing.manifest import Header
+from ddp_sgd.checkpointing.store import Header
 from ddp_sgd.cli import run_command
 from ddp_sgd.config import CommandLine, Component, RunConfig, dump_yaml
 from ddp_sgd.console import deliver, say_error
@@ -59,11 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(line: CommandLine) -> int:
-    """Join the ranks that the environment names, and score.
-
-    Args:
-        line: The checkpoint, and what changes in its configuration.
-    """
+    """Join the ranks that the environment names, and score."""
     with only_on_rank(this_one=may_be_rank_0(os.environ)):
         read_ranks(os.environ)
     from ddp_sgd.distributed.runtime import start_runtime
@@ -93,7 +88,7 @@ def _work(line: CommandLine, runtime: "Runtime") -> list[str]:
     row = {
         "checkpoint": str(saved.file),
         "step": header.step,
-        "epoch": epochs_of(header),
+        "epoch": header.epochs,
         "samples": header.samples,
         "world_size": runtime.world_size,
         "weights_digest": digest,
@@ -168,10 +163,6 @@ def _components(config: RunConfig) -> list[Any]:
 def score_again(saved: Saved, runtime: "Runtime") -> "tuple[Metrics, str]":
     """Score a saved model on every sample of ``data.eval``.
 
-    Args:
-        saved: From ``look_up``.
-        runtime: This process.
-
     Returns:
         The scores, and the digest of the weights; equal on all ranks, on any number of them.
 
@@ -180,7 +171,7 @@ def score_again(saved: Saved, runtime: "Runtime") -> "tuple[Metrics, str]":
         DataError: The checkpoint or the samples cannot be read.
     """
     from ddp_sgd.engine.precision import torch_settings
-    from ddp_sgd.torch_errors import translate_errors
+    from ddp_sgd.errors import translate_errors
 
     config = saved.config
     if config.data.eval is None:

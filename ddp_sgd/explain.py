@@ -53,10 +53,7 @@ def _add_options(parser: ArgumentParser) -> None:
         "the journal of a run on one rank; predicts steps, epochs and efficiency for more ranks; "
         "needs --bandwidth_gbit and --latency_us",
     )
-    add(
-        "--bandwidth_gbit",
-        help="bandwidth of the link that leaves a host, one way, in Gbit/s",
-    )
+    add("--bandwidth_gbit", help="bandwidth of the link that leaves a host, one way, in Gbit/s")
     add("--latency_us", help="latency of one message between ranks, in microseconds")
     add(
         "--gradient_mb",

@@ -39,9 +39,6 @@ class Randomness:
     torch's are seeded always. Seeding those of ``random`` and ``numpy.random`` takes 15 us, as long
     as a small layer, so they are seeded only if a pass was seen to draw from them.
 
-    Args:
-        device: Where the model computes.
-
     Attributes:
         generators: torch's generators, of the host and of the device.
     """

@@ -1,4 +1,3 @@
-import resource
 import subprocess
 import sys
 
@@ -199,10 +198,9 @@ def test_help_names_its_own_options(capsys):
     assert "--step_ms" in out
 
 
-def test_command_answers_fast_and_without_torch():
+def test_command_needs_no_torch():
     program = "import sys; sys.argv[0] = 'explain'; from ddp_sgd.explain import main; code = main()"
     check = "; sys.exit(code or (9 if {'torch', 'wandb'} & set(sys.modules) else 0))"
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     scaling = ["--gradient_mb=0.5", *SCALING]
     done = subprocess.run(
         [sys.executable, "-c", program + check, "--world_size", "64", *scaling],
@@ -213,9 +211,6 @@ def test_command_answers_fast_and_without_torch():
     )
     assert done.stdout == _scaled(world_size=64, workload={"gradient_bytes": MIB // 2})
     assert done.stderr == ""
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # CPU time, which a busy machine does not stretch; it works on one core without waiting.
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5
 
 
 def test_module_runs_as_a_command():

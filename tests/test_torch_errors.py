@@ -6,10 +6,17 @@ import torch
 from torch import nn
 
 from ddp_sgd.config.sections import Component
-from ddp_sgd.errors import ConfigError, DataError, DeviceError
+from ddp_sgd.errors import (
+    ConfigError,
+    DataError,
+    DeviceError,
+    Use,
+    describe_out_of_memory,
+    memory_for,
+    translate_errors,
+)
 from ddp_sgd.instantiate import instantiate
 from ddp_sgd.optim.sgd import SGD
-from ddp_sgd.torch_errors import Use, describe_out_of_memory, memory_for, translate_errors
 
 HUGE = 2**45
 

@@ -13,9 +13,8 @@ from torch import nn
 
 from ddp_sgd.data.dataset_checks import shape_of
 from ddp_sgd.data.draws import Draws, Indices, Number, sample_keys
-from ddp_sgd.errors import ConfigError, UserError
+from ddp_sgd.errors import ConfigError, Use, UserError, refuse_out_of_memory
 from ddp_sgd.seeds import seed_for
-from ddp_sgd.torch_errors import Use, refuse_out_of_memory
 from ddp_sgd.tree import tensors_in
 
 

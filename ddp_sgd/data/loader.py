@@ -36,9 +36,8 @@ from ddp_sgd.data.workers import (
     leave_signals_to_the_rank,
     start_method,
 )
-from ddp_sgd.errors import DataError
+from ddp_sgd.errors import DataError, lost_worker
 from ddp_sgd.seeds import seed_for
-from ddp_sgd.torch_errors import lost_worker
 
 _BLOCK = 64
 """Batches whose indices are copied to the device together, at least."""

@@ -15,8 +15,7 @@ from torch.utils.data import TensorDataset
 
 from ddp_sgd.data.dataset_checks import may_give_whole_batches
 from ddp_sgd.data.datasets import Arrays, InMemory
-from ddp_sgd.errors import ConfigError
-from ddp_sgd.torch_errors import Use, memory_for
+from ddp_sgd.errors import ConfigError, Use, memory_for
 
 _SHARE_OF_MEMORY = 4
 """``data.device: auto`` moves arrays to the device that fit into this part of its free memory."""

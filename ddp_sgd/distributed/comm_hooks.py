@@ -78,10 +78,6 @@ class PowerSGD(CommHook):
     On a GPU the host waits for the device in every step: torch's hook synchronizes it for each
     bucket that it compresses, after which the look at whether the gradient is finite costs nothing.
 
-    Args:
-        names: Name of each parameter.
-        runtime: This process.
-
     Source:
         Vogels et al. 2019, arXiv:1905.13727.
     """

@@ -67,9 +67,6 @@ def leave(code: int) -> NoReturn:
     The interpreter ends a daemon thread that comes back from C++ by unwinding its stack, which
     aborts the process: exit code -6 in place of the run's. So does freeing memory of a GPU that
     failed. Where there is either, exit hooks are left out.
-
-    Args:
-        code: Exit code of the contract.
     """
     names = [thread.name for thread in threading.enumerate() if thread.daemon]
     if any(name.startswith("ddp_sgd-") for name in names) or (code and _has_failed_device()):

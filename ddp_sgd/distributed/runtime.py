@@ -19,11 +19,13 @@ from ddp_sgd.distributed.error_propagation import (
     ErrorPropagation,
     LocalErrorPropagation,
     StoreErrorPropagation,
+    abort_group,
     propagate_errors,
+    watch_errors,
 )
-from ddp_sgd.distributed.error_watch import abort_group, watch_errors
 from ddp_sgd.distributed.process_exit import call_with_timeout
 from ddp_sgd.distributed.rendezvous import (
+    StoreKey,
     could_not_join,
     is_agent_store,
     open_store,
@@ -133,7 +135,7 @@ def _joined(
     with only_on_rank(this_one=ranks.rank == 0):
         store = open_store(ranks, timeout_s)
     info = read_rendezvous_info(store)
-    notes = PrefixStore("errors", store)
+    notes = PrefixStore(StoreKey.ERRORS.of(), store)
     error_propagation = StoreErrorPropagation(notes, ranks.rank, info, timeout_s)
     runtime = Runtime(
         rank=ranks.rank,
@@ -238,7 +240,7 @@ def _connect(
             torch.accelerator.set_device_index(runtime.device.index)  # each thread has its own
         dist.init_process_group(
             runtime.backend,
-            store=PrefixStore("group", store),
+            store=PrefixStore(StoreKey.GROUP.of(), store),
             rank=ranks.rank,
             world_size=ranks.world_size,
             timeout=timedelta(seconds=timeout_s + _collective_grace_s(runtime.device)),
@@ -248,7 +250,7 @@ def _connect(
 
     if runtime.backend == "nccl":
         # Else NCCL's watchdog ends the process by SIGABRT: no line, no code, no result. See
-        # ``error_watch`` for what ends it instead.
+        # ``watch_errors`` for what ends it instead.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     try:
         call_with_timeout(timeout_s + _GRACE_S, connect)
@@ -297,10 +299,11 @@ def _keep_store_open(store: Store, ranks: Ranks) -> None:
 
 
 def _outlast_others(store: Store, ranks: Ranks) -> None:
-    store.add("left", 1)
+    left = StoreKey.LEFT.of()
+    store.add(left, 1)
     deadline = time.monotonic() + _FAREWELL_S
     hosts_store = ranks.rank == 0 and not is_agent_store(os.environ)
-    while hosts_store and store.add("left", 0) < ranks.world_size:
+    while hosts_store and store.add(left, 0) < ranks.world_size:
         if time.monotonic() > deadline:
             break
         time.sleep(0.01)

@@ -15,9 +15,8 @@ from ddp_sgd.engine.evaluation import evaluating
 from ddp_sgd.engine.setup import TrainContext
 from ddp_sgd.engine.side_effects import undo_side_effects
 from ddp_sgd.engine.step import backward
-from ddp_sgd.errors import ConfigError, UserError
+from ddp_sgd.errors import ConfigError, Use, UserError, refuse_out_of_memory
 from ddp_sgd.text import first_line
-from ddp_sgd.torch_errors import Use, refuse_out_of_memory
 from ddp_sgd.tree import tensors_in
 
 CACHE_NAME = "compiled"

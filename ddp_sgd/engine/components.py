@@ -121,11 +121,6 @@ def choose_spread(model: nn.Module, inputs: Any, samples: int) -> Spread:
     A mapping becomes keyword arguments, and a list or tuple positional ones, where ``forward``
     takes several arguments that these fit. A list of one entry per sample, as detection models
     take, is one argument.
-
-    Args:
-        model: The module.
-        inputs: Inputs of a batch.
-        samples: Number of samples in it.
     """
     if not isinstance(inputs, (Mapping, list, tuple)):
         return "whole"

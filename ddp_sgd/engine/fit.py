@@ -14,11 +14,10 @@ import torch
 from torch import nn
 
 from ddp_sgd.checkpointing.checkpointer import Checkpointer, open_checkpointer
-from ddp_sgd.checkpointing.manifest import SkippedSteps
+from ddp_sgd.checkpointing.store import SkippedSteps
 from ddp_sgd.config.schema import ComputeConfig, RunConfig
 from ddp_sgd.data.loader import StepBatches
-from ddp_sgd.distributed.error_propagation import propagate_errors
-from ddp_sgd.distributed.error_watch import end_process
+from ddp_sgd.distributed.error_propagation import end_process, propagate_errors
 from ddp_sgd.distributed.hang_watch import watch_for_hangs
 from ddp_sgd.distributed.progress import Phase
 from ddp_sgd.distributed.runtime import Runtime
@@ -40,13 +39,12 @@ from ddp_sgd.engine.setup import TrainContext, build_context
 from ddp_sgd.engine.sync import RankSync, SyncResult
 from ddp_sgd.engine.train_state import hand_over, refuse_other_parts
 from ddp_sgd.engine.triggers import Deadline, HasReason, StopRequest, Timetable, stop_on_signal
-from ddp_sgd.errors import DivergedError
+from ddp_sgd.errors import DivergedError, translate_errors
 from ddp_sgd.losses import LossFunction
 from ddp_sgd.optim.schedule import Schedule, build_schedule
 from ddp_sgd.optim.sgd import RateTable
 from ddp_sgd.report.reporter import Reporter, open_report, report_end
 from ddp_sgd.report.run_folder import RunFolder, claim_run_folder
-from ddp_sgd.torch_errors import translate_errors
 
 _DOUBLE = (torch.float64, torch.complex128)
 
@@ -367,10 +365,6 @@ def _stop_request(stop: HasReason) -> StopRequest:
 
 def refuse_divergence(skipped: SkippedSteps, lr: float) -> None:
     """End a run whose gradients stay non-finite.
-
-    Args:
-        skipped: Steps without a finite gradient.
-        lr: Rate of the last step.
 
     Raises:
         DivergedError: There were 10 or more.

@@ -229,13 +229,7 @@ class Trait:
 
 
 class Brought(NamedTuple):
-    """What a rank sends the others.
-
-    Args:
-        host: Name of its host.
-        digests: Of its traits.
-        marks: Of its samples.
-    """
+    """What a rank sends the others."""
 
     host: str
     digests: list[str]
@@ -249,11 +243,6 @@ def require_consistency(
 
     Ranks send digests; only where these differ do they send what is behind them, and read the
     samples again: what a data set gives differently at a second reading is no difference.
-
-    Args:
-        settings: Description of the run, as plain data.
-        components: Model and data.
-        runtime: This process.
 
     Returns:
         Marks of the training data that this rank has read.

@@ -66,11 +66,7 @@ class RunResult:
 
 
 def read_result(folder: Path) -> RunResult | None:
-    """Read how an earlier attempt of a run ended; None if it failed, or left no result.
-
-    Args:
-        folder: The run folder.
-    """
+    """Read how an earlier attempt of a run ended; None if it failed, or left no result."""
     try:
         row = json.loads((folder / "result.json").read_bytes())
         plain = {name: row[name] for name in (*_PLAIN, "weights_digest")}

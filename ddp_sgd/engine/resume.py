@@ -12,9 +12,8 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.checkpointing.serialization import find_checkpoint, read_tensors
-from ddp_sgd.checkpointing.store import FOLDER_NAME, CheckpointFolder, Choice
+from ddp_sgd.checkpointing.store import FOLDER_NAME, CheckpointFolder, Choice, Header
 from ddp_sgd.config import RunConfig, changes_that_matter, rank_batch
 from ddp_sgd.config.sources import rounding_notes
 from ddp_sgd.config.yaml_io import read_yaml
@@ -67,7 +66,7 @@ class ResumePoint:
             has_rows=self.has_rows,
             is_resumed=self.has_rows or head is not None,
             step=head.step if head else 0,
-            epoch=head.epoch + head.position / head.plan["samples_per_epoch"] if head else 0.0,
+            epoch=head.epochs if head else 0.0,
             samples=head.samples if head else 0,
             is_scored=head is not None and head.scored_at == head.step,
             note={

@@ -36,7 +36,7 @@ from ddp_sgd.engine.side_effects import (
     undo_side_effects,
 )
 from ddp_sgd.engine.step import backward
-from ddp_sgd.errors import ConfigError
+from ddp_sgd.errors import ConfigError, Use, refuse_out_of_memory
 from ddp_sgd.losses import (
     LossFunction,
     Objective,
@@ -47,7 +47,6 @@ from ddp_sgd.losses import (
 )
 from ddp_sgd.plan import Plan
 from ddp_sgd.seeds import Randomness
-from ddp_sgd.torch_errors import Use, refuse_out_of_memory
 from ddp_sgd.tree import describe, list_tensors
 
 

@@ -7,15 +7,14 @@ from typing import Any
 
 from torch import nn
 
-from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.checkpointing.serialization import read_tensors
+from ddp_sgd.checkpointing.store import Header
 from ddp_sgd.config import ComputeConfig, OptimConfig, ParallelConfig
 from ddp_sgd.data.loader import EvalLoader, TrainLoader
 from ddp_sgd.data.sampler import EvalSampler, TrainSampler
 from ddp_sgd.distributed.collectives import broadcast_over_ranks
-from ddp_sgd.distributed.data_parallel import DataParallelModel
+from ddp_sgd.distributed.data_parallel import DataParallelModel, wrap_model
 from ddp_sgd.distributed.progress import Phase, ProgressTracker
-from ddp_sgd.distributed.replication import wrap_model
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, buffers_by_name
 from ddp_sgd.engine.components import Components, read_sample_batch
@@ -38,11 +37,11 @@ from ddp_sgd.engine.train_state import (
     restore_buffers,
     run_state_dict,
 )
+from ddp_sgd.errors import Use, memory_for
 from ddp_sgd.losses import LossFunction, Objective, loss_modules
 from ddp_sgd.optim.sgd import SGD, build_sgd
 from ddp_sgd.plan import Plan
 from ddp_sgd.seeds import Randomness
-from ddp_sgd.torch_errors import Use, memory_for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ddp_sgd.checkpointing.manifest import SkippedSteps
+from ddp_sgd.checkpointing.store import SkippedSteps
 from ddp_sgd.distributed.collectives import at_own_rank, sum_over_ranks
 from ddp_sgd.distributed.progress import Phase, ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
@@ -64,11 +64,6 @@ class TimeShares:
     phase is waiting. Where it goes on during the backward pass, waiting is what a rank takes longer
     for that than the quickest one. On an accelerator these are times of the host, which waits for
     the device only at a sync.
-
-    Args:
-        progress: Measures phases.
-        runtime: This process.
-        meets_in: Phases in which ranks wait for each other.
     """
 
     def __init__(

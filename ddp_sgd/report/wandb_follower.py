@@ -23,21 +23,8 @@ from secrets import token_hex
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from ddp_sgd.console import (
-    Parser,
-    deliver,
-    fill_descriptors,
-    report_error,
-    say,
-)
-from ddp_sgd.errors import (
-    DataError,
-    ExitCode,
-    OutputError,
-    RefusedError,
-    StoppedError,
-    UserError,
-)
+from ddp_sgd.console import Parser, deliver, fill_descriptors, report_error, say
+from ddp_sgd.errors import DataError, ExitCode, OutputError, RefusedError, StoppedError, UserError
 from ddp_sgd.host import scaled
 from ddp_sgd.report.folder_lock import OwnerWatch, lock_file
 from ddp_sgd.report.journal import FILE_NAME, JournalTail, first_row, has_journal, place_of
@@ -118,6 +105,8 @@ def follow(attempt: WandbRun, wait: Callable[[float], bool]) -> None:
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     try:
         lock_out_others(attempt.folder / "wandb" / ".lock")
+        # On a busy machine the process of a later attempt may have come first.
+        attempt.is_resumed |= (attempt.folder / "wandb" / "run_id").exists()
         run = attempt.open()
         if run is not None:
             _log_rows(attempt, run, wait)

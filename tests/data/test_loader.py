@@ -15,8 +15,7 @@ from ddp_sgd.data import InMemory
 from ddp_sgd.data.device import for_movable, move, pin
 from ddp_sgd.data.loader import EvalLoader, TrainLoader, _read
 from ddp_sgd.data.sampler import EvalSampler, TrainSampler
-from ddp_sgd.errors import DataError
-from ddp_sgd.torch_errors import lost_worker
+from ddp_sgd.errors import DataError, lost_worker
 
 CPU = torch.device("cpu")
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from ddp_sgd.checkpointing.manifest import SkippedSteps
+from ddp_sgd.checkpointing.store import SkippedSteps
 from ddp_sgd.config import RunConfig
 from ddp_sgd.distributed import collectives
 from ddp_sgd.distributed.progress import Phase, ProgressTracker
