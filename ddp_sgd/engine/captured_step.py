@@ -19,7 +19,7 @@ from ddp_sgd.distributed.collectives import gather_over_ranks
 from ddp_sgd.distributed.progress import Phase, ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.capture_check import Moved, find_problem
-from ddp_sgd.engine.setup import TrainContext
+from ddp_sgd.engine.context import TrainContext
 from ddp_sgd.engine.static_batches import GRAPHS_ARE_ON, LEAVE_OUT, StaticBatches, copy_batch
 from ddp_sgd.engine.step import Stepper, StepResult
 from ddp_sgd.errors import ConfigError, DeviceError

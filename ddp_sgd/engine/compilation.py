@@ -11,8 +11,8 @@ from torch import nn
 
 from ddp_sgd.config import ComputeConfig
 from ddp_sgd.data.loader import MicroBatch
+from ddp_sgd.engine.context import TrainContext
 from ddp_sgd.engine.evaluation import evaluating
-from ddp_sgd.engine.setup import TrainContext
 from ddp_sgd.engine.side_effects import undo_side_effects
 from ddp_sgd.engine.step import backward
 from ddp_sgd.errors import ConfigError, Use, UserError, refuse_out_of_memory

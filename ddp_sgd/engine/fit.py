@@ -24,6 +24,7 @@ from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.captured_step import capture_step
 from ddp_sgd.engine.compilation import CACHE_NAME, compiled
 from ddp_sgd.engine.components import Given, gather_components
+from ddp_sgd.engine.context import TrainContext
 from ddp_sgd.engine.evaluation import Interrupted
 from ddp_sgd.engine.precision import torch_settings
 from ddp_sgd.engine.rank_consistency import Identity, mark_training_set, require_consistency
@@ -35,7 +36,7 @@ from ddp_sgd.engine.resume import (
     plan_from,
     refuse_data_of_another_run,
 )
-from ddp_sgd.engine.setup import TrainContext, build_context
+from ddp_sgd.engine.setup import build_context
 from ddp_sgd.engine.sync import RankSync, SyncResult
 from ddp_sgd.engine.train_state import hand_over, refuse_other_parts
 from ddp_sgd.engine.triggers import Deadline, HasReason, StopRequest, Timetable, stop_on_signal

@@ -1,132 +1,39 @@
 """Setup of a run: components become a context that is ready to train."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from torch import nn
 
 from ddp_sgd.checkpointing.serialization import read_tensors
-from ddp_sgd.checkpointing.store import Header
 from ddp_sgd.config import ComputeConfig, OptimConfig, ParallelConfig
 from ddp_sgd.data.loader import EvalLoader, TrainLoader
 from ddp_sgd.data.sampler import EvalSampler, TrainSampler
-from ddp_sgd.distributed.collectives import broadcast_over_ranks
 from ddp_sgd.distributed.data_parallel import DataParallelModel, wrap_model
 from ddp_sgd.distributed.progress import Phase, ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, buffers_by_name
 from ddp_sgd.engine.components import Components, read_sample_batch
+from ddp_sgd.engine.context import TrainContext, broadcast_buffers_of
 from ddp_sgd.engine.evaluation import Metrics, Score, evaluate
 from ddp_sgd.engine.model_check import check_normalization
 from ddp_sgd.engine.precision import LossScale, Numerics
 from ddp_sgd.engine.rank_consistency import Identity, mark_training_set
 from ddp_sgd.engine.reading import Reading, place_arrays
-from ddp_sgd.engine.resume import MARKS, ResumePoint, refuse_other_data, state_from
+from ddp_sgd.engine.resume import ResumePoint, refuse_other_data, state_from
 from ddp_sgd.engine.sanity_check import TrainingFacts, check_evaluation, check_training
-from ddp_sgd.engine.step import Stepper, StepTaker
+from ddp_sgd.engine.step import Stepper
 from ddp_sgd.engine.sync import TimeShares
 from ddp_sgd.engine.train_state import (
-    State,
     Tree,
     broadcast_state,
-    other_state_dict,
     refuse_misfit,
     restore,
-    restore_buffers,
-    run_state_dict,
 )
 from ddp_sgd.errors import Use, memory_for
-from ddp_sgd.losses import LossFunction, Objective, loss_modules
+from ddp_sgd.losses import LossFunction, loss_modules
 from ddp_sgd.optim.sgd import SGD, build_sgd
 from ddp_sgd.plan import Plan
-from ddp_sgd.seeds import Randomness
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainContext:
-    """A run that is ready to start; its ``state_dict`` is what a checkpoint holds.
-
-    Args:
-        plan: The run's arithmetic.
-        runtime: This process.
-        wrapper: The model, equal on all ranks.
-        stepper: Takes steps.
-        objective: What is minimized.
-        loader: The training set, step by step.
-        score: Evaluates the model; gives nothing if there is no held-out set.
-        randomness: The generators that steps draw from, such as for dropout.
-        optimizer: SGD over the model's parameters.
-        state: Where the run stands.
-        skip: Samples at the head of the next step that were trained already.
-        progress: What is being done, for those who watch.
-        shares: Where the time goes.
-        buffers: The buffers that steps change.
-        loss_modules: Modules of the loss, by where they were found.
-        notes: What the user should know, one line each.
-        identity: What the run is, for checkpoints.
-    """
-
-    plan: Plan
-    runtime: Runtime
-    wrapper: DataParallelModel
-    stepper: StepTaker
-    objective: Objective
-    loader: TrainLoader
-    score: Score
-    randomness: Randomness
-    optimizer: SGD
-    state: State
-    skip: int
-    progress: ProgressTracker
-    shares: TimeShares
-    buffers: TrainingBuffers
-    loss_modules: Mapping[str, nn.Module]
-    notes: tuple[str, ...]
-    identity: Identity
-
-    def state_dict(self) -> tuple[Header, Tree]:
-        """Gather all that a resume needs; all ranks call this after the same step.
-
-        Returns:
-            The header, and the tensors where they are; whole on rank 0.
-        """
-        model, identity = self.wrapper.inner, self.identity
-        loss_scale = self.stepper.loss_scale
-        header, tree = run_state_dict(
-            self.state,
-            model=model,
-            optimizer=self.optimizer,
-            plan=self.plan,
-            config=identity.config,
-            run_id=identity.run_id,
-            loss=identity.loss,
-        )
-        others = {
-            **other_state_dict(model, self.loss_modules, self.buffers),
-            MARKS: {name: tuple(mark) for name, mark in identity.marks.items()},
-            "compression": self.wrapper.state_dict(),
-            "loss_scale": loss_scale.state_dict() if loss_scale else {},
-        }
-        return header, {**tree, **{key: value for key, value in others.items() if value}}
-
-    def load_state_dict(self, saved: Tree | None) -> None:
-        """Put back all but the weights, which were loaded before; all ranks call this.
-
-        Args:
-            saved: Content of the checkpoint, on rank 0; elsewhere None.
-        """
-        if saved:
-            restore_buffers(self.wrapper.inner, self.loss_modules, self.buffers, saved)
-            self.optimizer.load_state_dict(saved["optimizer"])
-        self.wrapper.sync_buffers()
-        _broadcast_buffers(self.loss_modules, self.runtime)
-        momentum = self.optimizer.state_dict()["momentum_buffer"].values()
-        broadcast_over_ranks(momentum, self.runtime)
-        self.wrapper.load_state_dict(saved.get("compression") if saved else None)
-        if loss_scale := self.stepper.loss_scale:
-            loss_scale.load_state_dict(saved.get("loss_scale") if saved else None, self.runtime)
 
 
 def build_context(  # noqa: PLR0913  # a section for each part of the run
@@ -148,9 +55,9 @@ def build_context(  # noqa: PLR0913  # a section for each part of the run
         runtime: This process.
         resume_point: What the run goes on from.
         identity: What the run is.
-        optim: Section of the configuration, as are ``parallel`` and ``compute``.
-        parallel: See ``optim``.
-        compute: See ``optim``.
+        optim: Section of the configuration, as are the next two.
+        parallel: How the models of all ranks are kept equal.
+        compute: How numbers are computed.
 
     Raises:
         ConfigError: The components do not fit together, or not to the plan.
@@ -163,9 +70,7 @@ def build_context(  # noqa: PLR0913  # a section for each part of the run
     check_normalization(model, plan, step=state.step, skip=skip, device=runtime.device)
     optimizer = _optimizer(optim, model)
     facts = _check_training(components, model, plan, runtime, numerics)
-    momentum, captured = optimizer.momentum_buffers, compute.cuda_graphs
-    with memory_for(Use.MODEL):  # whose gradients need room, too
-        wrapper = wrap_model(model, runtime, parallel, plan, momentum, captured=captured)
+    wrapper = _wrapper(model, optimizer, plan, runtime, parallel, captured=compute.cuda_graphs)
     progress = ProgressTracker()
     stepper = _stepper(optim, wrapper, facts, optimizer, runtime, progress, numerics)
     context = TrainContext(
@@ -191,6 +96,20 @@ def build_context(  # noqa: PLR0913  # a section for each part of the run
     if components.reading.workers:
         components.files.close()
     return context
+
+
+def _wrapper(
+    model: nn.Module,
+    optimizer: SGD,
+    plan: Plan,
+    runtime: Runtime,
+    parallel: ParallelConfig,
+    *,
+    captured: bool,
+) -> DataParallelModel:
+    momentum = optimizer.momentum_buffers
+    with memory_for(Use.MODEL):  # whose gradients need room, too
+        return wrap_model(model, runtime, parallel, plan, momentum, captured=captured)
 
 
 def _stepper(
@@ -219,7 +138,7 @@ def _load_or_broadcast(context: TrainContext, saved: Tree | None, point: ResumeP
     if point.header is not None:
         context.load_state_dict(saved)
     else:
-        _broadcast_buffers(context.loss_modules, context.runtime)
+        broadcast_buffers_of(context.loss_modules, context.runtime)
 
 
 def _ready_model(
@@ -279,11 +198,6 @@ def _check_training(
     train_set, reading = components.train_set, components.reading
     batch = read_sample_batch(train_set, "data.train", reading, runtime.device)
     return check_training(model, components.loss, train_set, batch, plan, runtime, numerics)
-
-
-def _broadcast_buffers(modules: Mapping[str, nn.Module], runtime: Runtime) -> None:
-    """Replace the buffers of some modules, such as those of the loss, by those of rank 0."""
-    broadcast_over_ranks(map(buffer_at, buffers_by_name(modules).values()), runtime)
 
 
 def _optimizer(optim: OptimConfig, model: nn.Module) -> SGD:
