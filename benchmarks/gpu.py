@@ -383,7 +383,7 @@ def measure(options: Namespace) -> Iterator[str]:
         head = "case | loop | steps per second | samples per second | of by hand"
         yield harness.markdown_table(head, rows)
         clear()
-    if is_cuda or options.small:
+    if "resnet50" in chosen:
         yield memory(small(CASES["resnet50"]) if options.small else CASES["resnet50"], device)
 
 
