@@ -28,7 +28,14 @@ from ddp_sgd.errors import DataError, ExitCode, OutputError, RefusedError, Stopp
 from ddp_sgd.host import scaled
 from ddp_sgd.report.folder_lock import OwnerWatch, lock_file
 from ddp_sgd.report.journal import FILE_NAME, JournalTail, first_row, has_journal, place_of
-from ddp_sgd.report.wandb_logger import FINISH_TIMEOUT_S, PROGRAM, WandbRun, tear_down, wandb_file
+from ddp_sgd.report.wandb_logger import (
+    FINISH_TIMEOUT_S,
+    PROGRAM,
+    WandbRun,
+    kept_id,
+    tear_down,
+    wandb_file,
+)
 from ddp_sgd.text import first_line
 
 if TYPE_CHECKING:
@@ -106,7 +113,7 @@ def follow(attempt: WandbRun, wait: Callable[[float], bool]) -> None:
     try:
         lock_out_others(attempt.folder / "wandb" / ".lock")
         # On a busy machine the process of a later attempt may have come first.
-        attempt.is_resumed |= (attempt.folder / "wandb" / "run_id").exists()
+        attempt.is_resumed |= kept_id(attempt.folder) == attempt.run_id
         run = attempt.open()
         if run is not None:
             _log_rows(attempt, run, wait)
