@@ -73,6 +73,9 @@ class FakeDevice:
     def compute_waits(self, event):
         self._enqueue("compute", event.mark)
 
+    def has_failed(self):
+        return False
+
     def host_waits(self, event):
         self.waits += not event.mark["passed"]
         while not event.mark["passed"]:

@@ -51,8 +51,8 @@ class ComputeConfig(Section):
 
     cuda_graphs: StrictBool = False
     """Capture a whole step as one CUDA graph, which takes small steps many times faster. A model
-    whose step depends on the host cannot be captured, which is checked before the first step and in
-    every epoch."""
+    whose step depends on the host cannot be captured, which is checked before the first step and
+    now and then at the beginning of an epoch."""
 
     @model_validator(mode="after")
     def _compiled_kernels_are_deterministic(self) -> "ComputeConfig":

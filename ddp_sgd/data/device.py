@@ -4,6 +4,7 @@ The next batch is read and copied while the device computes. The training thread
 samples draw from generators of the whole process.
 """
 
+import ctypes
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -92,6 +93,14 @@ class Transfer:
         """Let the compute stream wait for the last mark of an event; the host does not wait."""
         torch.cuda.current_stream(self.device).wait_event(event)
 
+    def has_failed(self) -> bool:
+        """Whether the device does nothing any more."""
+        try:
+            torch.cuda.current_stream(self.device).query()
+        except RuntimeError:
+            return True
+        return False
+
     def host_waits(self, event: Any) -> None:
         """Let the host wait for the last mark of an event, if the device has not passed it."""
         if not event.query():
@@ -108,7 +117,7 @@ class _Buffer:
 
     def __init__(self, allocate: Callable[[int], torch.Tensor]) -> None:
         self._allocate = allocate
-        self._memory: torch.Tensor | None = None
+        self.memory: torch.Tensor | None = None
         self._view: torch.Tensor | None = None
 
     def view(
@@ -127,11 +136,11 @@ class _Buffer:
             if is_alike:
                 return last
         num_bytes = math.prod(shape) * dtype.itemsize
-        if self._memory is None or self._memory.nbytes < num_bytes:
-            spare = 0 if self._memory is None else num_bytes // 4  # shapes vary: it may grow again
-            self._memory = self._view = None  # what is freed first may be given out again
-            self._memory = self._allocate(num_bytes + spare)
-        flat = self._memory[:num_bytes].view(dtype)
+        if self.memory is None or self.memory.nbytes < num_bytes:
+            spare = 0 if self.memory is None else num_bytes // 4  # shapes vary: it may grow again
+            self.memory = self._view = None  # what is freed first may be given out again
+            self.memory = self._allocate(num_bytes + spare)
+        flat = self.memory[:num_bytes].view(dtype)
         self._view = flat.view(shape) if stride is None else flat.as_strided(shape, stride)
         return self._view
 
@@ -155,6 +164,11 @@ class _BufferSet:
         """Begin with the first buffer again."""
         self.sources.clear()
         self._used = 0
+
+    def all_tensors(self) -> list[torch.Tensor]:
+        """List the memory of all buffers, and the tensors that are copied from where they are."""
+        memories = [buffer.memory for buffer in self._buffers]
+        return [*self.sources, *(each for each in memories if each is not None)]
 
     def next(self) -> _Buffer:
         """Return the buffer of the next tensor."""
@@ -222,6 +236,8 @@ class Prefetcher:
             with suppress(RuntimeError):  # of a device that failed, which the step reports
                 self._wait_for_copies()  # buffers may be freed, and copies not be over
             self._read = self._ahead = None
+            if self._transfer.has_failed():
+                self._keep_for_ever()
 
     def read_ahead(self) -> None:
         """Read the next item now, once the compute on the last one was launched.
@@ -279,6 +295,12 @@ class Prefetcher:
         self._transfer.record_compute(allocated)
         self._transfer.copies_wait(allocated)
         return memory
+
+    def _keep_for_ever(self) -> None:
+        """Never free page-locked memory: after a failure of the device that aborts the process."""
+        for buffers in self._host:
+            for tensor in buffers.all_tensors():
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(tensor))
 
     def _release(self) -> None:
         """Mark the end of what was launched on the item in use."""

@@ -1,6 +1,7 @@
 """Worker processes of data loaders: how they start, what leaves them, and signals to the job."""
 
 import atexit
+import gc
 import multiprocessing
 import os
 import signal
@@ -62,6 +63,8 @@ def leave_signals_to_the_rank(leaving: Any, _: int) -> None:
     Args:
         leaving: Shared flag; once it is set, SIGTERM ends the process, or nothing could.
     """
+    # What the rank leaves behind may hold memory of a GPU, and to free that here would abort.
+    gc.freeze()
 
     def note(number: int, _: FrameType | None) -> None:
         if leaving.value and number == signal.SIGTERM:

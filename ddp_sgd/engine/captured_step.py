@@ -28,6 +28,9 @@ from ddp_sgd.optim.sgd import RateTable
 _CHECKED, _LOOKED_AT = 3, 8
 """Full steps that are checked before the first replay, and steps among which they are."""
 
+_UNCHECKED = 5_000
+"""Steps between two checks, at least: a check takes the time of some hundred small steps."""
+
 _COPIES = 6
 """Copies of all that a step moves which the check makes, at most."""
 
@@ -87,7 +90,8 @@ def new_graph(device: torch.device) -> Graph:
 class CapturedStep:
     """Takes full steps by a graph; those that are ragged or cut short are taken eagerly.
 
-    The first step of an epoch is checked again, as all are before the first replay.
+    The first step of an epoch is checked again, as some are before the first replay, once in some
+    thousand steps.
 
     Args:
         stepper: Takes steps eagerly; what it launches is captured.
@@ -127,6 +131,7 @@ class CapturedStep:
         self._full = StaticBatches(first, device)
         self._slot = torch.zeros(1, dtype=torch.int64, device=device)
         self._step_on_device = -1
+        self._next_check = first.step + 1
         self._rows = torch.zeros(0)
         self._results: list[StepResult] = []
 
@@ -143,13 +148,20 @@ class CapturedStep:
         """
         if batches.samples != self._full.batches.samples or not self._full.fill(batches):
             return self._stepper.step(batches, lr)
-        if batches.step % self._steps_per_epoch == 0 and (problem := self._find_problem(batches)):
+        if self._is_to_be_checked(batches.step) and (problem := self._find_problem(batches)):
             raise DeviceError(
                 f"{GRAPHS_ARE_ON} the step {problem}, at step {batches.step}, after earlier ones "
                 "did not; go on from the last checkpoint with compute.cuda_graphs=false."
             )
         self._progress.enter(Phase.FORWARD, batches.step)
         return self._replay(batches)
+
+    def _is_to_be_checked(self, step: int) -> bool:
+        """Whether a step begins an epoch, and enough steps were not checked."""
+        if step % self._steps_per_epoch or step < self._next_check:
+            return False
+        self._next_check = step + _UNCHECKED
+        return True
 
     def check(self, samples: Iterable[StepBatches]) -> None:
         """Capture the step, and compare replays with eager steps; the state stays as it is.

@@ -3,6 +3,7 @@ round to its work.
 """
 
 import random
+import sys
 from collections import UserDict
 from functools import partial
 
@@ -181,17 +182,25 @@ def test_rows_on_the_device_are_those_of_their_indices(sizes, moments):
 
 def test_a_device_that_failed_is_left_without_another_error():
     class Failed(FakeDevice):
+        is_broken = False
+
+        def has_failed(self):
+            return self.is_broken
+
         def compute_waits(self, event):
-            if self.has_failed:
+            if self.is_broken:
                 raise RuntimeError("CUDA error: device-side assert triggered")
             super().compute_waits(event)
 
     device = Failed(random.Random(0))
-    device.has_failed = False
-    running = Prefetcher(device).run([batch_of(0), batch_of(1)], place_all)
+    prefetcher = Prefetcher(device)
+    running = prefetcher.run([batch_of(0), batch_of(1)], place_all)
     next(running)
-    device.has_failed = True
+    device.is_broken = True
+    memory = prefetcher._host[0].all_tensors()
+    before = [sys.getrefcount(each) for each in memory]
     running.close()  # an error here would be a second one on the screen
+    assert [sys.getrefcount(each) for each in memory] == [count + 1 for count in before]
 
 
 def batch_of(number, rows=4):
