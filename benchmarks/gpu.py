@@ -94,13 +94,13 @@ def resnet(name: str, classes: int) -> nn.Module:
     return model
 
 
+RESNET50 = Case(partial(resnet, "resnet50", 1000), (3, 224, 224), 1000, 256, 1024, 32, images=True)
 CASES = {
     "mlp": Case(mlp, (64,), 10, 32, 8192, 4000),
     "convnet": Case(convnet, (1, 28, 28), 10, 64, 8192, 2000),
     "resnet18": Case(partial(resnet, "resnet18", 10), (3, 32, 32), 10, 128, 8192, 300, images=True),
-    "resnet50": Case(
-        partial(resnet, "resnet50", 1000), (3, 224, 224), 1000, 256, 2048, 40, images=True
-    ),
+    "resnet50": RESNET50,
+    "resnet50_compiled": RESNET50,
 }
 
 
@@ -312,6 +312,13 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
+def shown(rate: float) -> float:
+    """Show a rate as soon as it is measured, and free memory for the next loop."""
+    harness.print_progress(f"{rate:,.1f} steps per second")
+    clear()
+    return rate
+
+
 def clear() -> None:
     """Free memory between cases."""
     gc.collect()
@@ -373,7 +380,7 @@ def measure(options: Namespace) -> Iterator[str]:
     for name in chosen:
         case = small(CASES[name]) if options.small else CASES[name]
         loops = loops_of(name, case, device, is_cuda=is_cuda)
-        rounds = 1 if name == "resnet50" else options.rounds
+        rounds = 1 if name.startswith("resnet50") else options.rounds
         found = harness.alternate(loops, rounds)
         best = {loop: median(rates) for loop, rates in found.items()}
         rows = (
@@ -393,34 +400,25 @@ def loops_of(
     """Return the loops of a case by name, with what they are compared to."""
 
     def by_hand(how: str = "eager", **options: Any) -> Callable[[], float]:
-        def run() -> float:
-            clear()
-            loop = ByHand(case, device, **options)
-            return float(getattr(loop, how)())
-
-        return run
+        return lambda: shown(float(getattr(ByHand(case, device, **options), how)()))
 
     def own(**sections: Any) -> Callable[[], float]:
-        def run() -> float:
-            clear()
-            return ours(case, device, **sections)
-
-        return run
+        return lambda: shown(ours(case, device, **sections))
 
     graphs = {"cuda_graphs": True} if is_cuda else {}
     place = {"device": "accelerator" if is_cuda else "auto"}
+    compute = {"precision": "bf16", "channels_last": True}
     if name == "resnet50":
-        compute = {"precision": "bf16", "channels_last": True}
+        host: dict[str, Any] = {"device": "host"}
         return {
             "by hand": by_hand(amp=True, on_device=False),
-            "ddp_sgd": own(compute=compute, data={"device": "host"}),
-            "ddp_sgd, deterministic": own(
-                compute=compute | {"deterministic": True}, data={"device": "host"}
-            ),
-            "by hand, compiled, data on the device": by_hand(amp=True, compiled=True),
-            "ddp_sgd, compiled, data on the device": own(
-                compute=compute | {"compile": True}, data=place
-            ),
+            "ddp_sgd": own(compute=compute, data=host),
+            "ddp_sgd, deterministic": own(compute=compute | {"deterministic": True}, data=host),
+        }
+    if name == "resnet50_compiled":
+        return {
+            "by hand": by_hand(amp=True, compiled=True),
+            "ddp_sgd": own(compute=compute | {"compile": True}, data=place),
         }
     crop = {
         "class_path": "ddp_sgd.data.augment.RandomCrop",
