@@ -11,7 +11,7 @@ LOWEST := .venv-lowest
 NEWER := .venv-newer
 SHELL_FILES := $(wildcard .ci/run launch/*.sh slurm/*.sh slurm/*.sbatch)
 
-.PHONY: help train test test-fast lint lowest newer check soak bench docs clean
+.PHONY: help train test test-fast test-gpu lint lowest newer check soak bench docs clean
 
 help: ## Print this list.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 14
@@ -24,6 +24,9 @@ test: $(TESTS) ## Run the tests; fails below 95 % coverage. ARGS="tests/test_pla
 
 test-fast: $(TESTS) ## Run the unit tests and a few runs, in less than two minutes.
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --no-cov --fast $(ARGS)
+
+test-gpu: $(TESTS) ## Run the tests that need a GPU.
+	$(BIN)/python -m pytest -n 4 --no-cov tests/gpu $(ARGS)
 
 lint: $(TESTS) ## Check style, types, imports, shell scripts, spelling and dependencies.
 	$(BIN)/ruff check .
