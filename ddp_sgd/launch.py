@@ -136,8 +136,8 @@ def _report_end(end: End, files: RunFiles, *, may_restore: bool, is_stopped: boo
     if end.error:
         report_error(end.error)
     has_result = end.is_from_result
-    # The next attempt may have removed it since it was read.
-    if end.code == ExitCode.STOPPED and may_restore and files.result() is None:
+    is_lost = not has_result or files.result() is None  # the next attempt may have removed it
+    if end.code == ExitCode.STOPPED and may_restore and is_lost:
         has_result = files.restore_stop_result() or has_result
     if has_result:
         files.move_into_run_folder()

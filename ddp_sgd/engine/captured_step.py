@@ -267,11 +267,7 @@ def capture_step(
     if not isinstance(stepper, Stepper):
         raise TypeError("the steps are captured already")
     new_graph(runtime.device)
-    if not runtime.alone and runtime.backend == "gloo":
-        raise ConfigError(
-            f"{GRAPHS_ARE_ON} gradients go between ranks by gloo, on the host; use nccl, "
-            f"{LEAVE_OUT}."
-        )
+    refuse_gloo(runtime)
     if rates is None:
         raise ConfigError(f"{GRAPHS_ARE_ON} parameters are float64; use float32, {LEAVE_OUT}.")
     moved = Moved(
@@ -300,6 +296,19 @@ def capture_step(
     )
     step.check(full)
     return replace(context, stepper=step)
+
+
+def refuse_gloo(runtime: Runtime) -> None:
+    """Raise if gradients go between ranks on the host, which a graph cannot repeat.
+
+    Raises:
+        ConfigError: They do.
+    """
+    if not runtime.alone and runtime.backend == "gloo":
+        raise ConfigError(
+            f"{GRAPHS_ARE_ON} gradients go between ranks by gloo, on the host; use nccl, "
+            f"{LEAVE_OUT}."
+        )
 
 
 def full_steps(context: TrainContext) -> list[StepBatches]:

@@ -20,6 +20,7 @@ def before(**changes):
         {"data": {"batch_size": 16, "accumulate": 2}},
         {"data": {"eval_transforms": [{"class_path": "my.Crop"}]}},
         {"data": {"device": "host"}},
+        {"compute": {"cuda_graphs": True}},
         {"eval": {"every_epochs": 3}},
         {"log": {"every_steps": 1}, "wandb": {"mode": "disabled"}},
         {"checkpoint": {"every_steps": 5, "keep": 1}},
@@ -68,6 +69,7 @@ def test_what_leaves_the_weights_alone_is_no_change(changes):
         ),
         ({"compute": {"precision": "bf16"}}, "compute.precision was fp32, is bf16"),
         ({"compute": {"deterministic": False}}, "compute.deterministic was True, is False"),
+        ({"compute": {"compile": True}}, "compute.compile was False, is True"),
         (
             {"data": {"train_transforms": [{"class_path": "my.Crop", "args": [3]}]}},
             "data.train_transforms was [], is [{'class_path': 'my.Crop', 'args': [3], 'init_args': "

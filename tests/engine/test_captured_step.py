@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from graphs import Again
 from torch import nn
 
 from ddp_sgd.data.loader import MicroBatch, StepBatches
@@ -24,16 +25,6 @@ from ddp_sgd.seeds import Randomness, seed_for
 STEPS, SAMPLES, EPOCH = 12, 6, 4
 X = torch.randn(STEPS * SAMPLES, 3, generator=torch.Generator().manual_seed(1))
 Y = torch.randint(0, 4, (STEPS * SAMPLES,), generator=torch.Generator().manual_seed(2))
-
-
-class Again:
-    """A graph that calls the function again: with the memory, and all that Python holds, of now."""
-
-    def capture(self, body):
-        self.replay = body
-
-    def run_eagerly(self, body):
-        body()
 
 
 class Stale(Again):
