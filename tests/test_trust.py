@@ -52,7 +52,7 @@ FOREIGN = [
     "torchvision.datasets.mnist.os.system",
     "timm.models.load_checkpoint",
     "ddp_sgd.instantiate.instantiate",
-    "ddp_sgd.data.loader.os.system",
+    "ddp_sgd.data.workers.os.system",
     "ddp_sgd.data.augment.refuse_out_of_memory",
 ]
 
