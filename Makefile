@@ -11,7 +11,7 @@ LOWEST := .venv-lowest
 NEWER := .venv-newer
 SHELL_FILES := $(wildcard .ci/run launch/*.sh slurm/*.sh slurm/*.sbatch)
 
-.PHONY: help train test test-fast lint lowest newer check soak bench docs clean
+.PHONY: help train test test-fast test-gpu lint lowest newer check soak bench docs clean
 
 help: ## Print this list.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 14
@@ -20,10 +20,13 @@ train: $(RUNS) ## Train on the embedded digits, 2 processes; PROCESSES=4 ARGS="-
 	PYTHON=$(BIN)/python launch/local.sh --nproc $(PROCESSES) $(ARGS)
 
 test: $(TESTS) ## Run the tests; fails below 95 % coverage. ARGS="tests/test_plan.py --no-cov" for some.
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --cov=ddp_sgd $(ARGS)
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder --cov=ddp_sgd $(ARGS)
 
 test-fast: $(TESTS) ## Run the unit tests and a few runs, in less than two minutes.
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --no-cov --fast $(ARGS)
+
+test-gpu: $(TESTS) ## Run the tests that need a GPU.
+	$(BIN)/python -m pytest -n 4 --no-cov tests/gpu $(ARGS)
 
 lint: $(TESTS) ## Check style, types, imports, shell scripts, spelling and dependencies.
 	$(BIN)/ruff check .
@@ -52,9 +55,9 @@ soak: $(TESTS) ## A hundred random faults, 20 restarts, machines that come and g
 bench: $(TESTS) ## The headline table: ddp_sgd beside frameworks and loops by hand, half an hour. ARGS="--rounds 1" for a third of it.
 	$(BIN)/python -m benchmarks.peers --write benchmarks/results $(ARGS)
 
-docs: $(RUNS) ## Write docs/configuration.md again.
-	$(BIN)/python -c 'from ddp_sgd.config.reference import reference_markdown as m; print(m(), end="")' \
-		>docs/configuration.md
+docs: $(RUNS) ## Write the tables of docs/configuration.md again.
+	$(BIN)/python -c 'from pathlib import Path; from ddp_sgd.config.keys import reference_markdown; \
+		page = Path("docs/configuration.md"); page.write_text(reference_markdown(page.read_text()))'
 
 clean: ## Remove what tools leave behind; runs/ and .venv/ stay.
 	rm -rf .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache dist

@@ -38,8 +38,7 @@ def steps_per_s(tree: Path, ranks: int, epochs: int, saves: int) -> float:
         harness.run_python(*words, ranks=ranks, cwd=Path(folder), PYTHONPATH=str(tree))
         rows = harness.journal_rows(Path(folder) / "digits")
     first, last = rows[len(rows) // 10], rows[-1]
-    rate: float = (last["step"] - first["step"]) / (last["time"] - first["time"])
-    return rate
+    return float((last["step"] - first["step"]) / (last["time"] - first["time"]))
 
 
 def table(pairs: list[tuple[float, float]], ranks: int) -> str:

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import platform
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,8 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, median, quantiles, stdev
 from typing import Any, TypeVar
+
+from ddp_sgd.host import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 Key = TypeVar("Key")
@@ -139,12 +140,11 @@ def run_worker(module: str, *arguments: Any, ranks: int = 1, **variables: str) -
 
 
 def fit_with(progress: Any, runtime: Any, train_set: Any, **sections: Any) -> int:
-    """Train without output, with a progress tracker if given; return the number of steps."""
+    """Train without output, with a progress tracker; return the number of steps."""
     from ddp_sgd import RunConfig, fit
     from ddp_sgd.engine import setup
 
-    if progress is not None:
-        setup.ProgressTracker = lambda: progress  # type: ignore[assignment,misc]
+    setup.ProgressTracker = lambda: progress  # type: ignore[assignment,misc]
     config = RunConfig.model_validate({"resume": "never", **sections})
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
         return fit(config, runtime, train_set=train_set).step
@@ -166,13 +166,6 @@ def rank_environment(
         "OMP_NUM_THREADS": 1,
     }
     return {name: str(value) for name, value in values.items()}
-
-
-def free_port() -> int:
-    """Find a free port for the rendezvous of ranks."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def journal_rows(folder: Path, event: str = "train") -> list[dict[str, Any]]:
@@ -205,13 +198,6 @@ def alternate(cases: Mapping[Key, Callable[[], Value]], rounds: int) -> dict[Key
 def print_progress(text: str) -> None:
     """Print a line about progress on stderr."""
     print(text, file=sys.stderr, flush=True)
-
-
-def elapsed_s(work: Callable[[], object]) -> float:
-    """Return how long a call takes, in seconds."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 # Statistics
@@ -270,8 +256,3 @@ def _cell(value: object) -> str:
     if isinstance(value, float):
         return number(value)
     return f"{value:,}" if isinstance(value, int) else "" if value is None else str(value)
-
-
-def plural(count: int, noun: str) -> str:
-    """Write a count with its noun: 1 rank, 2 ranks."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -38,7 +38,6 @@ WORKLOADS: dict[str, dict[str, Any]] = {
     "ConvNet": {"model": CONV_NET, "batch": 512, "bucket_mb": 25.0},
 }
 
-
 Found = dict[tuple[str, int], list[dict[str, Any]]]
 """By rate and number of ranks: what rank 0 found in each round. That is the size of the gradients
 and the step times by workload, alone and joined, and the times of all-reduces under ``links``.

@@ -1,6 +1,6 @@
 """Where the time of a step goes: the tutorials' loop beside ``ddp_sgd``, part by part.
 
-Usage: ``python -m benchmarks.step_time [--rounds 3] [--plot FILE]``.
+Usage: ``python -m benchmarks.step_time [--rounds 3]``.
 
 The digits MLP, 32 samples per rank and step, gloo. Both train in turn in the same processes,
 ``ddp_sgd`` with journal, W&B offline and checkpoints at their defaults. Microseconds per step, on
@@ -12,7 +12,6 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -27,6 +26,7 @@ from benchmarks import harness
 from ddp_sgd import Runtime
 from ddp_sgd.data import Digits
 from ddp_sgd.distributed.progress import Phase, ProgressTracker
+from ddp_sgd.host import free_port
 from ddp_sgd.models import MLP
 
 RANKS = (1, 2)
@@ -44,15 +44,18 @@ Spent = dict[str, float]
 
 
 def measure(options: Namespace) -> Iterator[str]:
-    """Measure on each number of ranks, and draw the plot if asked to."""
+    """Measure on each number of ranks."""
     found = {
         ranks: run_ranks(ranks, work_as_rank, options.rounds, options.epochs, deadline_s=600.0)[0]
         for ranks in RANKS
     }
-    if options.plot:
-        plot(found, options.plot)
     rows = (
-        (ranks, loop, *medians(spent).values(), [sum(each.values()) for each in spent])
+        (
+            ranks,
+            loop,
+            *(median(each[part] for each in spent) for part in PARTS),
+            [sum(each.values()) for each in spent],
+        )
         for ranks, loops in found.items()
         for loop, spent in loops.items()
     )
@@ -62,7 +65,7 @@ def measure(options: Namespace) -> Iterator[str]:
 def work_as_rank(runtime: Runtime, rounds: int, epochs: int) -> dict[str, list[Spent]]:
     """Train by both loops in turn; return what they spent."""
     if runtime.alone:  # the tutorials' loop has a process group all the same
-        address = f"tcp://127.0.0.1:{harness.free_port()}"
+        address = f"tcp://127.0.0.1:{free_port()}"
         dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
     with tempfile.TemporaryDirectory() as folder:
         loops = {
@@ -120,39 +123,7 @@ def by_part(spent_s: Any, steps: int) -> Spent:
     }
 
 
-def medians(rounds: list[Spent]) -> Spent:
-    """Return the median of each part."""
-    return {part: median(each[part] for each in rounds) for part in PARTS}
-
-
-def plot(found: dict[int, dict[str, list[Spent]]], path: Path) -> None:
-    """Draw a bar for each loop and number of ranks."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = "step_time"
-    from matplotlib import pyplot as plt
-
-    bars = [(loop, ranks) for ranks in reversed(RANKS) for loop in ("ddp_sgd", "tutorial")]
-    names = [f"{loop}, {harness.plural(ranks, 'rank')}" for loop, ranks in bars]
-    figure, axes = plt.subplots(figsize=(9, 2.8), layout="constrained")
-    starts = [0.0] * len(bars)
-    colors = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#aa3377")
-    for part, color in zip(PARTS, colors, strict=True):
-        widths = [medians(found[ranks][loop])[part] for loop, ranks in bars]
-        axes.barh(names, widths, left=starts, label=part, color=color, height=0.7)
-        starts = [start + width for start, width in zip(starts, widths, strict=True)]
-    for name, whole in zip(names, starts, strict=True):
-        axes.text(whole, name, f" {whole:.0f} us", va="center", fontsize=9)
-    axes.set_xlabel("microseconds per step (digits MLP, 32 samples per rank)")
-    axes.set_xlim(0, 1.12 * max(starts))
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=len(PARTS), frameon=False, fontsize=9)
-    figure.savefig(path, metadata={"Date": None})
-
-
 if __name__ == "__main__":
     parser = harness.option_parser(__doc__, rounds=3)
     parser.add_argument("--epochs", type=int, default=120)
-    parser.add_argument("--plot", type=Path, help="draw it into this file")
     harness.run_benchmark("step_time", parser, measure)

@@ -1,9 +1,16 @@
-"""Exceptions for users, each with the exit code of the contract."""
+"""Exceptions for users, each with its exit code, and what torch's errors become of them. No torch.
 
-from enum import IntEnum
+Errors of torch and of the operating system are recognized by their texts, which stand in one table,
+``Cause``: they change with releases of torch.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum, IntEnum
 from pathlib import Path
 
-from ddp_sgd.text import mask
+from ddp_sgd.text import first_line, mask
 
 
 class ExitCode(IntEnum):
@@ -118,12 +125,12 @@ class StopInterrupt(BaseException):
         )
 
 
-class RepeatedFailureError(UserError):
-    """Earlier attempts of a run failed at one and the same step, and so would this one.
+class EarlierError(UserError):
+    """An error that another process ran into before.
 
     Args:
-        message: What the user reads.
-        exit_code: The code of the last failure.
+        message: What the user reads, or has read from that process.
+        exit_code: The code with which it ended.
     """
 
     def __init__(self, message: str, exit_code: int) -> None:
@@ -132,18 +139,12 @@ class RepeatedFailureError(UserError):
         self.exit_code = ExitCode(exit_code)
 
 
-class RemoteError(UserError):
-    """Another rank failed first and reported it; this one ends with the same code, without output.
+class RepeatedFailureError(EarlierError):
+    """Earlier attempts of a run failed at one and the same step, and so would this one."""
 
-    Args:
-        message: The line which the other rank printed.
-        exit_code: The code with which the other rank ends.
-    """
 
-    def __init__(self, message: str, exit_code: int) -> None:
-        """Take over the code of the rank that failed."""
-        super().__init__(message)
-        self.exit_code = ExitCode(exit_code)
+class RemoteError(EarlierError):
+    """Another rank failed first and reported it; this one ends with its code, without output."""
 
 
 def unwritable(path: Path, error: OSError) -> OutputError:
@@ -151,4 +152,224 @@ def unwritable(path: Path, error: OSError) -> OutputError:
     return OutputError(
         f"{path} cannot be written: {error.strerror or error}; set output_dir to a folder that you "
         "may write, with room on its disk."
+    )
+
+
+class Cause(Enum):
+    """What an error is about, by the texts that torch or the system has for it, in any case."""
+
+    DEVICE_MEMORY = (
+        r"(CUDA|HIP|XPU|MPS)\b.*out of memory|(CUBLAS|CUDNN|HIPBLAS|NCCL\w*)_STATUS_ALLOC_FAILED"
+    )
+    HOST_MEMORY = r"can't allocate memory|Cannot allocate memory|std::bad_alloc"
+    LABEL = (
+        r"device-side assert"
+        r"|Target -?\d+ is out of bounds"  # cross_entropy, nll_loss
+        r"|target out of range"  # multi_margin_loss
+        r"|Class values must be"  # one_hot
+    )
+    EMBEDDING_INDEX = r"index out of range in self"
+    UNUSED_PARAMETERS = r"finished reduction in the prior iteration"
+    LOST_WORKER = (
+        r"DataLoader worker|Pin memory thread|Too many open files|shared memory"
+        r"|unable to (open|mmap|resize)"
+    )
+    LOST_PEER = (
+        r"Connection (closed|reset|refused)|Broken pipe|Timed out waiting|pair closure"
+        r"|Socket Timeout|wait timeout|gloo/transport|ncclRemoteError|ncclSystemError|watchdog|NCCL"
+    )
+    SILENT_PEER = r"Timed out|timeout|No route|unreachable"
+    PORT_IN_USE = r"EADDRINUSE"
+
+    def is_in(self, error: BaseException) -> bool:
+        """Whether the text of an error names this cause."""
+        return re.search(self.value, str(error), re.IGNORECASE | re.DOTALL) is not None
+
+
+_SMALLER_BATCHES = (
+    "lower data.batch_size and raise data.accumulate by the same factor: the steps stay the same"
+)
+
+
+class Use(Enum):
+    """What memory is for: what is too large, and what to do about it."""
+
+    DATA = (
+        "{where} is too large",
+        "let the data set read samples when they are asked for, start fewer ranks on a host, or "
+        "give the job more memory",
+    )
+    DATA_ON_DEVICE = ("{where} is too large", "set data.device=host")
+    MODEL = (
+        "model is too large",
+        "make it smaller, start fewer ranks on a host, or take one with more memory",
+    )
+    MOMENTUM = (
+        "optim.momentum needs a buffer as large as each parameter, which is too much",
+        "set optim.momentum=0, or make the model smaller",
+    )
+    STEP = ("data.batch_size is too large", _SMALLER_BATCHES)
+    EVALUATION = ("data.batch_size is too large, in an evaluation,", _SMALLER_BATCHES)
+    SNAPSHOT = (
+        "the state is too large to be copied for a checkpoint",
+        "start fewer ranks on a host, or give the job more memory",
+    )
+
+
+@contextmanager
+def memory_for(use: Use, where: str = "data.train") -> Iterator[None]:
+    """Report what memory was for, where it runs out in the block.
+
+    Args:
+        use: What the memory is for.
+        where: Key of the data set, for data.
+
+    Raises:
+        ConfigError: Memory ran out; other errors, and those of an inner block, pass unchanged.
+    """
+    try:
+        yield
+    except Exception as error:
+        refuse_out_of_memory(error, use, where)
+        raise
+
+
+def refuse_out_of_memory(
+    error: Exception,
+    use: Use,
+    where: str = "data.train",
+    batch: tuple[int, int] | None = None,
+) -> None:
+    """Raise an error that names the cause and the remedy, if memory ran out.
+
+    Args:
+        error: What was raised.
+        use: What the memory is for.
+        where: Key of the data set, for data.
+        batch: ``data.batch_size`` and ``data.accumulate``, for a step; None: not known.
+
+    Raises:
+        ConfigError: ``error`` reports that memory of the device or of the host ran out.
+    """
+    if (text := describe_out_of_memory(error, use, where, batch)) is not None:
+        raise ConfigError(f"{text}.") from error
+
+
+def describe_out_of_memory(
+    error: Exception,
+    use: Use,
+    where: str = "data.train",
+    batch: tuple[int, int] | None = None,
+) -> str | None:
+    """Return what is too large and the remedy, without a full stop; None for any other error."""
+    on_device = type(error).__name__ == "OutOfMemoryError" or Cause.DEVICE_MEMORY.is_in(error)
+    if not (on_device or isinstance(error, MemoryError) or Cause.HOST_MEMORY.is_in(error)):
+        return None
+    what, remedy = use.value
+    if batch is not None and use is Use.STEP:
+        what = f"data.batch_size is {batch[0]}, a micro-batch that is too large"
+        remedy = _smaller_batch(*batch)
+    cause = first_line(error).rstrip(".")
+    place = "device" if on_device else "host"
+    return f"{what.format(where=where)} for the memory of the {place}: {cause}; {remedy}"
+
+
+def _smaller_batch(batch_size: int, accumulate: int) -> str:
+    """Return the largest micro-batch below this one that takes the same steps, as settings."""
+    factor = next((n for n in range(2, batch_size + 1) if batch_size % n == 0), None)
+    if factor is None:
+        return "make the model or the samples smaller, or take a device with more memory"
+    return (
+        f"set data.batch_size={batch_size // factor} data.accumulate={accumulate * factor}, which "
+        "keeps the steps the same"
+    )
+
+
+@contextmanager
+def translate_errors(
+    stop_reason: Callable[[], str | None] = lambda: None, batch: tuple[int, int] | None = None
+) -> Iterator[None]:
+    """Translate the errors that a configuration can fix; others pass unchanged.
+
+    Args:
+        stop_reason: Returns the reason of a stop request, None if there is none; a loader process
+            that ends along with it is no error.
+        batch: ``data.batch_size`` and ``data.accumulate`` of the steps; None: not known.
+
+    Raises:
+        ConfigError: Parameters without a gradient, or too little memory.
+        DataError: A label out of range, an index that an embedding lacks, or a loader process that
+            was killed.
+        DeviceError: The device reports another error.
+        StoppedError: A loader process was killed, and this one has a stop request.
+    """
+    try:
+        with _lost_workers(stop_reason):
+            yield
+    except (RuntimeError, IndexError, MemoryError) as error:
+        refuse_out_of_memory(error, Use.STEP, batch=batch)
+        if translated := _translate(error):
+            raise translated from error
+        raise
+
+
+def _translate(error: Exception) -> UserError | None:
+    if Cause.UNUSED_PARAMETERS.is_in(error):
+        return unused_parameters()
+    if Cause.LABEL.is_in(error):
+        return DataError(
+            f"a batch has a label that the model has no score for: {first_line(error)}; number the "
+            "labels from 0 to the number of classes less one."
+        )
+    if Cause.EMBEDDING_INDEX.is_in(error):
+        return DataError(
+            "a batch has an index, such as that of a word, for which an embedding of the model has "
+            "no row; number the indices from 0, or set num_embeddings of the embedding to their "
+            "number."
+        )
+    if any(kind.__name__ == "AcceleratorError" for kind in type(error).__mro__):
+        return DeviceError(
+            f"the device reports: {first_line(error)}; set CUDA_LAUNCH_BLOCKING=1 and run "
+            "again with --debug, which then shows where."
+        )
+    return None
+
+
+def unused_parameters() -> ConfigError:
+    """Return the error of a step that left parameters without a gradient."""
+    return ConfigError(
+        "parallel.find_unused_parameters is false, but a step left parameters of the model "
+        "without a gradient; set parallel.find_unused_parameters=true, or "
+        "remove the parameters."
+    )
+
+
+@contextmanager
+def _lost_workers(stop_reason: Callable[[], str | None]) -> Iterator[None]:
+    """Distinguish a loader process that was killed from one that a stop has ended, too."""
+    try:
+        yield
+    except (RuntimeError, LostWorkerError) as error:
+        lost = error if isinstance(error, LostWorkerError) else lost_worker(error)
+        if lost is None:
+            raise
+        if (reason := stop_reason()) is None:
+            raise lost from error
+        raise StoppedError(
+            f"stopped by {reason}, which ended a loader process in the middle of a step; "
+            "start again to go on from the newest checkpoint."
+        ) from error
+
+
+def lost_worker(error: Exception) -> LostWorkerError | None:
+    """Translate an error that reports a killed loader process; None for any other error.
+
+    torch raises that wherever the main thread is. A process that is killed while it sends
+    a batch shows as a broken connection.
+    """
+    if not (isinstance(error, (EOFError, ConnectionError)) or Cause.LOST_WORKER.is_in(error)):
+        return None
+    cause = first_line(error)
+    return LostWorkerError(
+        f"data.workers lost a process: {cause}; lower data.workers, or give the job more memory."
     )

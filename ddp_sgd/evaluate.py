@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddp_sgd.checkpointing.inspection import epochs_of
-from ddp_sgd.checkpointing.manifest import Header
+from ddp_sgd.checkpointing.store import Header
 from ddp_sgd.cli import run_command
 from ddp_sgd.config import CommandLine, Component, RunConfig, dump_yaml
-from ddp_sgd.console import deliver
+from ddp_sgd.console import deliver, say_error
 from ddp_sgd.distributed.environment import may_be_rank_0, only_on_rank, read_ranks
 from ddp_sgd.distributed.process_exit import leave
 from ddp_sgd.errors import ConfigError, DataError
@@ -59,11 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(line: CommandLine) -> int:
-    """Join the ranks that the environment names, and score.
-
-    Args:
-        line: The checkpoint, and what changes in its configuration.
-    """
+    """Join the ranks that the environment names, and score."""
     with only_on_rank(this_one=may_be_rank_0(os.environ)):
         read_ranks(os.environ)
     from ddp_sgd.distributed.runtime import start_runtime
@@ -93,7 +88,7 @@ def _work(line: CommandLine, runtime: "Runtime") -> list[str]:
     row = {
         "checkpoint": str(saved.file),
         "step": header.step,
-        "epoch": epochs_of(header),
+        "epoch": header.epochs,
         "samples": header.samples,
         "world_size": runtime.world_size,
         "weights_digest": digest,
@@ -161,16 +156,12 @@ def look_up(
 def _components(config: RunConfig) -> list[Any]:
     """What a score builds, as plain data."""
     data = config.data
-    built = (config.model, config.loss, data.eval, data.collate)
+    built = (config.model, config.loss, data.eval, data.collate, *data.eval_transforms)
     return [component.model_dump() for component in built if component]
 
 
 def score_again(saved: Saved, runtime: "Runtime") -> "tuple[Metrics, str]":
     """Score a saved model on every sample of ``data.eval``.
-
-    Args:
-        saved: From ``look_up``.
-        runtime: This process.
 
     Returns:
         The scores, and the digest of the weights; equal on all ranks, on any number of them.
@@ -179,15 +170,8 @@ def score_again(saved: Saved, runtime: "Runtime") -> "tuple[Metrics, str]":
         ConfigError: There is no held-out set, or model, loss, data and weights do not fit together.
         DataError: The checkpoint or the samples cannot be read.
     """
-    from ddp_sgd.checkpointing.serialization import read_tensors
-    from ddp_sgd.data.dataset_checks import OpenFiles
-    from ddp_sgd.distributed.collectives import broadcast_buffers, broadcast_parameters
-    from ddp_sgd.distributed.progress import ProgressTracker
-    from ddp_sgd.engine import components
-    from ddp_sgd.engine.result import weights_digest
-    from ddp_sgd.engine.setup import build_scorer
-    from ddp_sgd.losses import as_module, loss_modules
-    from ddp_sgd.torch_errors import translate_errors
+    from ddp_sgd.engine.precision import torch_settings
+    from ddp_sgd.errors import translate_errors
 
     config = saved.config
     if config.data.eval is None:
@@ -195,30 +179,53 @@ def score_again(saved: Saved, runtime: "Runtime") -> "tuple[Metrics, str]":
             "data.eval is null; name a data set, such as "
             "--data.eval.class_path=ddp_sgd.data.Digits --data.eval.init_args.split=eval."
         )
-    with translate_errors():
-        eval_set = instantiate(config.data.eval, "data.eval", failure=DataError)
-        components.check_dataset(eval_set, "data.eval")
-        files = OpenFiles(eval_set)
-        model = components.ready_model(config.model, config.seed)
-        loss = as_module(_fitting_loss(saved))
-        reading = components.build_reading(config.data, config.seed)
-        if not components.is_materialized(model):
-            batch = components.read_batch(
-                eval_set, "data.eval", batch_size=reading.batch_size, collate=reading.collate
-            )
-            components.materialize_lazy(model, loss, batch, config.seed)
-        modules = loss_modules(loss, model)
-        kept = modules if _is_loss_of(saved) else {}
+
+    def notice(line: str) -> None:
         if runtime.rank == 0:
-            _load(model, kept, read_tensors(saved.file), saved.config)
-        for module in (model, *modules.values()):
-            module.to(runtime.device)
-            broadcast_parameters(module, runtime)
-            broadcast_buffers(module, runtime)
-        score = build_scorer(model, loss, eval_set, reading, runtime, ProgressTracker())
-        if config.data.workers:
-            files.close()
-        return score(), weights_digest(model)
+            say_error(f"note      {line}")
+
+    with translate_errors(), torch_settings(config.compute, runtime.device, notice):
+        return _score(saved, config.data.eval, runtime)
+
+
+def _score(saved: Saved, component: Component, runtime: "Runtime") -> "tuple[Metrics, str]":
+    """Build the data set and the model, load the weights and score them."""
+    from ddp_sgd.checkpointing.serialization import read_tensors
+    from ddp_sgd.data.dataset_checks import OpenFiles
+    from ddp_sgd.distributed.collectives import broadcast_buffers, broadcast_parameters
+    from ddp_sgd.distributed.progress import ProgressTracker
+    from ddp_sgd.engine import components
+    from ddp_sgd.engine.precision import Numerics
+    from ddp_sgd.engine.reading import build_reading
+    from ddp_sgd.engine.result import weights_digest
+    from ddp_sgd.engine.setup import build_scorer
+    from ddp_sgd.losses import as_module, loss_modules
+
+    config = saved.config
+    eval_set = instantiate(component, "data.eval", failure=DataError)
+    components.check_dataset(eval_set, "data.eval")
+    files = OpenFiles(eval_set)
+    model = components.ready_model(config.model, config.seed)
+    loss = as_module(_fitting_loss(saved))
+    reading = build_reading(config.data, config.seed, trains=False)
+    if not components.is_materialized(model):
+        batch = components.read_sample_batch(eval_set, "data.eval", reading)
+        components.materialize_lazy(model, loss, batch, config.seed)
+    modules = loss_modules(loss, model)
+    kept = modules if _is_loss_of(saved) else {}
+    if runtime.rank == 0:
+        _load(model, kept, read_tensors(saved.file), saved.config)
+    for module in (model, *modules.values()):
+        module.to(runtime.device)
+        broadcast_parameters(module, runtime)
+        broadcast_buffers(module, runtime)
+    numerics = Numerics(config.compute, runtime.device)
+    numerics.arrange(model)
+    progress = ProgressTracker()
+    score = build_scorer(model, loss, eval_set, reading, runtime, progress, numerics)
+    if config.data.workers:
+        files.close()
+    return score(), weights_digest(model)
 
 
 def _fitting_loss(saved: Saved) -> "LossFunction":

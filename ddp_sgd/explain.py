@@ -53,10 +53,7 @@ def _add_options(parser: ArgumentParser) -> None:
         "the journal of a run on one rank; predicts steps, epochs and efficiency for more ranks; "
         "needs --bandwidth_gbit and --latency_us",
     )
-    add(
-        "--bandwidth_gbit",
-        help="bandwidth of the link that leaves a host, one way, in Gbit/s",
-    )
+    add("--bandwidth_gbit", help="bandwidth of the link that leaves a host, one way, in Gbit/s")
     add("--latency_us", help="latency of one message between ranks, in microseconds")
     add(
         "--gradient_mb",
@@ -111,7 +108,10 @@ def explain(command_line: CommandLine) -> int:
 
     plan = plan_for(world_size)
     schedule = build_schedule(config.schedule, plan)
-    parts = [plan_table(plan, schedule, config.schedule.milestones), curve(plan, schedule)]
+    table = plan_table(
+        plan, schedule, config.schedule.milestones, compute=config.compute, data=config.data
+    )
+    parts = [table, curve(plan, schedule)]
     if options["step_ms"] is not None:
         network = Network(
             bandwidth_gbit=options["bandwidth_gbit"],

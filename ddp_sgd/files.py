@@ -7,6 +7,7 @@ gets the error.
 
 import errno
 import os
+import stat
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -85,13 +86,7 @@ PAUSES_S = (0.1, 0.3, 1.0)
 fails over may take longer than a start should wait.
 """
 
-_MISSING = (
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-)
+_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 """Errors of a name without a file: these are final."""
 
 _FINAL = (*_MISSING, errno.EACCES, errno.EPERM)
@@ -120,6 +115,20 @@ def retry(read: Callable[[], T]) -> T:
 def is_missing(error: OSError) -> bool:
     """Whether an error means that there is no such file, rather than that it cannot be read."""
     return error.errno in _MISSING
+
+
+def is_file(path: Path) -> bool:
+    """Whether this is a file; on any error ``Path.is_file`` returns False from Python 3.14 on.
+
+    Raises:
+        OSError: The path cannot be checked.
+    """
+    try:
+        return stat.S_ISREG(retry(path.stat).st_mode)
+    except OSError as error:
+        if is_missing(error):
+            return False
+        raise
 
 
 def is_taken(path: Path) -> bool:

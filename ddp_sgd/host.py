@@ -69,11 +69,7 @@ def _change_policy(before: str, after: str) -> bool:
 
 
 def count_gpus(environ: Mapping[str, str]) -> int:
-    """Count the GPUs of NVIDIA (CUDA), AMD (ROCm) or Intel (XPU) that this process may use.
-
-    Args:
-        environ: The environment, such as ``os.environ``.
-    """
+    """Count the GPUs of NVIDIA (CUDA), AMD (ROCm) or Intel (XPU) that this process may use."""
     # SLURM sets all of these for GPUs of any vendor, and a user narrows one: the least counts.
     named = [_count_names(environ[name]) for name in _NARROWED_BY if name in environ]
     if named:
@@ -181,9 +177,6 @@ def scaled(seconds: float) -> float:
 
 def timeout_factor(environ: Mapping[str, str]) -> float | None:
     """Return the factor that an environment sets.
-
-    Args:
-        environ: The environment, such as ``os.environ``.
 
     Returns:
         A number in [1, 1000]; None where the variable holds something else.

@@ -21,9 +21,8 @@ from pydantic import ValidationError
 from ddp_sgd.config.faults import show
 from ddp_sgd.config.keys import all_keys
 from ddp_sgd.config.sections import Component
-from ddp_sgd.errors import ConfigError, RefusedError, UserError
+from ddp_sgd.errors import ConfigError, RefusedError, Use, UserError, refuse_out_of_memory
 from ddp_sgd.text import env_name, read_secret
-from ddp_sgd.torch_errors import Use, refuse_out_of_memory
 
 _CLASSES_IN = (
     *("ddp_sgd.data", "ddp_sgd.models", "torch.nn", "torch.utils.data"),

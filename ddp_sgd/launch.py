@@ -46,15 +46,7 @@ from ddp_sgd.console import deliver, outlive_console, report_error, say_error
 from ddp_sgd.errors import ConfigError, ExitCode
 from ddp_sgd.host import count_gpus, scaled, usable_cpus, whereabouts
 from ddp_sgd.run_files import RunFiles
-from ddp_sgd.torchrun import (
-    Attempt,
-    End,
-    Ending,
-    Rendezvous,
-    StopSignals,
-    Torchrun,
-    decide,
-)
+from ddp_sgd.torchrun import Attempt, End, Ending, Rendezvous, StopSignals, Torchrun, decide
 
 _ASKS_FOR_TEXT = ("-h", "--help", "--print_config")
 _WITH_VALUE = ("--nnodes", "--nproc", "--max-restarts")
@@ -144,8 +136,9 @@ def _report_end(end: End, files: RunFiles, *, may_restore: bool, is_stopped: boo
     if end.error:
         report_error(end.error)
     has_result = end.is_from_result
-    if end.code == ExitCode.STOPPED and may_restore and not has_result:
-        has_result = files.restore_stop_result()
+    is_lost = not has_result or files.result() is None  # the next attempt may have removed it
+    if end.code == ExitCode.STOPPED and may_restore and is_lost:
+        has_result = files.restore_stop_result() or has_result
     if has_result:
         files.move_into_run_folder()
     elif end.code == ExitCode.DONE or (is_stopped and not files.attempts()):
@@ -232,13 +225,7 @@ def torchrun_flags(
 
 
 def torchrun_environment(environ: Mapping[str, str], nproc: int, cpus: int) -> dict[str, str]:
-    """Build the environment of torchrun; what the user has set stays.
-
-    Args:
-        environ: Environment variables of the launcher.
-        nproc: Processes on this machine.
-        cpus: CPUs that this machine has for them.
-    """
+    """Build the environment of torchrun; what the user has set stays."""
     defaults = {
         "OMP_NUM_THREADS": str(max(1, cpus // nproc)),
         # One rank prints, so lines need no name in front; torchrun takes no empty text for that.
@@ -253,10 +240,6 @@ def torchrun_environment(environ: Mapping[str, str], nproc: int, cpus: int) -> d
 
 def read_options(argv: Sequence[str], environ: Mapping[str, str]) -> LaunchOptions | None:
     """Read the options of the launcher, which come before those of ``ddp_sgd.train``.
-
-    Args:
-        argv: Arguments without the name of the program.
-        environ: Environment variables.
 
     Returns:
         The options; None if help was requested.

@@ -8,6 +8,7 @@ from functools import partial
 from types import FunctionType
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -79,6 +80,7 @@ class Objective:
             self._loss.reduction = "sum"
             weight = self._loss.weight
             self._weight = None if weight is None else weight.detach().double().cpu()
+            self._weight_on: dict[torch.device, torch.Tensor] = {}
 
     def outputs(self, model: nn.Module, inputs: Any) -> Any:
         """Call the model.
@@ -127,9 +129,11 @@ class Objective:
         Raises:
             DataError: There is no class weight for a target.
         """
-        counted = targets[targets != self.ignore_index].cpu()  # a data set may be on a device
-        if self._weight is None:
-            return float(counted.numel() * min(samples, 1))
+        targets = targets.cpu()  # a data set may be on a device
+        if self._weight is None:  # numpy counts a small batch in a third of the time
+            ignored = np.count_nonzero(targets.numpy() == self.ignore_index)
+            return float((targets.numel() - ignored) * min(samples, 1))
+        counted = targets[targets != self.ignore_index]
         if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < len(
             self._weight
         ):
@@ -140,10 +144,41 @@ class Objective:
             )
         return float(self._weight[counted].sum()) * min(samples, 1)
 
+    def units_on_device(self, targets: torch.Tensor, samples: int) -> torch.Tensor:
+        """Count the units of a micro-batch where its targets are, without waiting for the device.
+
+        A target without a class weight counts as the nearest that has one: the loss reports it.
+
+        Args:
+            targets: Integer tensor of shape (m, ...).
+            samples: True number of samples; with 0 the result is 0.
+
+        Returns:
+            Tensor without dimensions, of the widest float type of the device.
+        """
+        counts = targets != self.ignore_index
+        wide = wide_float(targets.device)
+        if self._weight is not None:
+            known = targets.clamp(0, len(self._weight) - 1).flatten()
+            weights = self._weight_at(targets.device).index_select(0, known)
+            return (weights * counts.flatten()).sum() * min(samples, 1)
+        return counts.sum(dtype=wide) * min(samples, 1)
+
+    def _weight_at(self, device: torch.device) -> torch.Tensor:
+        """Return the class weights on a device; they are copied once."""
+        if device not in self._weight_on and self._weight is not None:
+            self._weight_on[device] = self._weight.to(device, wide_float(device))
+        return self._weight_on[device]
+
 
 def wide_float(device: torch.device) -> torch.dtype:
     """Return the widest float type of a device, for sums and counts; Metal has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def counts_on_host(device: torch.device) -> bool:
+    """Whether the units of targets are counted on the host: elsewhere that would wait for them."""
+    return device.type == "cpu"
 
 
 def refuse_reduction(loss: LossFunction) -> None:

@@ -1,23 +1,34 @@
-"""Command: after an attempt of a SLURM job, decide whether it is requeued, and print why.
+"""Command: prepare a SLURM job, and after an attempt decide whether it is requeued, and print why.
 
 Batch scripts call it with the options of the run; it touches nothing of SLURM itself.
 """
 
 import json
 import os
+import shlex
+import socket
 import sys
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 from ddp_sgd.checkpointing.store import FOLDER_NAME, CheckpointFolder
 from ddp_sgd.cli import run_command
 from ddp_sgd.config import CommandLine
-from ddp_sgd.console import say
-from ddp_sgd.distributed.environment import attempt_of_job, times_requeued
-from ddp_sgd.errors import DataError, ExitCode
+from ddp_sgd.console import deliver, say
+from ddp_sgd.distributed.environment import (
+    attempt_of_job,
+    first_host,
+    name_of_job,
+    port_of_job,
+    tasks_of_nodes,
+    times_requeued,
+)
+from ddp_sgd.distributed.process_exit import EXIT_CODE_FILE
+from ddp_sgd.errors import ConfigError, DataError, ExitCode, OutputError
 from ddp_sgd.files import replace_file
 from ddp_sgd.report.journal import read_journal
 from ddp_sgd.report.run_folder import BEGINNINGS, result_from_rows, write_result
@@ -26,6 +37,9 @@ _LOST_LINE = (
     "rank 0 ended without a result; look for its last lines in logs/, and whether its host or its "
     "memory failed."
 )
+_PORT_STEP = 1009
+"""Distance to the next port where one is taken; a prime, so that jobs in a row do not collide."""
+_HIGHEST_PORT = 65_535
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +62,18 @@ class JobAttempt:
 
 
 def _add_options(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--prepare",
+        action="store_true",
+        help="before an attempt: make the folder of the logs, and print where the ranks meet, how "
+        "many there are and where they log, as variables of a shell",
+    )
+    parser.add_argument(
+        "--tasks_per_node",
+        metavar="TEXT",
+        help="tasks of each node, as SLURM_TASKS_PER_NODE of the batch script has them: a step, "
+        "such as a container, has others there; for --prepare",
+    )
     parser.add_argument(
         "--exit_code",
         type=int,
@@ -79,18 +105,93 @@ def _add_options(parser: ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Decide, and return the exit code of the run.
+    """Decide, and return the exit code of the run; or prepare a job.
 
     Args:
         argv: Arguments after the name of the command; None takes those of the process.
     """
     return run_command(
-        requeue,
+        lambda line: prepare(line) if line.options["prepare"] else requeue(line),
         argv,
         program="python -m ddp_sgd.requeue",
         about="Decide whether a SLURM job goes back into the queue, by result.json, the journal "
-        "and the checkpoints of its run; the batch scripts in slurm/ call it.",
+        "and the checkpoints of its run; or, before it runs, prepare it. The batch scripts in "
+        "slurm/ call it.",
         add_options=_add_options,
+    )
+
+
+def prepare(line: CommandLine) -> int:
+    """Make the folder of the logs, and print the variables.
+
+    Raises:
+        OutputError: The folder cannot be made.
+    """
+    config = line.config
+    folder = Path(config.output_dir) / config.name
+    given = line.options["tasks_per_node"]
+    environ = os.environ if given is None else {**os.environ, "SLURM_TASKS_PER_NODE": given}
+    variables = describe_job(environ, folder, ceil(config.runtime.timeout_s))
+    logs = Path(variables["logs"])
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"{logs} cannot be written; set output_dir to a folder that you may write."
+        ) from error
+    deliver("".join(f"{name}={shlex.quote(value)}\n" for name, value in variables.items()))
+    return ExitCode.DONE
+
+
+def describe_job(environ: Mapping[str, str], folder: Path, timeout_s: int) -> dict[str, str]:
+    """Derive the variables of a job from the environment of its batch script.
+
+    Args:
+        environ: The environment, such as ``os.environ``.
+        folder: The run folder.
+        timeout_s: How long ranks wait for each other.
+
+    Returns:
+        Values by name: those in lower case are the script's, the others also those of the ranks.
+
+    Raises:
+        ConfigError: This is no SLURM job.
+    """
+    attempt, job = attempt_of_job(environ), name_of_job(environ)
+    number = environ.get("SLURM_JOB_ID", "")
+    if attempt is None or job is None or not number.isdigit():
+        raise ConfigError(
+            "SLURM_JOB_ID is not set; submit a script of slurm/ with sbatch, or start the run with "
+            "python -m ddp_sgd.launch."
+        )
+    # The run folder is made by rank 0, so the logs begin beside it.
+    logs = folder.with_name(f"{folder.name}.logs") / attempt
+    tasks = tasks_of_nodes(environ.get("SLURM_TASKS_PER_NODE", ""))
+    return {
+        "job": job,
+        "attempt": attempt,
+        "folder": str(folder),
+        "logs": str(logs),
+        "MASTER_ADDR": first_host(environ.get("SLURM_JOB_NODELIST", "")),
+        "MASTER_PORT": str(find_port(port_of_job(int(number)))),
+        "TIMEOUT_S": str(timeout_s),
+        "RANKS_OF_NODES": " ".join(map(str, tasks)),
+        EXIT_CODE_FILE: str(logs / "exit_code"),
+    }
+
+
+def find_port(port: int) -> int:
+    """Find a port that no other program listens on, at a port or some way above it.
+
+    Raises:
+        ConfigError: All are taken.
+    """
+    for candidate in range(port, _HIGHEST_PORT, _PORT_STEP):
+        with socket.socket() as probe:
+            if probe.connect_ex(("localhost", candidate)) != 0:
+                return candidate
+    raise ConfigError(
+        f"port {port} is taken, as is every {_PORT_STEP}th above it; submit the job again."
     )
 
 
@@ -121,10 +222,7 @@ def requeue(line: CommandLine) -> int:
     reason = f"{end}: {f'not requeued, since {obstacle}' if obstacle else 'requeued'}"
     decision = {"requeued": obstacle is None, "requeue_reason": reason}
     if attempt.began_at is not None and not result:
-        result = {
-            **result_from_rows(rows, exit_code=ExitCode.PEER, error=_LOST_LINE),
-            "job": name,
-        }
+        result = {**result_from_rows(rows, exit_code=ExitCode.PEER, error=_LOST_LINE), "job": name}
     try:
         if result:
             write_result(folder / "result.json", {**result, **decision})
@@ -141,10 +239,6 @@ def why_not(attempt: JobAttempt, *, max_requeues: int) -> str | None:
 
     A job goes on if it was stopped, or lost a machine, and saved a step since it began; not if it
     failed, which a person has to look at, and not if SLURM ends or requeues it by itself.
-
-    Args:
-        attempt: How the job ended.
-        max_requeues: How often it may go back into the queue.
     """
     if attempt.exit_code not in (ExitCode.STOPPED, ExitCode.PEER, None):
         return "what failed would fail again"

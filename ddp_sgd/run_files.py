@@ -13,6 +13,10 @@ from tempfile import mkdtemp
 from typing import Any
 
 from ddp_sgd.errors import DataError, ExitCode, OutputError, UserError
+from ddp_sgd.host import scaled
+
+_LOCK_S = 5.0
+"""Longest wait for a worker that is being ended to leave the run folder, in seconds."""
 
 _STOPPED_LINE = "the run was stopped while it was starting again; start it again to go on."
 
@@ -21,9 +25,6 @@ class RunFiles:
     """The log folder of a launch, and the files of its run folder.
 
     The run folder is made by rank 0, so the logs begin beside it, and move in when the run is over.
-
-    Args:
-        folder: The run folder.
 
     Attributes:
         folder: The run folder.
@@ -139,7 +140,7 @@ class RunFiles:
         if result is None:
             return False
         try:
-            lock = FolderLock(self.folder, patience_s=0.0)
+            lock = FolderLock(self.folder, patience_s=scaled(_LOCK_S))
         except (OSError, UserError):
             return False
         try:
@@ -171,8 +172,8 @@ class RunFiles:
         result = result_from_rows(rows, exit_code=ExitCode.STOPPED, error=_STOPPED_LINE)
         if header is None:
             return {**result, "step": 0, "epoch": 0.0, "samples": 0}
-        epoch = header.epoch + header.position / header.plan["samples_per_epoch"]
-        return {**result, "step": header.step, "epoch": epoch, "samples": header.samples}
+        place = {"step": header.step, "epoch": header.epochs, "samples": header.samples}
+        return {**result, **place}
 
     def move_into_run_folder(self) -> None:
         """Move the logs of all workers into ``logs/`` of the run folder; or leave them there."""

@@ -2,10 +2,14 @@
 
 import random
 import struct
+from collections.abc import Callable
 from hashlib import blake2b
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import torch
+
+T = TypeVar("T")
 
 
 def seed_for(purpose: str, seed: int, *place: int) -> int:
@@ -34,9 +38,6 @@ class Randomness:
 
     torch's are seeded always. Seeding those of ``random`` and ``numpy.random`` takes 15 us, as long
     as a small layer, so they are seeded only if a pass was seen to draw from them.
-
-    Args:
-        device: Where the model computes.
 
     Attributes:
         generators: torch's generators, of the host and of the device.
@@ -77,6 +78,66 @@ class Randomness:
             chunk: Number of the chunk, from 0.
         """
         self.seed(seed_for("evaluation", seed, chunk))
+
+
+class ReadingRandomness:
+    """The random number generators that readings of samples draw from.
+
+    torch's is seeded for every reading. Seeding those of ``random`` and ``numpy.random`` takes as
+    long as a small batch, so it is left out as long as nothing draws from them: twins, which begin
+    with the same seed, then give the same numbers. A reading that was seen to draw is done again
+    with its seed, and all are seeded from then on.
+
+    Args:
+        seeds_all: Whether all are seeded from the beginning.
+    """
+
+    _twins: ClassVar[tuple[random.Random, np.random.RandomState] | None] = None
+
+    def __init__(self, *, seeds_all: bool = False) -> None:
+        self._seeds_all = seeds_all
+
+    def read(self, seed: int, read: Callable[[], T]) -> T:
+        """Return what a reading gives that begins with a seed.
+
+        Args:
+            seed: Seed in [0, 2^63).
+            read: Reads samples; called a second time if the first was seen to draw.
+        """
+        self._seeds_all = self._seeds_all or self._saw_draws(seed)
+        if not self._seeds_all:
+            torch.default_generator.manual_seed(seed)
+            samples = read()
+            self._seeds_all = self._saw_draws(seed)
+            if not self._seeds_all:
+                return samples
+        self.seed(seed)
+        return read()
+
+    @staticmethod
+    def seed(number: int) -> None:
+        """Seed all generators.
+
+        Args:
+            number: Seed in [0, 2^63).
+        """
+        torch.default_generator.manual_seed(number)
+        random.seed(number)
+        np.random.seed(number & 0xFFFF_FFFF)  # augmentations draw from the global one
+
+    @classmethod
+    def _saw_draws(cls, seed: int) -> bool:
+        """Whether anything in this process drew since the last call; the first one seeds."""
+        if cls._twins is None:
+            number = seed & 0xFFFF_FFFF
+            random.seed(seed)
+            np.random.seed(number)
+            cls._twins = random.Random(seed), np.random.RandomState(number)
+        twin, numpys = cls._twins
+        return (
+            random.getrandbits(64) != twin.getrandbits(64)
+            or np.random.random_sample() != numpys.random_sample()
+        )
 
 
 def model_generators(device: torch.device) -> tuple[torch.Generator, ...]:

@@ -82,11 +82,7 @@ def env_name(value: Any) -> str | None:
 
 
 def read_secret(name: str) -> str | None:
-    """Return the value of an environment variable, and keep it out of messages from now on.
-
-    Args:
-        name: Name of the variable.
-    """
+    """Return the value of an environment variable, and keep it out of messages from now on."""
     value = os.environ.get(name)
     if value and len(value) >= _SHORTEST:
         _known[value] = f"{{env: {name}}}"

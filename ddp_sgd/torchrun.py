@@ -303,11 +303,7 @@ class Torchrun:
 
 
 def find_workers(pid: int) -> list[int] | None:
-    """Find the running processes that torchrun has started; None where they cannot be listed.
-
-    Args:
-        pid: Process number of torchrun.
-    """
+    """Find the running processes that torchrun has started; None where they cannot be listed."""
     with suppress(OSError):
         # Only some kernels list children; where they do, a process that ended meanwhile is gone.
         files = list(Path(f"/proc/{pid}/task").glob("*/children"))

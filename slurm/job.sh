@@ -1,8 +1,8 @@
 # shellcheck shell=bash
 # What the batch scripts have in common; they read it, it does nothing by itself.
 #
-# What is known about the job and the run comes from `python -m ddp_sgd.slurm_job` with the run's own options; what becomes
-# of the job is decided by `python -m ddp_sgd.requeue`. Here are the traps, and what calls SLURM.
+# What is known about the job and the run comes from `python -m ddp_sgd.requeue --prepare` with the run's own options; what
+# becomes of the job is decided by `python -m ddp_sgd.requeue`. Here are the traps, and what calls SLURM.
 
 PYTHON=${PYTHON:-python}
 MAX_REQUEUES=${MAX_REQUEUES:-100}
@@ -25,7 +25,7 @@ prepare() {
     trap 'stopping=yes; [[ $(job_state) == RUNNING ]] || ending=yes; [[ $ending ]] || forward_stop' TERM
 
     # Within a step, as in a container, the variable holds the tasks of that step. A wrong option ends the job here.
-    facts=$(here "$PYTHON" -m ddp_sgd.slurm_job --tasks_per_node="$SLURM_TASKS_PER_NODE" "$@") || exit
+    facts=$(here "$PYTHON" -m ddp_sgd.requeue --prepare --tasks_per_node="$SLURM_TASKS_PER_NODE" "$@") || exit
     [[ $facts == job=* ]] || { echo "$facts" && exit; } # the options ask for a text, and for no training
     eval "$facts"
     touch "$logs/begin" || exit 73 # whatever is older in the run folder belongs to an earlier attempt

@@ -1,6 +1,7 @@
 """Python programs for tests, each in a process forked from a server that has imported torch.
 
-``import torch`` takes two seconds of CPU time, a fork a few hundredths. ``Popen`` and ``run`` are
+``import torch`` takes two seconds of CPU time, a fork a few hundredths. Programs of W&B, which
+need no torch, are forked from a server that has imported wandb. ``Popen`` and ``run`` are
 those of ``subprocess``, for commands such as ``[sys.executable, "-m", "ddp_sgd.train", ...]``:
 the process is a child of the caller, with a folder, an environment, descriptors, a session, signals
 and an end of its own. ``python_folder`` has a ``python`` and a ``torchrun`` for shell scripts.
@@ -38,7 +39,7 @@ import types
 from pathlib import Path
 
 HERE = Path(__file__).parent
-PRELOADED = (
+TORCH = (
     "torch",
     "numpy",
     "torch.utils.data",
@@ -47,7 +48,9 @@ PRELOADED = (
     "torch.distributed.elastic.rendezvous.c10d_rendezvous_backend",
     "ddp_sgd.engine.fit",
 )
-STARTERS = ("ddp_sgd.launch", "ddp_sgd.torchrun", "torch.distributed.run")
+WANDB = ("numpy", "wandb", "ddp_sgd.report.wandb_follower", "ddp_sgd.distributed.environment")
+PIPE, DEVNULL = subprocess.PIPE, subprocess.DEVNULL
+STARTERS = ("ddp_sgd.launch", "ddp_sgd.torchrun", "torch.distributed.run", "benchmarks.peers")
 """Programs that start processes, which are forked as well."""
 IS_LINUX = sys.platform == "linux"
 
@@ -55,7 +58,9 @@ _PR_SET_CHILD_SUBREAPER = 36
 _MAX_BYTES = 1 << 20
 _STREAMS = (0, 1, 2)
 _SIGNATURE = inspect.signature(subprocess.Popen._execute_child)
-_server = None
+_servers = {}
+"""Channel and address of each server, by the modules that it has imported."""
+_is_nested = False
 _names = None
 """Folder with a file for each forked process, which has its name."""
 
@@ -82,6 +87,7 @@ class Popen(subprocess.Popen):
             environ=dict(os.environ if call["env"] is None else call["env"]),
             group=None if is_own_session else os.getpgrp() if group in (-1, None) else group,
             cpus=os.sched_getaffinity(0),
+            blocked=signal.pthread_sigmask(signal.SIG_BLOCK, ()),
         )
         self._child_created = True
         self._close_pipe_fds(
@@ -115,7 +121,7 @@ def python_folder():
     """A folder with a ``python`` and a ``torchrun`` that have the server run programs."""
     if not IS_LINUX:
         return Path(sys.executable).parent
-    _, address = _start_server()
+    _, address = _start_server(TORCH)
     folder = Path(address).parent
     for name, first in (("python", ()), ("torchrun", ("-m", "torch.distributed.run"))):
         text = f"#!{sys.executable} -IS\n{inspect.getsource(_ask)}\n_ask({address!r}, {first!r})\n"
@@ -221,37 +227,40 @@ def _program_of(call):
 def _server_for(program):
     if not IS_LINUX or program is None:
         return None
-    return _start_server()[0]
+    words = ("wandb_follower", "wandb.init")
+    is_of_wandb = program[:2] == ("-m", "wandb") or any(w in "".join(program[:2]) for w in words)
+    return _start_server(WANDB if is_of_wandb and not _is_nested else TORCH)[0]
 
 
-def _start_server():
-    """Channel to the server of this process, and the address at which others find it."""
-    global _server, _names
-    if _server is None:
+def _start_server(modules):
+    """Channel to a server of this process, and the address at which others find it."""
+    global _names
+    if modules not in _servers:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        _names = Path(tempfile.mkdtemp(prefix="forked-"))
-        address = f"{_names}/socket"
+        if _names is None:
+            _names = Path(tempfile.mkdtemp(prefix="forked-"))
+            atexit.register(shutil.rmtree, _names, ignore_errors=True)
+        address = f"{_names}/socket-{modules[1]}"
         code = (
             f"import sys; sys.path.append({str(HERE)!r}); import commands; commands.serve_forever()"
         )
         environ = dict(os.environ) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-c", code, str(theirs.fileno()), address],
+                [sys.executable, "-c", code, str(theirs.fileno()), address, *modules],
                 env=environ,
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
             )
         assert ours.recv(100) == b"ready"
-        _server = ours, address
+        _servers[modules] = ours, address
         atexit.register(_stop_server, process, ours)
-    return _server
+    return _servers[modules]
 
 
 def _stop_server(process, channel):
     channel.close()
     process.wait()
-    shutil.rmtree(_names, ignore_errors=True)
 
 
 def _fork(channel, streams, **wanted):
@@ -272,7 +281,7 @@ def serve_forever():
     """Serve the process that started this one; a forked command ends here."""
     global _names
     _names = Path(sys.argv[2]).parent
-    _preload()
+    _preload(sys.argv[3:])
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(sys.argv[2])
     listener.listen(100)
@@ -288,7 +297,7 @@ def start():
     channel = None
     if _starts_others(program):
         environ = dict(os.environ)
-        _preload()
+        _preload(TORCH)
         os.environ.clear()
         os.environ.update(environ)
         channel = _start_nested()
@@ -297,9 +306,9 @@ def start():
     _go_on(channel, program)
 
 
-def _preload():
+def _preload(modules):
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as commands set it before they import torch
-    for name in PRELOADED:
+    for name in modules:
         __import__(name)
     sys.path[:] = _own_path()
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked"
@@ -386,7 +395,16 @@ def _supervise(asking):
 
 
 def _become(
-    streams, *, program, folder, environ, group, cpus, is_open=(True, True, True), ignored=()
+    streams,
+    *,
+    program,
+    folder,
+    environ,
+    group,
+    cpus,
+    is_open=(True, True, True),
+    ignored=(),
+    blocked=(),
 ):
     """Turn this process into a command; returns a channel in the server of a command only."""
     if group is not None:
@@ -400,7 +418,7 @@ def _become(
         signal.signal(number, signal.SIG_IGN)
     if signal.SIGINT not in ignored:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     os.sched_setaffinity(0, cpus)
     os.chdir(folder)
     os.environ.clear()
@@ -445,7 +463,7 @@ def _measure_if_asked(environ):
 
 def _start_nested():
     """Fork a server for what this command starts; returns its channel in the server only."""
-    global _server
+    global _is_nested
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if os.fork() == 0:
         ours.close()
@@ -456,7 +474,9 @@ def _start_nested():
         os.close(null)
         return theirs
     theirs.close()
-    _server = ours, ""
+    _servers.clear()
+    _servers[TORCH] = ours, ""
+    _is_nested = True
     subprocess.Popen = Popen
     handler = sys.modules["torch.distributed.elastic.multiprocessing.subprocess_handler."
                           "subprocess_handler"]  # fmt: skip
@@ -551,7 +571,8 @@ def _run(program):
     main.__builtins__ = __builtins__
     sys.modules["__main__"] = main
     if flag == "-m":
-        sys.modules.pop(rest[0], None)
+        if not hasattr(sys.modules.get(rest[0]), "__path__"):
+            sys.modules.pop(rest[0], None)
         runpy._run_module_as_main(rest[0])
         return
     if flag == "-c":

@@ -40,23 +40,44 @@ SLOW = (
     "distributed/test_hang",
     "distributed/test_launcher_files.py",
     "distributed/test_local_sgd.py",
-    "distributed/test_replication.py",
+    "distributed/test_recursive_doubling.py",
+    "distributed/test_wrap_model.py",
     "doctor/test_links.py",
     "doctor/test_main.py",
     "doctor/test_protocol.py",
     "engine/test_evaluation.py",
     "engine/test_host_waits.py",
     "engine/test_rank_consistency.py",
+    "launch/test_run.py",
+    "launch/test_wheel.py",
     "report/test_wandb",
+    "test_allocation.py",
     "test_benchmarks.py",
     "test_console.py",
+    "test_launch.py",
     "test_platforms.py",
     "test_secrets.py",
 )
 """Files that ``--fast`` leaves out: what is left are the unit tests, and runs of ``test_train.py``,
-``distributed/test_runs.py``, ``launch/test_run.py`` and others."""
-LONGEST = "slurm/test_jobs.py"
-"""The file that takes longest comes first, so that no worker is left with it at the end."""
+``distributed/test_runs.py`` and others."""
+LONGEST = (
+    "slurm/test_jobs.py",
+    "network/test_two_hosts.py",
+    "report/test_wandb_follower.py",
+    "test_peers.py",
+    "slurm/test_scripts.py",
+    "network/test_shared_folder.py",
+    "report/test_wandb_logger.py",
+    "test_restarts.py",
+    "test_soak.py",
+    "test_docs.py",
+    "distributed/test_resume.py",
+    "test_launch.py",
+)
+"""Files that take long come first, so that no worker is left with one at the end."""
+
+# Threads of torch and numpy in every process would wait for each other by spinning on busy CPUs.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile(
     "any_machine",
@@ -112,7 +133,8 @@ def pytest_collection_modifyitems(config, items):
         slow = [item for item in items if name_of(item).startswith(SLOW)]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
-    items.sort(key=lambda item: not item.path.as_posix().endswith(LONGEST))
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(name_of(item), len(LONGEST)))
     for item in items:
         marker = item.get_closest_marker("timeout")
         limit_s = marker.args[0] if marker else float(config.getini("timeout"))

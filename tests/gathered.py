@@ -19,5 +19,5 @@ def context_of(config, components, runtime, resume_point):
     )
     samples = len(components.train_set)
     plan = plan_from(config, resume_point.header, samples=samples, world_size=runtime.world_size)
-    sections = {"optim": config.optim, "parallel": config.parallel}
+    sections = {name: getattr(config, name) for name in ("optim", "parallel", "compute")}
     return build_context(components, plan, runtime, resume_point, identity, **sections)

@@ -2,19 +2,31 @@
 on loopback.
 """
 
+import functools
 import multiprocessing
 import os
 import traceback
+from multiprocessing import forkserver
+from pathlib import Path
 from typing import Any
 
 import coverage
+import pytest
 from limits import WAIT_S, scaled
 
 from ddp_sgd.host import free_port
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-# torch's wrapper and its optimizers import torch._dynamo when they are first used: 1.4 s each time.
-_CONTEXT.set_forkserver_preload(["torch", "numpy", "torch._dynamo", "ddp_sgd.engine.fit"])
+
+
+@functools.cache
+def _start_server():
+    """Start the server with ``rank_imports``, which it finds by the environment only."""
+    here = Path(__file__).parent
+    _CONTEXT.set_forkserver_preload(["rank_imports"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{here.parent}:{here}")
+        forkserver.ensure_running()
 
 
 class RankError(Exception):
@@ -68,6 +80,7 @@ def run_ranks(
     """Call ``work(runtime, *args)`` on every rank; return the values in order, or what each one
     raised.
     """
+    _start_server()
     port = free_port()
     pipes, processes = [], []
     for rank in range(world_size):
@@ -116,6 +129,8 @@ def _rank(
 ):
     os.environ.clear()
     os.environ.update(environment)
+    # Else a rank has loader processes started by a fork server of its own, which imports torch.
+    multiprocessing.set_start_method(None, force=True)
     measured = coverage.Coverage.current()
     if measured and "UNMEASURED" in environment:
         measured.stop()

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from ddp_sgd.checkpointing.manifest import read_manifest
+from ddp_sgd.checkpointing.store import read_manifest
 from ddp_sgd.config import RunConfig
 from ddp_sgd.engine.fit import fit
 

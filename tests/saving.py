@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 
-from ddp_sgd.checkpointing.atomic_write import write_checkpoint
-from ddp_sgd.checkpointing.manifest import Header, SkippedSteps
-from ddp_sgd.checkpointing.store import CheckpointFolder
+from ddp_sgd.checkpointing.serialization import write_checkpoint
+from ddp_sgd.checkpointing.store import CheckpointFolder, Header, SkippedSteps
 
 
 def header(step=1, **changes):

@@ -437,8 +437,18 @@ COMPONENTS = [
             f"data.batch_size is too large{words} for the memory of the host: ",
             "lower data.batch_size and raise data.accumulate by the same factor",
         )
-        for mode, words in (("training", ""), ("evaluation", ", in an evaluation,"))
-        for first in (1, 10)
+        for mode, words, first in (
+            ("training", "", 1),
+            ("evaluation", ", in an evaluation,", 1),
+            ("evaluation", ", in an evaluation,", 10),
+        )
+    ),
+    case(
+        "too little memory in pass 10 of training",
+        ["--model={class_path: user_code.Hungry, init_args: {training: 10}}"],
+        CONFIG,
+        "data.batch_size is 32, a micro-batch that is too large for the memory of the host: ",
+        "set data.batch_size=16 data.accumulate=2, which keeps the steps the same",
     ),
     case(
         "too little memory for the model",

@@ -3,9 +3,16 @@
 import sys
 from itertools import pairwise
 
+import commands
 import pytest
 
 from benchmarks import before_after, harness, order, ranks, scaling, slow_network, step_time
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Where a start of the interpreter is not what is measured."""
+    monkeypatch.setattr(harness, "subprocess", commands)
 
 
 def test_the_order_of_a_round_moves_on_and_every_case_is_measured_in_each():
@@ -57,6 +64,7 @@ def test_a_result_goes_above_the_earlier_ones(tmp_path):
     assert path.read_text() == "# Second\n\n# First\n"
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_program_that_fails_is_reported_with_its_error():
     with pytest.raises(RuntimeError, match=r"(?s)ended with 3:.*out of luck"):
         harness.run_python("-c", "import sys; print('out of luck', file=sys.stderr); sys.exit(3)")
@@ -90,8 +98,9 @@ def test_every_size_and_place_is_measured():
     assert ("DistributedSampler", 10**9, 1, "its start") not in set(order.cases(10**9))
 
 
+@pytest.mark.usefixtures("forked")
 def test_what_is_neither_compute_nor_all_reduce_is_as_much_on_three_ranks_as_on_two():
-    two, three = (ranks.run(number, 20, in_turns=True, counting=True) for number in (2, 3))
+    two, three = (ranks.run(number, 10, in_turns=True, counting=True) for number in (2, 3))
     assert [len(found) for found in (two, three)] == [2, 3]
     for one, other in ((two[0], three[0]), (two[-1], three[-1])):
         assert ranks.rest(one) > 100
@@ -157,6 +166,7 @@ def test_every_part_of_a_step_is_measured_in_both_loops():
     assert all(spent > 0 for (parts,) in found.values() for spent in parts.values())
 
 
+@pytest.mark.usefixtures("forked")
 def test_two_trees_are_measured_beside_each_other():
     assert before_after.steps_per_s(harness.ROOT, ranks=1, epochs=3, saves=3) > 0
     text = before_after.table([(100.0, 90.0)] * 3 + [(100.0, 110.0)] * 2, 1)

@@ -41,7 +41,8 @@ def test_ls_is_a_table(run, capsys):
     assert capsys.readouterr().out == f"{run} holds no checkpoints\n"
 
 
-def test_ls_and_verify_need_no_torch(run):
+def test_ls_and_verify_need_neither_torch_nor_pydantic_nor_numpy(run):
+    """Each would take most of the time of the command."""
     program = (
         "import sys; from ddp_sgd.checkpoint import main; code = main(sys.argv[1:]); "
         "sys.exit(code or (9 if {'torch', 'pydantic', 'numpy'} & set(sys.modules) else 0))"

@@ -71,6 +71,24 @@ def test_a_stand_in_counts_for_nothing(name):
         assert objective.units(targets[:1], 0) == 0
 
 
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("samples", [0, 5])
+def test_units_are_the_same_on_a_device(name, samples):
+    loss, _, targets, counts_samples = CASES[name]
+    if not counts_samples:
+        objective = Objective(loss, targets)
+        units = objective.units_on_device(targets, samples)
+        assert (units.dtype, units.shape) == (torch.float64, ())
+        assert units.item() == pytest.approx(objective.units(targets, samples), rel=1e-15)
+
+
+def test_labels_without_a_class_weight_are_left_to_the_loss_on_a_device():
+    objective = Objective(nn.CrossEntropyLoss(weight=WEIGHT), LABELS)
+    labels = torch.tensor([0, 77, -3, -100])
+    expected = float(WEIGHT[0] + WEIGHT[-1] + WEIGHT[0])
+    assert objective.units_on_device(labels, 4).item() == pytest.approx(expected, rel=1e-6)
+
+
 def test_a_piece_with_ignored_targets_only_has_no_nan():
     objective = Objective(nn.CrossEntropyLoss(ignore_index=2), LABELS)
     outputs = SCORES[6:].clone().requires_grad_()

@@ -2,11 +2,11 @@
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
+import commands
 import pytest
 
 from benchmarks.peers import __main__ as peers
@@ -25,7 +25,7 @@ def test_everybody_does_the_same_work(tmp_path):
     environ = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
     lines = tmp_path / "records.jsonl"
     command = ["-m", "benchmarks.peers", "--short", f"--records={lines}", f"--write={tmp_path}"]
-    done = subprocess.run(
+    done = commands.run(
         [sys.executable, *command],
         cwd=ROOT,
         env=environ,
@@ -42,8 +42,9 @@ def test_everybody_does_the_same_work(tmp_path):
     assert all(each.steps == STEPS[each.ranks] for each in records)
     assert differences(records) == []
     for each in records:
-        for figure in ("steps_per_s", "cpu_us", "first_step_s", "whole_s", "peak_mb", "loss"):
+        for figure in ("steps_per_s", "first_step_s", "whole_s", "peak_mb", "loss"):
             assert getattr(each, figure) > 0, (figure, each)
+        assert each.cpu_us + each.other_cpu_us > 0, each  # the clock of a short run may not move
         assert each.first_step_s < each.whole_s
     (file,) = tmp_path.glob("peers_*.md")
     assert file.read_text().strip() == done.stdout.strip()
@@ -127,7 +128,7 @@ def test_other_work_is_told(other, found):
 
 def test_each_goes_first_in_turn():
     options = peers.option_parser().parse_args([])
-    firsts = [peers.order(options, "convnet", 2, number)[0] for number in range(9)]
+    firsts = [peers.order(options, "convnet", 2, number)[0] for number in range(8)]
     assert sorted(firsts) == sorted(set(CONTESTANTS) - {"bare", "rarely"})
 
 

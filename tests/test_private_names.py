@@ -10,6 +10,8 @@ PACKAGE = Path(__file__).parent.parent / "ddp_sgd"
 REASONS = {
     "_abort_process_group": "ends a collective that waits for a lost rank; destroying waits for it",
     "_buffers": "buffers are replaced in place, also those of scripted modules, and None is kept",
+    "_call_impl": "calls a compiled module uncompiled, for batches of another size",
+    "_compiled_call_impl": "holds the compiled code of a module; one size of batches goes there",
     "_get_backend": "the backend of a device says whether its communicator has failed",
     "_load_from_state_dict": "shows whether a module loads its buffers in its own way",
     "_non_persistent_buffers_set": "says which buffers the state_dict of a module leaves out",
@@ -19,7 +21,10 @@ REASONS = {
     "_should_skip_dynamo": "asking torch's compiler not to look would import it, for 2 s",
     "_version": "counts writes to a tensor, also those that change no value",
     "torch._C._distributed_c10d.ErrorType": "the states in which a communicator can be",
+    "torch._C._set_deterministic_algorithms": "the public one imports torch's compiler, for 2 s",
+    "torch._amp_update_scale_": "adapts a loss scale on the device; torch.amp.GradScaler calls it",
     "torch._foreach_copy_": "one call for many tensors; there is no public one",
+    "torch._foreach_mul_": "one call for many tensors; there is no public one",
     "torch._foreach_norm": "one call for many tensors; there is no public one",
     "torch._fused_sgd_": "torch.optim.SGD calls the same kernel, and imports torch's compiler",
     "torch.autograd.Variable._execution_engine": "a backward pass with a given gradient otherwise "

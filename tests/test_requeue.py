@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from ddp_sgd.checkpointing.manifest import Header, Manifest, SkippedSteps
+from ddp_sgd.checkpointing.store import Header, Manifest, SkippedSteps
 from ddp_sgd.errors import ExitCode
 from ddp_sgd.requeue import JobAttempt, main, why_not
 

@@ -3,7 +3,7 @@ from ranks import run_ranks
 from saved_run import describe, files_of, train
 from torch import nn
 
-from ddp_sgd.checkpointing.manifest import read_manifest
+from ddp_sgd.checkpointing.store import read_manifest
 from ddp_sgd.config import RunConfig, read_command_line
 from ddp_sgd.data import Digits
 from ddp_sgd.distributed.runtime import Runtime

@@ -6,7 +6,7 @@ import sys
 import pytest
 from limits import WAIT_S
 
-from ddp_sgd.checkpointing.manifest import Header, Manifest, SkippedSteps
+from ddp_sgd.checkpointing.store import Header, Manifest, SkippedSteps
 from ddp_sgd.errors import OutputError
 from ddp_sgd.run_files import RunFiles
 

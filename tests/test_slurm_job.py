@@ -6,7 +6,7 @@ import pytest
 from limits import WAIT_S
 
 from ddp_sgd.errors import ConfigError, ExitCode
-from ddp_sgd.slurm_job import describe_job, find_port, main
+from ddp_sgd.requeue import describe_job, find_port, main
 
 JOB = {
     "SLURM_JOB_ID": "40017",
@@ -60,7 +60,7 @@ def test_a_port_that_another_program_listens_on_is_passed_over():
 
 def test_a_shell_takes_what_is_printed(capsys, tmp_path):
     folder = "runs of 'mine'; echo $HOME"
-    assert main([f"--output_dir={folder}", "--name=x", "--runtime.timeout_s=2.5"]) == 0
+    assert main(["--prepare", f"--output_dir={folder}", "--name=x", "--runtime.timeout_s=2.5"]) == 0
     script = (
         f'{capsys.readouterr().out}printf "%s|" "$folder" "$logs" "$TIMEOUT_S" "$RANKS_OF_NODES"'
     )
@@ -72,7 +72,7 @@ def test_a_shell_takes_what_is_printed(capsys, tmp_path):
 
 
 def test_tasks_of_the_batch_script_count_more_than_those_of_a_step(capsys):
-    assert main(["--tasks_per_node=3,1(x2)"]) == 0
+    assert main(["--prepare", "--tasks_per_node=3,1(x2)"]) == 0
     lines = dict(
         shlex.split(line)[0].split("=", 1) for line in capsys.readouterr().out.splitlines()
     )
@@ -86,5 +86,5 @@ def test_outside_of_slurm_the_launcher_is_named():
 
 def test_a_folder_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "runs").write_text("a file")
-    assert main([]) == ExitCode.OUTPUT
+    assert main(["--prepare"]) == ExitCode.OUTPUT
     assert "runs/digits.logs/40017.0 cannot be written; set output_dir" in capsys.readouterr().err

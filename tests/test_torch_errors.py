@@ -6,10 +6,17 @@ import torch
 from torch import nn
 
 from ddp_sgd.config.sections import Component
-from ddp_sgd.errors import ConfigError, DataError, DeviceError
+from ddp_sgd.errors import (
+    ConfigError,
+    DataError,
+    DeviceError,
+    Use,
+    describe_out_of_memory,
+    memory_for,
+    translate_errors,
+)
 from ddp_sgd.instantiate import instantiate
 from ddp_sgd.optim.sgd import SGD
-from ddp_sgd.torch_errors import Use, describe_out_of_memory, memory_for, translate_errors
 
 HUGE = 2**45
 
@@ -54,6 +61,25 @@ def test_memory_of_the_device(error):
     assert text.startswith("data.batch_size is too large for the memory of the device: ")
     assert text.endswith("data.accumulate by the same factor: the steps stay the same")
     assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("batch", "remedy"),
+    [
+        ((256, 1), "set data.batch_size=128 data.accumulate=2, which keeps the steps the same"),
+        ((33, 2), "set data.batch_size=11 data.accumulate=6, which keeps the steps the same"),
+        ((7, 1), "set data.batch_size=1 data.accumulate=7, which keeps the steps the same"),
+        ((1, 8), "make the model or the samples smaller, or take a device with more memory"),
+    ],
+)
+def test_a_micro_batch_that_does_not_fit_is_named_with_one_that_takes_the_same_steps(batch, remedy):
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    with pytest.raises(ConfigError) as caught, translate_errors(batch=batch):
+        raise error
+    assert str(caught.value) == (
+        f"data.batch_size is {batch[0]}, a micro-batch that is too large for the memory of the "
+        f"device: CUDA out of memory. Tried to allocate 2.00 GiB; {remedy}."
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from ddp_sgd.tree import bytes_of, leaves, list_tensors, map_leaves, map_tensors, tensors_in
+from ddp_sgd.tree import (
+    bytes_of,
+    describe,
+    leaves,
+    list_tensors,
+    map_leaves,
+    map_tensors,
+    tensors_in,
+)
 
 Point = namedtuple("Point", "x y")
 ONE, TWO = torch.ones(2), torch.full((2,), 2.0)
@@ -203,3 +211,11 @@ def test_sparse_tensors_differ_by_place_and_value(kind):
 def test_quantized_tensors():
     quantized = torch.quantize_per_tensor(MATRIX, 0.5, 0, torch.qint8)
     assert bytes_of(quantized).tolist() == [0, 2, 4, 6, 8, 10]
+
+
+def test_types_and_shapes_are_described():
+    assert describe(torch.zeros(2, 3)) == "float32 of shape (2, 3)"
+    assert describe([1]) == "a list of (a int)"
+    assert describe({"a": torch.zeros(1)}) == "a dict of (a: float32 of shape (1,))"
+    assert describe(list(range(9))).endswith("a int, ...)")
+    assert describe(7) == "a int"

@@ -8,6 +8,7 @@ from ddp_sgd.instantiate import is_trusted, refuse_untrusted
 
 TRUSTED = [
     "ddp_sgd.data.Digits",
+    "ddp_sgd.data.augment.RandomCrop",
     "ddp_sgd.models.MLP",
     "torch.nn.Linear",
     "torch.nn.modules.linear.Linear",
@@ -51,7 +52,8 @@ FOREIGN = [
     "torchvision.datasets.mnist.os.system",
     "timm.models.load_checkpoint",
     "ddp_sgd.instantiate.instantiate",
-    "ddp_sgd.data.loader.os.system",
+    "ddp_sgd.data.workers.os.system",
+    "ddp_sgd.data.augment.refuse_out_of_memory",
 ]
 
 

@@ -2,7 +2,7 @@
 
 import json
 import subprocess
-import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ def offline_records(folder: Path, kind: str) -> list[dict[str, Any]]:
     lines = (
         line
         for attempt in offline_folders(folder)
-        if any(attempt.glob("*.wandb"))  # else it was killed before wandb made its file
-        for line in _leet("--json", attempt).splitlines()
+        for file in sorted(attempt.glob("*.wandb"))  # none if it was killed before
+        for line in _inspect(file).splitlines()
     )
     return [record for record in map(json.loads, lines) if record["type"] == kind]
 
@@ -50,8 +50,11 @@ def offline_folders(folder: Path) -> list[Path]:
     return sorted((folder / "wandb").glob("offline-run-*"))
 
 
-def _leet(*arguments: str | Path) -> str:
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", *map(str, arguments)]
+def _inspect(file: Path) -> str:
+    """Run what ``wandb leet inspect --json`` starts, without the second of its imports."""
+    (package,) = find_spec("wandb").submodule_search_locations
+    options = ("--no-observability", "--json", "--run-file", file, file.parents[1])
+    command = [f"{package}/bin/wandb-core", "leet", "inspect", *map(str, options)]
     return subprocess.run(
         command, check=True, capture_output=True, text=True, timeout=WAIT_S
     ).stdout

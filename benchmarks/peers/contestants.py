@@ -84,36 +84,6 @@ def _fused_sgd(
     torch._fused_sgd_(weights, gradients, momentum_buffers, **numbers, **flags)
 
 
-def tuned_ddp(task: Task, clock: Clock) -> "nn.Module":
-    """DistributedDataParallel as well as one can use it by hand.
-
-    A batch is one indexing operation, nothing waits for a loss, the optimizer is fused, gradients
-    live in the buckets, the graph is declared static, and running statistics are not sent in every
-    step. The batch at the end of an epoch counts by its true number of samples.
-    """
-    import torch
-    import torch.distributed as dist
-    from torch.nn.functional import cross_entropy
-    from torch.nn.parallel import DistributedDataParallel
-
-    dist.init_process_group("gloo")
-    model = task.build_model()
-    inputs, targets = task.read_tensors()
-    replica = DistributedDataParallel(
-        model, gradient_as_bucket_view=True, static_graph=True, forward_sync_buffers=False
-    )
-    optimizer = task.build_optimizer(model, fused=True)
-    one = torch.tensor(1.0)
-    for rows, share in task.batches(dist.get_rank()):
-        factor = one if share * task.ranks == 1 else torch.tensor(share * task.ranks)
-        optimizer.zero_grad()
-        outputs = replica(inputs.index_select(0, rows))
-        cross_entropy(outputs, targets.index_select(0, rows)).backward(factor)
-        optimizer.step()
-        clock.tick()
-    return model
-
-
 def tutorial(task: Task, clock: Clock) -> "nn.Module":
     """The loop of PyTorch's tutorials.
 

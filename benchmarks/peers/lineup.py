@@ -42,7 +42,7 @@ class Contestant:
     def environment(self, task: Task) -> dict[str, str]:
         """Give the environment: one thread a rank, no accelerator, and who a lone rank is."""
         chosen = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        if task.ranks == 1 and self.module in ("tuned_ddp", "tutorial"):
+        if task.ranks == 1 and self.module == "tutorial":
             chosen |= rank_environment()
         return os.environ | chosen
 
@@ -59,7 +59,6 @@ CONTESTANTS = {
         options=("--checkpoint.every_epochs=20",),
     ),
     FLAT: Contestant("flat buffers, no DDP", "flat", takes_our_steps=True),
-    "tuned_ddp": Contestant("hand-tuned DDP loop", "tuned_ddp", takes_our_steps=True),
     TUTORIAL: Contestant("DDP loop of the tutorials", "tutorial"),
     "accelerate": Contestant("accelerate", "accelerate", is_framework=True),
     "fabric": Contestant("Lightning Fabric", "fabric", is_framework=True),

@@ -77,7 +77,7 @@ class Summary:
     def where(self) -> str:
         """Workload and ranks, for people."""
         title = WORKLOADS[self.workload].title.split()[0]
-        return f"{title}, {harness.plural(self.ranks, 'rank')}"
+        return f"{title}, {self.ranks} rank{'s' * (self.ranks > 1)}"
 
     def ratios(self, name: str, other: str | None, figure: str) -> list[float]:
         """Return a figure of a contestant, divided by that of another in the same round."""
@@ -141,7 +141,8 @@ def headline(summaries: list[Summary]) -> str:
 
 def _details(summary: Summary) -> Iterator[str]:
     """Yield the heading and the table of a workload on a number of ranks."""
-    yield f"## {WORKLOADS[summary.workload].title}; {harness.plural(summary.ranks, 'rank')}"
+    title = WORKLOADS[summary.workload].title
+    yield f"## {title}; {summary.ranks} rank{'s' * (summary.ranks > 1)}"
     headings = "contestant | steps / s | of the tutorials' loop | of the fastest framework"
     headings += " | of the flat loop | CPU of a rank, us / step | of its helpers | first step, s"
     headings += " | whole, s | MB per rank | steps | loss (may differ by) | n"

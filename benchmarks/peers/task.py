@@ -114,11 +114,11 @@ class Task(Workload):
         module, _, name = self.model["class_path"].rpartition(".")
         return getattr(importlib.import_module(module), name)(**self.model["init_args"])
 
-    def build_optimizer(self, model: "nn.Module", **options: Any) -> "torch.optim.Optimizer":
+    def build_optimizer(self, model: "nn.Module") -> "torch.optim.Optimizer":
         """Build torch's SGD."""
         import torch
 
-        return torch.optim.SGD(model.parameters(), lr=self.lr, momentum=MOMENTUM, **options)
+        return torch.optim.SGD(model.parameters(), lr=self.lr, momentum=MOMENTUM)
 
     @property
     def data_file(self) -> str:

@@ -13,14 +13,11 @@ from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 
-from ddp_sgd.checkpointing.atomic_write import write_checkpoint
-from ddp_sgd.checkpointing.manifest import Header
-from ddp_sgd.checkpointing.serialization import refuse_foreign
-from ddp_sgd.checkpointing.store import FOLDER_NAME, CheckpointFolder
-from ddp_sgd.errors import OutputError, unwritable
+from ddp_sgd.checkpointing.serialization import refuse_foreign, write_checkpoint
+from ddp_sgd.checkpointing.store import FOLDER_NAME, CheckpointFolder, Header
+from ddp_sgd.errors import OutputError, Use, describe_out_of_memory, unwritable
 from ddp_sgd.files import make_folder
 from ddp_sgd.text import first_line
-from ddp_sgd.torch_errors import Use, describe_out_of_memory
 from ddp_sgd.tree import map_leaves, tensors_in
 
 _Key = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
@@ -30,9 +27,6 @@ class Snapshot:
     """Host memory as large as the state, page-locked where the state is on an accelerator.
 
     Where no page-locked memory is to be had, pageable memory takes its place.
-
-    Args:
-        device: Where the state is.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -123,12 +117,7 @@ class Checkpointer(Protocol):
     save_s: float
 
     def save(self, header: Header, tensors: Tree) -> None:
-        """Save a state dict; training may go on when this returns.
-
-        Args:
-            header: Where the run stands.
-            tensors: The tensors, where they are.
-        """
+        """Save a state dict; training may go on when this returns."""
 
     def poll(self) -> None:
         """Report a save that has ended since."""
@@ -222,10 +211,6 @@ class AsyncCheckpointer:
 
     def save(self, header: Header, tensors: Tree) -> None:
         """Copy a state dict, and write the copy in the background.
-
-        Args:
-            header: Where the run stands.
-            tensors: The tensors, where they are.
 
         Raises:
             OutputError: This many saves in a row have failed.

@@ -13,15 +13,12 @@ from typing import Any
 
 import torch
 
-from ddp_sgd.checkpointing.atomic_write import write_checkpoint
-from ddp_sgd.checkpointing.comparing import misfits
-from ddp_sgd.checkpointing.inspection import checkpoint_folder, epochs_of
-from ddp_sgd.checkpointing.manifest import Header, Manifest
-from ddp_sgd.checkpointing.serialization import find_checkpoint, read_tensors
-from ddp_sgd.checkpointing.store import CheckpointFolder
+from ddp_sgd.checkpointing.serialization import find_checkpoint, read_tensors, write_checkpoint
+from ddp_sgd.checkpointing.store import CheckpointFolder, Header, Manifest
 from ddp_sgd.config.yaml_io import write_yaml
 from ddp_sgd.errors import ConfigError, DataError, OutputError
 from ddp_sgd.files import sync_file, sync_folder
+from ddp_sgd.tree import misfits
 
 Found = tuple[Path, Manifest]
 
@@ -120,7 +117,7 @@ def write_average(chosen: Sequence[Found], output: Path) -> Path:
 
 def _whole_in(path: Path, most: int | None) -> dict[Path, Manifest]:
     """Verify the newest first, and no more than are needed."""
-    folder = checkpoint_folder(path)
+    folder = CheckpointFolder.at(path)
     whole: dict[Path, Manifest] = {}
     for manifest in reversed(folder.manifests()):
         if len(whole) == most:
@@ -172,10 +169,6 @@ ENDING = ".safetensors"
 def refuse_overwriting(output: Path, *, force: bool) -> None:
     """Look at the names before anything slow is done.
 
-    Args:
-        output: Where the weights go.
-        force: Whether files that exist may be replaced.
-
     Raises:
         ConfigError: It has another ending.
         OutputError: It, or the configuration beside it, exists.
@@ -216,7 +209,7 @@ def export_weights(
     metadata = {
         "format": "pt",
         "step": str(header.step),
-        "epoch": repr(epochs_of(header)),
+        "epoch": repr(header.epochs),
         "samples": str(header.samples),
         "run_id": header.run_id,
         "weights_digest": digest,

@@ -1,21 +1,145 @@
-"""Checkpoint folder: list, choose the newest whole one, keep the last few. No torch.
+"""Checkpoint folder: list, choose the newest whole one, keep the last few; manifests. No torch.
 
-The ledger of what was saved is the manifests themselves, so nothing is forgotten over a resume.
+The manifest of ``step-00000045.pt`` is ``step-00000045.json`` beside it, with size, digest and
+header. A file without one is no checkpoint. The ledger of what was saved is the manifests
+themselves, so nothing is forgotten over a resume.
 """
 
 import hashlib
+import json
 import math
 import os
 import re
-import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from ddp_sgd.checkpointing.manifest import Header, Manifest, read_manifest
 from ddp_sgd.errors import DataError
-from ddp_sgd.files import is_missing, is_taken, retry, unreadable
+from ddp_sgd.files import is_file, is_missing, is_taken, retry, unreadable
+
+FORMAT = 1
+"""Version of what a checkpoint holds; a reader refuses others."""
+
+
+class SkippedSteps(NamedTuple):
+    """Steps of a run that were skipped, since their gradient was not finite."""
+
+    total: int = 0
+    in_a_row: int = 0
+    longest_row: int = 0
+
+    def after(self, *, is_finite: bool) -> "SkippedSteps":
+        """Count one more step, which was skipped unless its gradient is finite."""
+        if is_finite:
+            return self._replace(in_a_row=0)
+        in_a_row = self.in_a_row + 1
+        return SkippedSteps(self.total + 1, in_a_row, max(self.longest_row, in_a_row))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """Where a run stood, and what it was.
+
+    Args:
+        step: Optimizer steps taken.
+        epoch: Number of the epoch that the next step belongs to, from 0.
+        position: Samples of that epoch that were trained, in [0, samples of an epoch).
+        samples: Samples that the run trained.
+        scored_at: Step of the last evaluation.
+        scores: The last evaluation, by name.
+        skipped: Steps without a finite gradient.
+        world_size: Ranks.
+        run_id: Identity of the run, also in W&B.
+        loss: What the loss is: its class, and the shapes of what it holds.
+        plan: The run's arithmetic, by name.
+        config: Resolved configuration, as plain data.
+        versions: Releases of python, torch and ddp_sgd, and the name of the order of samples.
+    """
+
+    step: int
+    epoch: int
+    position: int
+    samples: int
+    scored_at: int
+    scores: dict[str, float | int]
+    skipped: SkippedSteps
+    world_size: int
+    run_id: str
+    loss: str
+    plan: dict[str, Any]
+    config: dict[str, Any]
+    versions: dict[str, str]
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the data, a real number."""
+        return float(self.epoch + self.position / self.plan["samples_per_epoch"])
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the scores are those of the weights that are saved."""
+        return self.scored_at == self.step and bool(self.scores)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """A checkpoint that was written whole.
+
+    Args:
+        file: Name of the file with the tensors, in the same folder.
+        size_bytes: Its length.
+        sha256: Its SHA-256, in hexadecimal.
+        time: When it was written, unix time in seconds.
+        header: Where the run stood.
+    """
+
+    file: str
+    size_bytes: int
+    sha256: str
+    time: float
+    header: Header
+
+    def to_text(self) -> str:
+        """Return the manifest as JSON that carries its own checksum."""
+        header = {name: getattr(self.header, name) for name in Header.__slots__}
+        content = {name: getattr(self, name) for name in self.__slots__} | {"header": header}
+        check = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        outer = {"format": FORMAT, "check": check, **content}
+        return _in_lines(outer, header=_in_lines(header)) + "\n"
+
+
+def _in_lines(content: dict[str, Any], **written: str) -> str:
+    """Give every key a line of its own; with an indent ``json.dumps`` takes ten times as long."""
+    texts = {key: json.dumps(value) for key, value in content.items()} | written
+    lines = [f'"{key}": {text}' for key, text in texts.items()]
+    return "{\n" + ",\n".join(lines) + "\n}"
+
+
+def read_manifest(path: Path) -> Manifest | None:
+    """Read a manifest; None if it is missing, damaged, or of another format.
+
+    Raises:
+        OSError: It cannot be read; its content may be valid.
+    """
+    try:
+        text = retry(path.read_bytes)
+    except OSError as error:
+        if is_missing(error):
+            return None
+        raise
+    try:
+        content = json.loads(text)
+        del content["format"], content["check"]
+        header = content.pop("header")
+        header["skipped"] = SkippedSteps(*header["skipped"])
+        manifest = Manifest(header=Header(**header), **content)
+        # Byte by byte: the last digit of a float can change without a change of the number.
+        return manifest if manifest.to_text().encode() == text else None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+
 
 FOLDER_NAME = "checkpoints"
 UNFINISHED = ".new"
@@ -50,6 +174,12 @@ class CheckpointFolder:
         self.path = path
         self._settled: list[Manifest] | None = None
         self._best: Manifest | None = None
+
+    @classmethod
+    def at(cls, path: Path) -> "CheckpointFolder":
+        """Find the checkpoints of a run folder, or take a folder of checkpoints as it is."""
+        inner = path / FOLDER_NAME
+        return cls(inner if inner.is_dir() else path)
 
     def manifests(self) -> list[Manifest]:
         """Read the manifests whose file is there, the oldest checkpoint first.
@@ -122,7 +252,7 @@ class CheckpointFolder:
         """
         for file in self._files():
             with suppress(OSError):
-                entry = _manifest_of(file)
+                entry = manifest_of(file)
                 if entry is None or entry.header.samples > after_samples:
                     self._set_aside(file)
 
@@ -173,21 +303,19 @@ class CheckpointFolder:
 
     def _files(self) -> list[Path]:
         try:
-            return [file for file in retry(self._all_in_it) if _SAVED.fullmatch(file.name)]
+            files = retry(lambda: list(self.path.iterdir()))
+            return [file for file in files if _SAVED.fullmatch(file.name)]
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:  # to begin at step 0 would be wrong: there may be checkpoints
             raise unreadable(self.path, error, "name another folder") from error
-
-    def _all_in_it(self) -> list[Path]:
-        return list(self.path.iterdir())
 
     def _read_manifests(self) -> tuple[list[Manifest], dict[Path, OSError]]:
         """Read the manifests whose file is there; gives them in order, and what cannot be read."""
         entries, failures = [], {}
         for file in self._files():
             try:
-                entry = _manifest_of(file)
+                entry = manifest_of(file)
             except OSError as error:
                 failures[file] = error
                 continue
@@ -213,24 +341,14 @@ def _in_order(entries: list[Manifest]) -> list[Manifest]:
     return sorted(entries, key=lambda entry: (entry.header.samples, entry.time))
 
 
-def _manifest_of(file: Path) -> Manifest | None:
+def manifest_of(file: Path) -> Manifest | None:
     """Read the manifest beside a file; None if it is not that of this file.
 
     Raises:
         OSError: It may be, but cannot be read.
     """
     entry = read_manifest(file.with_suffix(".json"))
-    return entry if entry and entry.file == file.name and _is_file(file) else None
-
-
-def _is_file(path: Path) -> bool:
-    """Whether this is a file; on any error ``Path.is_file`` returns False from Python 3.14 on."""
-    try:
-        return stat.S_ISREG(retry(path.stat).st_mode)
-    except OSError as error:
-        if is_missing(error):
-            return False
-        raise
+    return entry if entry and entry.file == file.name and is_file(file) else None
 
 
 def _unreadable(file: Path, error: OSError) -> DataError:

@@ -1,12 +1,7 @@
 """Configuration: typed sections, and loading from files, environment and command line."""
 
-from ddp_sgd.config.command_line import (
-    CommandLine,
-    dump_yaml,
-    load_config,
-    read_command_line,
-)
-from ddp_sgd.config.schema import RunConfig
+from ddp_sgd.config.command_line import CommandLine, dump_yaml, load_config, read_command_line
+from ddp_sgd.config.schema import ComputeConfig, ParallelConfig, RunConfig, RuntimeConfig
 from ddp_sgd.config.sections import (
     CheckpointConfig,
     Component,
@@ -14,8 +9,6 @@ from ddp_sgd.config.sections import (
     EvalConfig,
     LogConfig,
     OptimConfig,
-    ParallelConfig,
-    RuntimeConfig,
     ScheduleConfig,
     WandbConfig,
 )
@@ -26,6 +19,7 @@ __all__ = [
     "CheckpointConfig",
     "CommandLine",
     "Component",
+    "ComputeConfig",
     "DataConfig",
     "EvalConfig",
     "LogConfig",

@@ -13,8 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ddp_sgd.config.faults import explain_faults, nearest, show
-from ddp_sgd.config.keys import all_keys
-from ddp_sgd.config.reference import keys_text
+from ddp_sgd.config.keys import all_keys, keys_text
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.config.sections import expand_home
 from ddp_sgd.config.sources import Sources, gather, lay_over

@@ -37,7 +37,9 @@ def explain_faults(
     messages: dict[str, str] = {}
     for fault in error.errors(include_url=False):
         path = _path(fault["loc"], values, fault["type"])
-        kinds.setdefault(path, []).append(fault["type"])
+        is_in_list = any(isinstance(part, int) for part in fault["loc"])  # which the path is not
+        is_unknown = fault["type"] == "extra_forbidden" and not is_in_list
+        kinds.setdefault(path, []).append("unknown key" if is_unknown else fault["type"])
         if fault["type"] == "value_error":
             messages[path] = _message(path, values, str(fault["ctx"]["error"]))
     lines = []
@@ -45,7 +47,7 @@ def explain_faults(
         if path in messages:
             origin = _origin(messages[path].partition(" ")[0], origins)
             lines.append(f"{messages[path].rstrip('.')}{origin}.")
-        elif "extra_forbidden" in found:
+        elif "unknown key" in found:
             remedy = _remedy_for_unknown(path, options)
             lines.append(f"unknown key {path}{_origin(path, origins)}; {remedy}")
         else:

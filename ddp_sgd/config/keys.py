@@ -1,5 +1,9 @@
-"""Configuration keys: type in words, default, range and meaning of each."""
+"""Configuration keys: type in words, default, range and meaning of each; the reference of all keys.
 
+The reference is the text of ``--help``, and the tables of docs/configuration.md.
+"""
+
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +20,7 @@ _EXAMPLES = {
     "number": "1.0",
     "array of number": "[30, 60]",
     "array of string": "[a, b]",
+    "array of component": "[{class_path: ddp_sgd.data.augment.RandomHorizontalFlip}]",
 }
 
 
@@ -144,6 +149,8 @@ def _words(node: Node) -> str:
 
 
 def _items(node: Node) -> str:
+    if "$ref" in node:
+        return " of components"
     return f", each item {_choices(node)}" if node else ""
 
 
@@ -151,10 +158,8 @@ def _range(node: Node) -> str:
     """The interval of a number as `` in [0, 1)``, `` above 0``, or nothing."""
     at_least, above = node.get("minimum"), node.get("exclusiveMinimum")
     at_most, less_than = node.get("maximum"), node.get("exclusiveMaximum")
-    lower, upper = (
-        (above if at_least is None else at_least),
-        (less_than if at_most is None else at_most),
-    )
+    lower = above if at_least is None else at_least
+    upper = less_than if at_most is None else at_most
     if lower is not None and upper is not None:
         left, right = "(" if at_least is None else "[", ")" if at_most is None else "]"
         return f" in {left}{_number(lower)}, {_number(upper)}{right}"
@@ -181,8 +186,100 @@ def _example(node: Node, default: Any) -> str:
     if default not in (None, "auto", [], {}) and not isinstance(default, dict | bool):
         return "" if "enum" in node else yaml_value(default)
     for part in _alternatives(node):
-        items = f" of {part['items'].get('type')}" if "items" in part else ""
+        below = part.get("items", {})
+        kind = "component" if "$ref" in below else below.get("type")
+        items = f" of {kind}" if "items" in part else ""
         is_choice = default == "auto" or "const" in part
         if not is_choice and (example := _EXAMPLES.get(f"{part.get('type')}{items}")):
             return example
     return ""
+
+
+_COMPONENT_TABLE = "| key | type | default | meaning |\n|---|---|---|---|\n"
+_ALL_KEYS = "\n## Keys\n"
+
+
+def keys_text(*, width: int = 100) -> str:
+    """List every key by section, with type, range, default and meaning, as ``--help`` does.
+
+    Args:
+        width: Longest line, in characters.
+    """
+    lines = textwrap.wrap(
+        "Keys of the configuration, as --key=value with a value in YAML, text as it is, or in a "
+        "YAML file. Later sources win: defaults, files in order, variables such as "
+        "DDP_SGD_OPTIM__LR=0.1, command line.",
+        width,
+    )
+    for section, keys in _sections():
+        title = f"{section.name}: {section.meaning}" if section else "the run:"
+        lines += ["", *textwrap.wrap(title, width)]
+        for key in keys:
+            head = f"--{key.name}: {_type_of(key)}, default {_default_of(key)}"
+            lines += _wrap(head, width, first=2, rest=4) + _wrap(
+                key.meaning, width, first=6, rest=6
+            )
+    return "\n".join(lines) + "\n"
+
+
+def reference_markdown(page: str) -> str:
+    """Write the tables of ``docs/configuration.md`` again, and keep the prose before them."""
+    rows = "\n".join(_row(key, key.leaf) for key in keys_below("loss"))
+    head, _, rest = page.partition(_COMPONENT_TABLE)
+    prose = rest[rest.index("\n\n") : rest.index(_ALL_KEYS)]
+    parts = [f"{head}{_COMPONENT_TABLE}{rows}{prose}{_ALL_KEYS}"]
+    for section, keys in _sections():
+        title, about = (f"`{section.name}`", section.meaning) if section else ("The run", "")
+        parts.append(f"### {title}\n")
+        parts += [f"{about}\n"] if about else []
+        table = ["| key | type and range | default | meaning |", "|---|---|---|---|"]
+        table += [_row(key, key.name) for key in keys]
+        parts.append("\n".join(table) + "\n")
+    return "\n".join(parts)
+
+
+def _row(key: Key, name: str) -> str:
+    default = f"`{_default_of(key)}`" if name != "class_path" else ""
+    return f"| `{name}` | {_cell(_type_of(key))} | {default} | {_cell(key.meaning)} |"
+
+
+def _sections() -> Iterator[tuple[Key | None, tuple[Key, ...]]]:
+    """The keys at the top, then each section with its keys."""
+
+    def plain(parent: str) -> tuple[Key, ...]:
+        return tuple(key for key in keys_below(parent) if key.kind != "section")
+
+    yield None, plain("")
+    for section in all_keys().values():
+        if section.kind == "section":
+            yield section, plain(section.name)
+
+
+def _wrap(text: str, width: int, *, first: int, rest: int) -> list[str]:
+    return textwrap.wrap(
+        text,
+        width,
+        initial_indent=" " * first,
+        subsequent_indent=" " * rest,
+        break_on_hyphens=False,
+    )
+
+
+def _type_of(key: Key) -> str:
+    return (
+        key.choices.replace("a mapping", "a component") if key.kind == "component" else key.choices
+    )
+
+
+def _default_of(key: Key) -> str:
+    if key.kind != "component" or key.default is None:
+        return yaml_value(key.default)
+    arguments = ", ".join(
+        f"{name}={yaml_value(value)}" for name, value in key.default["init_args"].items()
+    )
+    return f"{key.default['class_path']}({arguments})"
+
+
+def _cell(text: str) -> str:
+    """Escape what Markdown would take for a cell border or an emphasis."""
+    return text.replace("|", "\\|").replace("*", "\\*").replace("_", "\\_")

@@ -208,8 +208,7 @@ def without_places(key: str, value: Any) -> Any:
         >>> without_places("data.train.init_args.split", "train")
         'train'
     """
-    is_argument = any(key == start or key.startswith(f"{start}.") for start in _ARGUMENTS)
-    return _without(value) if is_argument else value
+    return _without(value) if _is_in(key, _ARGUMENTS) else value
 
 
 def _without(value: Any) -> Any:
@@ -223,9 +222,23 @@ def _without(value: Any) -> Any:
 
 
 _MATTERS = (
-    *("seed", "model", "loss", "data.train", "data.collate", "data.tail", "optim"),
-    *("schedule", "parallel.compression", "parallel.local_sgd"),
+    *("seed", "model", "loss", "data.train", "data.collate", "data.train_transforms", "data.tail"),
+    *("optim", "schedule", "parallel.compression", "parallel.local_sgd"),
+    *("compute.precision", "compute.compile", "compute.deterministic"),
 )
+"""Keys on which the weights depend, each with all that is below it."""
+
+_BEFORE = {
+    "compute.precision": "fp32",
+    "compute.channels_last": False,
+    "compute.compile": False,
+    "compute.cuda_graphs": False,
+    "compute.deterministic": True,  # as far as there was a choice: no kernel was chosen by timing
+}
+"""What runs of releases did that had no such key, whatever its default is today."""
+
+_SAME_BUT_FOR_ROUNDING = ("compute.channels_last",)
+"""Keys that may change in a run, though the last bits of later steps change with them."""
 
 
 def changes_that_matter(before: Mapping[str, Any], now: RunConfig) -> list[str]:
@@ -242,7 +255,7 @@ def changes_that_matter(before: Mapping[str, Any], now: RunConfig) -> list[str]:
     Returns:
         Lines such as ``optim.lr was 0.05, is 0.1``.
     """
-    old, new = _settings(before), _settings(now.model_dump(mode="json"))
+    old, new = _BEFORE | _settings(before), _settings(now.model_dump(mode="json"))
     default = {
         key: value
         for key, value in _settings(RunConfig().model_dump(mode="json")).items()
@@ -252,7 +265,7 @@ def changes_that_matter(before: Mapping[str, Any], now: RunConfig) -> list[str]:
     for key in sorted(old.keys() | new.keys()):
         was, is_now = (values.get(key, default.get(key)) for values in (old, new))
         moved = without_places(key, was) == without_places(key, is_now)
-        if was != is_now and not moved and key.startswith(_MATTERS):
+        if was != is_now and not moved and _is_in(key, _MATTERS):
             changes.append(
                 f"{key} was {MASK}, is {MASK}"
                 if is_secret(key)
@@ -264,6 +277,32 @@ def changes_that_matter(before: Mapping[str, Any], now: RunConfig) -> list[str]:
     if now.epochs < before.get("epochs", 0):
         changes.append(f"epochs was {before['epochs']}, is {now.epochs}")
     return changes
+
+
+def rounding_notes(before: Mapping[str, Any], now: RunConfig) -> list[str]:
+    """List the changes of a configuration on a resume that change the last bits of later steps.
+
+    Args:
+        before: An earlier configuration, as plain data.
+        now: The configuration of today.
+
+    Returns:
+        Lines such as ``compute.channels_last was False, is True: ...``.
+    """
+    old, new = _BEFORE | _settings(before), _settings(now.model_dump(mode="json"))
+    return [
+        f"{key} was {old[key]}, is {new[key]}: the last bits of later steps may differ"
+        for key in _SAME_BUT_FOR_ROUNDING
+        if old[key] != new[key]
+    ]
+
+
+def _is_in(key: str, keys: Sequence[str]) -> bool:
+    """Whether a key is one of these, or below one of them; ``data.train_x`` is not ``data.train``.
+
+    Arguments of components may have any names, so that no list of whole keys would do.
+    """
+    return any(key == each or key.startswith(f"{each}.") for each in keys)
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -50,13 +50,7 @@ def shape_of(value: Any) -> str:
 
 
 def no_pair(sample: Any, where: str, index: int) -> str:
-    """Describe why a sample is not (input, target), and what would make it so.
-
-    Args:
-        sample: What the data set gave.
-        where: Its key in the configuration.
-        index: Number of the sample.
-    """
+    """Describe why a sample is not (input, target), and what would make it so."""
     return (
         f"{where}[{index}] is {shape_of(sample)}, not (input, target); return a pair, "
         f"{_choose(sample, where)}or {_COLLATE}."

@@ -1,9 +1,10 @@
 """Fetcher: one batch of a map-style data set, by ``__getitems__`` or sample by sample."""
 
 import copy
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,8 +27,8 @@ from ddp_sgd.data.dataset_checks import (
     take_whole_batch,
 )
 from ddp_sgd.errors import DataError, UserError
-from ddp_sgd.seeds import seed_for
-from ddp_sgd.tree import map_leaves
+from ddp_sgd.seeds import ReadingRandomness, seed_for
+from ddp_sgd.tree import map_leaves, tensors_in
 
 Collate = Callable[[list[Any]], Any]
 """Forms a batch (inputs, targets) of a list of samples."""
@@ -40,6 +41,9 @@ alike.
 
 AHEAD_BYTES = 1 << 18
 """Batches that are read together: what fits into the cache of a core, with room for others."""
+
+_MOST_IN_A_ROW = 8
+"""Batches of a user's own that are read together, if small: each may take long to make."""
 
 _LINE_BYTES = 64
 
@@ -80,14 +84,17 @@ class Fetcher:
 
     Attributes:
         where: Key of the data set in the configuration.
+        seed: Seed of the run.
     """
 
     def __init__(self, dataset: Any, where: str, seed: int, collate: Collate | None = None) -> None:
         self._dataset = dataset
         self.where = where
-        self._seed = seed
+        self.seed = seed
         self._collate = collate
         self._fault = ""
+        # A collate function may change the samples, so that it cannot be called a second time.
+        self._randomness = ReadingRandomness(seeds_all=collate is not None)
         try:
             self._read = self._choose_reader()
         except UserError as error:  # found by the first read, as all that a data set does wrong
@@ -142,6 +149,17 @@ class Fetcher:
         return [self.__getitems__(request) for request in requests]
 
     @property
+    def most_at_once(self) -> int:
+        """Most batches to read before the first of them is used.
+
+        Whole batches of a user's own are seeded and read one by one, but in a row: after a step of
+        the model, their code is no longer in the cache of the core.
+        """
+        if self.reads_plainly:
+            return AHEAD_BYTES
+        return _MOST_IN_A_ROW if self._read == self._read_drawing else 1
+
+    @property
     def reads_plainly(self) -> bool:
         """Whether a batch is rows of tensors, alone or with other data."""
         return self._read in (self._read_own, self._read_tensors)
@@ -153,8 +171,9 @@ class Fetcher:
             return self._read_tensors
         if not draws_numbers(self._dataset):
             return self._read_own
-        _seed_everything(seed_for("sample", self._seed, EVAL_EPOCH, 0))
-        whole = gives_whole_batches(self._dataset, self.where)
+        seed = seed_for("sample", self.seed, EVAL_EPOCH, 0)
+        try_one = partial(gives_whole_batches, self._dataset, self.where)
+        whole = self._randomness.read(seed, try_one)
         return self._read_drawing if whole else self._read_one_by_one
 
     def _refuse(self, _: Request) -> Any:
@@ -171,10 +190,15 @@ class Fetcher:
 
     def _read_drawing(self, request: Request) -> Any:
         indices = request.indices.tolist()
-        _seed_everything(seed_for("sample", self._seed, request.epoch, indices[0]))
-        batch = take_whole_batch(self._dataset, indices, self.where)
+        seed = seed_for("sample", self.seed, request.epoch, indices[0])
+
+        def read() -> Any:
+            return take_whole_batch(self._dataset, indices.copy(), self.where)
+
+        batch = self._randomness.read(seed, read)
         require_rows(batch, indices, self.where)
-        return tuple(self._to_tensors(part) for part in batch)
+        inputs, targets = batch
+        return self._to_tensors(inputs), self._to_tensors(targets)
 
     def _read_one_by_one(self, request: Request) -> Any:
         samples, indices = self._read_samples(request)
@@ -192,9 +216,9 @@ class Fetcher:
         return [self._read_sample(request.epoch, index) for index in indices], indices
 
     def _read_sample(self, epoch: int, index: int) -> Any:
-        _seed_everything(seed_for("sample", self._seed, epoch, index))
         try:
-            sample = self._take(index)
+            seed = seed_for("sample", self.seed, epoch, index)
+            sample = self._randomness.read(seed, partial(self._take, index))
         except UserError:
             raise
         except Exception as error:
@@ -216,7 +240,7 @@ class Fetcher:
 
     def _form_batch(self, samples: list[Any], epoch: int, indices: list[int]) -> Any:
         if self._collate is not None:
-            _seed_everything(seed_for("collate", self._seed, epoch, indices[0]))
+            self._randomness.seed(seed_for("collate", self.seed, epoch, indices[0]))
             return _apply(self._collate, samples, self.where, indices)
         try:
             return default_collate(samples)
@@ -225,6 +249,8 @@ class Fetcher:
 
     def _to_tensors(self, part: Any) -> Any:
         """Turn the arrays of a part into tensors; a list has one entry per sample, and stays."""
+        if isinstance(part, np.ndarray | torch.Tensor):  # most are: without the search below
+            return self._to_tensor(part)
         return map_leaves(self._to_tensor, part, is_leaf=is_list)
 
     def _to_tensor(self, part: Any) -> Any:
@@ -243,6 +269,33 @@ class Fetcher:
             f"{self.where} gave samples that do not form a batch (from index {first} on), "
             f"{type(error).__name__}: {error}; give all samples the same shapes and number types."
         )
+
+
+class InProcess:
+    """Batches that are read where they are used, without the way through DataLoader.
+
+    Small ones are read several at a time: a call for 8 kB takes as long as the copy of 100 kB.
+    """
+
+    def __init__(self, fetcher: Fetcher, requests: Iterable[Request]) -> None:
+        self._fetcher = fetcher
+        self._requests = requests
+
+    def __iter__(self) -> Iterator[Any]:
+        requests, at_once, most = iter(self._requests), 1, self._fetcher.most_at_once
+        while burst := list(islice(requests, at_once)):
+            batches = self._fetcher.read_ahead(burst)
+            if at_once < most:
+                at_once = min(most, _batches_at_once(batches[0]))
+                most = at_once  # the first batch shows how large they are
+            yield from batches
+
+
+def _batches_at_once(batch: Any) -> int:
+    if isinstance(batch, Unreadable):
+        return 1
+    num_bytes = sum(tensor.nbytes for tensor in tensors_in(batch))
+    return max(1, AHEAD_BYTES // max(1, num_bytes))
 
 
 def _apply(collate: Collate, samples: list[Any], where: str, indices: list[int]) -> Any:
@@ -288,9 +341,3 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.nbytes > AHEAD_BYTES or tensor.data_ptr() % _LINE_BYTES == 0:
         return tensor
     return tensor.clone()
-
-
-def _seed_everything(seed: int) -> None:
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFF_FFFF)  # augmentations draw from the global one

@@ -1,54 +1,71 @@
 """Data loaders: batches from the data set, in workers or not, to the device."""
 
-import atexit
-import multiprocessing
-import os
-import signal
-import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
-from itertools import islice
-from multiprocessing.reduction import ForkingPickler
-from multiprocessing.sharedctypes import RawValue
-from types import FrameType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
+from ddp_sgd.data.augment import NO_TRANSFORMS, Transforms
+from ddp_sgd.data.device import (
+    Place,
+    Prefetcher,
+    Transfer,
+    move,
+    open_transfer,
+    prefetch_rows,
+)
+from ddp_sgd.data.draws import Indices, Number
 from ddp_sgd.data.fetcher import (
-    AHEAD_BYTES,
     EVAL_EPOCH,
     Collate,
     Fetcher,
+    InProcess,
     Request,
     Unreadable,
 )
+from ddp_sgd.data.placement import ArrayPair, Rows
 from ddp_sgd.data.sampler import EvalSampler, TrainSampler
-from ddp_sgd.errors import DataError
+from ddp_sgd.data.workers import (
+    Departure,
+    flag_of_leaving,
+    leave_signals_to_the_rank,
+    start_method,
+)
+from ddp_sgd.errors import DataError, lost_worker
 from ddp_sgd.seeds import seed_for
-from ddp_sgd.torch_errors import lost_worker
-from ddp_sgd.tree import map_leaves
+
+_BLOCK = 64
+"""Batches whose indices are copied to the device together, at least."""
+
+_UNKNOWN = np.empty(0, np.int64)
 
 
 class MicroBatch(NamedTuple):
     """What one rank sends through the model at once.
 
     Args:
-        inputs: Tensor of shape (m, ...), or a container of such.
-        targets: Tensor of shape (m, ...), or a container of such.
+        inputs: Tensor of shape (m, ...), ``Rows`` that become one, or a container of such.
+        targets: The same.
         samples: True number of samples in it, m; 0 for a dummy, whose loss counts for nothing.
         is_last: Whether it ends this rank's part of the step.
+        epoch: Number of the epoch.
+        indices: Which samples it holds, of shape (m,), those of a dummy included.
     """
 
     inputs: Any
     targets: Any
     samples: int
     is_last: bool
+    epoch: Number = 0
+    indices: Indices = _UNKNOWN
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """Return the same batch on a device; the copy from pinned memory does not wait."""
+        """Return the same batch on a device, as tensors; nothing is copied that is there."""
         if device.type == "cpu":
             return self
         inputs, targets = move(self.inputs, device), move(self.targets, device)
@@ -62,11 +79,13 @@ class StepBatches(NamedTuple):
         step: Number of the step in the run, from 0.
         samples: Samples in the step, over all ranks, N.
         micro_batches: This rank's part, at least one.
+        transforms: Applied to the inputs once they are on the device.
     """
 
     step: int
     samples: int
     micro_batches: tuple[MicroBatch, ...]
+    transforms: Transforms = NO_TRANSFORMS
 
 
 class TrainLoader:
@@ -79,9 +98,11 @@ class TrainLoader:
         workers: Loader processes; 0 reads in this process.
         device: Where the batches go.
         collate: Function from a list of samples to a batch; None: torch's default_collate.
+        transforms: Applied to the inputs by those who bring them to the device.
+        arrays: The arrays of the data set, on the host or the device, if batches are rows of them.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # a data set, and how it is read
         self,
         dataset: Any,
         sampler: TrainSampler,
@@ -90,15 +111,25 @@ class TrainLoader:
         workers: int,
         device: torch.device,
         collate: Collate | None = None,
+        transforms: Transforms = NO_TRANSFORMS,
+        arrays: ArrayPair | None = None,
     ) -> None:
         self._sampler = sampler
         self._epochs = epochs
+        self._transforms = transforms
         fetcher = Fetcher(dataset, "data.train", sampler.seed, collate)
         self._requests = _Requests(sampler)
-        self._batches = _build_batches(fetcher, self._requests, workers, device, sampler.seed)
+        transfer = open_transfer(device)
+        self._batches = _build_batches(fetcher, self._requests, workers, arrays, transfer)
+        self._prefetcher = None
+        if transfer is not None and not _is_on_device(arrays):
+            self._prefetcher = Prefetcher(transfer)
 
     def from_step(self, step: int, skip: int = 0) -> Iterator[StepBatches]:
-        """Yield what this rank computes in each step, on the host, to the end of the run.
+        """Yield what this rank computes in each step, to the end of the run.
+
+        Batches are on the host if that computes, and on the device otherwise; there a batch keeps
+        its values until the step after the next one is asked for.
 
         Args:
             step: Number of the first step, from 0.
@@ -108,17 +139,53 @@ class TrainLoader:
             DataError: A sample cannot be read.
         """
         first_epoch, first_step = divmod(step, self._sampler.steps_per_epoch)
-        micro_batches: list[MicroBatch] = []
         for epoch in range(first_epoch, self._epochs):
             self._sampler.set_epoch(epoch, first_step, skip)
-            for inputs, targets in _read(self._batches):
-                drawn = self._requests.pending.popleft()
-                micro_batches.append(MicroBatch(inputs, targets, drawn.size, drawn.is_last))
-                if drawn.is_last:
-                    yield StepBatches(step, drawn.step_samples, tuple(micro_batches))
-                    micro_batches.clear()
-                    step += 1
+            steps = self._read_epoch(epoch, step)
+            yield from self._prefetcher.run(steps, _place_step) if self._prefetcher else steps
+            step += self._sampler.steps_per_epoch - first_step
             first_step = skip = 0
+
+    def read_ahead(self) -> None:
+        """Read the next batch now, after a step was launched, if the device can compute meanwhile.
+
+        Nothing is read beyond the end of an epoch. An error waits until that batch is asked for.
+        """
+        if self._prefetcher is not None:
+            self._prefetcher.read_ahead()
+
+    def _read_epoch(self, epoch: int, step: int) -> Iterator[StepBatches]:
+        micro_batches: list[MicroBatch] = []
+        for inputs, targets in _read(self._batches):
+            drawn = self._requests.pending.popleft()
+            size, is_last, indices = drawn.size, drawn.is_last, _indices_of(inputs, drawn.indices)
+            micro_batches.append(MicroBatch(inputs, targets, size, is_last, epoch, indices))
+            if drawn.is_last:
+                batches = tuple(micro_batches)
+                yield StepBatches(step, drawn.step_samples, batches, self._transforms)
+                micro_batches.clear()
+                step += 1
+
+
+def _indices_of(inputs: Any, indices: NDArray[np.int64]) -> Indices:
+    """Return the indices of a batch where its rows are gathered."""
+    if isinstance(inputs, Rows) and inputs.indices is not None and inputs.indices.is_cuda:
+        return inputs.indices
+    return indices
+
+
+def _place_step(batches: StepBatches, place: Place) -> StepBatches:
+    """Copy the micro-batches of a step to the device, with their indices if these are used."""
+    placed = [
+        batch._replace(inputs=place(batch.inputs), targets=place(batch.targets))
+        for batch in batches.micro_batches
+    ]
+    if len(batches.transforms):
+        placed = [each._replace(indices=place(torch.as_tensor(each.indices))) for each in placed]
+    return batches._replace(micro_batches=tuple(placed))
+
+
+_Chunk = tuple[int, int, Any, Any]
 
 
 class EvalLoader:
@@ -131,9 +198,11 @@ class EvalLoader:
         workers: Loader processes; 0 reads in this process.
         device: Where the batches go.
         collate: Function from a list of samples to a batch; None: torch's default_collate.
+        transforms: Applied to the inputs by those who bring them to the device.
+        arrays: The arrays of the data set, on the host or the device, if batches are rows of them.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # a data set, and how it is read
         self,
         dataset: Any,
         chunks: EvalSampler,
@@ -142,17 +211,44 @@ class EvalLoader:
         workers: int,
         device: torch.device,
         collate: Collate | None = None,
+        transforms: Transforms = NO_TRANSFORMS,
+        arrays: ArrayPair | None = None,
     ) -> None:
         self.chunks = chunks
+        self._transforms = transforms
         fetcher = Fetcher(dataset, "data.eval", seed, collate)
         self._requests = _Requests(chunks)
-        self._batches = _build_batches(fetcher, self._requests, workers, device, seed)
+        transfer = open_transfer(device)
+        self._batches = _build_batches(fetcher, self._requests, workers, arrays, transfer)
+        self._transfer = None if _is_on_device(arrays) else transfer
 
-    def __iter__(self) -> Iterator[tuple[int, int, Any, Any]]:
-        """Yield (number of the chunk, its samples, inputs, targets), on the host."""
+    def __iter__(self) -> Iterator[_Chunk]:
+        """Yield (number of the chunk, its samples, inputs, targets), as ``TrainLoader`` does."""
+        if self._transfer is None:
+            return self._read_chunks()
+        return Prefetcher(self._transfer).run(self._read_chunks(), _place_chunk)
+
+    def _read_chunks(self) -> Iterator[_Chunk]:
         for inputs, targets in _read(self._batches):
             drawn = self._requests.pending.popleft()
             yield drawn.number, drawn.size, inputs, targets
+
+    def transform(self, inputs: Any, number: int) -> Any:
+        """Apply the transforms to the inputs of a chunk, which are on the device.
+
+        Args:
+            inputs: Inputs of the chunk.
+            number: Number of the chunk.
+        """
+        if not len(self._transforms):
+            return inputs
+        return self._transforms(inputs, self.chunks.indices(number), EVAL_EPOCH)
+
+
+def _place_chunk(chunk: _Chunk, place: Place) -> _Chunk:
+    """Copy a chunk to the device."""
+    number, samples, inputs, targets = chunk
+    return number, samples, place(inputs), place(targets)
 
 
 class _Requests:
@@ -176,33 +272,36 @@ class _Requests:
     def __len__(self) -> int:
         return len(self._sampler)
 
+    def in_blocks(self) -> Iterator[list[NDArray[np.int64]]]:
+        """Yield the indices of many batches at a time, of whole steps."""
+        block: list[NDArray[np.int64]] = []
+        for request in self:
+            block.append(request.indices)
+            if len(block) >= _BLOCK and getattr(self.pending[-1], "is_last", True):
+                yield block
+                block = []
+        if block:
+            yield block
 
-class _InProcess:
-    """Batches that are read where they are used, without the way through DataLoader.
 
-    Small ones are read several at a time: a call for 8 kB takes as long as the copy of 100 kB.
-    """
+class _InArrays:
+    """Batches as rows of arrays, which are gathered later: by the device, or on the way to it."""
 
-    def __init__(self, fetcher: Fetcher, requests: Iterable[Request], *, pinned: bool) -> None:
-        self._fetcher = fetcher
+    def __init__(self, arrays: ArrayPair, requests: _Requests, transfer: Transfer) -> None:
+        self._arrays = arrays
         self._requests = requests
-        self._pinned = pinned
+        self._transfer = transfer
 
-    def __iter__(self) -> Iterator[Any]:
-        requests, at_once = iter(self._requests), 1
-        while burst := list(islice(requests, at_once)):
-            batches = self._fetcher.read_ahead(burst)
-            if at_once == 1 and self._fetcher.reads_plainly:
-                at_once = _batches_at_once(batches[0])
-            for batch in batches:
-                yield _for_movable(batch, _pin) if self._pinned else batch
+    def __iter__(self) -> Iterator[tuple[Rows, Rows]]:
+        if _is_on_device(self._arrays):
+            yield from prefetch_rows(self._arrays, self._requests.in_blocks(), self._transfer)
+            return
+        for request in self._requests:
+            yield self._arrays.rows(torch.from_numpy(request.indices))
 
 
-def _batches_at_once(batch: Any) -> int:
-    if isinstance(batch, Unreadable):
-        return 1
-    num_bytes: int = sum(part.nbytes for part in batch)
-    return max(1, AHEAD_BYTES // max(1, num_bytes))
+def _is_on_device(arrays: ArrayPair | None) -> bool:
+    return arrays is not None and arrays.inputs.device.type != "cpu"
 
 
 def _read(batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
@@ -220,119 +319,25 @@ def _read(batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
 
 
 def _build_batches(
-    fetcher: Fetcher, requests: _Requests, workers: int, device: torch.device, seed: int
+    fetcher: Fetcher,
+    requests: _Requests,
+    workers: int,
+    arrays: ArrayPair | None,
+    transfer: Transfer | None,
 ) -> Iterable[Any]:
-    pinned = device.type == "cuda"
+    if arrays is not None and transfer is not None:
+        return _InArrays(arrays, requests, transfer)
     if workers == 0:
-        return _InProcess(fetcher, requests, pinned=pinned)
+        return InProcess(fetcher, requests)
     return DataLoader(
         fetcher,  # type: ignore[arg-type]  # torch types data sets by class, not by methods
         batch_sampler=requests,  # type: ignore[arg-type]  # torch types it as lists of indices
         num_workers=workers,
-        collate_fn=_Departure(workers, fetcher.where),
-        multiprocessing_context=_start_method(),
-        pin_memory=pinned,
+        collate_fn=Departure(workers, fetcher.where),
+        multiprocessing_context=start_method(),
+        pin_memory=transfer is not None and transfer.device.type != "cpu",
         persistent_workers=True,
-        worker_init_fn=partial(_leave_signals_to_the_rank, _flag_of_leaving()),
+        worker_init_fn=partial(leave_signals_to_the_rank, flag_of_leaving()),
         # Its own: making an iterator draws a number, and the global generator is the model's.
-        generator=torch.Generator().manual_seed(seed_for("loader", seed)),
+        generator=torch.Generator().manual_seed(seed_for("loader", fetcher.seed)),
     )
-
-
-def _start_method() -> str:
-    """Start method of loader processes: as on Linux before Python 3.14, unless one is set.
-
-    A forked process has the data set as it is. That of a fork server, Python 3.14's default, or one
-    that is spawned has what a pickle of it holds, if there can be one, and imports torch again.
-    """
-    chosen = multiprocessing.get_start_method(allow_none=True)
-    own = multiprocessing.get_all_start_methods()[0]  # a process that was started may have set it
-    if chosen is not None and chosen != own:
-        return chosen
-    return "fork" if sys.platform == "linux" else "spawn"
-
-
-class _Departure:
-    """Passes batches on unchanged, once the first shows that batches can leave a loader process.
-
-    One that cannot be serialized would be lost on the way, and the rank would wait without an end.
-
-    Args:
-        workers: Number of loader processes.
-        where: Key of the data set in the configuration, for errors.
-    """
-
-    def __init__(self, workers: int, where: str) -> None:
-        self._workers = workers
-        self._where = where
-        self._checked = False
-
-    def __call__(self, batch: Any) -> Any:
-        if not self._checked:
-            self._checked = True
-            try:
-                ForkingPickler.dumps(batch)
-            except Exception as error:  # each type has its own
-                return Unreadable(
-                    f"data.workers is {self._workers} while a batch of {self._where} cannot leave "
-                    f"its loader process, {type(error).__name__}: {' '.join(str(error).split())}; "
-                    "return tensors without gradients and plain containers, or set data.workers=0."
-                )
-        return batch
-
-
-def _leave_signals_to_the_rank(leaving: Any, _: int) -> None:
-    """Have a loader process ignore a signal to the whole job, so that the rank can save.
-
-    Args:
-        leaving: Shared flag; once it is set, SIGTERM ends the process, or nothing could.
-    """
-
-    def note(number: int, _: FrameType | None) -> None:
-        if leaving.value and number == signal.SIGTERM:
-            os._exit(0)
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, note)
-
-
-def _flag_of_leaving() -> Any:
-    """Make a flag, shared with loader processes, that is set when this process begins to exit."""
-    leaving = RawValue("b", 0)
-
-    def leave() -> None:
-        leaving.value = 1
-
-    atexit.register(leave)  # runs before multiprocessing's own hook, which was registered earlier
-    return leaving
-
-
-def move(value: Any, device: torch.device) -> Any:
-    """Put tensors, also those in lists, tuples and mappings, on a device.
-
-    So are objects with a method ``to``, such as packed sequences and the batches of tokenizers.
-    """
-
-    def change(each: Any) -> Any:
-        if isinstance(each, torch.Tensor):
-            return each.to(device, non_blocking=True)
-        return each.to(device)
-
-    return _for_movable(value, change)
-
-
-def _pin(each: Any) -> Any:
-    """Lock the memory of dense tensors on the host, and of objects that can do so by themselves."""
-    if isinstance(each, torch.Tensor):
-        is_pinnable = each.device.type == "cpu" and each.layout is torch.strided
-    else:  # such as packed sequences, whose tensors may be on a device
-        is_pinnable = hasattr(each, "pin_memory") and not getattr(each, "is_cuda", False)
-    return each.pin_memory() if is_pinnable else each
-
-
-def _for_movable(value: Any, change: Callable[[Any], Any]) -> Any:
-    def change_movable(each: Any) -> Any:
-        return change(each) if hasattr(each, "to") else each
-
-    # A packed sequence is a tuple with lengths for the host, and has the method itself.
-    return map_leaves(change_movable, value, is_leaf=lambda each: hasattr(each, "to"))

@@ -277,12 +277,15 @@ class EvalSampler:
         rounds = -(-self.count // world_size)
         self.mine = range(rank, rounds * world_size if in_step else self.count, world_size)
 
+    def indices(self, number: int) -> NDArray[np.int64]:
+        """Return the samples of a chunk, int64 of shape (m,); a dummy has those of the first."""
+        start = number * self.batch_size if number < self.count else 0
+        return np.arange(start, min(start + self.batch_size, self.samples))
+
     def __iter__(self) -> Iterator[ChunkIndices]:
         for number in self.mine:
-            is_dummy = number >= self.count
-            start = 0 if is_dummy else number * self.batch_size
-            indices = np.arange(start, min(start + self.batch_size, self.samples))
-            yield ChunkIndices(indices, 0 if is_dummy else len(indices), number)
+            indices = self.indices(number)
+            yield ChunkIndices(indices, len(indices) if number < self.count else 0, number)
 
     def __len__(self) -> int:
         return len(self.mine)

@@ -75,9 +75,8 @@ class PowerSGD(CommHook):
     for the one before, since the messages of two would get mixed up on gloo; and a step that is
     skipped, since its gradient is not finite, leaves no trace: it would never go away.
 
-    Args:
-        names: Name of each parameter.
-        runtime: This process.
+    On a GPU the host waits for the device in every step: torch's hook synchronizes it for each
+    bucket that it compresses, after which the look at whether the gradient is finite costs nothing.
 
     Source:
         Vogels et al. 2019, arXiv:1905.13727.

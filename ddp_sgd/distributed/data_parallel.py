@@ -1,6 +1,6 @@
-"""Data-parallel models: flat all-reduce or DistributedDataParallel, which only this file names.
+"""Data-parallel models: flat all-reduce, DistributedDataParallel, post-local SGD, and which one.
 
-Bucket layout of DistributedDataParallel, fixed before the first step.
+Only this file names DistributedDataParallel, and fixes its bucket layout before the first step.
 """
 
 import inspect
@@ -13,11 +13,13 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ddp_sgd.config.schema import ParallelConfig
 from ddp_sgd.distributed.collectives import broadcast_buffers, broadcast_parameters, sum_over_ranks
-from ddp_sgd.distributed.comm_hooks import CommHook
+from ddp_sgd.distributed.comm_hooks import CommHook, build_comm_hook
 from ddp_sgd.distributed.progress import Phase
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.torch_errors import unused_parameters
+from ddp_sgd.errors import unused_parameters
+from ddp_sgd.plan import Plan
 
 # Rank 0's buffers are what counts in the end, and normalization layers do not read them in
 # training: they are sent when they are read, not at every step. The argument was renamed between
@@ -239,3 +241,114 @@ class _Touch(nn.Module):
         for parameter in self._touched:
             total = total + parameter.sum().real.to(total.dtype)
         return total
+
+
+class LocalSGD(FlatAllReduce):
+    """A model that differs between ranks from one average to the next.
+
+    Up to ``plan.local_start`` gradients are summed at every step. Afterwards each rank follows the
+    gradient of its own samples, scaled by the number of ranks; weights and momentum buffers become
+    their mean over ranks wherever ``plan.ranks_sync_at`` is true; with a period of one step this is
+    plain SGD. Ranks are equal after an average: there, and only there, the state is saved.
+
+    Args:
+        model: The model, on the runtime's device.
+        runtime: This process.
+        plan: The run's arithmetic.
+        momentum_buffers: Of each parameter; empty without momentum.
+
+    Source:
+        Lin et al. 2020, "Don't Use Large Mini-Batches, Use Local SGD", arXiv:1808.07217. There
+        momentum buffers stay apart; here they are averaged, too, so that one checkpoint is enough.
+    """
+
+    meets_in = (Phase.ALL_REDUCE, Phase.AVERAGE)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        runtime: Runtime,
+        plan: Plan,
+        momentum_buffers: Mapping[nn.Parameter, torch.Tensor],
+    ) -> None:
+        super().__init__(model, runtime)
+        self.divisor = runtime.world_size
+        self._plan = plan
+        self._momentum_buffers = momentum_buffers
+
+    def reduce(self, step: int) -> list[torch.Tensor]:
+        """Gather the gradients; at the steps that are common to all ranks, average them."""
+        if self._plan.is_local(step):
+            return self._gather()
+        return [buffer.div_(self.divisor) for buffer in super().reduce(step)]
+
+    def is_equal_before(self, step: int) -> bool:
+        """Whether all ranks have the same weights before this step."""
+        return self._plan.ranks_sync_at(step)
+
+    def averages_after(self, step: int) -> bool:
+        """Whether ranks average their weights after this step."""
+        return self._plan.is_local(step) and self._plan.ranks_sync_at(step + 1)
+
+    def average(self) -> None:
+        """Replace weights and momentum buffers by their mean over ranks, one call for each type."""
+        # Looked up at every average, since a model may replace the storage of its parameters.
+        averaged = [p.detach() for p in self._parameters]
+        averaged += [self._momentum_buffers[p] for p in self._parameters if self._momentum_buffers]
+        by_type: dict[torch.dtype, list[torch.Tensor]] = {}
+        for tensor in averaged:
+            by_type.setdefault(tensor.dtype, []).append(tensor)
+        for tensors in by_type.values():
+            flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+            sum_over_ranks(flat, self._runtime).div_(self.divisor)
+            parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+            views = [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+            torch._foreach_copy_(tensors, views)
+
+
+def wrap_model(
+    model: nn.Module,
+    runtime: Runtime,
+    config: ParallelConfig,
+    plan: Plan,
+    momentum_buffers: Mapping[nn.Parameter, torch.Tensor],
+    *,
+    captured: bool = False,
+) -> DataParallelModel:
+    """Keep a model equal on all ranks, in the way that costs least.
+
+    With ``parallel.replica: auto`` gradients that fit into one bucket are reduced by one call after
+    the backward pass. Larger ones, and what only DistributedDataParallel can do, are reduced by
+    that, or, on one rank, left as they are. One rank has no other to send compressed gradients to.
+
+    Args:
+        model: The model, on the runtime's device; its weights become rank 0's.
+        runtime: This process.
+        config: Section ``parallel`` of the configuration.
+        plan: The run's arithmetic.
+        momentum_buffers: Of each parameter; empty without momentum.
+        captured: Whether steps are captured, which buckets of several ranks cannot be.
+
+    Raises:
+        ConfigError: The model's gradients cannot be compressed.
+    """
+    if plan.local_start is not None:
+        return LocalSGD(model, runtime, plan, momentum_buffers)
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    compresses = config.compression != "none" and not runtime.alone
+    only_ddp = config.static_graph or config.find_unused_parameters or compresses
+    fits = trained <= config.bucket_mb * 2**20 and not only_ddp
+    is_flat = config.replica == "flat" or (captured and not runtime.alone)
+    if is_flat or (config.replica == "auto" and fits):
+        return FlatAllReduce(model, runtime)
+    if runtime.alone:
+        return DataParallelModel(model, runtime)
+    return WrappedDDP(
+        model,
+        runtime,
+        build_comm_hook(config.compression, model, runtime),
+        bucket_cap_mb=config.bucket_mb,
+        gradient_as_bucket_view=config.gradient_as_bucket_view,
+        static_graph=config.static_graph,
+        find_unused_parameters=config.find_unused_parameters,
+    )

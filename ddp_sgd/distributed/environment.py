@@ -57,9 +57,6 @@ def read_ranks(environ: Mapping[str, str]) -> Ranks:
 
     torchrun's variables come first, then srun's; with neither there is one process.
 
-    Args:
-        environ: The environment, such as ``os.environ``.
-
     Raises:
         ConfigError: Only some of a launcher's variables are set, or they contradict each other.
     """
@@ -135,11 +132,7 @@ def first_host(node_list: str) -> str:
 
 
 def port_of_job(job: int) -> int:
-    """Port for the rendezvous of a SLURM job: jobs that share a node have numbers of their own.
-
-    Args:
-        job: Number of the job.
-    """
+    """Port for the rendezvous of a SLURM job: jobs that share a node have numbers of their own."""
     return 10_000 + job % 20_000
 
 
@@ -270,11 +263,7 @@ _SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "fish", "csh", "tcsh")
 
 
 def attempt_of_job(environ: Mapping[str, str]) -> str | None:
-    """Name one attempt of a job, such as ``1234.1`` after its first requeue; None outside of SLURM.
-
-    Args:
-        environ: The environment, such as ``os.environ``.
-    """
+    """Name one attempt of a job, as ``1234.1`` after its first requeue; None outside of SLURM."""
     job = environ.get("SLURM_JOB_ID")
     return f"{job}.{times_requeued(environ)}" if job else None
 
@@ -283,9 +272,6 @@ def name_of_job(environ: Mapping[str, str]) -> str | None:
     """Name a job for SLURM's commands; None outside of SLURM.
 
     The number of one task of an array is that of the whole array.
-
-    Args:
-        environ: The environment, such as ``os.environ``.
     """
     if environ.get("SLURM_ARRAY_TASK_ID"):
         return f"{environ.get('SLURM_ARRAY_JOB_ID')}_{environ['SLURM_ARRAY_TASK_ID']}"
@@ -310,9 +296,6 @@ def find_lone_shell(environ: Mapping[str, str]) -> str | None:
     """Name the shell of a job below which this process runs, where nothing starts the other tasks.
 
     Such a shell has the variables of task 0, with the number of tasks of the whole job.
-
-    Args:
-        environ: The environment, such as ``os.environ``.
 
     Returns:
         What the shell is, for an error; None if this process is a task of a step.

@@ -32,11 +32,14 @@ from ddp_sgd.distributed.progress import (
     describe_hang,
     find_hung_ranks,
 )
+from ddp_sgd.distributed.rendezvous import StoreKey, is_agent_store
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.errors import ExitCode, PeerError
 from ddp_sgd.host import scaled
 
 T = TypeVar("T")
+
+_REPORT = StoreKey.REPORT.of()
 
 
 class LivenessStore:
@@ -81,22 +84,22 @@ class LivenessStore:
         text = json.dumps(note)
 
         def errand(store: Store) -> bytes:
-            store.set(f"note/{self._rank}", text)
-            return store.get("report") if store.check(["report"]) else b""
+            store.set(StoreKey.NOTE.of(self._rank), text)
+            return store.get(_REPORT) if store.check([_REPORT]) else b""
 
         answer = self._ask(errand, patience_s)
         return HangReport(*json.loads(answer)) if answer else answer is not None
 
     def read_notes(self, patience_s: float) -> list[Note] | None:
         """Return the notes of all ranks, in their order, or None if the store does not respond."""
-        keys = [f"note/{rank}" for rank in range(self._world_size)]
+        keys = [StoreKey.NOTE.of(rank) for rank in range(self._world_size)]
         notes = self._ask(lambda store: store.multi_get(keys), patience_s)
         return [Note(*json.loads(note)) for note in notes] if notes else None
 
     def post(self, report: HangReport, patience_s: float) -> HangReport | None:
         """Write a report, unless there is one; return that which holds, None in silence."""
         text = json.dumps(report)
-        answer = self._ask(lambda store: store.compare_set("report", "", text), patience_s)
+        answer = self._ask(lambda store: store.compare_set(_REPORT, "", text), patience_s)
         return HangReport(*json.loads(answer)) if answer else None
 
     def outlast_others(self, wait_s: float, patience_s: float) -> None:
@@ -200,8 +203,7 @@ class _Watch:
         self._on_hang = on_hang
         self._on_orphaned = on_orphaned
         self._has_launcher = True
-        by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        self._store_rank = None if by_agent or runtime.alone else 0
+        self._store_rank = None if is_agent_store(os.environ) or runtime.alone else 0
         self._interval_s = min(max(hang_s / 50, 0.05), NOTE_S) if hang_s else _ORPHAN_POLL_S
         self._patience_s = min(self._interval_s, _PATIENCE_S)
         # What passes between the last progress and a poll, and from there to the report.

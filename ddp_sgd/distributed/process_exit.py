@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 from ddp_sgd.console import settle
 from ddp_sgd.distributed.environment import may_be_rank_0
@@ -65,18 +65,25 @@ def leave(code: int) -> NoReturn:
     """Exit with a code, even if threads of this package are still in a call.
 
     The interpreter ends a daemon thread that comes back from C++ by unwinding its stack, which
-    aborts the process: exit code -6 in place of the run's. Where there is such a thread, exit hooks
-    are left out.
-
-    Args:
-        code: Exit code of the contract.
+    aborts the process: exit code -6 in place of the run's. So does freeing memory of a GPU that
+    failed. Where there is either, exit hooks are left out.
     """
-    if any(
-        thread.daemon and thread.name.startswith("ddp_sgd-") for thread in threading.enumerate()
-    ):
+    names = [thread.name for thread in threading.enumerate() if thread.daemon]
+    if any(name.startswith("ddp_sgd-") for name in names) or (code and _has_failed_device()):
         settle()
         os._exit(code)
     sys.exit(code)
+
+
+def _has_failed_device() -> bool:
+    """Whether a CUDA device that this process uses does nothing any more."""
+    torch: Any = sys.modules.get("torch")
+    try:
+        if torch and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 EXIT_CODE_FILE = "LAUNCH_EXIT_CODE_FILE"

@@ -1,11 +1,16 @@
-"""Rendezvous: the key-value store of the ranks, with a prefix for each start of a run."""
+"""Rendezvous: the key-value store of the ranks, its keys, and a part of it for each start of a run.
+
+The doctor opens the store without waiting for all ranks, and reads with a timeout.
+"""
 
 import json
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
+from enum import Enum
 from secrets import token_hex
 from typing import NamedTuple
 
@@ -14,15 +19,53 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from ddp_sgd.distributed.environment import Ranks
 from ddp_sgd.distributed.process_exit import call_with_timeout
-from ddp_sgd.errors import PeerError, UserError
+from ddp_sgd.errors import Cause, PeerError, UserError
 from ddp_sgd.host import scaled, whereabouts
 from ddp_sgd.text import first_line
-from ddp_sgd.torch_errors import Cause
 
 _INTRODUCTION_S = scaled(10.0)
 """Longest wait of a rank for the name of the run whose store it has reached."""
 _GRACE_S = scaled(2.0)
 """What a thread may take beyond its timeout before the caller stops waiting for it."""
+
+
+class StoreKey(Enum):
+    """All keys of the store: writer -> reader, and what is written.
+
+    Below ``ask``, ``answer``, ``rank``, ``note`` and others each rank or question has a key of its
+    own, see ``of``.
+    """
+
+    # In the whole store, which several starts of a run may share.
+    RUN = "run"  # rank 0 -> each rank that joins: name of the run
+    ASK = "ask"  # /RANK, that rank -> rank 0: a random question
+    ANSWER = "answer"  # /QUESTION, rank 0 -> the rank that asked: prefix of the part of this start
+
+    # In the part of a start.
+    RANK = "rank"  # /RANK, that rank -> rank 0: host, process, whether the store is on this host
+    INFO = "info"  # rank 0 -> all: ``RendezvousInfo``
+    GROUP = "group"  # prefix of the keys of torch's process group
+
+    # Below the prefix ``errors`` of that part.
+    ERRORS = "errors"
+    FIRST_FAULT = "ddp_sgd/first_fault"  # first rank that fails -> all: its exit code and message
+    NOTE = "note"  # /RANK, hang watch of that rank -> all: ``Note``
+    REPORT = "report"  # hang watch of any rank -> all: ``HangReport``; of the doctor, see below
+    LEFT = "left"  # each rank -> rank 0: how many have read the error; of the doctor, see below
+
+    # Below the prefix ``doctor/RESTART`` of the whole store.
+    DOCTOR = "doctor"
+    FACTS = "facts"  # /RANK, that rank -> rank 0: ``Facts``
+    REQUEST = "request"  # rank 0 -> all: number of ranks, who came, name of a file to look for
+    CLOCK = "clock"  # /RANK/ROUND, rank 0 -> that rank; and back below /is: unix time in seconds
+    SEES = "sees"  # /RANK, that rank -> rank 0: whether the file is there
+    WORD = "word"  # rank 0 -> all: host of each rank, to join the group; null: do not
+    CODE = "code"  # rank 0 -> all: exit code
+    # REPORT/RANK, that rank -> rank 0: what it ran into; LEFT/RANK: it has read the exit code
+
+    def of(self, *below: int | str) -> str:
+        """Return the key, or that of a rank, a question or a round below it."""
+        return "/".join([self.value, *map(str, below)])
 
 
 class RendezvousInfo(NamedTuple):
@@ -62,7 +105,7 @@ def open_store(ranks: Ranks, timeout_s: float) -> Store:
 
 def read_rendezvous_info(store: Store) -> RendezvousInfo:
     """Return who came, from a store that ``open_store`` opened; this does not wait."""
-    return RendezvousInfo(*json.loads(store.get("attendance")))
+    return RendezvousInfo(*json.loads(store.get(StoreKey.INFO.of())))
 
 
 def is_agent_store(environ: Mapping[str, str]) -> bool:
@@ -184,11 +227,11 @@ def _tcp_store(ranks: Ranks, timeout_s: float, *, is_host: bool) -> Store:
 def _introduce(store: Store, ranks: Ranks, patience_s: float) -> None:
     name = _name_of_run(ranks, os.environ)
     if ranks.rank == 0:
-        store.set("run", name)
+        store.set(StoreKey.RUN.of(), name)
         return
     try:
-        store.wait(["run"], timedelta(seconds=patience_s))
-        held_by = f"another run, {store.get('run').decode()}"
+        store.wait([StoreKey.RUN.of()], timedelta(seconds=patience_s))
+        held_by = f"another run, {store.get(StoreKey.RUN.of()).decode()}"
     except DistStoreError:
         held_by = "another program"
     if held_by != f"another run, {name}":
@@ -217,39 +260,40 @@ def _fresh_part(store: Store, ranks: Ranks, deadline: float) -> Store:
     """
     if ranks.rank > 0:
         question = token_hex(8)
-        store.set(f"ask/{ranks.rank}", question)
+        store.set(StoreKey.ASK.of(ranks.rank), question)
         part = PrefixStore(_wait_for_answer(store, question), store)
         _register_rank(part, ranks)
-        part.wait(["attendance"])
+        part.wait([StoreKey.INFO.of()])
         return part
     word = token_hex(8)
     part = PrefixStore(word, store)
     _register_rank(part, ranks)
     missing = list(range(1, ranks.world_size))
-    while missing := [rank for rank in missing if not part.check([f"seat/{rank}"])]:
+    while missing := [rank for rank in missing if not part.check([StoreKey.RANK.of(rank)])]:
         if time.monotonic() > deadline:
             raise DistStoreError(_missing_ranks(missing, ranks))
         for rank in range(1, ranks.world_size):
-            if store.check([f"ask/{rank}"]):
-                store.set(f"answer/{store.get(f'ask/{rank}').decode()}", word)
+            if store.check([StoreKey.ASK.of(rank)]):
+                question = store.get(StoreKey.ASK.of(rank)).decode()
+                store.set(StoreKey.ANSWER.of(question), word)
         time.sleep(0.01)
-    seats = [json.loads(part.get(f"seat/{rank}")) for rank in range(ranks.world_size)]
+    seats = [json.loads(part.get(StoreKey.RANK.of(rank))) for rank in range(ranks.world_size)]
     hosts = [host for host, *_ in seats]
     near = [host for host, _, is_near in seats if is_near]
-    part.set("attendance", json.dumps([hosts, near[0] if near else ranks.address]))
+    part.set(StoreKey.INFO.of(), json.dumps([hosts, near[0] if near else ranks.address]))
     return part
 
 
 def _wait_for_answer(store: Store, question: str) -> str:
     try:
-        return store.get(f"answer/{question}").decode()
+        return store.get(StoreKey.ANSWER.of(question)).decode()
     except DistStoreError as error:
         raise DistStoreError("rank 0 is there, but waits for nobody any more") from error
 
 
 def _register_rank(part: Store, ranks: Ranks) -> None:
     seat = [socket.gethostname(), os.getpid(), whereabouts(ranks.address) in ("here", "loopback")]
-    taken = json.loads(part.compare_set(f"seat/{ranks.rank}", "", json.dumps(seat)))
+    taken = json.loads(part.compare_set(StoreKey.RANK.of(ranks.rank), "", json.dumps(seat)))
     if taken != seat:
         raise PeerError(
             f"rank {ranks.rank} of {ranks.world_size} is at {ranks.address}:{ranks.port} already, "
@@ -261,3 +305,69 @@ def _register_rank(part: Store, ranks: Ranks) -> None:
 def _missing_ranks(missing: list[int], ranks: Ranks) -> str:
     shown = ", ".join(map(str, missing[:8])) + (" and more" if len(missing) > 8 else "")
     return f"rank{'s' * (len(missing) > 1)} {shown} of {ranks.world_size} did not come"
+
+
+def reach_store(ranks: Ranks, timeout_s: float, environ: Mapping[str, str]) -> Store:
+    """Reach the store of the ranks without waiting for all of them.
+
+    Unlike ``open_store`` this lets those that did come report on the others.
+
+    Args:
+        ranks: This process among all, at least two.
+        timeout_s: Longest wait for the store, in seconds.
+        environ: The environment, such as ``os.environ``.
+
+    Raises:
+        PeerError: Rank 0 cannot be reached, or its port is taken.
+    """
+    try:
+        store = call_with_timeout(timeout_s + 1.0, lambda: open_whole_store(ranks, timeout_s))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise could_not_join(ranks, timeout_s, error) from error
+    # torchrun keeps its store over restarts.
+    restart = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(StoreKey.DOCTOR.of(restart), store)
+
+
+def read_key(store: Store, key: str, patience_s: float) -> bytes | None:
+    """Return a value when it is there; None if it does not come in time.
+
+    Args:
+        store: From ``reach_store``.
+        key: Its name.
+        patience_s: Longest wait, in seconds; torch notes in the log when it is over.
+
+    Raises:
+        PeerError: The store is gone, and rank 0 with it.
+    """
+    with needs_store():
+        try:
+            store.wait([key], timedelta(seconds=patience_s))
+        except DistStoreError:
+            return None
+        return bytes(store.get(key))
+
+
+def is_there(store: Store, key: str) -> bool:
+    """Whether there is a value.
+
+    Raises:
+        PeerError: The store is gone, and rank 0 with it.
+    """
+    with needs_store():
+        return bool(store.check([key]))
+
+
+@contextmanager
+def needs_store() -> Iterator[None]:
+    """Translate the error of a store that is gone.
+
+    Raises:
+        PeerError: In place of what torch raises.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # torch's own classes are RuntimeErrors
+        raise PeerError(
+            f"rank 0 cannot be reached any more: {first_line(error)}; look at its log."
+        ) from error

@@ -19,11 +19,13 @@ from ddp_sgd.distributed.error_propagation import (
     ErrorPropagation,
     LocalErrorPropagation,
     StoreErrorPropagation,
+    abort_group,
     propagate_errors,
+    watch_errors,
 )
-from ddp_sgd.distributed.error_watch import abort_group, watch_errors
 from ddp_sgd.distributed.process_exit import call_with_timeout
 from ddp_sgd.distributed.rendezvous import (
+    StoreKey,
     could_not_join,
     is_agent_store,
     open_store,
@@ -93,6 +95,7 @@ def start_runtime(
 
     Args:
         backend: ``auto`` takes the one that fits the device; else ``gloo``, ``nccl`` or ``xccl``.
+            With ``gloo``, ranks of a host that has fewer devices share them.
         device: ``auto`` takes an accelerator where there is one; else ``cpu``, ``cuda``, ``xpu`` or
             ``mps``.
         timeout_s: Longest wait for another rank, when joining and in every collective, in seconds.
@@ -111,7 +114,7 @@ def start_runtime(
     """
     with only_on_rank(this_one=may_be_rank_0(os.environ)):
         ranks = read_ranks(os.environ)
-    place = _choose_device(device, ranks)
+    place = _choose_device(device, ranks, shared=backend == "gloo")
     with only_on_rank(this_one=ranks.rank == 0):
         _check_backend(backend, place)
     with batch_scheduling():
@@ -132,7 +135,7 @@ def _joined(
     with only_on_rank(this_one=ranks.rank == 0):
         store = open_store(ranks, timeout_s)
     info = read_rendezvous_info(store)
-    notes = PrefixStore("errors", store)
+    notes = PrefixStore(StoreKey.ERRORS.of(), store)
     error_propagation = StoreErrorPropagation(notes, ranks.rank, info, timeout_s)
     runtime = Runtime(
         rank=ranks.rank,
@@ -164,7 +167,8 @@ def _joined(
     _leave_group()
 
 
-def _choose_device(wanted: str, ranks: Ranks) -> torch.device:
+def _choose_device(wanted: str, ranks: Ranks, *, shared: bool = False) -> torch.device:
+    """Choose the device of this rank: each has one of its own, unless they may be shared."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     here = accelerator.type if accelerator else "cpu"
     kind = here if wanted == "auto" else wanted
@@ -181,11 +185,14 @@ def _choose_device(wanted: str, ranks: Ranks) -> torch.device:
     count = torch.accelerator.device_count()
     # A site that binds one device to each task shows every rank its own as number 0.
     index = 0 if count == 1 and ranks.launcher == "srun" else ranks.local_rank
+    if shared:  # gloo sends tensors by way of the host; NCCL takes one rank for each device
+        index %= count
     with only_on_rank(this_one=index == count):  # the first that finds no device
         if index >= count:
             raise ConfigError(
                 f"LOCAL_RANK is {index}, but this host has {count} {kind} devices; start at most "
-                f"{count} ranks per host, or set runtime.device=cpu."
+                f"{count} ranks per host, set runtime.device=cpu, or let ranks share devices with "
+                "runtime.backend=gloo."
             )
     torch.accelerator.set_device_index(index)
     return torch.device(kind, index)
@@ -233,7 +240,7 @@ def _connect(
             torch.accelerator.set_device_index(runtime.device.index)  # each thread has its own
         dist.init_process_group(
             runtime.backend,
-            store=PrefixStore("group", store),
+            store=PrefixStore(StoreKey.GROUP.of(), store),
             rank=ranks.rank,
             world_size=ranks.world_size,
             timeout=timedelta(seconds=timeout_s + _collective_grace_s(runtime.device)),
@@ -243,7 +250,7 @@ def _connect(
 
     if runtime.backend == "nccl":
         # Else NCCL's watchdog ends the process by SIGABRT: no line, no code, no result. See
-        # ``error_watch`` for what ends it instead.
+        # ``watch_errors`` for what ends it instead.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     try:
         call_with_timeout(timeout_s + _GRACE_S, connect)
@@ -292,10 +299,11 @@ def _keep_store_open(store: Store, ranks: Ranks) -> None:
 
 
 def _outlast_others(store: Store, ranks: Ranks) -> None:
-    store.add("left", 1)
+    left = StoreKey.LEFT.of()
+    store.add(left, 1)
     deadline = time.monotonic() + _FAREWELL_S
     hosts_store = ranks.rank == 0 and not is_agent_store(os.environ)
-    while hosts_store and store.add("left", 0) < ranks.world_size:
+    while hosts_store and store.add(left, 0) < ranks.world_size:
         if time.monotonic() > deadline:
             break
         time.sleep(0.01)

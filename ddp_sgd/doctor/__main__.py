@@ -40,11 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def doctor(line: CommandLine) -> int:
-    """Compare the ranks that the environment names, and time the links between them.
-
-    Args:
-        line: What the run would be started with.
-    """
+    """Compare the ranks that the environment names, and time the links between them."""
     with only_on_rank(this_one=may_be_rank_0(os.environ)):
         ranks = read_ranks(os.environ)
     try:

@@ -126,13 +126,7 @@ class Answers(NamedTuple):
 
 
 def gather_facts(config: RunConfig, ranks: Ranks, environ: Mapping[str, str]) -> Facts:
-    """Look at this process and its host; nothing is sent, and nothing is written.
-
-    Args:
-        config: Description of the run.
-        ranks: This process among all.
-        environ: The environment, such as ``os.environ``.
-    """
+    """Look at this process and its host; nothing is sent, and nothing is written."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     available = accelerator.type if accelerator else "cpu"
     device = available if config.runtime.device == "auto" else config.runtime.device

@@ -103,9 +103,6 @@ def judge_endpoint(facts: Facts) -> Finding | None:
     """Find out whether a rank, by what it knows alone, would look for rank 0 in a wrong place.
 
     A host that finds its own name at 127.0.1.1, as Debian has it, is right to do so.
-
-    Args:
-        facts: Of the rank.
     """
     if facts.local_world_size == facts.world_size or _is_own_name(facts):
         return None
@@ -141,13 +138,7 @@ def known_hosts(facts: Mapping[int, Facts], world_size: int) -> list[str]:
 
 
 def summarize(findings: Sequence[Finding], world_size: int, num_hosts: int) -> list[str]:
-    """Write one line a finding, and whether all is well.
-
-    Args:
-        findings: Everything found.
-        world_size: Number of ranks.
-        num_hosts: Number of hosts.
-    """
+    """Write one line a finding, and whether all is well."""
     lines = [
         f"{'note' if finding.code == ExitCode.DONE else 'fault'}: {finding.text}"
         for finding in findings
@@ -203,12 +194,14 @@ def _devices(facts: Mapping[int, Facts], hosts: Sequence[str]) -> Iterator[Findi
             )
             return
         is_bound = each.num_devices == 1 and each.launcher == "srun"
-        if each.device != "cpu" and not is_bound and each.local_rank >= each.num_devices:
+        may_share = is_bound or each.backend == "gloo"
+        if each.device != "cpu" and not may_share and each.local_rank >= each.num_devices:
             yield Finding(
                 ExitCode.CONFIG,
                 f"LOCAL_RANK is {each.local_rank} on {name_ranks([each.rank], hosts)}, which has "
                 f"{each.num_devices} {each.device} devices; start at most {each.num_devices} ranks "
-                "a host, or set runtime.device=cpu.",
+                "a host, set runtime.device=cpu, or let ranks share devices with "
+                "runtime.backend=gloo.",
             )
             return
 

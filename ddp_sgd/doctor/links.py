@@ -201,11 +201,7 @@ _HEAD = (
 
 
 def facts_table(answers: Answers) -> list[str]:
-    """Show what ranks are; those of a host that are alike share a line.
-
-    Args:
-        answers: Of the ranks that came; rank 0 is among them.
-    """
+    """Show what ranks are; those of a host that are alike share a line."""
     facts, clocks, shares = answers
     by_row: dict[tuple[str, ...], list[int]] = {}
     for rank, each in sorted(facts.items()):
@@ -254,12 +250,7 @@ def timing_table(timings: Sequence[Timing], world_size: int) -> list[str]:
 
 
 def link_table(links: Sequence[Link], num_left_out: int) -> list[str]:
-    """Show the pairs of hosts, or the slowest of many; nothing if there are none.
-
-    Args:
-        links: Pairs that were timed.
-        num_left_out: Pairs for which there was no time.
-    """
+    """Show the pairs of hosts, or the slowest of many; nothing if there are none."""
     shown = sorted(links, key=lambda link: -link.seconds)[:_MOST_LINKS]
     rows = [
         (

@@ -16,6 +16,7 @@ from torch.distributed.distributed_c10d import Store
 
 from ddp_sgd.config import RunConfig
 from ddp_sgd.distributed.environment import Ranks
+from ddp_sgd.distributed.rendezvous import StoreKey, is_there, needs_store, reach_store, read_key
 from ddp_sgd.distributed.runtime import start_runtime
 from ddp_sgd.doctor.facts import Answers, Clock, Facts, leave_token, sees_token
 from ddp_sgd.doctor.findings import (
@@ -36,7 +37,6 @@ from ddp_sgd.doctor.links import (
     time_pairs,
     timing_table,
 )
-from ddp_sgd.doctor.store import is_there, needs_store, reach_store, read_key
 from ddp_sgd.errors import ConfigError, ExitCode, PeerError, UserError
 from ddp_sgd.host import scaled
 
@@ -49,12 +49,7 @@ _GRACE_S = scaled(60.0)
 
 
 class Coordinator:
-    """Rank 0's side: it collects facts, sends the decision, and reads reports.
-
-    Args:
-        store: From ``reach_store``.
-        world_size: Number of ranks.
-    """
+    """Rank 0's side: it collects facts, sends the decision, and reads reports."""
 
     def __init__(self, store: Store, world_size: int) -> None:
         self._store = store
@@ -73,26 +68,28 @@ class Coordinator:
         deadline = time.monotonic() + timeout_s
         while True:
             for rank in self._world:
-                if rank not in facts and is_there(self._store, f"facts/{rank}"):
-                    facts[rank] = Facts.from_text(self._store.get(f"facts/{rank}"))
+                if rank not in facts and is_there(self._store, StoreKey.FACTS.of(rank)):
+                    facts[rank] = Facts.from_text(self._store.get(StoreKey.FACTS.of(rank)))
             if len(facts) == len(self._world) or time.monotonic() > deadline:
                 break
             time.sleep(0.01)
         self._present = sorted(rank for rank in facts if rank)
-        self._store.set("request", json.dumps([len(self._world), self._present, token]))
+        request = json.dumps([len(self._world), self._present, token])
+        self._store.set(StoreKey.REQUEST.of(), request)
         clocks, shares = {}, {}
         for rank in self._present:
             clock = self._measure_clock(rank)
             if clock:
                 clocks[rank] = clock
-            if clock and (seen := read_key(self._store, f"sees/{rank}", _ANSWER_S)) is not None:
+            sees = StoreKey.SEES.of(rank)
+            if clock and (seen := read_key(self._store, sees, _ANSWER_S)) is not None:
                 shares[rank] = seen == b"true"
         self._present = sorted(shares)  # a rank that stopped replying is not waited for
         return Answers(facts, clocks, shares)
 
     def give_word(self, hosts: Sequence[str] | None) -> None:
         """Have the others join the group, given the host of each rank; None: they do not."""
-        self._store.set("word", json.dumps(hosts))
+        self._store.set(StoreKey.WORD.of(), json.dumps(hosts))
 
     def hear(self, patience_s: float) -> dict[int, str]:
         """Return what those ranks report that could not join or lost the others, by rank.
@@ -104,24 +101,24 @@ class Coordinator:
         reports = {}
         for rank in self._present:
             left_s = max(deadline - time.monotonic(), 0.01)
-            text = read_key(self._store, f"report/{rank}", left_s)
+            text = read_key(self._store, StoreKey.REPORT.of(rank), left_s)
             if text:
                 reports[rank] = text.decode()
         return reports
 
     def dismiss(self, code: int) -> None:
         """Send the others the exit code, and wait a moment until they have read it."""
-        self._store.set("code", str(int(code)))
+        self._store.set(StoreKey.CODE.of(), str(int(code)))
         for rank in self._present:
-            if read_key(self._store, f"left/{rank}", _ANSWER_S) is None:
+            if read_key(self._store, StoreKey.LEFT.of(rank), _ANSWER_S) is None:
                 return
 
     def _measure_clock(self, rank: int) -> Clock | None:
         best: Clock | None = None
         for number in range(_ROUNDS):
             asked = time.time()
-            self._store.set(f"clock/{rank}/{number}", "null")
-            answer = read_key(self._store, f"clock/{rank}/{number}/is", _ANSWER_S)
+            self._store.set(StoreKey.CLOCK.of(rank, number), "null")
+            answer = read_key(self._store, StoreKey.CLOCK.of(rank, number, "is"), _ANSWER_S)
             if answer is None:
                 return None
             answered = time.time()
@@ -149,7 +146,7 @@ class Worker:
         self._patience_s = timeout_s + _GRACE_S
         text = facts.to_text()
         with needs_store():
-            taken = Facts.from_text(store.compare_set(f"facts/{facts.rank}", "", text))
+            taken = Facts.from_text(store.compare_set(StoreKey.FACTS.of(facts.rank), "", text))
         if (taken.host, taken.pid) != (facts.host, facts.pid):
             raise PeerError(
                 f"rank {facts.rank} is here already, as process {taken.pid} on {taken.host}; start "
@@ -159,9 +156,6 @@ class Worker:
     def answer(self, folder: Path) -> list[str] | None:
         """Reply to rank 0's requests, and read whether to join the group.
 
-        Args:
-            folder: The output folder of this rank.
-
         Returns:
             Name of the host of each rank; None: the group is not joined.
 
@@ -169,7 +163,7 @@ class Worker:
             ConfigError: Rank 0 has another number of ranks.
             PeerError: Rank 0 is gone.
         """
-        world_size, present, token = self._hear("request")
+        world_size, present, token = self._hear(StoreKey.REQUEST)
         if self._rank >= world_size:  # rank 0 does not even look for it
             raise ConfigError(
                 f"WORLD_SIZE is {world_size} on rank 0, and {self._world_size} on rank "
@@ -177,10 +171,10 @@ class Worker:
             )
         if self._rank in present:
             for number in range(_ROUNDS):
-                self._hear(f"clock/{self._rank}/{number}")
-                self._write(f"clock/{self._rank}/{number}/is", repr(time.time()))
-            self._write(f"sees/{self._rank}", json.dumps(sees_token(folder, token)))
-        hosts: list[str] | None = self._hear("word")
+                self._hear(StoreKey.CLOCK, self._rank, number)
+                self._write(StoreKey.CLOCK.of(self._rank, number, "is"), repr(time.time()))
+            self._write(StoreKey.SEES.of(self._rank), json.dumps(sees_token(folder, token)))
+        hosts: list[str] | None = self._hear(StoreKey.WORD)
         return hosts
 
     def report(self, fault: str) -> int:
@@ -192,18 +186,18 @@ class Worker:
         Raises:
             PeerError: Rank 0 is gone.
         """
-        self._write(f"report/{self._rank}", fault)
-        code = int(self._hear("code"))
+        self._write(StoreKey.REPORT.of(self._rank), fault)
+        code = int(self._hear(StoreKey.CODE))
         with suppress(PeerError):
-            self._write(f"left/{self._rank}", "")
+            self._write(StoreKey.LEFT.of(self._rank), "")
         return code
 
     def _write(self, key: str, text: str) -> None:
         with needs_store():
             self._store.set(key, text)
 
-    def _hear(self, key: str) -> Any:
-        text = read_key(self._store, key, self._patience_s)
+    def _hear(self, key: StoreKey, *below: int) -> Any:
+        text = read_key(self._store, key.of(*below), self._patience_s)
         if text is None:
             raise PeerError(f"rank 0 said nothing for {self._patience_s:g} s; look at its log.")
         return json.loads(text)
@@ -325,11 +319,6 @@ def coordinate(
 
 def visit(config: RunConfig, ranks: Ranks, mine: Facts) -> int:
     """Take part in the checks, on any rank but 0, and return the exit code.
-
-    Args:
-        config: Description of the run.
-        ranks: This process.
-        mine: Facts of this rank.
 
     Raises:
         PeerError: Rank 0 cannot be reached.

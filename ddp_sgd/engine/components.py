@@ -18,16 +18,19 @@ from torch.utils.data import IterableDataset
 
 from ddp_sgd.config.sections import Component, DataConfig
 from ddp_sgd.data.dataset_checks import OpenFiles
+from ddp_sgd.data.device import move
 from ddp_sgd.data.fetcher import EVAL_EPOCH, Collate, Fetcher, Request, Unreadable
-from ddp_sgd.data.loader import move
 from ddp_sgd.engine.evaluation import evaluating
 from ddp_sgd.engine.model_check import check_loss_parameters, check_model
+from ddp_sgd.engine.reading import Reading, build_reading
 from ddp_sgd.engine.side_effects import undo_side_effects
 from ddp_sgd.engine.train_state import describe_loss
 from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.instantiate import instantiate
 from ddp_sgd.losses import LossFunction, Objective, Spread, as_module, loss_modules
 from ddp_sgd.seeds import seed_for
+
+_HOST = torch.device("cpu")
 
 _MOST_SAMPLES = 8
 """Samples of the batch: enough for pairs of one class, few enough for any memory."""
@@ -88,17 +91,36 @@ def read_batch(dataset: Any, where: str, *, batch_size: int, collate: Collate | 
     return Batch(inputs, targets, [target for _, target in singles], indices.tolist())
 
 
+def read_sample_batch(
+    dataset: Any, where: str, reading: "Reading", device: torch.device = _HOST
+) -> Batch:
+    """Read a few samples, and have the transforms of training or evaluation applied to them.
+
+    Args:
+        dataset: Map-style data set with at least one sample.
+        where: Its key, ``data.train`` or ``data.eval``.
+        reading: How samples are read.
+        device: Where they are transformed, and the inputs stay.
+
+    Raises:
+        ConfigError: A transform fails, or does not keep to its interface.
+        DataError: The samples cannot be read.
+    """
+    size, collate = reading.batch_size, reading.collate
+    batch = read_batch(dataset, where, batch_size=size, collate=collate)
+    transforms, epoch = reading.train_transforms, 0
+    if where == "data.eval":
+        transforms, epoch = reading.eval_transforms, EVAL_EPOCH
+    inputs = move(batch.inputs, device)
+    return batch._replace(inputs=transforms.check(inputs, np.array(batch.indices), epoch))
+
+
 def choose_spread(model: nn.Module, inputs: Any, samples: int) -> Spread:
     """Choose how inputs reach a model, by the signature of its ``forward``.
 
     A mapping becomes keyword arguments, and a list or tuple positional ones, where ``forward``
     takes several arguments that these fit. A list of one entry per sample, as detection models
     take, is one argument.
-
-    Args:
-        model: The module.
-        inputs: Inputs of a batch.
-        samples: Number of samples in it.
     """
     if not isinstance(inputs, (Mapping, list, tuple)):
         return "whole"
@@ -184,22 +206,6 @@ class Given(NamedTuple):
     eval_set: Any = None
 
 
-class Reading(NamedTuple):
-    """How samples are read.
-
-    Args:
-        batch_size: Samples of a micro-batch.
-        workers: Loader processes; 0 reads in this process.
-        seed: Seed of the run.
-        collate: Function from a list of samples to a batch; None: torch's default_collate.
-    """
-
-    batch_size: int
-    workers: int
-    seed: int
-    collate: Collate | None = None
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Components:
     """What the user brings: a model, a loss and data, on the host.
@@ -255,9 +261,7 @@ def gather_components(
     check_loss_parameters(loss_modules(loss_function, built))
     reading = build_reading(data, seed)
     if not is_materialized(built):
-        batch = read_batch(
-            train_set, "data.train", batch_size=reading.batch_size, collate=reading.collate
-        )
+        batch = read_sample_batch(train_set, "data.train", reading)
         materialize_lazy(built, loss_function, batch, seed)
     return Components(
         model=built,
@@ -327,18 +331,3 @@ def ready_loss(component: Component, loss: LossFunction | None = None) -> LossFu
             f"loss is a {type(loss).__name__}; name a module or function of (outputs, targets)."
         )
     return loss
-
-
-def build_reading(data: DataConfig, seed: int) -> Reading:
-    """Build the collate function of section ``data``, if it names one, and return how to read.
-
-    Raises:
-        ConfigError: The collate function cannot be called.
-    """
-    collate = None if data.collate is None else instantiate(data.collate, "data.collate")
-    if data.collate is not None and not callable(collate):
-        raise ConfigError(
-            f"data.collate is a {type(collate).__name__}; name a function from a list of samples "
-            "to a batch (inputs, targets)."
-        )
-    return Reading(data.batch_size, data.workers, seed, collate)

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddp_sgd.data.loader import EvalLoader, move
+from ddp_sgd.data.device import move
+from ddp_sgd.data.loader import EvalLoader
 from ddp_sgd.data.sampler import EvalSampler
 from ddp_sgd.distributed.collectives import sum_over_ranks
 from ddp_sgd.distributed.progress import ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.loss_check import is_classification
-from ddp_sgd.losses import Objective
+from ddp_sgd.losses import Objective, counts_on_host
 
 Metrics = dict[str, float | int]
 
@@ -78,7 +79,8 @@ def evaluate(
                 scored.cut_short = 1
                 break
             seed_chunk(chunk)
-            outputs = objective.outputs(model, move(inputs, runtime.device))
+            ready = loader.transform(move(inputs, runtime.device), chunk)
+            outputs = objective.outputs(model, ready)
             scored.add(chunk, samples, outputs, targets)
     sums, counts = scored.by_chunk(loader.chunks.count, place), scored.counts(place)
     sum_over_ranks(sums, runtime)
@@ -136,7 +138,7 @@ class _Scored:
         self._device = device
         self._chunks: list[int] = []
         self._losses: list[torch.Tensor] = []
-        self._units: list[float] = []
+        self._units: list[float | torch.Tensor] = []
         self._samples = 0
         self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._answers: torch.Tensor | None = None
@@ -148,7 +150,7 @@ class _Scored:
             chunk: Number of the chunk.
             samples: Its samples; 0 for one that takes part only since others do.
             outputs: What the model returned.
-            targets: Its targets, on the host.
+            targets: Its targets.
         """
         answers = move(targets, self._device)
         if not samples:
@@ -157,7 +159,7 @@ class _Scored:
         counts_samples = self._objective.counts_samples
         self._chunks.append(chunk)
         self._losses.append(self._objective.total(outputs, answers, samples))
-        self._units.append(samples if counts_samples else self._objective.units(targets, samples))
+        self._units.append(samples if counts_samples else self._count(answers, samples))
         self._samples += samples
         if not (self._objective.takes_classes and is_classification(outputs, answers)):
             return
@@ -169,12 +171,20 @@ class _Scored:
         if len(self._waiting) == _MOST_WAITING:
             self._judge_waiting()
 
+    def _count(self, answers: torch.Tensor, samples: int) -> float | torch.Tensor:
+        """Count the units of a chunk, whose targets are where the model is."""
+        if counts_on_host(self._device):
+            return self._objective.units(answers, samples)
+        return self._objective.units_on_device(answers, samples)
+
     def by_chunk(self, count: int, place: torch.device) -> torch.Tensor:
         """Give losses and units, float64 of shape (2, count), zero where others scored."""
         sums = torch.zeros((2, count), dtype=torch.float64, device=place)
         if self._chunks:
             sums[0, self._chunks] = torch.stack(self._losses).to(place).double()
-            sums[1, self._chunks] = torch.tensor(self._units, dtype=sums.dtype, device=place)
+            on_device = [each for each in self._units if isinstance(each, torch.Tensor)]
+            units = torch.stack(on_device).to(sums) if on_device else sums.new_tensor(self._units)
+            sums[1, self._chunks] = units
         return sums
 
     def counts(self, place: torch.device) -> torch.Tensor:

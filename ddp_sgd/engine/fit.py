@@ -4,26 +4,31 @@ The training loop: step, sync, evaluation, checkpoint.
 """
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ddp_sgd.checkpointing.checkpointer import Checkpointer, open_checkpointer
-from ddp_sgd.checkpointing.manifest import SkippedSteps
-from ddp_sgd.config.schema import RunConfig
+from ddp_sgd.checkpointing.store import SkippedSteps
+from ddp_sgd.config.schema import ComputeConfig, RunConfig
 from ddp_sgd.data.loader import StepBatches
-from ddp_sgd.distributed.error_propagation import propagate_errors
-from ddp_sgd.distributed.error_watch import end_process
+from ddp_sgd.distributed.error_propagation import end_process, propagate_errors
 from ddp_sgd.distributed.hang_watch import watch_for_hangs
 from ddp_sgd.distributed.progress import Phase
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.components import Given, Reading, build_reading, gather_components
+from ddp_sgd.engine.captured_step import capture_step
+from ddp_sgd.engine.compilation import CACHE_NAME, compiled
+from ddp_sgd.engine.components import Given, gather_components
+from ddp_sgd.engine.context import TrainContext
 from ddp_sgd.engine.evaluation import Interrupted
+from ddp_sgd.engine.precision import torch_settings
 from ddp_sgd.engine.rank_consistency import Identity, mark_training_set, require_consistency
+from ddp_sgd.engine.reading import Reading, build_reading
 from ddp_sgd.engine.result import RunResult, build_result
 from ddp_sgd.engine.resume import (
     ResumePoint,
@@ -31,16 +36,18 @@ from ddp_sgd.engine.resume import (
     plan_from,
     refuse_data_of_another_run,
 )
-from ddp_sgd.engine.setup import TrainContext, build_context
+from ddp_sgd.engine.setup import build_context
 from ddp_sgd.engine.sync import RankSync, SyncResult
 from ddp_sgd.engine.train_state import hand_over, refuse_other_parts
 from ddp_sgd.engine.triggers import Deadline, HasReason, StopRequest, Timetable, stop_on_signal
-from ddp_sgd.errors import DivergedError
+from ddp_sgd.errors import DivergedError, translate_errors
 from ddp_sgd.losses import LossFunction
 from ddp_sgd.optim.schedule import Schedule, build_schedule
+from ddp_sgd.optim.sgd import RateTable
 from ddp_sgd.report.reporter import Reporter, open_report, report_end
 from ddp_sgd.report.run_folder import RunFolder, claim_run_folder
-from ddp_sgd.torch_errors import translate_errors
+
+_DOUBLE = (torch.float64, torch.complex128)
 
 _PATIENCE = 10
 """Steps in a row without a finite gradient that end a run."""
@@ -57,9 +64,10 @@ class Loop:
         rank_sync: The periodic all-reduce besides that of gradients.
         checkpointer: Saves the state.
         report: Where measurements go.
+        rates: The rates on the device, if steps read them there.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # what a loop turns
         self,
         context: TrainContext,
         schedule: Schedule,
@@ -68,8 +76,11 @@ class Loop:
         rank_sync: RankSync,
         checkpointer: Checkpointer,
         report: Reporter,
+        *,
+        rates: RateTable | None = None,
     ) -> None:
         self._context = context
+        self._rates = rates
         self._schedule = schedule
         self._seed_for_step = seed_for_step
         self._timetable = timetable
@@ -112,8 +123,12 @@ class Loop:
         context, state = self._context, self._context.state
         lr = context.plan.peak_lr * self._schedule(state.step)
         context.randomness.seed(self._seed_for_step(state.step))
-        result = context.stepper.step(batches, lr)
+        rate = lr if self._rates is None else self._rates.at(state.step)
+        result = context.stepper.step(batches, rate)
         state.step += 1
+        if context.runtime.device.type != "cpu":
+            context.progress.enter(Phase.DATA)
+            context.loader.read_ahead()  # while the device computes
         context.progress.enter(Phase.SYNC)
         synced = self._rank_sync.after(state.step, result, lr=lr)
         if synced:
@@ -188,6 +203,7 @@ def fit(
         ...     fit(RunConfig(epochs=3), runtime).scores["eval/accuracy"]
     """
     given = Given(model, loss, train_set, eval_set)
+    batch = config.data.batch_size, config.data.accumulate
     with (
         nullcontext(_stop_request(stop)) if stop is not None else stop_on_signal() as request,
         claim_run_folder(config, runtime) as folder,
@@ -202,7 +218,8 @@ def fit(
         with (
             open_report(config, runtime, folder, resume_point.origin) as report,
             propagate_errors(runtime.error_propagation),
-            translate_errors(lambda: request.reason),
+            translate_errors(lambda: request.reason, batch),
+            torch_settings(config.compute, runtime.device, report.notice),
         ):
             return _train(config, given, runtime, resume_point, folder, report, request)
 
@@ -235,8 +252,13 @@ def _train(
         identity,
         optim=config.optim,
         parallel=config.parallel,
+        compute=config.compute,
     )
-    report.start(plan, context.state, context.notes)
+    report.start(plan, context.state, (*resume_point.notes, *context.notes))
+    schedule = build_schedule(config.schedule, plan)
+    seed_for_step = partial(runtime.seed_for, "model", config.seed)
+    run_folder = Path(config.output_dir) / config.name
+    rates = _rate_table(context, schedule, config.compute)
     timetable = Timetable(
         config.checkpoint,
         plan,
@@ -245,18 +267,47 @@ def _train(
         deadline=Deadline(resume_point.deadline),
     )
     rank_sync = RankSync(plan, runtime, request, timetable, context.shares, context.state)
-    schedule = build_schedule(config.schedule, plan)
-    logs = Path(config.output_dir) / config.name / "logs"
-    seed_for_step = partial(runtime.seed_for, "model", config.seed)
+    logs, hang_s = run_folder / "logs", config.runtime.hang_s
+    options: Any = {"cache": run_folder / CACHE_NAME, "notice": report.notice}
     with (
+        _accelerated(context, config.compute, rates, seed_for_step, **options) as context,
         _checkpointer(context, folder, report, keep=config.checkpoint.keep) as checkpointer,
-        _hang_watch(context, report, request, hang_s=config.runtime.hang_s, stacks=logs),
+        _hang_watch(context, report, request, hang_s=hang_s, stacks=logs),
     ):
         request.defer()  # from here on a stop waits for the end of a step
-        Loop(context, schedule, seed_for_step, timetable, rank_sync, checkpointer, report).run()
+        parts = timetable, rank_sync, checkpointer, report
+        Loop(context, schedule, seed_for_step, *parts, rates=rates).run()
         result = build_result(context.state, plan, context.wrapper, context.shares, runtime)
     report.end(result.as_row())
     return result
+
+
+def _rate_table(
+    context: TrainContext, schedule: Schedule, compute: ComputeConfig
+) -> RateTable | None:
+    """Make a table of rates where steps read them on the device; None: they take numbers."""
+    plan, device = context.plan, context.runtime.device
+    is_double = any(p.dtype in _DOUBLE for p in context.wrapper.inner.parameters())
+    if is_double or (device.type != "cuda" and not compute.cuda_graphs):
+        return None
+    return RateTable(lambda step: plan.peak_lr * schedule(step), plan.total_steps, device)
+
+
+@contextmanager
+def _accelerated(
+    context: TrainContext,
+    compute: ComputeConfig,
+    rates: RateTable | None,
+    seed_for_step: Callable[[int], int],
+    *,
+    cache: Path,
+    notice: Callable[[str], None],
+) -> Iterator[TrainContext]:
+    """Compile the model and capture its steps, as far as the configuration asks for it."""
+    with compiled(context, compute, cache) if compute.compile else nullcontext():
+        if compute.cuda_graphs:
+            context = capture_step(context, rates, seed_for_step, notice)
+        yield context
 
 
 def _checkpointer(
@@ -315,10 +366,6 @@ def _stop_request(stop: HasReason) -> StopRequest:
 
 def refuse_divergence(skipped: SkippedSteps, lr: float) -> None:
     """End a run whose gradients stay non-finite.
-
-    Args:
-        skipped: Steps without a finite gradient.
-        lr: Rate of the last step.
 
     Raises:
         DivergedError: There were 10 or more.

@@ -79,11 +79,6 @@ def check_embeddings(model: nn.Module, plan: Plan) -> None:
 def check_changed_parameters(model: nn.Module, changed: list[nn.Parameter], plan: Plan) -> None:
     """Refuse other models that change their parameters in a forward pass.
 
-    Args:
-        model: The model.
-        changed: Parameters that a forward pass changed.
-        plan: The run's arithmetic.
-
     Raises:
         ConfigError: There are some, and a step has more than one forward pass.
     """
@@ -223,13 +218,7 @@ _NOT_SYNCHRONIZED = ("cpu", "mps")
 
 
 class _StepKind(NamedTuple):
-    """Steps of one size.
-
-    Args:
-        name: For the message.
-        samples: Samples of all ranks in such a step, at least 1.
-        remedy: What makes it larger.
-    """
+    """Steps of one size: name and remedy for the message, samples of all ranks in such a step."""
 
     name: str
     samples: int

@@ -20,7 +20,8 @@ from torch.nn.parameter import is_lazy
 from ddp_sgd.data.fetcher import EVAL_EPOCH, Collate, Fetcher, Request, Unreadable
 from ddp_sgd.distributed.collectives import from_rank_0, gather_over_ranks
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.components import Components, Reading
+from ddp_sgd.engine.components import Components
+from ddp_sgd.engine.reading import Reading
 from ddp_sgd.errors import ConfigError, DataError, UserError
 from ddp_sgd.losses import loss_modules
 from ddp_sgd.rank_differences import name_values, read_versions, settings_that_agree, vital_versions
@@ -228,13 +229,7 @@ class Trait:
 
 
 class Brought(NamedTuple):
-    """What a rank sends the others.
-
-    Args:
-        host: Name of its host.
-        digests: Of its traits.
-        marks: Of its samples.
-    """
+    """What a rank sends the others."""
 
     host: str
     digests: list[str]
@@ -248,11 +243,6 @@ def require_consistency(
 
     Ranks send digests; only where these differ do they send what is behind them, and read the
     samples again: what a data set gives differently at a second reading is no difference.
-
-    Args:
-        settings: Description of the run, as plain data.
-        components: Model and data.
-        runtime: This process.
 
     Returns:
         Marks of the training data that this rank has read.

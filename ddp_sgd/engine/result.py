@@ -16,7 +16,7 @@ from ddp_sgd.distributed.collectives import gather_over_ranks
 from ddp_sgd.distributed.data_parallel import DataParallelModel
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.evaluation import Metrics
-from ddp_sgd.engine.sync import TimeShares, is_share
+from ddp_sgd.engine.sync import TimeShares, is_share, peak_bytes
 from ddp_sgd.engine.train_state import State
 from ddp_sgd.errors import ExitCode
 from ddp_sgd.plan import Plan
@@ -24,6 +24,8 @@ from ddp_sgd.tree import bytes_of
 
 _PLAIN = ("status", "exit_code", "step", "epoch", "samples", "world_size")
 """Fields of a result that ``result.json`` begins with."""
+
+_PEAK = "memory/peak_bytes"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +42,7 @@ class RunResult:
         scores: The last evaluation, by name.
         shares: Where the time of this attempt went, from ``TimeShares.summary``.
         weights_digest: SHA-256 of all parameters and buffers.
+        peak_bytes: Most memory of a device that any rank had in use; None if not CUDA.
     """
 
     status: str
@@ -51,20 +54,19 @@ class RunResult:
     scores: Metrics
     shares: Metrics
     weights_digest: str
+    peak_bytes: int | None = None
 
     def as_row(self) -> dict[str, Any]:
         """Return the result as plain data, as ``result.json`` holds it."""
         plain = {name: getattr(self, name) for name in _PLAIN}
         digest = {"weights_digest": self.weights_digest}
-        return plain | {"exit_code": int(self.exit_code)} | self.scores | self.shares | digest
+        memory = {} if self.peak_bytes is None else {_PEAK: self.peak_bytes}
+        measured = self.scores | self.shares | memory
+        return plain | {"exit_code": int(self.exit_code)} | measured | digest
 
 
 def read_result(folder: Path) -> RunResult | None:
-    """Read how an earlier attempt of a run ended; None if it failed, or left no result.
-
-    Args:
-        folder: The run folder.
-    """
+    """Read how an earlier attempt of a run ended; None if it failed, or left no result."""
     try:
         row = json.loads((folder / "result.json").read_bytes())
         plain = {name: row[name] for name in (*_PLAIN, "weights_digest")}
@@ -72,6 +74,7 @@ def read_result(folder: Path) -> RunResult | None:
             **plain | {"exit_code": ExitCode(row["exit_code"])},
             scores={key: value for key, value in row.items() if key.startswith("eval/")},
             shares={key: value for key, value in row.items() if is_share(key)},
+            peak_bytes=row.get(_PEAK),
         )
     except (OSError, ValueError, TypeError, KeyError):
         return None
@@ -86,9 +89,10 @@ def build_result(
         RuntimeError: The weights differ between ranks.
     """
     wrapper.sync_buffers()
-    digests = gather_over_ranks(weights_digest(wrapper.inner), runtime)
+    mine = weights_digest(wrapper.inner), peak_bytes(runtime.device)
+    digests, peaks = zip(*gather_over_ranks(mine, runtime), strict=True)
     if len(set(digests)) > 1:
-        raise RuntimeError(f"the weights differ between ranks: {digests}")
+        raise RuntimeError(f"the weights differ between ranks: {list(digests)}")
     finished = state.step == plan.total_steps
     return RunResult(
         status="finished" if finished else "stopped",
@@ -100,6 +104,7 @@ def build_result(
         scores=state.scores,
         shares=shares.summary(),
         weights_digest=digests[0],
+        peak_bytes=max((peak for peak in peaks if peak is not None), default=None),
     )
 
 

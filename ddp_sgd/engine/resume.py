@@ -12,10 +12,10 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.checkpointing.serialization import find_checkpoint, read_tensors
-from ddp_sgd.checkpointing.store import FOLDER_NAME, CheckpointFolder, Choice
+from ddp_sgd.checkpointing.store import FOLDER_NAME, CheckpointFolder, Choice, Header
 from ddp_sgd.config import RunConfig, changes_that_matter, rank_batch
+from ddp_sgd.config.sources import rounding_notes
 from ddp_sgd.config.yaml_io import read_yaml
 from ddp_sgd.distributed.collectives import from_rank_0
 from ddp_sgd.distributed.runtime import Runtime
@@ -45,6 +45,7 @@ class ResumePoint:
         passed_over: What is wrong with newer checkpoints.
         ending: How the run ended, if there is nothing left to do.
         deadline: When the run must be over, unix time in seconds; None if not known.
+        notes: What has changed since, and the user should know, one line each.
     """
 
     run_id: str
@@ -54,6 +55,7 @@ class ResumePoint:
     passed_over: tuple[str, ...] = ()
     ending: RunResult | None = None
     deadline: float | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def origin(self) -> Origin:
@@ -64,7 +66,7 @@ class ResumePoint:
             has_rows=self.has_rows,
             is_resumed=self.has_rows or head is not None,
             step=head.step if head else 0,
-            epoch=head.epoch + head.position / head.plan["samples_per_epoch"] if head else 0.0,
+            epoch=head.epochs if head else 0.0,
             samples=head.samples if head else 0,
             is_scored=head is not None and head.scored_at == head.step,
             note={
@@ -119,6 +121,7 @@ def _look_into(config: RunConfig, folder: RunFolder) -> ResumePoint:
         file=saved.path / chosen.manifest.file,
         passed_over=chosen.passed_over,
         ending=_ending(config, folder.path, before, saved_at=header.step),
+        notes=tuple(rounding_notes(header.config, config)),
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddp_sgd.data.loader import move
+from ddp_sgd.data.device import move
 from ddp_sgd.distributed.collectives import gather_over_ranks
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, statistics_of
@@ -27,6 +27,7 @@ from ddp_sgd.engine.model_check import (
     check_registered,
     list_registered,
 )
+from ddp_sgd.engine.precision import Numerics
 from ddp_sgd.engine.side_effects import (
     CollectiveWatch,
     Place,
@@ -35,7 +36,7 @@ from ddp_sgd.engine.side_effects import (
     undo_side_effects,
 )
 from ddp_sgd.engine.step import backward
-from ddp_sgd.errors import ConfigError
+from ddp_sgd.errors import ConfigError, Use, refuse_out_of_memory
 from ddp_sgd.losses import (
     LossFunction,
     Objective,
@@ -46,11 +47,7 @@ from ddp_sgd.losses import (
 )
 from ddp_sgd.plan import Plan
 from ddp_sgd.seeds import Randomness
-from ddp_sgd.torch_errors import Use, refuse_out_of_memory
-from ddp_sgd.tree import list_tensors
-
-_SHOWN = 6
-"""Components of a container that an error describes."""
+from ddp_sgd.tree import describe, list_tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +103,7 @@ def check_training(
     batch: Batch,
     plan: Plan,
     runtime: Runtime,
+    numerics: Numerics | None = None,
 ) -> TrainingFacts:
     """Take a batch forward and backward in training mode.
 
@@ -116,6 +114,7 @@ def check_training(
         batch: Some of its samples.
         plan: The run's arithmetic.
         runtime: This process.
+        numerics: Precision and memory format of the passes; None: torch's defaults.
 
     Raises:
         DataError: Labels lie out of range.
@@ -127,7 +126,7 @@ def check_training(
     whole = [model, *modules.values()]
     with undo_side_effects(whole, randomness.generators) as effects:
         randomness.seed(0)
-        check = _Check(model, loss, dataset, batch, runtime.device, "data.train")
+        check = _Check(model, loss, dataset, batch, runtime.device, numerics)
         registered = list_registered(model)
         outputs, value = check.forward()
         check_registered(model, registered)
@@ -155,7 +154,12 @@ def check_training(
 
 
 def check_evaluation(
-    model: nn.Module, loss: LossFunction, dataset: Any, batch: Batch, runtime: Runtime
+    model: nn.Module,
+    loss: LossFunction,
+    dataset: Any,
+    batch: Batch,
+    runtime: Runtime,
+    numerics: Numerics | None = None,
 ) -> EvaluationFacts:
     """Send a batch through model and loss in evaluation mode.
 
@@ -165,6 +169,7 @@ def check_evaluation(
         dataset: The held-out set.
         batch: Some of its samples.
         runtime: This process.
+        numerics: Precision and memory format of the passes; None: torch's defaults.
 
     Raises:
         DataError: Labels lie out of range.
@@ -174,7 +179,7 @@ def check_evaluation(
     randomness = Randomness(runtime.device)
     watch = nullcontext() if runtime.alone else CollectiveWatch()
     with undo_side_effects(whole, randomness.generators) as effects, evaluating(model):
-        check = _Check(model, loss, dataset, batch, runtime.device, "data.eval")
+        check = _Check(model, loss, dataset, batch, runtime.device, numerics, "data.eval")
         with watch:
             outputs, _ = check.forward()
         _follow(randomness, effects)
@@ -198,7 +203,8 @@ class _Check:
         dataset: Any,
         batch: Batch,
         device: torch.device,
-        where: str,
+        numerics: Numerics | None,
+        where: str = "data.train",
     ) -> None:
         self._model = model
         self._loss = loss
@@ -208,7 +214,8 @@ class _Check:
         self._inputs, self._targets = move(batch.inputs, device), move(batch.targets, device)
         self._targets_of_one = move(batch.targets_of_one, device)
         self._spread = choose_spread(model, self._inputs, len(batch.indices))
-        self._objective = Objective(loss, batch.targets, spread=self._spread)
+        self._numerics = numerics or Numerics()
+        self._objective = self._numerics.objective(loss, batch.targets, spread=self._spread)
         self._mode = " in training mode" if model.training else ""
         self._use = Use.STEP if model.training else Use.EVALUATION
 
@@ -239,7 +246,7 @@ class _Check:
 
     def _call_loss(self, outputs: Any) -> Any:
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), self._numerics.autocast():
                 # Shapes that torch stretches to fit give a loss over unintended pairs.
                 warnings.filterwarnings("error", message="Using a target size")
                 return self._loss(outputs, self._targets)
@@ -285,7 +292,7 @@ class _Check:
                 notes = (_depends_on_split(self._loss),)
         if takes_classes:
             self._check_labels(outputs)
-        objective = Objective(
+        objective = self._numerics.objective(
             self._loss,
             self._labels,
             complete=self._listed is not None,
@@ -359,23 +366,6 @@ def _on_any_rank(
     mine = [(paths[module], name) for module, name in places if module in paths]
     found = [place for each in gather_over_ranks(mine, runtime) for place in each]
     return [(modules[path], name) for path, name in dict.fromkeys(found)]
-
-
-def describe(value: Any) -> str:
-    """Describe a value, for an error: type and shape of tensors, else the class."""
-    if isinstance(value, torch.Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
-    if isinstance(value, Mapping):
-        parts = [f"{key}: {describe(item)}" for key, item in value.items()]
-    elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        named = zip(value._fields, value, strict=True)
-        parts = [f"{name}: {describe(item)}" for name, item in named]
-    elif isinstance(value, (list, tuple)):
-        parts = [describe(item) for item in value]
-    else:
-        parts = []
-    shown = ", ".join(parts[:_SHOWN]) + (", ..." if len(parts) > _SHOWN else "")
-    return f"a {type(value).__name__} of ({shown})" if parts else f"a {type(value).__name__}"
 
 
 def _depends_on_split(loss: LossFunction) -> str:

@@ -1,128 +1,42 @@
 """Setup of a run: components become a context that is ready to train."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from torch import nn
 
-from ddp_sgd.checkpointing.manifest import Header
 from ddp_sgd.checkpointing.serialization import read_tensors
-from ddp_sgd.config.sections import OptimConfig, ParallelConfig
+from ddp_sgd.config import ComputeConfig, OptimConfig, ParallelConfig
 from ddp_sgd.data.loader import EvalLoader, TrainLoader
 from ddp_sgd.data.sampler import EvalSampler, TrainSampler
-from ddp_sgd.distributed.collectives import broadcast_over_ranks
-from ddp_sgd.distributed.data_parallel import DataParallelModel
+from ddp_sgd.distributed.data_parallel import DataParallelModel, wrap_model
 from ddp_sgd.distributed.progress import Phase, ProgressTracker
-from ddp_sgd.distributed.replication import wrap_model
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, buffers_by_name
-from ddp_sgd.engine.components import Components, Reading, read_batch
+from ddp_sgd.engine.components import Components, read_sample_batch
+from ddp_sgd.engine.context import TrainContext, broadcast_buffers_of
 from ddp_sgd.engine.evaluation import Metrics, Score, evaluate
 from ddp_sgd.engine.model_check import check_normalization
+from ddp_sgd.engine.precision import LossScale, Numerics
 from ddp_sgd.engine.rank_consistency import Identity, mark_training_set
-from ddp_sgd.engine.resume import MARKS, ResumePoint, refuse_other_data, state_from
+from ddp_sgd.engine.reading import Reading, place_arrays
+from ddp_sgd.engine.resume import ResumePoint, refuse_other_data, state_from
 from ddp_sgd.engine.sanity_check import TrainingFacts, check_evaluation, check_training
 from ddp_sgd.engine.step import Stepper
 from ddp_sgd.engine.sync import TimeShares
 from ddp_sgd.engine.train_state import (
-    State,
     Tree,
     broadcast_state,
-    other_state_dict,
     refuse_misfit,
     restore,
-    restore_buffers,
-    run_state_dict,
 )
+from ddp_sgd.errors import Use, memory_for
 from ddp_sgd.losses import LossFunction, loss_modules
 from ddp_sgd.optim.sgd import SGD, build_sgd
 from ddp_sgd.plan import Plan
-from ddp_sgd.seeds import Randomness
-from ddp_sgd.torch_errors import Use, memory_for
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainContext:
-    """A run that is ready to start; its ``state_dict`` is what a checkpoint holds.
-
-    Args:
-        plan: The run's arithmetic.
-        runtime: This process.
-        wrapper: The model, equal on all ranks.
-        stepper: Takes steps.
-        loader: The training set, step by step.
-        score: Evaluates the model; gives nothing if there is no held-out set.
-        randomness: The generators that steps draw from, such as for dropout.
-        optimizer: SGD over the model's parameters.
-        state: Where the run stands.
-        skip: Samples at the head of the next step that were trained already.
-        progress: What is being done, for those who watch.
-        shares: Where the time goes.
-        buffers: The buffers that steps change.
-        loss_modules: Modules of the loss, by where they were found.
-        notes: What the user should know, one line each.
-        identity: What the run is, for checkpoints.
-    """
-
-    plan: Plan
-    runtime: Runtime
-    wrapper: DataParallelModel
-    stepper: Stepper
-    loader: TrainLoader
-    score: Score
-    randomness: Randomness
-    optimizer: SGD
-    state: State
-    skip: int
-    progress: ProgressTracker
-    shares: TimeShares
-    buffers: TrainingBuffers
-    loss_modules: Mapping[str, nn.Module]
-    notes: tuple[str, ...]
-    identity: Identity
-
-    def state_dict(self) -> tuple[Header, Tree]:
-        """Gather all that a resume needs; all ranks call this after the same step.
-
-        Returns:
-            The header, and the tensors where they are; whole on rank 0.
-        """
-        model, identity = self.wrapper.inner, self.identity
-        header, tree = run_state_dict(
-            self.state,
-            model=model,
-            optimizer=self.optimizer,
-            plan=self.plan,
-            config=identity.config,
-            run_id=identity.run_id,
-            loss=identity.loss,
-        )
-        others = {
-            **other_state_dict(model, self.loss_modules, self.buffers),
-            MARKS: {name: tuple(mark) for name, mark in identity.marks.items()},
-            "compression": self.wrapper.state_dict(),
-        }
-        return header, {**tree, **{key: value for key, value in others.items() if value}}
-
-    def load_state_dict(self, saved: Tree | None) -> None:
-        """Put back all but the weights, which were loaded before; all ranks call this.
-
-        Args:
-            saved: Content of the checkpoint, on rank 0; elsewhere None.
-        """
-        if saved:
-            restore_buffers(self.wrapper.inner, self.loss_modules, self.buffers, saved)
-            self.optimizer.load_state_dict(saved["optimizer"])
-        self.wrapper.sync_buffers()
-        _broadcast_buffers(self.loss_modules, self.runtime)
-        momentum = self.optimizer.state_dict()["momentum_buffer"].values()
-        broadcast_over_ranks(momentum, self.runtime)
-        self.wrapper.load_state_dict(saved.get("compression") if saved else None)
-
-
-def build_context(
+def build_context(  # noqa: PLR0913  # a section for each part of the run
     components: Components,
     plan: Plan,
     runtime: Runtime,
@@ -131,6 +45,7 @@ def build_context(
     *,
     optim: OptimConfig,
     parallel: ParallelConfig,
+    compute: ComputeConfig,
 ) -> TrainContext:
     """Put the components together, in the state that was saved.
 
@@ -140,33 +55,32 @@ def build_context(
         runtime: This process.
         resume_point: What the run goes on from.
         identity: What the run is.
-        optim: Section ``optim`` of the configuration.
-        parallel: Section ``parallel`` of the configuration.
+        optim: Section of the configuration, as are the next two.
+        parallel: How the models of all ranks are kept equal.
+        compute: How numbers are computed.
 
     Raises:
         ConfigError: The components do not fit together, or not to the plan.
         DataError: A sample cannot be read, labels lie out of range, or a checkpoint is damaged.
         RefusedError: The checkpoint is of another run.
     """
-    saved = _restore_model(components, resume_point, identity)
     state, skip = state_from(resume_point.header, plan)
-    model, modules = _on_device(components, runtime)
-    if resume_point.header:  # before the check, which has to find the same on every rank
-        broadcast_state(model, runtime)
+    numerics = Numerics(compute, runtime.device)
+    model, modules, saved = _ready_model(components, resume_point, identity, numerics, runtime)
     check_normalization(model, plan, step=state.step, skip=skip, device=runtime.device)
     optimizer = _optimizer(optim, model)
-    facts = _check_training(components, model, plan, runtime)
-    with memory_for(Use.MODEL):  # whose gradients need room, too
-        wrapper = wrap_model(model, runtime, parallel, plan, optimizer.momentum_buffers)
+    facts = _check_training(components, model, plan, runtime, numerics)
+    wrapper = _wrapper(model, optimizer, plan, runtime, parallel, captured=compute.cuda_graphs)
     progress = ProgressTracker()
-    options: dict[str, Any] = {"clip_norm": optim.clip_norm, "buffers": facts.buffers}
+    stepper = _stepper(optim, wrapper, facts, optimizer, runtime, progress, numerics)
     context = TrainContext(
         plan=plan,
         runtime=runtime,
         wrapper=wrapper,
-        stepper=Stepper(wrapper, facts.objective, optimizer, runtime, progress, **options),
+        objective=facts.objective,
+        stepper=stepper,
         loader=_train_loader(components, plan, runtime),
-        score=_scorer(components, wrapper, runtime, progress),
+        score=_scorer(components, wrapper, runtime, progress, numerics),
         randomness=facts.randomness,
         optimizer=optimizer,
         state=state,
@@ -175,21 +89,75 @@ def build_context(
         shares=TimeShares(progress, runtime, (*wrapper.meets_in, Phase.BUFFERS)),
         buffers=facts.buffers,
         loss_modules=modules,
-        notes=facts.notes,
+        notes=(*numerics.check_parameters(model), *facts.notes),
         identity=identity,
     )
-    _load_or_broadcast(context, saved, is_resumed=resume_point.header is not None)
+    _load_or_broadcast(context, saved, resume_point)
     if components.reading.workers:
         components.files.close()
     return context
 
 
-def _load_or_broadcast(context: TrainContext, saved: Tree | None, *, is_resumed: bool) -> None:
+def _wrapper(
+    model: nn.Module,
+    optimizer: SGD,
+    plan: Plan,
+    runtime: Runtime,
+    parallel: ParallelConfig,
+    *,
+    captured: bool,
+) -> DataParallelModel:
+    momentum = optimizer.momentum_buffers
+    with memory_for(Use.MODEL):  # whose gradients need room, too
+        return wrap_model(model, runtime, parallel, plan, momentum, captured=captured)
+
+
+def _stepper(
+    optim: OptimConfig,
+    wrapper: DataParallelModel,
+    facts: TrainingFacts,
+    optimizer: SGD,
+    runtime: Runtime,
+    progress: ProgressTracker,
+    numerics: Numerics,
+) -> Stepper:
+    return Stepper(
+        wrapper,
+        facts.objective,
+        optimizer,
+        runtime,
+        progress,
+        clip_norm=optim.clip_norm,
+        buffers=facts.buffers,
+        loss_scale=LossScale(runtime.device) if numerics.scales_loss else None,
+    )
+
+
+def _load_or_broadcast(context: TrainContext, saved: Tree | None, point: ResumePoint) -> None:
     """Go on from what was saved, or begin with the loss of rank 0."""
-    if is_resumed:
+    if point.header is not None:
         context.load_state_dict(saved)
     else:
-        _broadcast_buffers(context.loss_modules, context.runtime)
+        broadcast_buffers_of(context.loss_modules, context.runtime)
+
+
+def _ready_model(
+    components: Components,
+    resume_point: ResumePoint,
+    identity: Identity,
+    numerics: Numerics,
+    runtime: Runtime,
+) -> tuple[nn.Module, dict[str, nn.Module], Tree | None]:
+    """Restore the model, if there is a checkpoint, and move it and the loss to the device.
+
+    Returns:
+        The model, the modules of the loss, and all tensors of the checkpoint.
+    """
+    saved = _restore_model(components, resume_point, identity)
+    model, modules = _on_device(components, numerics, runtime)
+    if resume_point.header:  # before the check, which has to find the same on every rank
+        broadcast_state(model, runtime)
+    return model, modules, saved
 
 
 def _restore_model(
@@ -212,10 +180,12 @@ def _restore_model(
     return saved
 
 
-def _on_device(components: Components, runtime: Runtime) -> tuple[nn.Module, dict[str, nn.Module]]:
+def _on_device(
+    components: Components, numerics: Numerics, runtime: Runtime
+) -> tuple[nn.Module, dict[str, nn.Module]]:
     """Move the model, and the modules of the loss, to the device of this rank."""
     with memory_for(Use.MODEL):
-        model = components.model.to(runtime.device)
+        model = numerics.arrange(components.model.to(runtime.device))
         modules = loss_modules(components.loss, model)
         for module in modules.values():
             module.to(runtime.device)
@@ -223,16 +193,11 @@ def _on_device(components: Components, runtime: Runtime) -> tuple[nn.Module, dic
 
 
 def _check_training(
-    components: Components, model: nn.Module, plan: Plan, runtime: Runtime
+    components: Components, model: nn.Module, plan: Plan, runtime: Runtime, numerics: Numerics
 ) -> TrainingFacts:
-    size, collate = components.reading.batch_size, components.reading.collate
-    batch = read_batch(components.train_set, "data.train", batch_size=size, collate=collate)
-    return check_training(model, components.loss, components.train_set, batch, plan, runtime)
-
-
-def _broadcast_buffers(modules: Mapping[str, nn.Module], runtime: Runtime) -> None:
-    """Replace the buffers of some modules, such as those of the loss, by those of rank 0."""
-    broadcast_over_ranks(map(buffer_at, buffers_by_name(modules).values()), runtime)
+    train_set, reading = components.train_set, components.reading
+    batch = read_sample_batch(train_set, "data.train", reading, runtime.device)
+    return check_training(model, components.loss, train_set, batch, plan, runtime, numerics)
 
 
 def _optimizer(optim: OptimConfig, model: nn.Module) -> SGD:
@@ -262,6 +227,8 @@ def _train_loader(components: Components, plan: Plan, runtime: Runtime) -> Train
         workers=components.reading.workers,
         device=runtime.device,
         collate=components.reading.collate,
+        transforms=components.reading.train_transforms,
+        arrays=place_arrays(components.train_set, "data.train", components.reading, runtime),
     )
 
 
@@ -270,6 +237,7 @@ def _scorer(
     wrapper: DataParallelModel,
     runtime: Runtime,
     progress: ProgressTracker,
+    numerics: Numerics,
 ) -> Score:
     if components.eval_set is None:
         return lambda _: {}
@@ -280,6 +248,7 @@ def _scorer(
         components.reading,
         runtime,
         progress,
+        numerics,
     )
 
     def score(interrupted: Callable[[], bool]) -> Metrics:
@@ -296,6 +265,7 @@ def build_scorer(
     reading: Reading,
     runtime: Runtime,
     progress: ProgressTracker,
+    numerics: Numerics,
 ) -> Callable[..., Metrics]:
     """Make what scores a model on held-out data.
 
@@ -306,16 +276,16 @@ def build_scorer(
         reading: How samples are read.
         runtime: This process.
         progress: Updated at every chunk.
+        numerics: Precision and memory format of the passes, which the model has already.
 
     Raises:
         ConfigError: Model, loss and samples do not fit together.
         DataError: The samples cannot be read, or labels lie out of range.
     """
-    size, collate = reading.batch_size, reading.collate
-    batch = read_batch(eval_set, "data.eval", batch_size=size, collate=collate)
-    facts = check_evaluation(model, loss, eval_set, batch, runtime)
+    batch = read_sample_batch(eval_set, "data.eval", reading, runtime.device)
+    facts = check_evaluation(model, loss, eval_set, batch, runtime, numerics)
     chunks = EvalSampler(
-        len(eval_set), batch_size=size, in_step=facts.communicates, **runtime.shard
+        len(eval_set), batch_size=reading.batch_size, in_step=facts.communicates, **runtime.shard
     )
     loader = EvalLoader(
         eval_set,
@@ -323,7 +293,9 @@ def build_scorer(
         seed=reading.seed,
         workers=reading.workers,
         device=runtime.device,
-        collate=collate,
+        collate=reading.collate,
+        transforms=reading.eval_transforms,
+        arrays=place_arrays(eval_set, "data.eval", reading, runtime),
     )
     begin_chunk = partial(facts.begin_chunk, reading.seed)
     score = partial(

@@ -175,16 +175,36 @@ class SideEffects:
         """List the parameters whose values differ."""
         return [p for p, form in self._parameters.items() if self._has_other_values(p, form)]
 
-    def undo(self) -> None:
-        """Put everything back."""
+    def changed_attributes(self) -> list[str]:
+        """List the plain attributes that differ from those at the last ``keep_attributes``."""
+        return [
+            f"{type(module).__name__}.{name}"
+            for module, attributes, contents in self._attributes
+            for name in _changed(vars(module), attributes, contents)
+        ]
+
+    def keep_attributes(self) -> None:
+        """Take the attributes of now for those that ``undo`` puts back."""
+        self._attributes = [(m, dict(vars(m)), _contents(vars(m))) for m in self._modules]
+
+    def undo(self, *, attributes: bool = True) -> None:
+        """Put everything back.
+
+        Args:
+            attributes: Whether plain attributes are put back as well, besides which parameters and
+                buffers a module has.
+        """
         kinds = zip(self._modules, self._classes, strict=True)
         for module, kind in [(m, kind) for m, kind in kinds if type(m) is not kind]:
             module.__class__ = kind
-        for module, attributes, contents in self._attributes:
-            vars(module).clear()
-            vars(module).update(attributes)
+        for module, before, contents in self._attributes:
+            if attributes:
+                vars(module).clear()
+                vars(module).update(before)
+            own = (id(module._parameters), id(module._buffers))
             for container, content in contents:
-                _refill(container, content)
+                if attributes or id(container) in own:
+                    _refill(container, content)
         with torch.no_grad():
             self._undo_writes()
         for parameter, gradient in self._gradients:
@@ -280,6 +300,29 @@ def _copy_of(storage: torch.UntypedStorage) -> torch.UntypedStorage:
 def _equal(one: torch.UntypedStorage, other: torch.UntypedStorage) -> bool:
     a, b = (torch.empty(0, dtype=torch.uint8, device=s.device).set_(s) for s in (one, other))
     return torch.equal(a, b)
+
+
+def _changed(
+    now: dict[str, Any], before: dict[str, Any], contents: list[tuple[Any, Any]]
+) -> Iterator[str]:
+    """Yield the names of attributes that were set, replaced or removed, or whose items were."""
+    held = {id(container): content for container, content in contents}
+    own = {id(now[name]) for name in ("_parameters", "_buffers") if name in now}
+    for name in dict.fromkeys([*before, *now]):
+        value, old = now.get(name), before.get(name)
+        is_same = value is old or (isinstance(value, (bool, int, float, str)) and value == old)
+        if id(value) in own or (is_same and id(value) not in held):
+            continue
+        if not is_same or not _are_same_items(value, held[id(value)]):
+            yield name
+
+
+def _are_same_items(container: Any, content: Any) -> bool:
+    now, before = (
+        list(items.values()) if isinstance(items, dict) else list(items)
+        for items in (container, content)
+    )
+    return sorted(map(id, now)) == sorted(map(id, before))
 
 
 def _contents(attributes: dict[str, Any]) -> list[tuple[Any, Any]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ddp_sgd.checkpointing.manifest import SkippedSteps
+from ddp_sgd.checkpointing.store import SkippedSteps
 from ddp_sgd.distributed.collectives import at_own_rank, sum_over_ranks
 from ddp_sgd.distributed.progress import Phase, ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
@@ -64,11 +64,6 @@ class TimeShares:
     phase is waiting. Where it goes on during the backward pass, waiting is what a rank takes longer
     for that than the quickest one. On an accelerator these are times of the host, which waits for
     the device only at a sync.
-
-    Args:
-        progress: Measures phases.
-        runtime: This process.
-        meets_in: Phases in which ranks wait for each other.
     """
 
     def __init__(
@@ -140,6 +135,11 @@ class TimeShares:
         return row
 
 
+def peak_bytes(device: torch.device) -> int | None:
+    """Most memory of a device that training had in use, in bytes; None if not CUDA."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
 _PERIOD_S = 1.0
 """How long ranks may go without hearing of each other's stop request, as far as steps allow."""
 
@@ -197,6 +197,8 @@ class RankSync:
         self._tally = _Tally(state.skipped)
         self._next_sync = self._next_look = 0
         self._last_row = state.step
+        if runtime.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(runtime.device)  # of what ran in this process before
 
     def after(self, step: int, result: StepResult, *, lr: float) -> SyncResult | None:
         """Count a step, and synchronize the ranks if it is time.
@@ -227,24 +229,28 @@ class RankSync:
     def _sync(self, step: int, lr: float, *, row_is_due: bool, save: bool) -> SyncResult:
         # The wait for the device comes before the look at the clock: steps are not over earlier.
         self._tally.read()
-        own = self._shares.measure()
+        own, device = self._shares.measure(), self._runtime.device
         steps = max(1, step - self._last_row)
         elapsed_s = self._shares.own_elapsed_s(own)
         if self._timetable.deadline.is_near(max(_PERIOD_S, elapsed_s / steps)):
             self._stop.ask("the deadline is near")
         wishes = [float(self._stop.reason is not None), float(self._timetable.save_is_due_now())]
-        device = self._runtime.device
+        peak = peak_bytes(device)
+        peaks = [] if peak is None else at_own_rank(peak, self._runtime)
         everything = torch.tensor(
-            [self._tally.loss, *wishes, *own], dtype=wide_float(device), device=device
+            [self._tally.loss, *wishes, *peaks, *own], dtype=wide_float(device), device=device
         )
         loss, stop, save_now, *summed = sum_over_ranks(everything, self._runtime).tolist()
-        spent = self._shares.read(summed)
+        peaks, times = summed[: len(peaks)], summed[len(peaks) :]
+        spent = self._shares.read(times)
         save = save or stop > 0 or save_now > 0
         if save:
             self._timetable.start_over()
         pause = int(_PERIOD_S * steps / spent.elapsed_s)
         self._next_sync = step + min(max(1, pause), _MOST_STEPS)
         row = self._row(step, lr, loss, spent) if row_is_due or save else None
+        if row is not None and peaks:
+            row["memory/peak_bytes"] = max(peaks)
         return SyncResult(row, stop > 0, save, self._tally.skipped)
 
     def _row(self, step: int, lr: float, loss: float, spent: Spent) -> dict[str, float | None]:
@@ -257,6 +263,7 @@ class RankSync:
             "train/lr": lr,
             "train/grad_norm": tally.grad_norm,
             "train/skipped_steps": float(tally.skipped.total),
+            **tally.scaling,
             "throughput/samples_per_s": samples / spent.elapsed_s,
             "time/step_ms": 1e3 * spent.elapsed_s / steps,
             "time/data_ms": step_ms["data"],
@@ -279,13 +286,16 @@ class _Tally:
         units: Units of all ranks since the last row.
         own_units: Units of this rank since the last row.
         grad_norm: L2 norm of the last gradient.
-        skipped: Steps of the run that were skipped.
+        skipped: Steps of the run that were skipped; without overflows, which the loss scale needs.
+        scaling: ``train/loss_scale`` and ``train/overflow_steps`` of the last step; empty without a
+            loss scale.
     """
 
     def __init__(self, skipped: SkippedSteps) -> None:
         self.unread: list[StepResult] = []
         self.skipped = skipped
         self.grad_norm = 0.0
+        self.scaling: dict[str, float] = {}
         self.forget_losses()
 
     def forget_losses(self) -> None:
@@ -299,12 +309,19 @@ class _Tally:
         for result in self.unread:
             losses = [next(numbers) for _ in result.weights]
             units = next(numbers) if isinstance(result.units, torch.Tensor) else result.units
+            own = result.local_units
+            own = next(numbers) if isinstance(own, torch.Tensor) else own
             self.grad_norm = next(numbers)
             is_finite = math.isfinite(self.grad_norm)
-            self.skipped = self.skipped.after(is_finite=is_finite)
+            scale = 1.0
+            if result.scaling:
+                scale, overflows = next(numbers), next(numbers)
+                self.scaling = {"train/loss_scale": scale, "train/overflow_steps": overflows}
+            if is_finite or scale <= 1.0:
+                self.skipped = self.skipped.after(is_finite=is_finite)
             if is_finite:
                 pairs = zip(result.weights, losses, strict=True)
                 self.loss += sum([weight * loss for weight, loss in pairs if weight])  # no dummy
                 self.units += units
-                self.own_units += result.local_units
+                self.own_units += own
         self.unread.clear()

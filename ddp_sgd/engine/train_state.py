@@ -15,9 +15,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ddp_sgd import __version__
-from ddp_sgd.checkpointing.comparing import misfits
-from ddp_sgd.checkpointing.manifest import Header, SkippedSteps
 from ddp_sgd.checkpointing.serialization import read_tensors
+from ddp_sgd.checkpointing.store import Header, SkippedSteps
 from ddp_sgd.data.sampler import ORDER
 from ddp_sgd.distributed.collectives import broadcast_buffers, broadcast_parameters, from_rank_0
 from ddp_sgd.distributed.runtime import Runtime
@@ -32,6 +31,7 @@ from ddp_sgd.errors import RefusedError
 from ddp_sgd.losses import LossFunction
 from ddp_sgd.optim.sgd import SGD
 from ddp_sgd.plan import Plan
+from ddp_sgd.tree import misfits
 
 
 @dataclass(slots=True)

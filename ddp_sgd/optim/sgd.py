@@ -1,7 +1,7 @@
 """Stochastic gradient descent with momentum, by one fused call per group."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import compress
 from typing import Any, TypedDict
 
@@ -157,11 +157,12 @@ class SGD:
             if name in saved:
                 buffer.copy_(saved[name])
 
-    def step(self, lr: float, skipped: torch.Tensor | None = None) -> None:
+    def step(self, lr: float | torch.Tensor, skipped: torch.Tensor | None = None) -> None:
         """Move every parameter that has a gradient.
 
         Args:
-            lr: Rate of this step, at least 0.
+            lr: Rate of this step, at least 0; a tensor without dimensions is on the parameters'
+                device.
             skipped: float32 tensor without dimensions on the parameters' device; where it is 1,
                 everything stays as it is, and nothing waits to find out.
         """
@@ -184,7 +185,7 @@ class SGD:
                 momentum_buffers,
                 weight_decay=call.weight_decay,
                 momentum=self._momentum,
-                lr=lr,
+                lr=lr,  # type: ignore[arg-type]  # it takes both
                 dampening=0.0,
                 nesterov=self._nesterov,
                 maximize=False,
@@ -203,6 +204,49 @@ class SGD:
             )
             for dtype in types
         ]
+
+
+class RateTable:
+    """Learning rates of a run on the device, a block of steps at a time.
+
+    A graph that repeats a step can only read its rate there. Eager steps read it there as well: by
+    a number of Python's the kernel computes in double precision, and the last bit differs.
+
+    Args:
+        rate_at: Learning rate of the step with a number.
+        steps: Steps of the run.
+        device: Where the parameters are.
+
+    Attributes:
+        values: float32 of shape (``SIZE``,); the rate of step s is in ``values[s % SIZE]``, for
+            steps of the block that was loaded last.
+    """
+
+    SIZE = 1024
+
+    def __init__(self, rate_at: Callable[[int], float], steps: int, device: torch.device) -> None:
+        self.values = torch.zeros(self.SIZE, device=device)
+        self._each = self.values.unbind()
+        self._rate_at = rate_at
+        self._steps = steps
+        self._block = -1
+
+    def load(self, step: int) -> None:
+        """Load the block of a step, unless it is there; nothing waits for the device."""
+        block = step // self.SIZE
+        if block == self._block:
+            return
+        self._block = block
+        end = min((block + 1) * self.SIZE, self._steps)
+        rates = torch.tensor([self._rate_at(each) for each in range(block * self.SIZE, end)])
+        if self.values.is_cuda:
+            rates = rates.pin_memory()
+        self.values[: len(rates)].copy_(rates, non_blocking=True)
+
+    def at(self, step: int) -> torch.Tensor:
+        """Return the rate of a step, as a tensor without dimensions that lasts for its block."""
+        self.load(step)
+        return self._each[step % self.SIZE]
 
 
 def build_sgd(

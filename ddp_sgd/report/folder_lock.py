@@ -64,11 +64,7 @@ class Owner(NamedTuple):
 
     @classmethod
     def here(cls, environ: Mapping[str, str]) -> Self:
-        """Describe this process.
-
-        Args:
-            environ: The environment, such as ``os.environ``.
-        """
+        """Describe this process."""
         boot = ""
         with suppress(OSError):
             boot = _BOOT_ID.read_text().strip()
@@ -345,11 +341,6 @@ def _open(path: Path, flags: int) -> int:
 
 def _wait_for_owner(folder: Path, here: Owner, *, is_locked: bool) -> None:
     """Wait until the owner whom the note names has left, or has ceased to renew it.
-
-    Args:
-        folder: The run folder.
-        here: This process.
-        is_locked: Whether this process has the lock, which excludes others of the same kernel.
 
     Raises:
         RefusedError: The note was renewed meanwhile, and its owner does not leave.

@@ -4,6 +4,8 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
+from ddp_sgd.config import ComputeConfig
+from ddp_sgd.config.sections import DataConfig
 from ddp_sgd.optim.schedule import Schedule, step_of
 from ddp_sgd.plan import Plan, micro_batch_sizes
 from ddp_sgd.text import columns
@@ -14,21 +16,39 @@ _RULES = {
     "none": "none: peak = base",
 }
 
+_PRECISIONS = {
+    "fp32": "fp32 (torch's defaults; on CUDA, TF32 in convolutions)",
+    "ieee": "fp32, without TF32",
+    "tf32": "fp32, with TF32 on CUDA",
+    "bf16": "bf16 by autocast",
+    "fp16": "fp16 by autocast, with a dynamic loss scale",
+}
+
 _NOTE_WIDTH = 55
 """Longest line of a note in the table, in characters: the rest of 80."""
 
 
-def plan_lines(plan: Plan, milestones: Sequence[float]) -> list[str]:
+def plan_lines(
+    plan: Plan,
+    milestones: Sequence[float],
+    compute: ComputeConfig | None = None,
+    data: DataConfig | None = None,
+) -> list[str]:
     """Sum the plan up for the head of a log.
 
     Args:
         plan: The run's arithmetic.
         milestones: Those of the schedule, in epochs.
+        compute: Section ``compute`` of the configuration; None: its defaults.
+        data: Section ``data`` of the configuration; None: its defaults.
 
     Returns:
-        Four lines: batches, steps, rates, schedule; and one for each note on the schedule.
+        Five lines: precision, batches, steps, rates, schedule; one for transforms, if there are
+        any, and for each note on the schedule.
     """
+    transforms = "; ".join(_transforms(data or DataConfig()))
     return [
+        f"precision {', '.join(_compute_words(compute or ComputeConfig()))}",
         f"batch     {_product(plan)} = {_count(plan.global_batch, 'sample')} per step; "
         f"the data set has {plan.samples:,}",
         f"steps     {plan.steps_per_epoch:,} per epoch, {plan.total_steps:,} in "
@@ -36,25 +56,35 @@ def plan_lines(plan: Plan, milestones: Sequence[float]) -> list[str]:
         f"rate      {plan.base_lr:.6g} for {_count(plan.reference_batch, 'sample')} -> "
         f"{plan.peak_lr:.6g} for {plan.global_batch:,} ({plan.scaling}, k = {plan.scale:.6g})",
         f"schedule  {plan.schedule}; warm-up: {_warm_up(plan)}",
+        *([f"transform {transforms}"] if transforms else []),
         *(f"note      {note}" for note in _schedule_notes(plan, milestones)),
     ]
 
 
-def plan_table(plan: Plan, schedule: Schedule, milestones: Sequence[float]) -> str:
+def plan_table(
+    plan: Plan,
+    schedule: Schedule,
+    milestones: Sequence[float],
+    compute: ComputeConfig | None = None,
+    data: DataConfig | None = None,
+) -> str:
     """Show every number of the plan, and the rate at each tenth of the run.
 
     Args:
         plan: The run's arithmetic.
         schedule: Factor of ``plan.peak_lr`` at each step.
         milestones: Those of the schedule, in epochs.
+        compute: Section ``compute`` of the configuration; None: its defaults.
+        data: Section ``data`` of the configuration; None: its defaults.
 
     Returns:
         Sections with a heading each, as text of several lines without a newline at the end.
     """
     sections = {
-        "Batches": _batch_rows(plan),
+        "Batches": [*_batch_rows(plan), *_transform_rows(data or DataConfig())],
         "Steps": _step_rows(plan),
         "Learning rate": [*_rate_rows(plan), *_note_rows(plan, milestones)],
+        "Computation": _compute_rows(compute or ComputeConfig()),
     }
     every_row = [row for rows in sections.values() for row in rows]
     lines = iter(columns(every_row, left=(0, 1), gap="   "))
@@ -71,6 +101,21 @@ def _batch_rows(plan: Plan) -> list[tuple[str, str]]:
         ("accumulate, A", f"{_count(plan.accumulate, 'micro-batch')} of one rank in one step"),
         ("rank batch, A b", f"{plan.accumulate * plan.batch_size:,} on one rank in one step"),
         ("global batch, W A b", f"{plan.global_batch:,} in one step"),
+    ]
+
+
+def _transform_rows(data: DataConfig) -> list[tuple[str, str]]:
+    lines = [line for part in _transforms(data) for line in textwrap.wrap(part, _NOTE_WIDTH)]
+    return [("" if number else "transforms", line) for number, line in enumerate(lines)]
+
+
+def _transforms(data: DataConfig) -> list[str]:
+    """Name the transforms on the device: those of training, those of evaluation."""
+    lists = {"": data.train_transforms, "evaluation: ": data.eval_transforms}
+    return [
+        use + ", ".join(each.class_path.rpartition(".")[2] for each in listed)
+        for use, listed in lists.items()
+        if listed
     ]
 
 
@@ -93,6 +138,22 @@ def _rate_rows(plan: Plan) -> list[tuple[str, str]]:
         ("schedule", plan.schedule),
         ("warm-up", _warm_up(plan)),
     ]
+
+
+def _compute_words(compute: ComputeConfig) -> list[str]:
+    """Name the precision, and what else is set."""
+    flags = {
+        "channels_last": compute.channels_last,
+        "compiled": bool(compute.compile),
+        "CUDA graphs": compute.cuda_graphs,
+        "not deterministic": not compute.deterministic,
+    }
+    return [_PRECISIONS[compute.precision], *(word for word, is_set in flags.items() if is_set)]
+
+
+def _compute_rows(compute: ComputeConfig) -> list[tuple[str, str]]:
+    precision, *flags = _compute_words(compute)
+    return [("precision", precision), *(("", flag) for flag in flags)]
 
 
 def _note_rows(plan: Plan, milestones: Sequence[float]) -> list[tuple[str, str]]:

@@ -48,7 +48,9 @@ class Progress:
     def start(self, record: RunRecord) -> None:
         """Print the plan, and open the bar on a terminal."""
         self._record = record
-        for line in plan_lines(record.plan, record.config.schedule.milestones):
+        config = record.config
+        sections = config.compute, config.data
+        for line in plan_lines(record.plan, config.schedule.milestones, *sections):
             self.say(line)
         for note in record.notes:
             self.say(f"note      {note}")

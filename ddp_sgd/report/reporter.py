@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ddp_sgd.config import RunConfig
+from ddp_sgd.console import say
 from ddp_sgd.distributed.environment import attempt_of_job
 from ddp_sgd.errors import ExitCode, UserError
 from ddp_sgd.host import scaled
@@ -156,6 +157,7 @@ class Reporter:
         self._start = time.perf_counter()
         self._plan: Plan | None = None
         self._state: Progressing | None = None
+        self._notices: list[str] = []
 
     def start(self, plan: Plan, state: Progressing, notes: tuple[str, ...] = ()) -> None:
         """Open the loggers, and log that the run starts, or goes on.
@@ -171,6 +173,7 @@ class Reporter:
         origin = self._origin
         self._folder.begin(plan)
         self._writer = AsyncWriter(self._write_burst)
+        notes = (*notes, *self._notices)
         record = RunRecord(
             folder=self._folder.path, config=self._config, plan=plan, origin=origin, notes=notes
         )
@@ -185,6 +188,13 @@ class Reporter:
         if origin.is_resumed:
             self._write("resume", {**world, **origin.note})
         self.flush()  # if the run ends at once, its journal shows that it began
+
+    def notice(self, line: str) -> None:
+        """Print what turns out and the user should know: below the plan, or at once after that."""
+        if self._plan is None:
+            self._notices.append(line)
+        elif self._folder is not None and self._pid == os.getpid():
+            say(f"note      {line}")
 
     def train(self, row: Row | None) -> None:
         """Log what the steps since the last row measured, if there is a row."""

@@ -40,9 +40,6 @@ class RunFolder:
     From its making to its end it holds a lock on the folder, which the system takes back if the
     process dies, so that no other run writes into it or moves it away.
 
-    Args:
-        config: Description of the run.
-
     Attributes:
         path: The folder.
 
@@ -228,10 +225,6 @@ def refuse_endless_failure(folder: Path, environ: Mapping[str, str]) -> None:
     """End a run that its launcher restarts again and again to fail at the same step.
 
     A run that is started afresh, by a person, gets all its chances again.
-
-    Args:
-        folder: The run folder.
-        environ: The environment, which has the number of restarts.
 
     Raises:
         RepeatedFailureError: It failed ``SAME_STEP`` times in a row at one step.

@@ -17,9 +17,6 @@ _AXES = ("time", "step")
 class TensorBoard:
     """Writes numbers as scalars over ``step`` into the folder ``tensorboard`` of the run folder.
 
-    Args:
-        echo: Prints one plain line for the user.
-
     Raises:
         ConfigError: TensorBoard is not installed.
     """

@@ -23,25 +23,19 @@ from secrets import token_hex
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from ddp_sgd.console import (
-    Parser,
-    deliver,
-    fill_descriptors,
-    report_error,
-    say,
-)
-from ddp_sgd.errors import (
-    DataError,
-    ExitCode,
-    OutputError,
-    RefusedError,
-    StoppedError,
-    UserError,
-)
+from ddp_sgd.console import Parser, deliver, fill_descriptors, report_error, say
+from ddp_sgd.errors import DataError, ExitCode, OutputError, RefusedError, StoppedError, UserError
 from ddp_sgd.host import scaled
 from ddp_sgd.report.folder_lock import OwnerWatch, lock_file
 from ddp_sgd.report.journal import FILE_NAME, JournalTail, first_row, has_journal, place_of
-from ddp_sgd.report.wandb_logger import FINISH_TIMEOUT_S, PROGRAM, WandbRun, tear_down, wandb_file
+from ddp_sgd.report.wandb_logger import (
+    FINISH_TIMEOUT_S,
+    PROGRAM,
+    WandbRun,
+    kept_id,
+    tear_down,
+    wandb_file,
+)
 from ddp_sgd.text import first_line
 
 if TYPE_CHECKING:
@@ -118,6 +112,8 @@ def follow(attempt: WandbRun, wait: Callable[[float], bool]) -> None:
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     try:
         lock_out_others(attempt.folder / "wandb" / ".lock")
+        # On a busy machine the process of a later attempt may have come first.
+        attempt.is_resumed |= kept_id(attempt.folder) == attempt.run_id
         run = attempt.open()
         if run is not None:
             _log_rows(attempt, run, wait)

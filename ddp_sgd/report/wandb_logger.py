@@ -64,9 +64,6 @@ def start_ahead(config: WandbConfig) -> None:
     """Start the subprocess of the next run, so that it imports wandb while torch is being imported.
 
     Unless it is taken by a logger it ends with this process.
-
-    Args:
-        config: Section ``wandb`` of the configuration.
     """
     with suppress(OSError):  # the logger runs into the same error again
         if not _ahead and not is_disabled(config.mode):

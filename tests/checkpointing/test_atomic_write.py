@@ -17,7 +17,7 @@ import torch
 from limits import WAIT_S
 from saving import fill, flip, names, small_disk, write
 
-from ddp_sgd.checkpointing import atomic_write
+from ddp_sgd.checkpointing import serialization
 from ddp_sgd.checkpointing.serialization import read_tensors
 from ddp_sgd.checkpointing.store import CheckpointFolder
 
@@ -111,7 +111,7 @@ def test_nothing_goes_before_the_new_one_was_read_back(tmp_path, monkeypatch):
         write(tmp_path, step)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with monkeypatch.context() as patch:
-        patch.setattr(atomic_write, "_forget_cached", damage)
+        patch.setattr(serialization, "_forget_cached", damage)
         with pytest.raises(OSError, match="what was written is damaged: its SHA-256") as caught:
             write(tmp_path, 3, keep=1)
     assert caught.value.errno == errno.EIO
@@ -138,13 +138,13 @@ def save_too_much(folder):
 
 
 def test_a_full_disk_shows_before_anything_is_written(disk, monkeypatch):
-    monkeypatch.setattr(atomic_write._Hashed, "write", None)  # it is not called
+    monkeypatch.setattr(serialization._Hashed, "write", None)  # it is not called
     assert save_too_much(disk) == errno.ENOSPC
 
 
 def test_a_disk_that_fills_up_while_it_is_written_to(disk, monkeypatch):
     """As on file systems that cannot reserve room."""
-    monkeypatch.setattr(atomic_write, "_room_for", lambda _: 1)
+    monkeypatch.setattr(serialization, "_room_for", lambda _: 1)
     assert save_too_much(disk) == errno.ENOSPC
     write(disk, 2, size=100_000, keep=1)
     assert chosen_step(disk) == 2
@@ -153,7 +153,7 @@ def test_a_disk_that_fills_up_while_it_is_written_to(disk, monkeypatch):
 def test_a_disk_with_room_for_all_but_the_manifest(disk, monkeypatch, tmp_path):
     needed = write(tmp_path / "elsewhere", 2, size=50_000).size_bytes
     ballast = fill(disk, leaving=needed)
-    monkeypatch.setattr(atomic_write, "_room_for", lambda _: 1)
+    monkeypatch.setattr(serialization, "_room_for", lambda _: 1)
     before = names(disk)
     with pytest.raises(OSError, match="No space left on device"):
         write(disk, 2, size=50_000)
@@ -168,7 +168,7 @@ def test_a_disk_with_room_for_all_but_the_manifest(disk, monkeypatch, tmp_path):
 def test_a_limit_on_the_length_of_files(reserving, tmp_path, monkeypatch):
     write(tmp_path, 1)
     if not reserving:
-        monkeypatch.setattr(atomic_write, "_room_for", lambda _: 1)
+        monkeypatch.setattr(serialization, "_room_for", lambda _: 1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
     try:
@@ -185,7 +185,7 @@ def test_a_disk_that_takes_less_at_once_than_it_is_given():
             return super().write(data[:3])
 
     raw = Sipping()
-    stream = atomic_write._Hashed(raw)
+    stream = serialization._Hashed(raw)
     assert stream.write(b"0123456789") == stream.size == 10
     assert raw.getvalue() == b"0123456789"
     assert stream.digest.hexdigest() == hashlib.sha256(b"0123456789").hexdigest()
@@ -214,7 +214,7 @@ def test_a_save_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
 
     write(tmp_path, 1)
     before = names(tmp_path)
-    monkeypatch.setattr(atomic_write, "_forget_cached", interrupt)
+    monkeypatch.setattr(serialization, "_forget_cached", interrupt)
     with suppress(KeyboardInterrupt):
         write(tmp_path, 2)
     assert names(tmp_path) == before

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, load_model
 from torch import nn
 
 from ddp_sgd.checkpointing.convert import export_weights, refuse_overwriting, untie
-from ddp_sgd.checkpointing.manifest import Header, SkippedSteps
+from ddp_sgd.checkpointing.store import Header, SkippedSteps
 from ddp_sgd.config import RunConfig, load_config
 from ddp_sgd.errors import ConfigError, DataError, OutputError
 

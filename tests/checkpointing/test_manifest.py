@@ -9,7 +9,7 @@ import pytest
 from saving import flip, header, scored
 
 from ddp_sgd import files
-from ddp_sgd.checkpointing.manifest import Manifest, read_manifest
+from ddp_sgd.checkpointing.store import Manifest, read_manifest
 
 MANIFEST = Manifest(
     file="step-00000001.pt",

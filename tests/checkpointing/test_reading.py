@@ -15,9 +15,8 @@ import torch
 from saving import write
 
 from ddp_sgd import files
-from ddp_sgd.checkpointing.manifest import read_manifest
 from ddp_sgd.checkpointing.serialization import find_checkpoint, read_tensors
-from ddp_sgd.checkpointing.store import CheckpointFolder
+from ddp_sgd.checkpointing.store import CheckpointFolder, read_manifest
 from ddp_sgd.errors import DataError, ExitCode
 
 

@@ -2,10 +2,9 @@ import pytest
 import torch
 from saving import header, names, tensors, write
 
-from ddp_sgd.checkpointing import atomic_write
-from ddp_sgd.checkpointing.atomic_write import write_checkpoint
-from ddp_sgd.checkpointing.manifest import FORMAT
-from ddp_sgd.checkpointing.store import CheckpointFolder
+from ddp_sgd.checkpointing import serialization
+from ddp_sgd.checkpointing.serialization import write_checkpoint
+from ddp_sgd.checkpointing.store import FORMAT, CheckpointFolder
 
 
 def test_torch_alone_reads_what_was_written(tmp_path):
@@ -39,7 +38,7 @@ def test_tensors_that_are_one_are_written_once(tmp_path):
 def test_room_is_reserved_for_all_that_is_written(tmp_path):
     tree = {"model": {f"layer{n}.weight": torch.zeros(n) for n in range(300)}}
     manifest = write_checkpoint(CheckpointFolder(tmp_path), header(), tree, keep=1)
-    assert manifest.size_bytes <= atomic_write._room_for(tree)
+    assert manifest.size_bytes <= serialization._room_for(tree)
     assert manifest.size_bytes == (tmp_path / manifest.file).stat().st_size
 
 

@@ -3,8 +3,8 @@ import torch
 from saving import header
 from torch import nn
 
-from ddp_sgd.checkpointing.atomic_write import write_checkpoint
 from ddp_sgd.checkpointing.checkpointer import Snapshot
+from ddp_sgd.checkpointing.serialization import write_checkpoint
 from ddp_sgd.checkpointing.store import CheckpointFolder
 
 CPU = torch.device("cpu")

@@ -9,8 +9,7 @@ import pytest
 from saving import flip, header, names, scored, tensors, write
 
 from ddp_sgd import files
-from ddp_sgd.checkpointing.atomic_write import write_checkpoint
-from ddp_sgd.checkpointing.serialization import find_checkpoint
+from ddp_sgd.checkpointing.serialization import find_checkpoint, write_checkpoint
 from ddp_sgd.checkpointing.store import CheckpointFolder, goodness
 from ddp_sgd.errors import DataError, ExitCode
 

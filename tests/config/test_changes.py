@@ -1,7 +1,7 @@
 import pytest
 
 from ddp_sgd.config import RunConfig, changes_that_matter, rank_batch
-from ddp_sgd.config.sources import without_places
+from ddp_sgd.config.sources import rounding_notes, without_places
 
 DIGITS = {"class_path": "ddp_sgd.data.Digits"}
 
@@ -18,10 +18,14 @@ def before(**changes):
         {"resume": "must", "on_resize": "rescale"},
         {"data": {"workers": 2, "eval": None}},
         {"data": {"batch_size": 16, "accumulate": 2}},
+        {"data": {"eval_transforms": [{"class_path": "my.Crop"}]}},
+        {"data": {"device": "host"}},
+        {"compute": {"cuda_graphs": True}},
         {"eval": {"every_epochs": 3}},
         {"log": {"every_steps": 1}, "wandb": {"mode": "disabled"}},
         {"checkpoint": {"every_steps": 5, "keep": 1}},
         {"parallel": {"bucket_mb": 1.0}, "runtime": {"hang_s": None}},
+        {"compute": {"channels_last": True}},
     ],
 )
 def test_what_leaves_the_weights_alone_is_no_change(changes):
@@ -63,6 +67,14 @@ def test_what_leaves_the_weights_alone_is_no_change(changes):
             {"data": {"collate": {"class_path": "my.Pad"}}},
             "data.collate.class_path was None, is my.Pad",
         ),
+        ({"compute": {"precision": "bf16"}}, "compute.precision was fp32, is bf16"),
+        ({"compute": {"deterministic": False}}, "compute.deterministic was True, is False"),
+        ({"compute": {"compile": True}}, "compute.compile was False, is True"),
+        (
+            {"data": {"train_transforms": [{"class_path": "my.Crop", "args": [3]}]}},
+            "data.train_transforms was [], is [{'class_path': 'my.Crop', 'args': [3], 'init_args': "
+            "{}, 'call': True}]",
+        ),
     ],
 )
 def test_what_moves_the_weights_is_named_with_both_values(changes, line):
@@ -71,11 +83,30 @@ def test_what_moves_the_weights_is_named_with_both_values(changes, line):
 
 def test_a_key_that_an_older_release_did_not_have_was_at_its_default():
     old = before()
-    del old["optim"]["clip_norm"]
+    del old["optim"]["clip_norm"], old["data"]["train_transforms"]
     assert changes_that_matter(old, RunConfig()) == []
     assert changes_that_matter(old, RunConfig(optim={"clip_norm": 2.0})) == [
         "optim.clip_norm was None, is 2.0"
     ]
+
+
+def test_a_run_of_a_release_without_compute_was_computed_as_torch_does():
+    old = before()
+    del old["compute"]
+    assert changes_that_matter(old, RunConfig()) == []
+    assert rounding_notes(old, RunConfig()) == []
+    assert changes_that_matter(old, RunConfig(compute={"precision": "tf32"})) == [
+        "compute.precision was fp32, is tf32"
+    ]
+    assert rounding_notes(old, RunConfig(compute={"channels_last": True})) == [
+        "compute.channels_last was False, is True: the last bits of later steps may differ"
+    ]
+
+
+def test_a_key_that_only_begins_like_another_is_none_of_it():
+    old = before()
+    old["data"]["tail_fin"] = old["optimism"] = 1
+    assert changes_that_matter(old, RunConfig()) == []
 
 
 MODELS = [

@@ -36,7 +36,7 @@ def _message(values, origins=None, options=()):
             {"zzz": 1},
             "unknown key zzz; the keys at the top are name, output_dir, seed, epochs, resume, "
             "on_resize, model, loss, data, optim, schedule, eval, log, checkpoint, wandb, "
-            "parallel, runtime.",
+            "parallel, runtime, compute.",
         ),
         ({"optim.lr": 1}, "unknown key optim.lr; nest it, as optim: {lr: ...}."),
         (
@@ -82,6 +82,16 @@ def _message(values, origins=None, options=()):
         (
             {"wandb": {"tags": "x"}},
             "wandb.tags is 'x'; choose a list, each item text that is not empty, such as [a, b].",
+        ),
+        (
+            {"data": {"train_transforms": {}}},
+            "data.train_transforms is {}; choose a list of components, such as "
+            "[{class_path: ddp_sgd.data.augment.RandomHorizontalFlip}].",
+        ),
+        (
+            {"data": {"eval_transforms": [{"class_path": "my.Crop", "size": 3}]}},
+            "data.eval_transforms is [{'class_path': 'my.Crop', 'size': 3}]; choose a list of "
+            "components, such as [{class_path: ddp_sgd.data.augment.RandomHorizontalFlip}].",
         ),
         (
             {"name": 5},

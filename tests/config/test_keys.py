@@ -32,6 +32,7 @@ def test_choices_examples_and_kinds():
     assert keys["optim.reference_batch"].choices == "a whole number of at least 1 or null"
     assert keys["schedule.warmup_epochs"].choices == "auto or a number of at least 0"
     assert keys["schedule.milestones"].example == "[30, 60]"
+    assert keys["data.train_transforms"].choices == "a list of components"
     assert keys["optim.scaling"].names == ("linear", "sqrt", "none")
     assert [keys[name].kind for name in ("optim", "model", "seed")] == [
         "section",

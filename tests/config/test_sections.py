@@ -6,8 +6,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from ddp_sgd.config.schema import RunConfig
-from ddp_sgd.config.sections import ParallelConfig, RuntimeConfig
+from ddp_sgd.config.schema import ParallelConfig, RunConfig, RuntimeConfig
 
 
 def _bounds(annotation, metadata):
@@ -171,6 +170,15 @@ def test_a_deadline_is_a_date_that_exists():
 def test_what_does_not_go_together_is_refused(options, message):
     with pytest.raises(ValidationError, match=message):
         ParallelConfig(**options)
+
+
+@pytest.mark.parametrize("compression", ["fp16", "powersgd"])
+def test_scaled_gradients_are_not_compressed_to_what_they_do_not_fit(compression):
+    options = {"compute": {"precision": "fp16"}, "parallel": {"compression": compression}}
+    with pytest.raises(ValidationError, match=f"compression is {compression}, which scaled"):
+        RunConfig(**options)
+    RunConfig(**options | {"compute": {"precision": "bf16"}})
+    RunConfig(**options | {"parallel": {"compression": "bf16"}})
 
 
 def test_a_save_between_two_averages_is_refused_with_a_number_that_fits():

@@ -12,18 +12,10 @@ from ranks import run_ranks
 from torch import nn
 
 from ddp_sgd.data import InMemory
-from ddp_sgd.data.loader import (
-    EvalLoader,
-    TrainLoader,
-    _for_movable,
-    _pin,
-    _read,
-    _start_method,
-    move,
-)
+from ddp_sgd.data.device import for_movable, move, pin
+from ddp_sgd.data.loader import EvalLoader, TrainLoader, _read
 from ddp_sgd.data.sampler import EvalSampler, TrainSampler
-from ddp_sgd.errors import DataError
-from ddp_sgd.torch_errors import lost_worker
+from ddp_sgd.errors import DataError, lost_worker
 
 CPU = torch.device("cpu")
 
@@ -121,11 +113,6 @@ def test_data_set_that_no_pickle_holds_is_read_by_workers_on_linux():
         pass
 
     assert read(loader(Local(), workers=2).from_step(0)) == read(loader(Local()).from_step(0))
-
-
-def test_start_method_that_somebody_chose_is_kept(monkeypatch):
-    _choose_start_method(monkeypatch, "spawn")
-    assert _start_method() == "spawn"
 
 
 @pytest.mark.usefixtures("workers_may_be_forked")
@@ -272,7 +259,7 @@ class Pinned(Encoding):
 def test_what_cannot_be_pinned_stays_as_it_is():
     """A mapping that cannot be pinned keeps its type: a model sees the same on each device."""
     encoding = Encoding(ids=3)
-    assert _for_movable([encoding, {"a": Pinned()}], _pin) == [encoding, {"a": "pinned"}]
+    assert for_movable([encoding, {"a": Pinned()}], pin) == [encoding, {"a": "pinned"}]
 
 
 @pytest.mark.parametrize(
@@ -281,7 +268,7 @@ def test_what_cannot_be_pinned_stays_as_it_is():
 )
 def test_tensors_on_a_device_and_sparse_ones_are_not_pinned(tensor):
     """torch would raise: it locks the memory of dense tensors on the host only."""
-    assert _pin(tensor) is tensor
+    assert pin(tensor) is tensor
 
 
 class Packed:
@@ -295,7 +282,7 @@ class Packed:
 
 def test_packed_sequences_on_a_device_are_not_pinned():
     packed = Packed()
-    assert _pin(packed) is packed
+    assert pin(packed) is packed
 
 
 def test_mappings_of_any_type_move():
@@ -378,3 +365,53 @@ def test_small_batches_are_read_together_and_yet_one_by_one(monkeypatch):
     together = read(loader(data, epochs=1).from_step(0))
     assert calls == [4, 19]  # the first batch tells how large they are
     assert together == read(loader([data[i] for i in range(23)], epochs=1).from_step(0))
+
+
+class Whole(Augmented):
+    """Whole batches with noise, and the number of rows of each reading."""
+
+    def __init__(self, width=2):
+        self.width = width
+        self.rows = []
+
+    def __getitems__(self, indices):
+        self.rows.append(len(indices))
+        noise = torch.rand(len(indices), self.width)
+        return {"x": noise}, torch.tensor(indices)
+
+
+@pytest.mark.parametrize(("width", "in_a_row"), [(2, 8), (1 << 12, 3), (1 << 15, 1)])
+def test_small_batches_of_ones_own_are_read_in_a_row(width, in_a_row):
+    data = Whole(width)
+    steps = TrainSampler(100, global_batch=4, batch_size=4, rank=0, world_size=1, seed=3)
+    batches = TrainLoader(data, steps, epochs=1, workers=0, device=CPU).from_step(0)
+    data.rows.clear()  # of the look at what the method gives
+    next(batches)
+    assert data.rows == [4]
+    next(batches)
+    assert data.rows == [4] * (1 + in_a_row)
+
+
+@pytest.mark.parametrize("start", [1, 5, 9])
+def test_batches_of_ones_own_do_not_depend_on_where_a_run_begins(start):
+    def inputs(first):
+        steps = TrainSampler(100, global_batch=4, batch_size=4, rank=0, world_size=1, seed=3)
+        batches = TrainLoader(Whole(), steps, epochs=1, workers=0, device=CPU).from_step(first)
+        return [batch.micro_batches[0].inputs["x"].tolist() for batch in batches]
+
+    assert inputs(0)[start:] == inputs(start)
+
+
+def test_a_batch_of_ones_own_that_cannot_be_read_comes_in_its_turn():
+    class Bad(Whole):
+        def __getitems__(self, indices):
+            if len(self.rows) == 5:
+                raise OSError("disk on fire")
+            return super().__getitems__(indices)
+
+    steps = TrainSampler(100, global_batch=4, batch_size=4, rank=0, world_size=1, seed=3)
+    batches = TrainLoader(Bad(), steps, epochs=1, workers=0, device=CPU).from_step(0)
+    for _ in range(4):
+        next(batches)
+    with pytest.raises(DataError, match="disk on fire"):
+        next(batches)

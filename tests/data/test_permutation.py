@@ -70,7 +70,7 @@ def test_a_seed_gives_the_same_order_for_ever():
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5])
 def test_of_few_samples_each_order_is_as_likely_as_any_other(n):
-    orders = Counter(tuple(order(n, seed).tolist()) for seed in range(1500))
+    orders = Counter(tuple(order(n, seed).tolist()) for seed in range(600))
     assert excess(list(orders.values()), math.factorial(n)) < 6
 
 
@@ -145,7 +145,7 @@ def test_memory_does_not_grow_with_the_samples():
 
 
 def train_digits(order_of, seed):
-    """Held-out loss and accuracy after three epochs of plain SGD."""
+    """Held-out loss and accuracy after two epochs of plain SGD."""
     (inputs, targets), (held_out, labels) = (
         (torch.from_numpy(digits.inputs), torch.from_numpy(digits.targets))
         for digits in (Digits("train"), Digits("eval"))
@@ -154,7 +154,7 @@ def train_digits(order_of, seed):
         torch.manual_seed(seed)
         model = MLP(64, [32], 10)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    for epoch in range(3):
+    for epoch in range(2):
         for batch in order_of(seed, epoch).split(32):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(inputs[batch]), targets[batch]).backward()
@@ -195,7 +195,7 @@ def test_the_chance_is_right():
 
 
 def test_training_goes_as_with_the_permutations_of_torch():
-    """16 seeds each, by the test of Kolmogorov and Smirnov; chance alone fails one in 1000."""
+    """12 seeds each, by the test of Kolmogorov and Smirnov; chance alone fails one in 1000."""
 
     def ours(seed, epoch):
         return torch.from_numpy(order(1437, seed_for("order", seed, epoch)))
@@ -208,9 +208,9 @@ def test_training_goes_as_with_the_permutations_of_torch():
         return torch.from_numpy(np.argsort(Digits("train").targets, kind="stable"))
 
     scores = {
-        order_of: np.array([train_digits(order_of, seed) for seed in range(16)]).T
+        order_of: np.array([train_digits(order_of, seed) for seed in range(12)]).T
         for order_of in (ours, of_torch, by_class)
     }
     for mine, theirs, sorted_ in zip(*scores.values(), strict=True):  # losses, then accuracies
-        assert chance_of(furthest_apart(mine, theirs), 16) > 1e-3
-        assert chance_of(furthest_apart(sorted_, theirs), 16) < 1e-6  # the comparison can fail
+        assert chance_of(furthest_apart(mine, theirs), 12) > 1e-3
+        assert chance_of(furthest_apart(sorted_, theirs), 12) < 1e-6  # the comparison can fail

@@ -16,8 +16,7 @@ from ranks import rank_environment, run_ranks
 from torch import nn
 from torch.distributed import HashStore
 
-from ddp_sgd.distributed.error_propagation import StoreErrorPropagation
-from ddp_sgd.distributed.error_watch import watch_errors
+from ddp_sgd.distributed.error_propagation import StoreErrorPropagation, watch_errors
 from ddp_sgd.distributed.rendezvous import RendezvousInfo
 from ddp_sgd.errors import DataError, RemoteError
 from ddp_sgd.host import free_port

@@ -9,8 +9,8 @@ from torch import nn
 
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data.loader import MicroBatch, StepBatches
+from ddp_sgd.distributed.data_parallel import wrap_model
 from ddp_sgd.distributed.progress import ProgressTracker
-from ddp_sgd.distributed.replication import wrap_model
 from ddp_sgd.engine.result import weights_digest
 from ddp_sgd.engine.step import Stepper
 from ddp_sgd.losses import Objective

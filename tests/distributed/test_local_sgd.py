@@ -6,7 +6,7 @@ from ranks import run_ranks
 
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data import Digits
-from ddp_sgd.distributed import local_sgd
+from ddp_sgd.distributed import data_parallel
 from ddp_sgd.engine.fit import fit
 from ddp_sgd.engine.result import weights_digest
 from ddp_sgd.engine.triggers import StopRequest
@@ -41,14 +41,14 @@ def life(runtime, folder, local, stop_after=-1, **changes):
         | changes
     )
     SGD.step = counted
-    average = local_sgd.LocalSGD.average
+    average = data_parallel.LocalSGD.average
 
     def averaged(wrapper):
         digests.append(weights_digest(model))
         average(wrapper)
         digests.append(weights_digest(model))
 
-    local_sgd.LocalSGD.average = averaged
+    data_parallel.LocalSGD.average = averaged
     result = fit(config, runtime, model=model, train_set=Digits(), stop=wish)
     weights = torch.cat([p.detach().flatten() for p in model.parameters()]).numpy()
     return result.status, result.step, result.weights_digest, weights, digests

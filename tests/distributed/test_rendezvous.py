@@ -5,6 +5,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from limits import WAIT_S
 
 from ddp_sgd.distributed.environment import Ranks
 from ddp_sgd.distributed.rendezvous import (
+    StoreKey,
     _fresh_part,
     _name_of_run,
     could_not_join,
@@ -22,6 +24,7 @@ from ddp_sgd.errors import ConfigError, PeerError
 from ddp_sgd.host import free_port
 
 HERE = socket.gethostname()
+PACKAGE = Path(__file__).parents[2] / "ddp_sgd"
 
 
 @pytest.fixture(autouse=True)
@@ -192,3 +195,13 @@ def test_an_attempt_has_a_part_of_torchruns_store_for_itself():
     store.set("ask/1", "question of a rank that was killed")
     assert join_anew(store, (0, 1, 2), "here") == [3, 3, 3]
     assert join_anew(store, (2, 1, 0), "here") == [3, 3, 3]
+
+
+def test_every_key_of_the_store_is_in_the_table_and_in_use():
+    folders = ("distributed", "doctor")
+    texts = [path.read_text() for name in folders for path in (PACKAGE / name).glob("*.py")]
+    literal = r"(?:store|part)\.(?:set|get|wait|check|add|compare_set|multi_get)\(\[?f?[\"']"
+    assert [call for text in texts for call in re.findall(literal, text)] == []
+    assert not re.search(r"PrefixStore\(f?[\"']", "".join(texts))
+    used = {name for text in texts for name in re.findall(r"StoreKey\.([A-Z_]+)", text)}
+    assert used == set(StoreKey.__members__)

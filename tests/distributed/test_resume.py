@@ -17,6 +17,7 @@ from ddp_sgd.config import RunConfig
 from ddp_sgd.data import Digits
 from ddp_sgd.engine.fit import fit
 from ddp_sgd.engine.result import weights_digest
+from ddp_sgd.engine.step import Stepper
 from ddp_sgd.engine.triggers import StopRequest
 from ddp_sgd.models import MLP
 from ddp_sgd.optim.sgd import SGD
@@ -159,36 +160,46 @@ def test_a_run_that_lost_its_last_checkpoints_repeats_them(tmp_path):
     ]
 
 
-class Watched(Digits):
-    """Digits as float32 or float64 that remembers which were read, and when."""
+class Few(Digits):
+    """Some digits as float32 or float64, whose methods are not those of the package."""
 
     def __init__(self, dtype, samples=400):
         super().__init__()
         self.inputs = torch.as_tensor(self.inputs[:samples]).to(dtype).numpy()
         self.targets = self.targets[:samples]
-        self.reads = []
 
     def __getitems__(self, indices):
-        self.reads.append(list(indices))
         return super().__getitems__(indices)
 
 
-def live_anywhere(runtime, folder, steps, changes, dtype):
-    """One life on any number of ranks; gives what this rank read, and the weights.
+@contextmanager
+def listing_what_is_trained():
+    """List the indices of each micro-batch of this rank, in order; more may be read ahead."""
+    trained, step = [], Stepper.step
 
-    The first seven reads are looks at the data before the run; four of them give the marks that
-    ranks compare, and that a checkpoint keeps.
-    """
+    def listed(stepper, batches, lr):
+        trained.extend(list(each.indices) for each in batches.micro_batches if each.samples)
+        return step(stepper, batches, lr)
+
+    Stepper.step = listed
+    try:
+        yield trained
+    finally:
+        Stepper.step = step
+
+
+def live_anywhere(runtime, folder, steps, changes, dtype):
+    """One life on any number of ranks; gives what this rank trained, and the weights."""
     torch.manual_seed(0)
     model = MLP(64, [32], 10).to(dtype)
-    data = Watched(dtype)
+    data = Few(dtype)
     config = describe(
         folder, log={"every_steps": 1}, **{"data": {"batch_size": 4}, "epochs": 2} | changes
     )
-    with asking_after(steps) as wish:
+    with asking_after(steps) as wish, listing_what_is_trained() as trained:
         result = fit(config, runtime, model=model, train_set=data, stop=wish)
     weights = torch.cat([p.detach().double().flatten() for p in model.parameters()])
-    return result.status, result.step, data.reads[7:], weights.numpy()
+    return result.status, result.step, trained, weights.numpy()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
@@ -240,11 +251,11 @@ def test_a_rescaled_run_reads_every_sample_once(tmp_path):
 
 
 def normalized(runtime, folder, steps, changes):
-    """One life of a model with batch normalization; gives what this rank read."""
+    """One life of a model with batch normalization; gives what this rank trained."""
     torch.manual_seed(0)
-    data = Watched(torch.float32)
+    data = Few(torch.float32)
     basis = {"data": {"batch_size": 4}, "log": {"every_steps": 1}, "epochs": 1}
-    with asking_after(steps) as stop:
+    with asking_after(steps) as stop, listing_what_is_trained() as trained:
         result = fit(
             describe(folder, **basis | changes),
             runtime,
@@ -252,7 +263,7 @@ def normalized(runtime, folder, steps, changes):
             train_set=data,
             stop=stop,
         )
-    return result.status, data.reads[7:]
+    return result.status, trained
 
 
 def normalizing():
@@ -271,7 +282,7 @@ def test_batch_normalization_in_the_rest_of_a_step_after_another_batch_size(tmp_
     model.load_state_dict(torch.load(file, weights_only=True)["model"])
     changes = {"name": "y", "resume": str(file), "data": {"batch_size": 10}}
     lives = run_ranks(2, normalized, tmp_path, -1, changes)
-    data, loss = Watched(torch.float32), nn.CrossEntropyLoss(reduction="sum")
+    data, loss = Few(torch.float32), nn.CrossEntropyLoss(reduction="sum")
     by_hand = 0.0
     for status, reads in lives:
         assert status == "finished"

@@ -207,6 +207,8 @@ def test_each_rank_takes_its_device_and_the_first_without_one_tells(monkeypatch)
         _choose_device("auto", ranks_of(2))
     with pytest.raises(RemoteError):
         _choose_device("auto", ranks_of(3))
+    sharing = [_choose_device("auto", ranks_of(rank), shared=True) for rank in range(4)]
+    assert [device.index for device in sharing] == [0, 1, 0, 1]
     host.count = 1  # a site that binds one device to each task
     assert _choose_device("cuda", ranks_of(3, "srun")) == torch.device("cuda", 0)
 

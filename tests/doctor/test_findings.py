@@ -130,8 +130,10 @@ def test_more_ranks_than_devices():
     changes = {f"r{rank}": GPU | {"num_devices": 1} for rank in range(4)}
     assert texts(judge_facts(cluster(**changes), 4)) == [
         "LOCAL_RANK is 1 on rank 1 (node1), which has 1 cuda devices; start at most 1 ranks a "
-        "host, or set runtime.device=cpu."
+        "host, set runtime.device=cpu, or let ranks share devices with runtime.backend=gloo."
     ]
+    sharing = {rank: each | {"backend": "gloo"} for rank, each in changes.items()}
+    assert judge_facts(cluster(**sharing), 4) == []
     bound = {rank: each | {"launcher": "srun"} for rank, each in changes.items()}
     assert judge_facts(cluster(**bound), 4) == []  # the site gives each task a device of its own
 

@@ -11,6 +11,7 @@ from ddp_sgd.data import Digits, InMemory
 from ddp_sgd.data.loader import EvalLoader
 from ddp_sgd.data.sampler import EvalSampler
 from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.engine import evaluation as module
 from ddp_sgd.engine.components import read_batch
 from ddp_sgd.engine.evaluation import Interrupted, evaluate, evaluating
 from ddp_sgd.engine.loss_check import is_classification
@@ -56,6 +57,15 @@ def test_the_same_bits_on_any_number_of_ranks():
     for world_size in (2, 3, 4):
         assert run_ranks(world_size, score_in_batches) == [expected] * world_size
     assert all(each[2:] == (True, 0) for each in expected)  # mode and buffers are left alone
+
+
+def test_units_that_are_counted_on_the_device_give_the_same_scores(monkeypatch):
+    (expected, weighted, *_) = score_digits(Runtime(), 32)
+    monkeypatch.setattr(module, "counts_on_host", lambda _: False)
+    assert score_digits(Runtime(), 32)[:2] == (
+        expected,
+        {**weighted, "eval/loss": pytest.approx(weighted["eval/loss"], rel=1e-14)},
+    )
 
 
 def test_against_plain_torch():

@@ -1,14 +1,18 @@
 """Between two heartbeats nothing waits for the device."""
 
+import random
+
 import pytest
 import torch
+from fake_device import FakeDevice
 from ranks import run_ranks
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddp_sgd.config import RunConfig
-from ddp_sgd.data import Digits
+from ddp_sgd.data import Digits, loader
 from ddp_sgd.engine import fit as module
+from ddp_sgd.engine import step
 from ddp_sgd.engine.fit import fit
 from ddp_sgd.engine.sync import RankSync
 from ddp_sgd.losses import Objective
@@ -21,6 +25,11 @@ WAITS = {
     torch.ops.aten.masked_select.default,
     torch.ops.aten._unique2.default,
 }
+
+
+def is_cast_of_autocast(*dtypes):
+    """Whether a copy is from or to 16 bits: autocast names the device, which is the same."""
+    return not {torch.bfloat16, torch.float16}.isdisjoint(dtypes)
 
 
 class CountWaits(TorchDispatchMode):
@@ -53,6 +62,7 @@ class CountWaits(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         to_host = function is torch.ops.aten._to_copy.default and "device" in (kwargs or {})
+        to_host = to_host and not is_cast_of_autocast(args[0].dtype, kwargs.get("dtype"))
         if function in WAITS or to_host:
             self.waits.append(str(function))
         return function(*args, **(kwargs or {}))
@@ -60,6 +70,7 @@ class CountWaits(TorchDispatchMode):
 
 def train(runtime, folder, changes):
     """Train, and tell which steps had waits, and which had a heartbeat."""
+    changes = dict(changes)
     seen = {}
 
     class Watching(RankSync):
@@ -77,6 +88,11 @@ def train(runtime, folder, changes):
         return value
 
     module.RankSync, Objective.units = Watching, units_on_the_host
+    if changes.pop("as on", "cpu") == "gpu":
+        device = FakeDevice(random.Random(0), eagerness=1.0)
+        loader.open_transfer = lambda _: device
+        step.counts_on_host = lambda _: False
+        Objective.units = None
     config = RunConfig(
         output_dir=str(folder),
         epochs=2,
@@ -84,10 +100,25 @@ def train(runtime, folder, changes):
         log={"every_steps": 7},
         **changes,
     )
-    loss = nn.CrossEntropyLoss(weight=torch.ones(10)) if "clip_norm" in str(changes) else None
+    loss = nn.CrossEntropyLoss(weight=torch.ones(10)) if "accumulate" in str(changes) else None
     with CountWaits() as count:
         fit(config, runtime, train_set=Digits(), loss=loss)
     return seen
+
+
+class AsImages:
+    """Applies a transform for images to the digits as they are stored."""
+
+    def __init__(self, transform):
+        self.transform = transform
+
+    def __call__(self, batch, draws):
+        return self.transform(batch.reshape(-1, 1, 8, 8), draws).flatten(start_dim=1)
+
+
+def as_images(name, **init_args):
+    inner = {"class_path": f"ddp_sgd.data.augment.{name}", "init_args": init_args}
+    return {"class_path": f"{__name__}.AsImages", "init_args": {"transform": inner}}
 
 
 CHANGES = {
@@ -97,12 +128,36 @@ CHANGES = {
         "data": {"batch_size": 32, "accumulate": 2, "eval": None},
         "optim": {"clip_norm": 0.5},
     },
+    "bf16": {"data": {"batch_size": 64, "eval": None}, "compute": {"precision": "bf16"}},
+    "fp16": {
+        "data": {"batch_size": 64, "eval": None},
+        "optim": {"clip_norm": 0.5},
+        "compute": {"precision": "fp16", "channels_last": True, "deterministic": False},
+    },
+    "transforms": {
+        "data": {
+            "batch_size": 64,
+            "eval": None,
+            "train_transforms": [
+                as_images("RandomCrop", size=8, padding=1),
+                as_images("RandomCrop", size=8, padding=1, mode="reflect"),
+                as_images("RandomHorizontalFlip"),
+                as_images("Normalize", mean=0.3, std=0.4),
+                as_images("Cutout", size=2),
+            ],
+        }
+    },
+    "as on a GPU": {
+        "data": {"batch_size": 32, "accumulate": 2, "eval": None},
+        "optim": {"clip_norm": 0.5},
+        "as on": "gpu",
+    },
 }
 
 
 @pytest.mark.parametrize(
     ("world_size", "name"),
-    [(1, "defaults"), *((2, name) for name in CHANGES)],
+    [(1, "defaults"), (1, "bf16"), (1, "fp16"), *((2, name) for name in CHANGES)],
 )
 def test_no_step_waits_for_the_device(name, world_size, tmp_path):
     for seen in run_ranks(world_size, train, tmp_path, CHANGES[name]):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ddp_sgd.checkpointing import checkpointer as module
-from ddp_sgd.checkpointing.manifest import SkippedSteps
+from ddp_sgd.checkpointing.store import SkippedSteps
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data import InMemory
 from ddp_sgd.distributed.runtime import Runtime

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from ddp_sgd.checkpointing.manifest import SkippedSteps
+from ddp_sgd.checkpointing.store import SkippedSteps
 from ddp_sgd.config import RunConfig
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import TrainingBuffers

@@ -1,3 +1,6 @@
+import json
+from dataclasses import replace
+
 import pytest
 from ranks import run_ranks
 
@@ -5,7 +8,7 @@ from ddp_sgd.config import RunConfig
 from ddp_sgd.distributed.data_parallel import DataParallelModel, FlatAllReduce
 from ddp_sgd.distributed.progress import ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.result import build_result, weights_digest
+from ddp_sgd.engine.result import build_result, read_result, weights_digest
 from ddp_sgd.engine.sync import TimeShares
 from ddp_sgd.engine.train_state import State
 from ddp_sgd.models import MLP
@@ -51,3 +54,14 @@ def test_replicas_that_drifted_apart_are_found():
     errors = run_ranks(2, drift, raises=True)
     assert {"RuntimeError"} <= {error.error for error in errors} <= {"RuntimeError", "RemoteError"}
     assert any("the weights differ between ranks" in error.text for error in errors)
+
+
+def test_the_most_memory_of_any_rank_is_part_of_the_result(tmp_path):
+    model = MLP(2, [], 2)
+    shares = TimeShares(ProgressTracker(), Runtime(), ())
+    result = build_result(State(8), PLAN, DataParallelModel(model, Runtime()), shares, Runtime())
+    assert result.peak_bytes is None  # on the CPU
+    result = replace(result, peak_bytes=12)
+    assert result.as_row()["memory/peak_bytes"] == 12
+    (tmp_path / "result.json").write_text(json.dumps(result.as_row()))
+    assert read_result(tmp_path) == result

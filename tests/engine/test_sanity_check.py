@@ -19,7 +19,7 @@ from ddp_sgd.data import Digits, InMemory
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.components import read_batch
 from ddp_sgd.engine.loss_check import listed_targets
-from ddp_sgd.engine.sanity_check import check_evaluation, check_training, describe
+from ddp_sgd.engine.sanity_check import check_evaluation, check_training
 from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.host import free_port
 from ddp_sgd.models import MLP, ConvNet
@@ -232,14 +232,6 @@ def test_ignored_labels_may_be_anything():
 
 def test_a_single_sample_is_enough():
     train_check(MLP(3, [], 2), CE, InMemory(X[:1], torch.zeros(1).long()))
-
-
-def test_describe():
-    assert describe(torch.zeros(2, 3)) == "float32 of shape (2, 3)"
-    assert describe([1]) == "a list of (a int)"
-    assert describe({"a": torch.zeros(1)}) == "a dict of (a: float32 of shape (1,))"
-    assert describe(list(range(9))).endswith("a int, ...)")
-    assert describe(7) == "a int"
 
 
 @pytest.mark.parametrize("ignored", [False, True])

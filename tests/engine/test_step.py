@@ -8,6 +8,7 @@ from ddp_sgd.data.loader import MicroBatch, StepBatches
 from ddp_sgd.distributed.data_parallel import DataParallelModel
 from ddp_sgd.distributed.progress import ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.engine import step as module
 from ddp_sgd.engine.step import Stepper
 from ddp_sgd.losses import Objective
 from ddp_sgd.optim.sgd import build_sgd
@@ -55,6 +56,24 @@ def test_a_step_on_the_mean_gradient(sizes):
     assert total == pytest.approx((error**2).sum().item())
     assert result.grad_norm.item() == pytest.approx(gradient.norm().item())
     assert (result.units, result.local_units, result.weights) == (3, 3, list(sizes))
+
+
+def test_units_that_are_counted_on_the_device_take_the_same_step(monkeypatch):
+    weights = []
+    for on_host in (True, False):
+        monkeypatch.setattr(module, "counts_on_host", lambda _, on_host=on_host: on_host)
+        model, labels = nn.Linear(2, 3), torch.tensor([0, 2, -100])
+        nn.init.constant_(model.weight, 0.5)
+        nn.init.zeros_(model.bias)
+        take = stepper(model)
+        loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0]))
+        take._objective = Objective(loss, labels)
+        result = take.step(batches(2, 1, y=labels), lr=0.1)
+        assert (float(result.units), float(result.local_units)) == (4.0, 4.0)
+        assert isinstance(result.local_units, torch.Tensor) is not on_host
+        assert len(result.tensors()) == (3 if on_host else 5)
+        weights.append(model.weight.detach())
+    assert torch.equal(*weights)
 
 
 def test_clipping_shortens_the_gradient_and_reports_the_true_norm():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from ddp_sgd.checkpointing.manifest import SkippedSteps
+from ddp_sgd.checkpointing.store import SkippedSteps
 from ddp_sgd.config import RunConfig
 from ddp_sgd.distributed import collectives
 from ddp_sgd.distributed.progress import Phase, ProgressTracker
@@ -186,3 +186,37 @@ def test_one_rank_s_wish_is_known_to_all_with_the_loss_over_all():
     first, second, third = run_ranks(3, sync_together)
     assert first == (True, (4.0 + 8.0 + 12.0) * 2 / 12, 4.0)
     assert first[:2] == second[:2] == third[:2]
+
+
+def scaled(norm, scale, overflows):
+    """What a step with a loss scale leaves behind."""
+    step = result(norm=norm)
+    step.scaling = torch.tensor(scale), torch.tensor(overflows, dtype=torch.int32)
+    return step
+
+
+def test_overflows_of_the_scale_are_not_steps_without_a_gradient():
+    day = Day(every_steps=4)
+    steps = [(math.inf, 4.0, 1), (math.inf, 2.0, 2), (math.inf, 1.0, 2), (2.0, 0.5, 2)]
+    for step, numbers in enumerate(steps, start=1):
+        synced = day.after(step, scaled(*numbers))
+    assert synced.skipped == SkippedSteps(total=1, in_a_row=0, longest_row=1)
+    assert synced.row["train/loss_scale"] == 0.5
+    assert synced.row["train/overflow_steps"] == 2
+    assert synced.row["train/skipped_steps"] == 1
+    assert synced.row["train/loss"] == 2.0  # of the one step that was taken
+
+
+def measure_memory(runtime):
+    module.peak_bytes = lambda device: 10**12 + runtime.rank
+    day = Day(runtime, every_steps=1)
+    synced = day.after(1, result())
+    return synced.row["memory/peak_bytes"], synced.row["time/step_ms"]
+
+
+def test_memory_is_that_of_the_rank_that_uses_most():
+    assert run_ranks(3, measure_memory) == [(10**12 + 2, pytest.approx(1000))] * 3
+
+
+def test_memory_of_the_host_is_not_measured():
+    assert module.peak_bytes(torch.device("cpu")) is None

@@ -9,10 +9,8 @@ import torch
 from saving import header
 from torch import nn
 
-from ddp_sgd.checkpointing.atomic_write import write_checkpoint
-from ddp_sgd.checkpointing.manifest import SkippedSteps
-from ddp_sgd.checkpointing.serialization import read_tensors, refuse_foreign
-from ddp_sgd.checkpointing.store import CheckpointFolder
+from ddp_sgd.checkpointing.serialization import read_tensors, refuse_foreign, write_checkpoint
+from ddp_sgd.checkpointing.store import CheckpointFolder, SkippedSteps
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data.sampler import ORDER
 from ddp_sgd.distributed.runtime import Runtime

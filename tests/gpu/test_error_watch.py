@@ -9,7 +9,7 @@ from limits import scaled
 from ranks import RankError, run_ranks
 
 from ddp_sgd.distributed.collectives import sum_over_ranks
-from ddp_sgd.distributed.error_watch import _communicator_error, abort_group
+from ddp_sgd.distributed.error_propagation import _communicator_error, abort_group
 from ddp_sgd.errors import DataError
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

@@ -63,6 +63,9 @@ def test_a_batch_that_does_not_fit(tmp_path):
     )
     data = TensorDataset(torch.zeros(samples, 20), torch.zeros(samples, dtype=torch.int64))
     model = nn.Sequential(nn.Linear(20, width), *wide, nn.Linear(width, 4))
-    fault = re.compile(r"data.batch_size is too large for the memory of the device")
+    fault = re.compile(
+        r"data.batch_size is 3000000, a micro-batch that is too large for the memory of the device"
+        r".*; set data.batch_size=1500000 data.accumulate=2"
+    )
     with start_runtime(device="cuda") as runtime, pytest.raises(ConfigError, match=fault):
         fit(config, runtime, model=model, train_set=data, loss=nn.CrossEntropyLoss())

@@ -20,8 +20,8 @@ class Start:
     """``python -m ddp_sgd.train`` on a host, without a launcher, in a folder that both share."""
 
     def __init__(self, host, folder, **variables):
-        patience = f"{{pause_s: 5, until: {folder / 'hurry'}}}"
-        words = ["--epochs=1", "--log.every_steps=1", "--name=x"]
+        patience = f"{{pause_s: 1, until: {folder / 'hurry'}}}"
+        words = ["--epochs=10", "--log.every_steps=1", "--name=x"]
         words.append(f"--model={{class_path: user_code.Slow, init_args: {patience}}}")
         self.folder = folder / "runs" / "x"
         self._process = subprocess.Popen(

@@ -1,6 +1,7 @@
 import pytest
 
-from ddp_sgd.config.schema import RunConfig
+from ddp_sgd.config.schema import ComputeConfig, RunConfig
+from ddp_sgd.config.sections import DataConfig
 from ddp_sgd.optim.schedule import build_schedule
 from ddp_sgd.plan import make_plan
 from ddp_sgd.report.plan_table import plan_lines, plan_table
@@ -30,6 +31,9 @@ Learning rate
   schedule              step
   warm-up               30 steps (4,311 samples, 3 of 30 epochs) from 0.05
 
+Computation
+  precision             fp32 (torch's defaults; on CUDA, TF32 in convolutions)
+
 Rate over the run
   step   epoch   samples before     rate
      0    0.00                0     0.05
@@ -45,6 +49,7 @@ Rate over the run
    299   29.94           43,023   0.0025"""
 
 GOLDEN_LINES = [
+    "precision fp32 (torch's defaults; on CUDA, TF32 in convolutions)",
     "batch     5 ranks x 3 micro-batches x 10 = 150 samples per step; the data set has 1,437",
     "steps     10 per epoch, 300 in 30 epochs; the last step of an epoch has 87 samples",
     "rate      0.05 for 30 samples -> 0.25 for 150 (linear, k = 5)",
@@ -157,9 +162,42 @@ def test_milestones_beyond_the_end_are_noted(epochs, late):
     parts = _plan(epochs=epochs, schedule=schedule)
     wanted = f"milestones [{late}] are not reached in {epochs} epochs"
     lines, table = _lines(parts), plan_table(*parts)
-    assert lines[4:] == ([f"note      {wanted}"] if late else [])
+    assert lines[5:] == ([f"note      {wanted}"] if late else [])
     assert (f"note {wanted}" in " ".join(table.split())) == bool(late)
     assert max(map(len, table.splitlines())) <= 80
+
+
+def _listed(*names):
+    return [{"class_path": f"package.module.{name}"} for name in names]
+
+
+@pytest.mark.parametrize(
+    ("data", "line", "rows"),
+    [
+        ({}, None, []),
+        ({"train_transforms": _listed("A", "B")}, "A, B", ["transforms A, B"]),
+        ({"eval_transforms": _listed("B")}, "evaluation: B", ["transforms evaluation: B"]),
+        (
+            {"train_transforms": _listed("A", "B", "A"), "eval_transforms": _listed("B")},
+            "A, B, A; evaluation: B",
+            ["transforms A, B, A", "evaluation: B"],
+        ),
+    ],
+)
+def test_transforms_are_named(data, line, rows):
+    plan, factors, milestones = _plan()
+    lines = plan_lines(plan, milestones, data=DataConfig(**data))
+    assert lines[5:] == ([f"transform {line}"] if line else [])
+    table = plan_table(plan, factors, milestones, data=DataConfig(**data))
+    batches = table.partition("\n\nSteps")[0].splitlines()
+    assert [" ".join(row.split()) for row in batches[7:]] == rows
+
+
+def test_many_transforms_are_wrapped():
+    many = DataConfig(train_transforms=_listed(*["RandomHorizontalFlip"] * 20))
+    table = plan_table(*_plan(), data=many)
+    assert max(map(len, table.splitlines())) <= 80
+    assert table.count("RandomHorizontalFlip") == 20
 
 
 @pytest.mark.parametrize(("milestone", "is_late"), [(4.95, False), (4.96, True)])
@@ -168,19 +206,19 @@ def test_a_milestone_is_late_if_no_step_has_its_rate(milestone, is_late):
     plan, factors, milestones = _plan(epochs=5, schedule=schedule)
     assert plan.steps_per_epoch == 12  # 4.95 epochs are 59.4 steps of 60
     assert (factors(plan.total_steps - 1) == 1) == is_late
-    assert len(plan_lines(plan, milestones)) == 4 + is_late
+    assert len(plan_lines(plan, milestones)) == 5 + is_late
 
 
 @pytest.mark.parametrize(("epochs", "is_cut"), [(4, True), (5, False)])
 def test_warm_up_beyond_the_end_is_noted(epochs, is_cut):
     parts = _plan(epochs=epochs, schedule={"warmup_epochs": 5})
     wanted = "the warm-up is cut off after 4 epochs, before the peak"
-    assert _lines(parts)[4:] == ([f"note      {wanted}"] if is_cut else [])
+    assert _lines(parts)[5:] == ([f"note      {wanted}"] if is_cut else [])
     assert (f"note {wanted}" in " ".join(plan_table(*parts).split())) == is_cut
 
 
 def test_no_warm_up_is_not_cut_off():
-    assert len(_lines(_plan(world_size=1, epochs=4, schedule={"warmup_epochs": 5}))) == 4
+    assert len(_lines(_plan(world_size=1, epochs=4, schedule={"warmup_epochs": 5}))) == 5
 
 
 @pytest.mark.parametrize("samples", [1, 200, 1437, 1_281_167])
@@ -202,3 +240,26 @@ def test_text_is_ascii_and_fits_a_terminal():
     for text in (plan_table(*_plan()), plan_table(*_plan(samples=10**7, world_size=1024))):
         assert text.isascii()
         assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("compute", "rows"),
+    [
+        ({}, ["fp32 (torch's defaults; on CUDA, TF32 in convolutions)"]),
+        ({"precision": "ieee"}, ["fp32, without TF32"]),
+        (
+            {"precision": "tf32", "deterministic": False},
+            ["fp32, with TF32 on CUDA", "not deterministic"],
+        ),
+        ({"precision": "bf16", "channels_last": True}, ["bf16 by autocast", "channels_last"]),
+        ({"precision": "fp16"}, ["fp16 by autocast, with a dynamic loss scale"]),
+    ],
+)
+def test_the_precision_is_named_first(compute, rows):
+    plan, schedule, milestones = _plan()
+    compute = ComputeConfig(**compute)
+    assert plan_lines(plan, milestones, compute)[0] == f"precision {', '.join(rows)}"
+    table = plan_table(plan, schedule, milestones, compute)
+    block = table.split("Computation\n")[1].split("\n\n")[0]
+    assert [line.removeprefix("  precision").strip() for line in block.splitlines()] == rows
+    assert max(map(len, table.splitlines())) <= 80

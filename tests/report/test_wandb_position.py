@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 
+import commands
 import pytest
 from limits import WAIT_S
 from wandb_stub import isolate_wandb
@@ -33,7 +34,7 @@ def home(tmp_path, monkeypatch):
 def log(folder, *logged):
     """Make an offline run of wandb's with rows at some places; returns wandb's file."""
     command = [sys.executable, "-c", LOG, str(folder), "offline", *map(str, logged)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=WAIT_S)
+    done = commands.run(command, check=True, capture_output=True, text=True, timeout=WAIT_S)
     return folder.__class__(done.stdout.strip()).parent / "run-a.wandb"
 
 

@@ -6,7 +6,7 @@ from ranks import run_ranks
 
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data import Digits
-from ddp_sgd.distributed.replication import wrap_model
+from ddp_sgd.distributed.data_parallel import wrap_model
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.fit import fit
 from ddp_sgd.models import ConvNet

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddp_sgd.checkpointing.comparing import (
+from ddp_sgd.tree import (
     Difference,
     compare_plain,
     compare_trees,

@@ -7,8 +7,7 @@ import pytest
 from ranks import run_ranks
 from saved_run import cut_short, files_of, flip_a_bit, train
 
-from ddp_sgd.checkpointing.inspection import (
-    epochs_of,
+from ddp_sgd.checkpoint import (
     fault_at,
     files_to_verify,
     list_checkpoints,
@@ -120,7 +119,7 @@ def test_a_folder_that_is_not_there_is_named(run):
 
 def test_epochs_are_a_real_number(run):
     headers = [entry.manifest.header for entry in list_checkpoints(run)]
-    assert [epochs_of(header) for header in headers] == [1.0, 2.0, 3.0]
+    assert [header.epochs for header in headers] == [1.0, 2.0, 3.0]
 
 
 def test_a_run_without_accuracy_shows_its_loss(tmp_path):

@@ -9,7 +9,7 @@ from limits import WAIT_S
 from ranks import rank_environment, run_ranks
 
 from ddp_sgd.distributed.environment import Ranks
-from ddp_sgd.doctor.store import is_there, reach_store, read_key
+from ddp_sgd.distributed.rendezvous import is_there, reach_store, read_key
 from ddp_sgd.errors import PeerError
 from ddp_sgd.host import free_port
 

@@ -1,0 +1,160 @@
+"""Whole runs with captured steps, on the CPU, where another graph calls the step again."""
+
+import json
+
+import pytest
+import torch
+from graphs import Again
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from ddp_sgd.config import RunConfig
+from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.engine import captured_step
+from ddp_sgd.engine import fit as module
+from ddp_sgd.engine.fit import fit
+from ddp_sgd.errors import ConfigError
+from ddp_sgd.optim.sgd import RateTable
+
+X = torch.randn(27, 3, generator=torch.Generator().manual_seed(1))
+Y = torch.arange(27) % 4
+SCHEDULES = {
+    "constant": {},
+    "step": {"milestones": [1.0, 2.0]},
+    "cosine": {"final": 0.1},
+    "linear": {},
+    "polynomial": {"power": 3.0},
+    "one_cycle": {},
+}
+
+
+@pytest.fixture(autouse=True)
+def graph_of_the_cpu(monkeypatch):
+    monkeypatch.setattr(captured_step, "new_graph", lambda _: Again())
+
+    def rate_table(context, schedule, _):  # eager steps of the CPU would take numbers
+        plan = context.plan
+        rates = lambda step: plan.peak_lr * schedule(step)  # noqa: E731
+        return RateTable(rates, plan.total_steps, torch.device("cpu"))
+
+    monkeypatch.setattr(module, "_rate_table", rate_table)
+
+
+def build():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 4))
+
+
+class StopAt:
+    def __init__(self, looks):
+        self.looks = looks
+
+    @property
+    def reason(self):
+        self.looks -= 1
+        return "enough" if self.looks < 0 else None
+
+
+def train(folder, *, captured, stop=None, model=None, runtime=None, **sections):
+    config = {
+        "output_dir": str(folder),
+        "epochs": 3,
+        "wandb": {"mode": "disabled"},
+        "log": {"every_steps": 2},
+        **sections,
+        "data": {"batch_size": 4, **sections.get("data", {})},
+        "compute": {"cuda_graphs": captured, **sections.get("compute", {})},
+    }
+    samples = TensorDataset(X, Y)
+    return fit(
+        RunConfig.model_validate(config),
+        runtime or Runtime(),
+        model=model or build(),
+        train_set=samples,
+        eval_set=samples,
+        stop=stop,
+    )
+
+
+def rows(folder):
+    lines = (folder / "digits" / "metrics.jsonl").read_text().splitlines()
+    kept = ("step", "train/loss", "train/grad_norm", "train/lr", "train/skipped_steps")
+    return [
+        {key: row[key] for key in kept} for row in map(json.loads, lines) if row["event"] == "train"
+    ]
+
+
+NOISE = {"class_path": "user_code.add_noise", "call": False}
+VARIANTS = {
+    **{name: {"schedule": {"name": name, **more}} for name, more in SCHEDULES.items()},
+    "micro-batches": {"data": {"batch_size": 3, "accumulate": 3}},
+    "tail dropped": {"data": {"tail": "drop"}},
+    "clipping": {"optim": {"clip_norm": 0.1, "nesterov": True, "weight_decay": 0.01}},
+    "bf16": {"compute": {"precision": "bf16"}},
+    "fp16": {"compute": {"precision": "fp16"}},
+    "transforms": {
+        "data": {"train_transforms": [{"class_path": "user_code.add_noise", "call": False}]}
+    },
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_captured_run_has_the_bits_of_an_eager_one_and_so_has_its_resume(name, tmp_path):
+    sections = VARIANTS[name]
+    digests = {}
+    for captured in (False, True):
+        whole = train(tmp_path / f"whole{captured}", captured=captured, **sections)
+        folder = tmp_path / f"cut{captured}"
+        assert train(folder, captured=captured, stop=StopAt(1), **sections).status == "stopped"
+        digests[captured] = whole.weights_digest
+        digests[captured, "resumed"] = train(folder, captured=captured, **sections).weights_digest
+    assert len(set(digests.values())) == 1, digests
+    assert rows(tmp_path / "wholeTrue") == rows(tmp_path / "wholeFalse")
+
+
+def test_a_run_without_a_full_step_is_eager_with_a_line(tmp_path, capsys):
+    result = train(tmp_path, captured=True, data={"batch_size": 50})
+    assert result.status == "finished"
+    line = "steps are not captured: no step has all 50 samples of the global batch"
+    assert line in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"parallel": {"replica": "ddp"}},
+        {"parallel": {"static_graph": True}},
+        {"parallel": {"find_unused_parameters": True}},
+        {"parallel": {"compression": "bf16"}},
+        {"parallel": {"local_sgd": {"start_step": 3}}},
+    ],
+)
+def test_what_cannot_be_captured_is_refused_with_the_configuration(sections):
+    with pytest.raises(ValueError, match=r"compute\.cuda_graphs is true while parallel\."):
+        RunConfig.model_validate({"compute": {"cuda_graphs": True}, **sections})
+
+
+def test_the_processor_has_no_graphs(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match=r"the run is on cpu, which has no CUDA graphs"):
+        train(tmp_path, captured=True)
+
+
+def test_double_precision_is_not_captured(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(captured_step, "new_graph", lambda _: Again())
+    samples = TensorDataset(X.double(), Y)
+    config = RunConfig.model_validate(
+        {
+            "output_dir": str(tmp_path),
+            "wandb": {"mode": "disabled"},
+            "compute": {"cuda_graphs": True},
+        }
+    )
+    with pytest.raises(ConfigError, match="parameters are float64; use float32"):
+        fit(config, Runtime(), model=build().double(), train_set=samples)
+
+
+def test_gradients_that_go_over_the_host_are_not_captured():
+    with pytest.raises(ConfigError, match="gradients go between ranks by gloo, on the host"):
+        captured_step.refuse_gloo(Runtime(world_size=2, backend="gloo"))
