@@ -17,15 +17,21 @@ from limits import WAIT_S, scaled
 from ddp_sgd.host import free_port
 
 _CONTEXT = multiprocessing.get_context("forkserver")
+_MEASURING = {name: value for name, value in os.environ.items() if name.startswith("COV")}
 
 
 @functools.cache
 def _start_server():
-    """Start the server with ``rank_imports``, which it finds by the environment only."""
+    """Start the server with ``rank_imports``, which it finds by the environment only.
+
+    It measures coverage even if the first ranks are those of a file that does not.
+    """
     here = Path(__file__).parent
     _CONTEXT.set_forkserver_preload(["rank_imports"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{here.parent}:{here}")
+        for name, value in _MEASURING.items():
+            patch.setenv(name, value)
         forkserver.ensure_running()
 
 
