@@ -6,6 +6,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -46,10 +47,17 @@ def fill_the_disk(job: Job, chance: random.Random) -> None:
     """Leave so little room that no checkpoint fits, until the run has met that."""
     filler = job.folder.parent / "filler"
     seen = sum("error" in row for row in job.rows())
-    free = os.statvfs(job.folder)
-    room = free.f_bavail * free.f_frsize
-    with filler.open("wb") as stream:
-        os.posix_fallocate(stream.fileno(), 0, max(1, room - chance.randrange(300_000, 600_000)))
+    left = chance.randrange(300_000, 600_000)
+
+    def has_filled() -> bool:
+        free = os.statvfs(job.folder)
+        size = max(1, free.f_bavail * free.f_frsize - left)
+        with filler.open("wb") as stream, suppress(OSError):  # a save may take room meanwhile
+            os.posix_fallocate(stream.fileno(), 0, size)
+            return True
+        return False
+
+    job.wait_for("the disk is full", has_filled)
 
     def was_met() -> bool:
         return job.ended() is not None or sum("error" in row for row in job.rows()) > seen
