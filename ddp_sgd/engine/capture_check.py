@@ -44,6 +44,10 @@ class Moved(NamedTuple):
                 tensors[f"buffer {name}"] = buffer
         return tensors
 
+    def pointers(self) -> list[int]:
+        """Return where the memory of each tensor is."""
+        return [tensor.data_ptr() for tensor in self.tensors().values()]
+
 
 def find_problem(
     moved: Moved,
@@ -112,6 +116,8 @@ def _difference(
 ) -> str:
     """Describe how a replay differs from eager steps; empty if it does not, beyond their noise."""
     noise = max(_distance(first[name], again[name]) for name in first)
+    if math.isinf(noise):
+        return "gives tensors of other shapes, or other values that are not finite, each time"
     for name, tensor in first.items():
         distance = _distance(tensor, replayed[name])
         if distance > _NOISE * noise:

@@ -7,10 +7,9 @@ the periodic sync reads. The host owns the step number.
 
 import gc
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import closing
 from dataclasses import replace
 from itertools import islice
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -20,13 +19,13 @@ from ddp_sgd.distributed.progress import Phase, ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.capture_check import Moved, find_problem
 from ddp_sgd.engine.context import TrainContext
-from ddp_sgd.engine.static_batches import GRAPHS_ARE_ON, LEAVE_OUT, StaticBatches, copy_batch
+from ddp_sgd.engine.static_batches import GRAPHS_ARE_ON, LEAVE_OUT, StaticBatches
 from ddp_sgd.engine.step import Stepper, StepResult
 from ddp_sgd.errors import ConfigError, DeviceError
 from ddp_sgd.optim.sgd import RateTable
 
-_CHECKED, _LOOKED_AT = 3, 8
-"""Full steps that are checked before the first replay, and steps among which they are."""
+_CHECKED = 3
+"""Full steps that are checked before the first replay."""
 
 _UNCHECKED = 5_000
 """Steps between two checks, at least: a check takes the time of some hundred small steps."""
@@ -90,8 +89,9 @@ def new_graph(device: torch.device) -> Graph:
 class CapturedStep:
     """Takes full steps by a graph; those that are ragged or cut short are taken eagerly.
 
-    The first step of an epoch is checked again, as some are before the first replay, once in some
-    thousand steps.
+    The first step of an epoch is checked again, as some are before the first replay: once in some
+    thousand steps, and where parameters or buffers have got other memory, which a graph does not
+    follow.
 
     Args:
         stepper: Takes steps eagerly; what it launches is captured.
@@ -132,6 +132,7 @@ class CapturedStep:
         self._slot = torch.zeros(1, dtype=torch.int64, device=device)
         self._step_on_device = -1
         self._next_check = first.step + 1
+        self._pointers: list[int] = []
         self._rows = torch.zeros(0)
         self._results: list[StepResult] = []
 
@@ -157,8 +158,10 @@ class CapturedStep:
         return self._replay(batches)
 
     def _is_to_be_checked(self, step: int) -> bool:
-        """Whether a step begins an epoch, and enough steps were not checked."""
-        if step % self._steps_per_epoch or step < self._next_check:
+        """Whether a step begins an epoch, and enough were not checked, or memory has moved."""
+        if step % self._steps_per_epoch:
+            return False
+        if step < self._next_check and self._pointers == self._moved.pointers():
             return False
         self._next_check = step + _UNCHECKED
         return True
@@ -222,6 +225,7 @@ class CapturedStep:
                 f"not let values of the device decide on the host, such as by if, {LEAVE_OUT}."
             ) from error
         self._graph = graph
+        self._pointers = self._moved.pointers()
 
     def _body(self) -> None:
         """Take a step as the graph does: all that varies comes from memory on the device."""
@@ -278,7 +282,8 @@ def capture_step(
             **_by_name("loss", stepper.loss_scale.state_dict() if stepper.loss_scale else {}),
         },
     )
-    full = full_steps(context)
+    complete = (each for each in context.peek() if each.samples == plan.global_batch)
+    full = list(islice(complete, _CHECKED))
     lacking = _lacking_memory(moved, runtime)
     if not full or lacking:
         why = lacking or f"no step has all {plan.global_batch} samples of the global batch"
@@ -295,6 +300,7 @@ def capture_step(
         progress=context.progress,
     )
     step.check(full)
+    context.shares.begin()  # the check was no training
     return replace(context, stepper=step)
 
 
@@ -309,17 +315,6 @@ def refuse_gloo(runtime: Runtime) -> None:
             f"{GRAPHS_ARE_ON} gradients go between ranks by gloo, on the host; use nccl, "
             f"{LEAVE_OUT}."
         )
-
-
-def full_steps(context: TrainContext) -> list[StepBatches]:
-    """Read the next full steps of a run, at most three, on the device; steps are not taken."""
-    steps: Any = context.loader.from_step(context.state.step, context.skip)
-    with closing(steps):
-        return [
-            each._replace(micro_batches=tuple(map(copy_batch, each.micro_batches)))
-            for each in islice(steps, _LOOKED_AT)
-            if each.samples == context.plan.global_batch
-        ][:_CHECKED]
 
 
 def _lacking_memory(moved: Moved, runtime: Runtime) -> str:

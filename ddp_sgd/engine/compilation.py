@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,19 @@ from ddp_sgd.errors import ConfigError, Use, UserError, refuse_out_of_memory
 from ddp_sgd.text import first_line
 from ddp_sgd.tree import tensors_in
 
+_CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+
 CACHE_NAME = "compiled"
 """Folder of compiled code in the run folder."""
 
 
 @contextmanager
 def compiled(context: TrainContext, compute: ComputeConfig, cache: Path) -> Iterator[None]:
-    """Let a model run compiled code in the block, which is compiled now, for both its modes.
+    """Let a model run compiled code in the block, if ``compute.compile`` asks for it.
 
-    Compilation takes a forward and a backward pass without a reduction, and a forward pass in
-    evaluation mode; the state stays as it is. It may take minutes: so it is done before the run is
+    It is compiled now, in training mode, and in evaluation mode where the run evaluates.
+    Compilation takes a forward and a backward pass without a reduction, and a forward pass for
+    evaluation; the state stays as it is. It may take minutes: so it is done before the run is
     watched for hangs.
 
     Args:
@@ -40,11 +43,11 @@ def compiled(context: TrainContext, compute: ComputeConfig, cache: Path) -> Iter
     Raises:
         ConfigError: The model cannot be compiled.
     """
+    batch = _largest_batch(context) if compute.compile else None
+    if batch is None:  # or the run is at its end
+        yield
+        return
     model, objective, wrapper = context.wrapper.inner, context.objective, context.wrapper
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache.resolve()))
-    begun: Any = context.loader.from_step(context.state.step)
-    with closing(begun) as steps:
-        batch: MicroBatch = next(iter(steps)).micro_batches[0].to(context.runtime.device)
 
     def train() -> None:
         with wrapper.sync_gradients(when=False):
@@ -55,15 +58,32 @@ def compiled(context: TrainContext, compute: ComputeConfig, cache: Path) -> Iter
         with evaluating(model):
             objective(objective.outputs(model, batch.inputs), batch.targets)
 
+    is_ours = _CACHE_VARIABLE not in os.environ
+    os.environ.setdefault(_CACHE_VARIABLE, str(cache.resolve()))
     compile_model(model, compute, batch.samples)
     try:
         modules = [model, *context.loss_modules.values()]
         with undo_side_effects(modules, context.randomness.generators):
             _refuse_failure(train, Use.STEP)
-            _refuse_failure(score, Use.EVALUATION)
+            if context.evaluates:
+                _refuse_failure(score, Use.EVALUATION)
         yield
     finally:
         model._compiled_call_impl = None
+        if is_ours:
+            del os.environ[_CACHE_VARIABLE]
+
+
+def _largest_batch(context: TrainContext) -> MicroBatch | None:
+    """Read the largest micro-batch of the next steps, as the model gets it: most are as large."""
+    largest: MicroBatch | None = None
+    for step in context.peek():
+        for batch in step.micro_batches:
+            if largest is None or batch.samples > largest.samples:
+                ready = batch.to(context.runtime.device)
+                inputs = step.transforms(ready.inputs, ready.indices, ready.epoch)
+                largest = ready._replace(inputs=inputs)
+    return largest
 
 
 def compile_model(model: nn.Module, compute: ComputeConfig, size: int) -> None:
@@ -77,12 +97,9 @@ def compile_model(model: nn.Module, compute: ComputeConfig, size: int) -> None:
         compute: Section ``compute`` of the configuration.
         size: Samples of the batches to compile for.
     """
-    if compute.deterministic:  # no kernel is chosen by its time
-        model.compile(dynamic=False, options={"deterministic": True})
-    else:
-        model.compile(
-            dynamic=False, mode=compute.compile if isinstance(compute.compile, str) else None
-        )
+    mode = compute.compile if isinstance(compute.compile, str) else None
+    options = {"deterministic": True} if compute.deterministic else None  # none chosen by its time
+    nn.Module.compile(model, dynamic=False, mode=mode, options=options)  # it may have its own
     code: Any = model._compiled_call_impl
 
     def call(*args: Any, **kwargs: Any) -> Any:

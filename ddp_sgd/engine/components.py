@@ -228,6 +228,11 @@ class Components:
     reading: Reading
     files: OpenFiles = field(default_factory=OpenFiles)
 
+    def close_before_fork(self) -> None:
+        """Close what a look at the data has opened, if loader processes will read them."""
+        if self.reading.workers:
+            self.files.close()
+
 
 def gather_components(
     given: Given, *, model: Component, loss: Component, data: DataConfig, seed: int

@@ -1,12 +1,15 @@
 """Train context: a run that is ready to start, and its state dict."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 from torch import nn
 
 from ddp_sgd.checkpointing.store import Header
-from ddp_sgd.data.loader import TrainLoader
+from ddp_sgd.data.loader import StepBatches, TrainLoader
 from ddp_sgd.distributed.collectives import broadcast_over_ranks
 from ddp_sgd.distributed.data_parallel import DataParallelModel
 from ddp_sgd.distributed.progress import ProgressTracker
@@ -15,6 +18,7 @@ from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, buffers_by_name
 from ddp_sgd.engine.evaluation import Score
 from ddp_sgd.engine.rank_consistency import Identity
 from ddp_sgd.engine.resume import MARKS
+from ddp_sgd.engine.static_batches import copy_batch
 from ddp_sgd.engine.step import StepTaker
 from ddp_sgd.engine.sync import TimeShares
 from ddp_sgd.engine.train_state import (
@@ -29,6 +33,8 @@ from ddp_sgd.optim.sgd import SGD
 from ddp_sgd.plan import Plan
 from ddp_sgd.seeds import Randomness
 
+_LOOKED_AT = 8
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainContext:
@@ -42,6 +48,7 @@ class TrainContext:
         objective: What is minimized.
         loader: The training set, step by step.
         score: Evaluates the model; gives nothing if there is no held-out set.
+        evaluates: Whether there is one.
         randomness: The generators that steps draw from, such as for dropout.
         optimizer: SGD over the model's parameters.
         state: Where the run stands.
@@ -61,6 +68,7 @@ class TrainContext:
     objective: Objective
     loader: TrainLoader
     score: Score
+    evaluates: bool
     randomness: Randomness
     optimizer: SGD
     state: State
@@ -71,6 +79,17 @@ class TrainContext:
     loss_modules: Mapping[str, nn.Module]
     notes: tuple[str, ...]
     identity: Identity
+
+    def peek(self) -> Iterator[StepBatches]:
+        """Yield copies of the batches of the next steps, at most 8, on the device.
+
+        The loader reads them again when they are trained.
+        """
+        steps: Any = self.loader.from_step(self.state.step, self.skip)
+        with closing(steps):
+            for each in islice(steps, _LOOKED_AT):
+                copies = (copy_batch(batch) for batch in each.micro_batches)
+                yield each._replace(micro_batches=tuple(copies))
 
     def state_dict(self) -> tuple[Header, Tree]:
         """Gather all that a resume needs; all ranks call this after the same step.

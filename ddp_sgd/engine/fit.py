@@ -4,8 +4,8 @@ The training loop: step, sync, evaluation, checkpoint.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -234,6 +234,41 @@ def _train(
     request: StopRequest,
 ) -> RunResult:
     """Set the run up, train, and build the result."""
+    context = _set_up(config, given, runtime, resume_point)
+    plan = context.plan
+    report.start(plan, context.state, (*resume_point.notes, *context.notes))
+    schedule = build_schedule(config.schedule, plan)
+    timetable = Timetable(
+        config.checkpoint,
+        plan,
+        row_steps=config.log.every_steps,
+        score_epochs=config.eval.every_epochs,
+        deadline=Deadline(resume_point.deadline),
+    )
+    rank_sync = RankSync(plan, runtime, request, timetable, context.shares, context.state)
+    run_folder = Path(config.output_dir) / config.name
+    seed_for_step = partial(runtime.seed_for, "model", config.seed)
+    rates = _rate_table(context, schedule, config.compute)
+    hang_s, logs = config.runtime.hang_s, run_folder / "logs"
+    with compiled(context, config.compute, run_folder / CACHE_NAME):
+        if config.compute.cuda_graphs:
+            context = capture_step(context, rates, seed_for_step, report.notice)
+        with (
+            _checkpointer(context, folder, report, keep=config.checkpoint.keep) as checkpointer,
+            _hang_watch(context, report, request, hang_s=hang_s, stacks=logs),
+        ):
+            request.defer()  # from here on a stop waits for the end of a step
+            parts = timetable, rank_sync, checkpointer, report
+            Loop(context, schedule, seed_for_step, *parts, rates=rates).run()
+            result = build_result(context.state, plan, context.wrapper, context.shares, runtime)
+    report.end(result.as_row())
+    return result
+
+
+def _set_up(
+    config: RunConfig, given: Given, runtime: Runtime, resume_point: ResumePoint
+) -> TrainContext:
+    """Build or take the components, compare the ranks, and build the context."""
     settings = config.model_dump(mode="json")
     components = gather_components(
         given, model=config.model, loss=config.loss, data=config.data, seed=config.seed
@@ -243,10 +278,9 @@ def _train(
         run_id=resume_point.run_id, config=settings, loss=components.loss_name, marks=marks
     )
     samples = len(components.train_set)
-    plan = plan_from(config, resume_point.header, samples=samples, world_size=runtime.world_size)
-    context = build_context(
+    return build_context(
         components,
-        plan,
+        plan_from(config, resume_point.header, samples=samples, world_size=runtime.world_size),
         runtime,
         resume_point,
         identity,
@@ -254,32 +288,6 @@ def _train(
         parallel=config.parallel,
         compute=config.compute,
     )
-    report.start(plan, context.state, (*resume_point.notes, *context.notes))
-    schedule = build_schedule(config.schedule, plan)
-    seed_for_step = partial(runtime.seed_for, "model", config.seed)
-    run_folder = Path(config.output_dir) / config.name
-    rates = _rate_table(context, schedule, config.compute)
-    timetable = Timetable(
-        config.checkpoint,
-        plan,
-        row_steps=config.log.every_steps,
-        score_epochs=config.eval.every_epochs,
-        deadline=Deadline(resume_point.deadline),
-    )
-    rank_sync = RankSync(plan, runtime, request, timetable, context.shares, context.state)
-    logs, hang_s = run_folder / "logs", config.runtime.hang_s
-    options: Any = {"cache": run_folder / CACHE_NAME, "notice": report.notice}
-    with (
-        _accelerated(context, config.compute, rates, seed_for_step, **options) as context,
-        _checkpointer(context, folder, report, keep=config.checkpoint.keep) as checkpointer,
-        _hang_watch(context, report, request, hang_s=hang_s, stacks=logs),
-    ):
-        request.defer()  # from here on a stop waits for the end of a step
-        parts = timetable, rank_sync, checkpointer, report
-        Loop(context, schedule, seed_for_step, *parts, rates=rates).run()
-        result = build_result(context.state, plan, context.wrapper, context.shares, runtime)
-    report.end(result.as_row())
-    return result
 
 
 def _rate_table(
@@ -291,23 +299,6 @@ def _rate_table(
     if is_double or (device.type != "cuda" and not compute.cuda_graphs):
         return None
     return RateTable(lambda step: plan.peak_lr * schedule(step), plan.total_steps, device)
-
-
-@contextmanager
-def _accelerated(
-    context: TrainContext,
-    compute: ComputeConfig,
-    rates: RateTable | None,
-    seed_for_step: Callable[[int], int],
-    *,
-    cache: Path,
-    notice: Callable[[str], None],
-) -> Iterator[TrainContext]:
-    """Compile the model and capture its steps, as far as the configuration asks for it."""
-    with compiled(context, compute, cache) if compute.compile else nullcontext():
-        if compute.cuda_graphs:
-            context = capture_step(context, rates, seed_for_step, notice)
-        yield context
 
 
 def _checkpointer(

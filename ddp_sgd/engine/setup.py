@@ -81,6 +81,7 @@ def build_context(  # noqa: PLR0913  # a section for each part of the run
         stepper=stepper,
         loader=_train_loader(components, plan, runtime),
         score=_scorer(components, wrapper, runtime, progress, numerics),
+        evaluates=components.eval_set is not None,
         randomness=facts.randomness,
         optimizer=optimizer,
         state=state,
@@ -93,8 +94,7 @@ def build_context(  # noqa: PLR0913  # a section for each part of the run
         identity=identity,
     )
     _load_or_broadcast(context, saved, resume_point)
-    if components.reading.workers:
-        components.files.close()
+    components.close_before_fork()
     return context
 
 

@@ -75,6 +75,10 @@ class TimeShares:
         self._before = progress.spent_s()
         self._total = Spent(dict.fromkeys(_KINDS, 0.0), [0.0] * runtime.world_size)
 
+    def begin(self) -> None:
+        """Leave out the time up to now."""
+        self._before = self._progress.spent_s()
+
     def measure(self) -> list[float]:
         """Return where this rank's time went since the last row, to be summed over ranks."""
         now = self._progress.spent_s()
@@ -110,7 +114,7 @@ class TimeShares:
             {kind: before.by_kind[kind] + spent.by_kind[kind] for kind in _KINDS},
             [a + b for a, b in zip(before.waiting_s, spent.waiting_s, strict=True)],
         )
-        self._before = self._progress.spent_s()
+        self.begin()
 
     def summary(self) -> dict[str, float | int]:
         """Sum up this attempt of the run.

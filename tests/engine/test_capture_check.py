@@ -49,3 +49,16 @@ def test_a_replay_may_differ_as_eager_steps_do(noise, allowed):
     assert check(model, 1.0 + allowed, noise) == ""
     assert "parameter 0.weight differs by" in check(model, 1.0 + 8 * allowed + 2.0**-10, noise)
     assert model.weight.item() == 1.0
+
+
+def test_steps_that_never_agree_cannot_be_compared():
+    model = nn.Linear(1, 1)
+    losses = iter([torch.tensor([1.0]), torch.tensor([math.inf])])
+    problem = find_problem(
+        Moved([model], HOST, {}),
+        lambda: None,
+        lambda: next(losses),
+        lambda: None,
+        lambda: torch.tensor([1.0]),
+    )
+    assert problem.startswith("gives tensors of other shapes, or other values that are not finite")

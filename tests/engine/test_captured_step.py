@@ -262,3 +262,21 @@ def test_the_first_step_of_an_epoch_is_checked_again(monkeypatch):
     with pytest.raises(DeviceError, match=rf"at step {EPOCH}, after earlier ones did not"):
         run.step(EPOCH)
     assert_equal(run.state(), before)
+
+
+def test_parameters_that_moved_are_checked_at_the_next_epoch(monkeypatch):
+    checked, find_problem = [], module.find_problem
+
+    def listed(*arguments):
+        checked.append(step)
+        return find_problem(*arguments)
+
+    step = -1
+    run = Run(build("dropout"), captured=True)
+    monkeypatch.setattr(module, "find_problem", listed)
+    for step in range(STEPS):
+        if step == EPOCH + 2:
+            weight = run.model[0].weight
+            weight.data = weight.data.clone()
+        run.step(step)
+    assert checked == [EPOCH, 2 * EPOCH]

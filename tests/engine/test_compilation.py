@@ -1,16 +1,19 @@
 """A compiled run: by torch's real compiler, on the CPU."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
+from gathered import context_of, gather
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from ddp_sgd.config import ComputeConfig, RunConfig
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.compilation import CACHE_NAME, compile_model
+from ddp_sgd.engine.compilation import CACHE_NAME, _largest_batch, compile_model, compiled
 from ddp_sgd.engine.fit import fit
+from ddp_sgd.engine.resume import ResumePoint
 from ddp_sgd.errors import ConfigError
 
 COMPUTE = ComputeConfig(compile=True, deterministic=False)
@@ -62,7 +65,7 @@ def test_a_compiled_run_is_that_of_the_model_and_keeps_its_code(tmp_path, monkey
     assert list(model.state_dict()) == ["weight", "bias"]
     assert set(model.seen[3:]) == {2}  # but for the sanity checks, only ragged batches
     assert any((tmp_path / "digits" / CACHE_NAME).iterdir())
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "digits" / CACHE_NAME)
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ  # another run has a folder of its own
     model.seen.clear()
     model(X[:8])
     assert model.seen == [8]  # after the run it is the model that was given
@@ -71,18 +74,60 @@ def test_a_compiled_run_is_that_of_the_model_and_keeps_its_code(tmp_path, monkey
 
 
 def test_batches_of_another_size_run_uncompiled(monkeypatch):
-    compiled = []
+    calls = []
 
     def compile_in_place(model, **options):
-        compiled.append(options)
-        model._compiled_call_impl = lambda inputs: compiled.append(len(inputs)) or inputs
+        calls.append(options)
+        model._compiled_call_impl = lambda inputs: calls.append(len(inputs)) or inputs
 
     monkeypatch.setattr(nn.Module, "compile", compile_in_place)
     model = nn.Identity()
     compile_model(model, COMPUTE, 4)
     for size in (4, 3, 4):
         assert torch.equal(model(X[:size]), X[:size])
-    assert compiled == [{"dynamic": False, "mode": None}, 4, 4]
+    assert calls == [{"dynamic": False, "mode": None, "options": None}, 4, 4]
+
+
+def context_at(step, **data):
+    config = RunConfig.model_validate(
+        {"epochs": 2, "data": {"batch_size": 8, "eval": None, **data}, "optim": {"lr": 0.1}}
+    )
+    samples = TensorDataset((X * 100).to(torch.uint8) if data else X, Y)
+    components = gather(config, model=build(), train_set=samples)
+    context = context_of(config, components, Runtime(), ResumePoint(run_id="x"))
+    context.state.step = step
+    return context
+
+
+def test_code_is_for_full_batches_even_if_the_next_step_is_ragged():
+    assert _largest_batch(context_at(2)).samples == 8  # steps of 8, 8 and 2 samples
+    assert _largest_batch(context_at(5)).samples == 2  # no other is left
+    assert _largest_batch(context_at(6)) is None
+
+
+def test_code_is_for_what_transforms_give():
+    normalize = {
+        "class_path": "ddp_sgd.data.augment.Normalize",
+        "init_args": {"mean": 0.5, "std": 0.25},
+    }
+    batch = _largest_batch(context_at(0, train_transforms=[normalize]))
+    assert batch.inputs.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("evaluates", "passes"), [(True, 2), (False, 1)])
+def test_both_modes_are_compiled_where_the_run_evaluates(evaluates, passes, tmp_path, monkeypatch):
+    modes = []
+
+    def compile_in_place(model, **_):
+        model._compiled_call_impl = lambda x: modes.append(model.training) or model._call_impl(x)
+
+    monkeypatch.setattr(nn.Module, "compile", compile_in_place)
+    context = replace(context_at(0), evaluates=evaluates)
+    before = context.wrapper.inner.weight.detach().clone()
+    with compiled(context, COMPUTE, tmp_path):
+        assert modes == [True, False][:passes]
+    assert torch.equal(context.wrapper.inner.weight, before)
+    assert context.wrapper.inner.weight.grad is None
 
 
 def test_a_model_that_cannot_be_compiled_is_one_line(tmp_path, monkeypatch):

@@ -49,3 +49,13 @@ def test_a_context_goes_on_from_the_state_dict_of_another():
     one, other = (copies(context.state_dict()[1]) for context in (first, second))
     assert [path for path, _ in one] == [path for path, _ in other]
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(one, other, strict=True))
+
+
+def test_a_peek_at_the_next_steps_takes_none():
+    context = build()
+    first, *others = context.peek()
+    assert (first.step, len(others)) == (0, 7)
+    kept = first.micro_batches[0].inputs.clone()
+    take(context, 2)
+    assert torch.equal(first.micro_batches[0].inputs, kept)
+    assert next(context.peek()).step == 2
