@@ -1,6 +1,7 @@
 """What holds for all tests: their order, their time limits, and how signals are handled."""
 
 import os
+import shutil
 import signal
 import sys
 
@@ -139,3 +140,20 @@ def pytest_collection_modifyitems(config, items):
         marker = item.get_closest_marker("timeout")
         limit_s = marker.args[0] if marker else float(config.getini("timeout"))
         item.add_marker(pytest.mark.timeout(scaled(limit_s)), append=False)
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """A short run whose checkpoints are all kept; not to be changed."""
+    from ranks import run_ranks  # torch, which some environments of these tests lack
+    from saved_run import train
+
+    folder = tmp_path_factory.mktemp("runs")
+    run_ranks(1, train, folder)
+    return folder / "tiny"
+
+
+@pytest.fixture
+def run(saved, tmp_path):
+    """A copy of that run."""
+    return shutil.copytree(saved, tmp_path / "tiny", symlinks=True)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 
@@ -22,11 +21,6 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     run_ranks(2, train, folder)
     return folder / "tiny"
-
-
-@pytest.fixture
-def run(saved, tmp_path):
-    return shutil.copytree(saved, tmp_path / "tiny", symlinks=True)
 
 
 @pytest.fixture(autouse=True)

@@ -16,18 +16,6 @@ from ddp_sgd.checkpoint import (
 from ddp_sgd.errors import DataError
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    run_ranks(1, train, folder)
-    return folder / "tiny"
-
-
-@pytest.fixture
-def run(saved, tmp_path):
-    return shutil.copytree(saved, tmp_path / "tiny", symlinks=True)
-
-
 def test_a_run_is_listed_from_the_oldest_to_the_newest(run):
     found = list_checkpoints(run)
     assert [entry.file.name for entry in found] == [file.name for file in files_of(run)]

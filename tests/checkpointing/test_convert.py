@@ -1,5 +1,4 @@
 import errno
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +11,6 @@ from ddp_sgd.checkpointing.convert import average_tensors, choose_checkpoints, w
 from ddp_sgd.checkpointing.serialization import find_checkpoint, read_tensors
 from ddp_sgd.errors import ConfigError, DataError, OutputError
 from ddp_sgd.report.journal import read_journal
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    run_ranks(1, train, folder)
-    return folder / "tiny"
-
-
-@pytest.fixture
-def run(saved, tmp_path):
-    return shutil.copytree(saved, tmp_path / "tiny", symlinks=True)
 
 
 def test_the_mean_is_that_of_numpy(run, tmp_path):

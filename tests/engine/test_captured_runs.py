@@ -1,10 +1,8 @@
 """Whole runs with captured steps, on the CPU, where another graph calls the step again."""
 
-import json
-
 import pytest
 import torch
-from graphs import Again
+from graphs import Again, StopAt, measured, train_captured
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -45,43 +43,18 @@ def build():
     return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 4))
 
 
-class StopAt:
-    def __init__(self, looks):
-        self.looks = looks
-
-    @property
-    def reason(self):
-        self.looks -= 1
-        return "enough" if self.looks < 0 else None
-
-
-def train(folder, *, captured, stop=None, model=None, runtime=None, **sections):
-    config = {
-        "output_dir": str(folder),
-        "epochs": 3,
-        "wandb": {"mode": "disabled"},
-        "log": {"every_steps": 2},
-        **sections,
-        "data": {"batch_size": 4, **sections.get("data", {})},
-        "compute": {"cuda_graphs": captured, **sections.get("compute", {})},
-    }
-    samples = TensorDataset(X, Y)
-    return fit(
-        RunConfig.model_validate(config),
-        runtime or Runtime(),
-        model=model or build(),
-        train_set=samples,
-        eval_set=samples,
+def train(folder, *, captured, stop=None, model=None, **sections):
+    sections["data"] = {"batch_size": 4, **sections.get("data", {})}
+    return train_captured(
+        folder,
+        Runtime(),
+        model or build(),
+        TensorDataset(X, Y),
+        captured=captured,
         stop=stop,
+        log={"every_steps": 2},
+        **sections,
     )
-
-
-def rows(folder):
-    lines = (folder / "digits" / "metrics.jsonl").read_text().splitlines()
-    kept = ("step", "train/loss", "train/grad_norm", "train/lr", "train/skipped_steps")
-    return [
-        {key: row[key] for key in kept} for row in map(json.loads, lines) if row["event"] == "train"
-    ]
 
 
 NOISE = {"class_path": "user_code.add_noise", "call": False}
@@ -109,7 +82,7 @@ def test_a_captured_run_has_the_bits_of_an_eager_one_and_so_has_its_resume(name,
         digests[captured] = whole.weights_digest
         digests[captured, "resumed"] = train(folder, captured=captured, **sections).weights_digest
     assert len(set(digests.values())) == 1, digests
-    assert rows(tmp_path / "wholeTrue") == rows(tmp_path / "wholeFalse")
+    assert measured(tmp_path / "wholeTrue") == measured(tmp_path / "wholeFalse")
 
 
 def test_a_run_without_a_full_step_is_eager_with_a_line(tmp_path, capsys):

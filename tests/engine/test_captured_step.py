@@ -135,6 +135,14 @@ def test_captured_steps_give_the_bits_of_eager_ones(kind, accumulate, options):
         assert_equal(*(run.state() for run in runs))
 
 
+def test_the_ring_of_results_begins_again(monkeypatch):
+    monkeypatch.setattr(RateTable, "SIZE", 5)  # of twelve steps
+    runs = [Run(build("dropout"), captured=captured) for captured in (False, True)]
+    for step in range(STEPS):
+        assert torch.equal(*(torch.stack(run.step(step).tensors()) for run in runs))
+    assert_equal(*(run.state() for run in runs))
+
+
 def test_a_run_that_begins_in_the_middle_goes_on_alike():
     whole = Run(build("dropout"), captured=True)
     for step in range(5):

@@ -1,16 +1,13 @@
 """Captured steps give the bits of eager ones, before and after a resume; needs CUDA."""
 
-import json
-
 import pytest
 import torch
+from graphs import StopAt, measured, train_captured
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from ddp_sgd.config import RunConfig
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.captured_step import CapturedStep
-from ddp_sgd.engine.fit import fit
 from ddp_sgd.errors import ConfigError
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -30,37 +27,18 @@ def build(kind):
     return nn.Sequential(*layers)
 
 
-class StopAt:
-    """A stop request after some looks, which are one per step."""
-
-    def __init__(self, looks):
-        self.looks = looks
-
-    @property
-    def reason(self):
-        self.looks -= 1
-        return "enough" if self.looks < 0 else None
-
-
 def train(folder, kind="mlp", *, captured, model=None, stop=None, samples=None, **sections):
-    config = {
-        "output_dir": str(folder),
-        "epochs": 3,
-        "wandb": {"mode": "disabled"},
-        "log": {"every_steps": 3},
-        "schedule": {"name": "cosine", "warmup_epochs": 0.5, "warmup_start": 0.1},
-        **sections,
-        "data": {"batch_size": 16, **sections.get("data", {})},
-        "compute": {"cuda_graphs": captured, **sections.get("compute", {})},
-    }
-    samples = samples or TensorDataset(IMAGES, LABELS)
-    return fit(
-        RunConfig.model_validate(config),
+    sections["data"] = {"batch_size": 16, **sections.get("data", {})}
+    return train_captured(
+        folder,
         Runtime(device=torch.device("cuda", 0)),
-        model=model or build(kind),
-        train_set=samples,
-        eval_set=samples,
+        model or build(kind),
+        samples or TensorDataset(IMAGES, LABELS),
+        captured=captured,
         stop=stop,
+        log={"every_steps": 3},
+        schedule={"name": "cosine", "warmup_epochs": 0.5, "warmup_start": 0.1},
+        **sections,
     )
 
 
@@ -93,13 +71,6 @@ def test_eager_captured_and_resumed_runs_have_one_digest(name, kind, tmp_path):
     assert len(set(digests.values())) == 1, digests
 
 
-def rows(folder):
-    lines = (folder / "digits" / "metrics.jsonl").read_text().splitlines()
-    kept = ("step", "train/loss", "train/grad_norm", "train/lr", "train/skipped_steps")
-    found = [json.loads(line) for line in lines]
-    return [{key: row[key] for key in kept} for row in found if row["event"] == "train"]
-
-
 def test_the_journals_are_equal_and_skipped_steps_are_counted(tmp_path):
     images = IMAGES.clone()
     images[7] = torch.inf
@@ -107,7 +78,7 @@ def test_the_journals_are_equal_and_skipped_steps_are_counted(tmp_path):
     journals = []
     for captured in (False, True):
         train(tmp_path / str(captured), "convnet", captured=captured, samples=data)
-        journals.append(rows(tmp_path / str(captured)))
+        journals.append(measured(tmp_path / str(captured)))
     assert journals[0] == journals[1]
     assert journals[0][-1]["train/skipped_steps"] == 3
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from ddp_sgd.errors import ConfigError
 from ddp_sgd.models import ConvNet
-from ddp_sgd.optim.sgd import SGD, build_sgd, is_norm_or_bias
+from ddp_sgd.optim.sgd import SGD, RateTable, build_sgd, is_norm_or_bias
 
 
 class One(nn.Module):
@@ -228,3 +228,11 @@ def test_without_names_its_parameters_are_numbered():
     parameters = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))]
     optimizer = SGD([{"params": parameters, "weight_decay": 0.0}], momentum=0.5)
     assert list(optimizer.state_dict()["momentum_buffer"]) == ["0", "1"]
+
+
+def test_a_rate_table_has_the_rate_of_each_step_whatever_the_block(monkeypatch):
+    monkeypatch.setattr(RateTable, "SIZE", 4)
+    table = RateTable(lambda step: 1.0 / (1 + step), 10, torch.device("cpu"))
+    for step in [*range(10), 2, 7]:
+        assert table.at(step).item() == torch.tensor(1.0 / (1 + step)).item()
+        assert table.values[step % 4] == table.at(step)
