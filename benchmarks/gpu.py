@@ -11,10 +11,12 @@ numbers small, to run every part where there is no GPU.
 """
 
 import gc
+import sys
 import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -280,7 +282,9 @@ def ours(case: Case, device: torch.device, **sections: Any) -> float:
     return median(rates[len(rates) // 3 :])
 
 
-def train(case: Case, device: torch.device, folder: str, **sections: Any) -> Any:
+def train(
+    case: Case, device: torch.device, folder: str, *, stop: Any = None, **sections: Any
+) -> Any:
     """Train by ``ddp_sgd``, without evaluation and saves, for the steps of a measurement."""
     per_epoch = case.samples // case.batch
     epochs = max(2, -(-3 * case.steps // (2 * per_epoch)))
@@ -303,6 +307,7 @@ def train(case: Case, device: torch.device, folder: str, **sections: Any) -> Any
         Runtime(device=device),
         model=case.model(),
         train_set=TensorDataset(*case.data()),
+        stop=stop,
     )
 
 
@@ -390,6 +395,8 @@ def measure(options: Namespace) -> Iterator[str]:
         head = "case | loop | steps per second | samples per second | of by hand"
         yield harness.markdown_table(head, rows)
         clear()
+    if "mlp" in chosen:
+        yield first_steps(options.rounds)
     if "resnet50" in chosen:
         yield memory(small(CASES["resnet50"]) if options.small else CASES["resnet50"], device)
 
@@ -462,8 +469,56 @@ def memory(case: Case, device: torch.device) -> str:
     )
 
 
+class FirstLook:
+    """A stop request that remembers when it was looked at: once the first step is over.
+
+    Attributes:
+        at: Time of the first look, in seconds since the epoch; 0 before.
+    """
+
+    at = 0.0
+
+    @property
+    def reason(self) -> str:
+        """Ask for a stop."""
+        self.at = self.at or time.time()
+        return "the first step is over"
+
+
+def take_first_step(tool: str, started: float) -> float:
+    """Take one step of the MLP in this process; return the time since it was started, in s."""
+    case = CASES["mlp"]._replace(samples=64, steps=1)
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if tool == "ddp_sgd":
+        look = FirstLook()
+        with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
+            train(case, device, folder, log={"every_steps": 1}, stop=look)
+        return look.at - started
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=device.type == "cpu")
+    loop = ByHand(case, device)
+    loop.model, loop.optimizer = accelerator.prepare(loop.model, loop.optimizer)
+    for inputs, targets in loop.from_device(loop.order(1)):
+        accelerator.backward(loop.loss(loop.model(inputs), targets))
+        loop.optimizer.step()
+    synchronize(device)
+    return time.time() - started
+
+
+def first_steps(rounds: int) -> str:
+    """Compare the time from the start of a process to the end of its first step."""
+    tools = ("ddp_sgd", "accelerate") if has_frameworks() else ("ddp_sgd",)
+
+    def measure_one(tool: str) -> Callable[[], float]:
+        return lambda: float(harness.run_worker("benchmarks.gpu", tool, time.time()))
+
+    found = harness.alternate({tool: measure_one(tool) for tool in tools}, rounds)
+    return harness.markdown_table("first step of the MLP | seconds from the start", found.items())
+
+
 if __name__ == "__main__":
     parser = harness.option_parser(__doc__, rounds=3)
     parser.add_argument("--only", help="cases to measure, with commas between")
     parser.add_argument("--small", action="store_true", help="small numbers, for every part once")
-    harness.run_benchmark("gpu", parser, measure)
+    harness.run_benchmark("gpu", parser, measure, worker=take_first_step)

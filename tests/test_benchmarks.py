@@ -1,12 +1,14 @@
 """Benchmarks in short: they run, and what they count holds. Nothing here depends on time."""
 
 import sys
+import time
 from itertools import pairwise
 
 import commands
 import pytest
+import torch
 
-from benchmarks import before_after, harness, order, ranks, scaling, slow_network, step_time
+from benchmarks import before_after, gpu, harness, order, ranks, scaling, slow_network, step_time
 
 
 @pytest.fixture
@@ -164,6 +166,14 @@ def test_every_part_of_a_step_is_measured_in_both_loops():
     (found,) = step_time.run_ranks(1, step_time.work_as_rank, 1, 1)
     assert set(found) == {"tutorial", "ddp_sgd"}
     assert all(spent > 0 for (parts,) in found.values() for spent in parts.values())
+
+
+def test_the_loops_of_the_benchmark_for_gpus_run_on_the_cpu():
+    case, cpu = gpu.small(gpu.CASES["mlp"]), torch.device("cpu")
+    loops = gpu.loops_of("mlp", case, cpu, is_cuda=False)
+    assert list(loops)[:4] == ["by hand", "ddp_sgd", "by hand, eager", "ddp_sgd, eager"]
+    assert all(loops[name]() > 0 for name in list(loops)[:4])
+    assert gpu.take_first_step("ddp_sgd", time.time()) > 0
 
 
 @pytest.mark.usefixtures("forked")
