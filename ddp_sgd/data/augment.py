@@ -331,8 +331,9 @@ class Normalize:
             raise ValueError(f"mean has {len(self._means)} numbers for {batch.shape[1]} channels")
         wide = torch.float64 if batch.dtype == torch.float64 else torch.float32
         scale, shift = self._constants(batch, wide, 255 if is_bytes else 1)
-        # Two operations, since one could be a fused one on some device, which rounds once.
-        result = batch.to(wide) * scale + shift
+        # Two operations, since one could be a fused one on some device, which rounds once. The
+        # product is of the type of the constants.
+        result = (batch * scale).add_(shift)
         return result if is_bytes else result.to(batch.dtype)
 
     def _constants(

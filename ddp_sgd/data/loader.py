@@ -35,6 +35,7 @@ from ddp_sgd.data.workers import (
     flag_of_leaving,
     leave_signals_to_the_rank,
     start_method,
+    start_workers,
 )
 from ddp_sgd.errors import DataError, lost_worker
 from ddp_sgd.seeds import seed_for
@@ -307,7 +308,7 @@ def _is_on_device(arrays: ArrayPair | None) -> bool:
 def _read(batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
     """Yield (inputs, targets); raise where a batch could not be read."""
     try:
-        for batch in batches:
+        for batch in start_workers(batches):
             if isinstance(batch, Unreadable):
                 raise DataError(batch.message)
             inputs, targets = batch

@@ -6,12 +6,15 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Iterable, Iterator
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.sharedctypes import RawValue
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from ddp_sgd.data.fetcher import Unreadable
+
+_Batch = TypeVar("_Batch")
 
 
 def start_method() -> str:
@@ -57,14 +60,32 @@ class Departure:
         return batch
 
 
+def start_workers(loader: Iterable[_Batch]) -> Iterator[_Batch]:
+    """Return the iterator of a DataLoader, whose processes are forked without garbage collection.
+
+    What the rank leaves behind may hold memory of a GPU. To free that aborts a forked process, so
+    none collects garbage until ``leave_signals_to_the_rank`` has exempted what it began with.
+
+    Args:
+        loader: The DataLoader.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return iter(loader)
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def leave_signals_to_the_rank(leaving: Any, _: int) -> None:
     """Have a loader process ignore a signal to the whole job, so that the rank can save.
 
     Args:
         leaving: Shared flag; once it is set, SIGTERM ends the process, or nothing could.
     """
-    # What the rank leaves behind may hold memory of a GPU, and to free that here would abort.
-    gc.freeze()
+    gc.freeze()  # see start_workers
+    gc.enable()
 
     def note(number: int, _: FrameType | None) -> None:
         if leaving.value and number == signal.SIGTERM:
