@@ -1,6 +1,6 @@
 """Buffers that training changes: broadcast from rank 0 before a step, restored if it is skipped."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,11 +69,9 @@ class TrainingBuffers:
         """Remember the values before a step."""
         self._before = [_buffer(place) for place in self._places]
         self._pointers = _pointers(self._before)
-        values = [tensor.detach() for tensor in self._before if tensor is not None]
         if _are_alike(self._before, self._copies):
-            copies = [copy for copy in self._copies if copy is not None]
-            if copies:
-                torch._foreach_copy_(copies, values)
+            for _, copies, values in _by_kind(self._copies, self._before):
+                torch._foreach_copy_(copies, [tensor.detach() for tensor in values])
         else:
             self._copies = [None if t is None else t.detach().clone() for t in self._before]
 
@@ -94,12 +92,8 @@ class TrainingBuffers:
                 self.restore()
             return
         is_skipped = skipped.bool()
-        pairs = zip(self._copies, now, strict=True)
-        both = {n: (k, t) for n, (k, t) in enumerate(pairs) if k is not None and t is not None}
-        for kind in dict.fromkeys((tensor.dtype, tensor.device) for _, tensor in both.values()):
-            chosen = [n for n, (_, tensor) in both.items() if (tensor.dtype, tensor.device) == kind]
-            kept, new = ([both[n][side] for n in chosen] for side in (0, 1))
-            flat = torch.where(is_skipped.to(kind[1]), _flat(kept), _flat(new))
+        for chosen, kept, new in _by_kind(self._copies, now):
+            flat = torch.where(is_skipped.to(new[0].device), _flat(kept), _flat(new))
             parts = torch.split(flat, [tensor.numel() for tensor in new])
             values = [part.view(t.shape) for part, t in zip(parts, new, strict=True)]
             self._write(dict(zip(chosen, values, strict=True)), new)
@@ -198,6 +192,23 @@ def _form(tensor: torch.Tensor | None) -> tuple[Any, ...]:
 
 def _pointers(tensors: Iterable[torch.Tensor | None]) -> list[int]:
     return [t.data_ptr() if t is not None and t.layout is torch.strided else 0 for t in tensors]
+
+
+def _by_kind(
+    some: Sequence[torch.Tensor | None], others: Sequence[torch.Tensor | None]
+) -> Iterator[tuple[list[int], list[torch.Tensor], list[torch.Tensor]]]:
+    """Group pairs of tensors by type and device: one call copies the tensors of one kind only.
+
+    Yields:
+        Numbers of the pairs of one kind, their first tensors and their second ones.
+    """
+    kinds: dict[Any, list[tuple[int, torch.Tensor, torch.Tensor]]] = {}
+    for number, (one, other) in enumerate(zip(some, others, strict=True)):
+        if one is not None and other is not None:
+            kinds.setdefault((other.dtype, other.device), []).append((number, one, other))
+    for found in kinds.values():
+        numbers, ones, them = zip(*found, strict=True)
+        yield list(numbers), list(ones), list(them)
 
 
 def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
