@@ -56,7 +56,8 @@ class Key:
         if self.kind == "section":
             return next(key for key in keys_below(self.name) if key.kind == "value").setting
         if self.kind == "component":
-            return f"{self.name}.class_path={self.default['class_path']}"
+            path = self.default["class_path"] if self.default else "MODULE.NAME"
+            return f"{self.name}.class_path={path}"
         is_switch = isinstance(self.default, bool)
         return f"{self.name}={'true' if is_switch else self.example or yaml_value(self.default)}"
 
@@ -77,6 +78,20 @@ def all_keys() -> Mapping[str, Key]:
     schema = RunConfig.model_json_schema()
     defaults = RunConfig().model_dump(mode="json")
     return {key.name: key for key in _walk("", schema, schema["$defs"], defaults)}
+
+
+def find_key(path: str) -> Key | None:
+    """Find a key by its dotted path; keys of a named held-out set are those of ``data.eval``.
+
+    Args:
+        path: Such as ``optim.lr`` or ``data.eval.clean.init_args``.
+    """
+    _, is_eval, below = path.partition("data.eval.")
+    keys = all_keys()
+    if path in keys or not is_eval:
+        return keys.get(path)
+    _, dot, leaf = below.partition(".")
+    return keys.get(f"data.eval{dot}{leaf}")
 
 
 def keys_below(parent: str) -> tuple[Key, ...]:
@@ -125,7 +140,8 @@ def _is_text(node: Node) -> bool:
 
 def _alternatives(node: Node) -> list[Node]:
     """The members of a union, null last, since it is what people look for last."""
-    return sorted(node.get("anyOf", [node]), key=lambda part: part.get("type") == "null")
+    parts = [part for each in node.get("anyOf", [node]) for part in each.get("oneOf", [each])]
+    return sorted(parts, key=lambda part: part.get("type") == "null")
 
 
 def _choices(node: Node) -> str:
@@ -144,8 +160,15 @@ def _words(node: Node) -> str:
         "string": lambda: f"text{_form(node)}",
         "array": lambda: f"a list{_items(node['items'])}",
         "null": lambda: "null",
+        "object": lambda: "components by name" if "$ref" in _values(node) else "a mapping",
     }
     return words.get(node.get("type", ""), lambda: "a mapping")()
+
+
+def _values(node: Node) -> Node:
+    """The schema of the values of a mapping; empty if they may be anything."""
+    values = node.get("additionalProperties")
+    return values if isinstance(values, dict) else {}
 
 
 def _items(node: Node) -> str:

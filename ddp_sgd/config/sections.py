@@ -4,6 +4,8 @@ Each field carries its docstring, unit and range; ``--help`` and ``docs/configur
 from them.
 """
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -11,11 +13,13 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     StrictBool,
     StrictFloat,
     StrictInt,
     StrictStr,
+    Tag,
     model_validator,
 )
 
@@ -83,16 +87,61 @@ class Component(Section):
     it that holds them."""
 
 
+_SET_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def are_named_sets(value: Any) -> bool:
+    """Whether a value of ``data.eval`` holds several components by name, rather than being one."""
+    if not isinstance(value, Mapping) or not value or value.keys() & Component.model_fields:
+        return False
+    return all(isinstance(each, (Mapping, Component)) for each in value.values())
+
+
+def check_set_names(where: str, names: Mapping[Any, Any]) -> None:
+    """Refuse names of held-out sets that are no part of a metric's name.
+
+    Raises:
+        ValueError: There is one, or no set at all; the message is a whole sentence.
+    """
+    for name in names:
+        if not (isinstance(name, str) and _SET_NAME.fullmatch(name)) or name in (
+            Component.model_fields
+        ):
+            raise ValueError(
+                f"{where} has a set of the name {name!r}; use letters, digits, hyphen and "
+                "underscore, and no key of a component"
+            )
+
+
+def _checked_sets(sets: dict[str, Component]) -> dict[str, Component]:
+    check_set_names("data.eval", sets)
+    return sets
+
+
+# The tags come up in the places of errors, between keys: no set can have such a name.
+COMPONENT_TAG, SETS_TAG = "<component>", "<sets>"
+HeldOut = Annotated[
+    Annotated[Component, Tag(COMPONENT_TAG)]
+    | Annotated[dict[StrictStr, Component], AfterValidator(_checked_sets), Tag(SETS_TAG)],
+    Discriminator(lambda value: SETS_TAG if are_named_sets(value) else COMPONENT_TAG),
+]
+"""One component, or several by name."""
+
+
 class DataConfig(Section):
     """Which samples, and how many at a time."""
 
     train: Component = Component(class_path="ddp_sgd.data.Digits", init_args={"split": "train"})
     """Map-style data set to train on: it has a length and gives (input, target) for an index."""
 
-    eval: Component | None = Component(
-        class_path="ddp_sgd.data.Digits", init_args={"split": "eval"}
-    )
-    """Map-style data set to score; null trains without evaluation."""
+    eval: HeldOut | None = Component(class_path="ddp_sgd.data.Digits", init_args={"split": "eval"})
+    """Map-style data set to score; null trains without evaluation. Several by name: each is scored
+    in order, as eval/NAME/loss and so on, and the first chooses the best checkpoint. Names have
+    letters, digits, hyphen and underscore."""
+
+    test: Component | None = None
+    """Map-style data set that is scored once, at the end of the run, with the weights of the best
+    checkpoint; without a held-out set, with the last ones."""
 
     collate: Component | None = None
     """Function from a list of samples to a batch (inputs, targets), for training and evaluation;
@@ -122,6 +171,13 @@ class DataConfig(Section):
 
     eval_transforms: tuple[Component, ...] = ()
     """The same for evaluation, where a sample has the same random numbers every time."""
+
+    @property
+    def eval_sets(self) -> dict[str, Component]:
+        """The held-out sets by key, ``data.eval`` or ``data.eval.NAME``, in their order."""
+        if isinstance(self.eval, Component):
+            return {"data.eval": self.eval}
+        return {f"data.eval.{name}": each for name, each in (self.eval or {}).items()}
 
 
 class OptimConfig(Section):

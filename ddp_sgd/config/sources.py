@@ -11,7 +11,7 @@ from typing import Any
 
 from ddp_sgd.config.keys import all_keys
 from ddp_sgd.config.schema import RunConfig
-from ddp_sgd.config.sections import Component
+from ddp_sgd.config.sections import Component, are_named_sets
 from ddp_sgd.config.yaml_io import MAX_DEPTH, read_value, read_words, read_yaml_file
 from ddp_sgd.errors import ConfigError
 from ddp_sgd.host import FACTOR, timeout_factor
@@ -92,6 +92,9 @@ def _merge(
 ) -> dict[str, Any]:
     """Merge mappings and forget the origins of what is dropped or replaced."""
     merged = dict(below)
+    if path == "data.eval" and _is_of_other_kind(below, above):
+        _forget(origins, path, below)
+        merged = {}
     if "class_path" in above and above["class_path"] != below.get("class_path"):
         for key in _BESIDE_CLASS_PATH & merged.keys():
             _forget(origins, _join(path, key), merged.pop(key))
@@ -104,6 +107,13 @@ def _merge(
             _forget(origins, here, under)
             merged[key] = value
     return merged
+
+
+def _is_of_other_kind(below: Mapping[str, Any], above: Mapping[str, Any]) -> bool:
+    """Whether one is a component, and the other holds components by name."""
+    if "class_path" in below:
+        return are_named_sets(above) and any("class_path" in each for each in above.values())
+    return "class_path" in above and are_named_sets(below)
 
 
 def _set(layer: Sources, key: str, value: Any, origin: str) -> None:
@@ -181,9 +191,8 @@ def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
 
 
-_ARGUMENTS = tuple(
-    f"data.{name}.{key}" for name in ("train", "eval") for key in ("args", "init_args")
-)
+_ARGUMENTS = re.compile(r"data\.(train|test|eval(\.[\w-]+)?)\.(args|init_args)(\.|$)")
+"""Keys of the arguments of data sets, each with all that is below it."""
 _STARTS = ("/", "~", "file://")
 """Absolute paths, those below a home folder, and URLs of files. A relative path is a name that the
 user chose: it leads to the same place wherever the folder of the job is.
@@ -198,8 +207,7 @@ def without_places(key: str, value: Any) -> Any:
     its own; the samples are compared instead.
 
     Args:
-        key: Dotted key of the argument; other keys than those of ``data.train`` and ``data.eval``
-            keep their values.
+        key: Dotted key of the argument; other keys than those of data sets keep their values.
         value: Plain data; paths are looked for at any depth.
 
     Example:
@@ -208,7 +216,7 @@ def without_places(key: str, value: Any) -> Any:
         >>> without_places("data.train.init_args.split", "train")
         'train'
     """
-    return _without(value) if _is_in(key, _ARGUMENTS) else value
+    return _without(value) if _ARGUMENTS.match(key) else value
 
 
 def _without(value: Any) -> Any:

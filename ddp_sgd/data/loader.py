@@ -201,6 +201,7 @@ class EvalLoader:
         collate: Function from a list of samples to a batch; None: torch's default_collate.
         transforms: Applied to the inputs by those who bring them to the device.
         arrays: The arrays of the data set, on the host or the device, if batches are rows of them.
+        where: Key of the data set, for errors.
     """
 
     def __init__(  # noqa: PLR0913  # a data set, and how it is read
@@ -214,10 +215,11 @@ class EvalLoader:
         collate: Collate | None = None,
         transforms: Transforms = NO_TRANSFORMS,
         arrays: ArrayPair | None = None,
+        where: str = "data.eval",
     ) -> None:
         self.chunks = chunks
         self._transforms = transforms
-        fetcher = Fetcher(dataset, "data.eval", seed, collate)
+        fetcher = Fetcher(dataset, where, seed, collate)
         self._requests = _Requests(chunks)
         transfer = open_transfer(device)
         self._batches = _build_batches(fetcher, self._requests, workers, arrays, transfer)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import IterableDataset
 
-from ddp_sgd.config.sections import Component, DataConfig
+from ddp_sgd.config.sections import Component, DataConfig, check_set_names
 from ddp_sgd.data.dataset_checks import OpenFiles
 from ddp_sgd.data.device import move
 from ddp_sgd.data.fetcher import EVAL_EPOCH, Collate, Fetcher, Request, Unreadable
@@ -98,7 +98,7 @@ def read_sample_batch(
 
     Args:
         dataset: Map-style data set with at least one sample.
-        where: Its key, ``data.train`` or ``data.eval``.
+        where: Its key; the transforms of training belong to ``data.train``.
         reading: How samples are read.
         device: Where they are transformed, and the inputs stay.
 
@@ -109,7 +109,7 @@ def read_sample_batch(
     size, collate = reading.batch_size, reading.collate
     batch = read_batch(dataset, where, batch_size=size, collate=collate)
     transforms, epoch = reading.train_transforms, 0
-    if where == "data.eval":
+    if where != "data.train":
         transforms, epoch = reading.eval_transforms, EVAL_EPOCH
     inputs = move(batch.inputs, device)
     return batch._replace(inputs=transforms.check(inputs, np.array(batch.indices), epoch))
@@ -197,13 +197,15 @@ class Given(NamedTuple):
         model: Module to train.
         loss: Module or function of (outputs, targets).
         train_set: Map-style data set of (input, target).
-        eval_set: The same, held out.
+        eval_set: The same, held out, or several by name.
+        test_set: The same, scored once at the end.
     """
 
     model: nn.Module | None = None
     loss: LossFunction | None = None
     train_set: Any = None
     eval_set: Any = None
+    test_set: Any = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,7 +217,9 @@ class Components:
         loss: Module or function of (outputs, targets).
         loss_name: What the loss is, from ``describe_loss``.
         train_set: Map-style data set of (input, target).
-        eval_set: The same, held out; None trains without evaluation.
+        eval_sets: The same, held out, by key: ``data.eval``, or ``data.eval.NAME`` of several, in
+            order; empty: the run trains without evaluation.
+        test_sets: The same, scored once at the end, by key: ``data.test``; empty: there is none.
         reading: How samples are read.
         files: What the data sets have opened since nothing was read from them.
     """
@@ -224,7 +228,8 @@ class Components:
     loss: LossFunction
     loss_name: str
     train_set: Any
-    eval_set: Any | None
+    eval_sets: Mapping[str, Any]
+    test_sets: Mapping[str, Any]
     reading: Reading
     files: OpenFiles = field(default_factory=OpenFiles)
 
@@ -252,15 +257,8 @@ def gather_components(
         ConfigError: Something is of the wrong kind.
         DataError: A data set cannot be opened, or is empty.
     """
-    train_set, eval_set = given.train_set, given.eval_set
-    if train_set is None:
-        train_set = instantiate(data.train, "data.train", failure=DataError)
-        if eval_set is None and data.eval is not None:
-            eval_set = instantiate(data.eval, "data.eval", failure=DataError)
-    check_dataset(train_set, "data.train")
-    if eval_set is not None:
-        check_dataset(eval_set, "data.eval")
-    files = OpenFiles(train_set, eval_set)
+    train_set, eval_sets, test_sets = _gather_data(given, data)
+    files = OpenFiles(train_set, *eval_sets.values(), *test_sets.values())
     built = ready_model(model, seed, given.model)
     loss_function = ready_loss(loss, given.loss)
     check_loss_parameters(loss_modules(loss_function, built))
@@ -273,10 +271,49 @@ def gather_components(
         loss=as_module(loss_function),  # of a function of torch, whose units are known
         loss_name=describe_loss(loss_function),
         train_set=train_set,
-        eval_set=eval_set,
+        eval_sets=eval_sets,
+        test_sets=test_sets,
         reading=reading,
         files=files,
     )
+
+
+def _gather_data(given: Given, data: DataConfig) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """Take or build the training set; by key, the held-out sets and the test set."""
+
+    def built(where: str, component: Component) -> Any:
+        return instantiate(component, where, failure=DataError)
+
+    train_set = given.train_set
+    test_sets = {} if given.test_set is None else {"data.test": given.test_set}
+    eval_sets = {} if given.eval_set is None else key_sets(given.eval_set)
+    if train_set is None:
+        train_set = built("data.train", data.train)
+        if given.eval_set is None:
+            eval_sets = {where: built(where, each) for where, each in data.eval_sets.items()}
+    if data.test is not None and not test_sets:
+        test_sets = {"data.test": built("data.test", data.test)}
+    for where, dataset in {"data.train": train_set, **eval_sets, **test_sets}.items():
+        check_dataset(dataset, where)
+    return train_set, eval_sets, test_sets
+
+
+def key_sets(eval_set: Any) -> dict[str, Any]:
+    """Return held-out data by their keys, as they are in the configuration.
+
+    Args:
+        eval_set: A data set, or several: a mapping whose keys are text.
+
+    Raises:
+        ConfigError: A name cannot be a part of a metric's name.
+    """
+    if not isinstance(eval_set, Mapping) or not any(isinstance(key, str) for key in eval_set):
+        return {"data.eval": eval_set}
+    try:
+        check_set_names("eval_set", eval_set)
+    except ValueError as error:
+        raise ConfigError(f"{error}.") from None
+    return {f"data.eval.{name}": each for name, each in eval_set.items()}
 
 
 def materialize_lazy(model: nn.Module, loss: LossFunction, batch: Batch, seed: int) -> None:

@@ -47,8 +47,9 @@ class TrainContext:
         stepper: Takes steps.
         objective: What is minimized.
         loader: The training set, step by step.
-        score: Evaluates the model; gives nothing if there is no held-out set.
-        evaluates: Whether there is one.
+        score: Evaluates the model on all held-out sets; gives nothing if there are none.
+        score_test: Evaluates it on the test set; None: there is none.
+        evaluates: Whether there is a held-out set or a test set.
         randomness: The generators that steps draw from, such as for dropout.
         optimizer: SGD over the model's parameters.
         state: Where the run stands.
@@ -68,6 +69,7 @@ class TrainContext:
     objective: Objective
     loader: TrainLoader
     score: Score
+    score_test: Score | None
     evaluates: bool
     randomness: Randomness
     optimizer: SGD

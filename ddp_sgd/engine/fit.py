@@ -26,6 +26,7 @@ from ddp_sgd.engine.compilation import CACHE_NAME, compiled
 from ddp_sgd.engine.components import Given, gather_components
 from ddp_sgd.engine.context import TrainContext
 from ddp_sgd.engine.evaluation import Interrupted
+from ddp_sgd.engine.final_test import score_test_set
 from ddp_sgd.engine.precision import torch_settings
 from ddp_sgd.engine.rank_consistency import Identity, mark_training_set, require_consistency
 from ddp_sgd.engine.reading import Reading, build_reading
@@ -165,13 +166,14 @@ class Loop:
         return True
 
 
-def fit(
+def fit(  # noqa: PLR0913  # what a user brings, by name
     config: RunConfig,
     runtime: Runtime,
     *,
     model: nn.Module | None = None,
     train_set: Any = None,
     eval_set: Any = None,
+    test_set: Any = None,
     loss: LossFunction | None = None,
     stop: HasReason | None = None,
 ) -> RunResult:
@@ -184,8 +186,10 @@ def fit(
         train_set: Map-style data set of (input, target); None builds ``config.data.train``. A name
             stands for one run: on a resume, other data are refused if they differ in length, or in
             the first, the middle or the last sample.
-        eval_set: The same, held out; None builds ``config.data.eval``, unless a training set is
-            given.
+        eval_set: The same, held out, or a mapping of names to such; None builds
+            ``config.data.eval``, unless a training set is given.
+        test_set: The same, scored once at the end of the run, with the weights of the best
+            checkpoint; None builds ``config.data.test``, if that is set.
         loss: Module or function of (outputs, targets) that gives the mean; None builds
             ``config.loss``.
         stop: Object with a ``reason`` that is read between steps: None, or why the run is to stop;
@@ -202,7 +206,7 @@ def fit(
         >>> with start_runtime() as runtime:  # doctest: +SKIP
         ...     fit(RunConfig(epochs=3), runtime).scores["eval/accuracy"]
     """
-    given = Given(model, loss, train_set, eval_set)
+    given = Given(model, loss, train_set, eval_set, test_set)
     batch = config.data.batch_size, config.data.accumulate
     with (
         nullcontext(_stop_request(stop)) if stop is not None else stop_on_signal() as request,
@@ -210,7 +214,7 @@ def fit(
     ):
         request.force = partial(end_process, error_propagation=runtime.error_propagation)
         resume_point = find_resume_point(config, folder, runtime)
-        if resume_point.ending:
+        if resume_point.ending and not _lacks_test(resume_point.ending, config, given):
             reading = build_reading(config.data, config.seed)
             return _repeat_result(
                 resume_point.ending, resume_point, given, reading, runtime, folder
@@ -260,7 +264,10 @@ def _train(
             request.defer()  # from here on a stop waits for the end of a step
             parts = timetable, rank_sync, checkpointer, report
             Loop(context, schedule, seed_for_step, *parts, rates=rates).run()
-            result = build_result(context.state, plan, context.wrapper, context.shares, runtime)
+            tested = score_test_set(context, folder.path if folder else None, report.notice)
+            report.eval(tested)
+            ranks = context.wrapper, context.shares, runtime
+            result = build_result(context.state, plan, *ranks, tested=tested)
     report.end(result.as_row())
     return result
 
@@ -349,6 +356,12 @@ def _repeat_result(
         hand_over(given.model, resume_point.file, runtime)
     report_end(result.as_row(), folder)
     return result
+
+
+def _lacks_test(ending: RunResult, config: RunConfig, given: Given) -> bool:
+    """Whether a run that was finished before has a test set by now, and was not scored on one."""
+    has_test_set = given.test_set is not None or config.data.test is not None
+    return has_test_set and "test/count" not in ending.scores
 
 
 def _stop_request(stop: HasReason) -> StopRequest:

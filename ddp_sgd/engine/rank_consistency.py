@@ -299,7 +299,14 @@ def list_traits(settings: Mapping[str, Any], components: Components) -> list[Tra
 
 
 def _data_sets(components: Components) -> dict[str, Any]:
-    return {"data.train": components.train_set, "data.eval": components.eval_set}
+    eval_sets, test_sets = (
+        sets or {where: None}
+        for where, sets in (
+            ("data.eval", components.eval_sets),
+            ("data.test", components.test_sets),
+        )
+    )
+    return {"data.train": components.train_set, **eval_sets, **test_sets}
 
 
 def _length(dataset: Sized | None) -> str:

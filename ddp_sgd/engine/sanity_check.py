@@ -160,6 +160,8 @@ def check_evaluation(
     batch: Batch,
     runtime: Runtime,
     numerics: Numerics | None = None,
+    *,
+    where: str = "data.eval",
 ) -> EvaluationFacts:
     """Send a batch through model and loss in evaluation mode.
 
@@ -170,6 +172,7 @@ def check_evaluation(
         batch: Some of its samples.
         runtime: This process.
         numerics: Precision and memory format of the passes; None: torch's defaults.
+        where: Key of the held-out set, for errors.
 
     Raises:
         DataError: Labels lie out of range.
@@ -179,7 +182,7 @@ def check_evaluation(
     randomness = Randomness(runtime.device)
     watch = nullcontext() if runtime.alone else CollectiveWatch()
     with undo_side_effects(whole, randomness.generators) as effects, evaluating(model):
-        check = _Check(model, loss, dataset, batch, runtime.device, numerics, "data.eval")
+        check = _Check(model, loss, dataset, batch, runtime.device, numerics, where)
         with watch:
             outputs, _ = check.forward()
         _follow(randomness, effects)

@@ -1,6 +1,6 @@
 """Setup of a run: components become a context that is ready to train."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,7 @@ from ddp_sgd.errors import Use, memory_for
 from ddp_sgd.losses import LossFunction, loss_modules
 from ddp_sgd.optim.sgd import SGD, build_sgd
 from ddp_sgd.plan import Plan
+from ddp_sgd.scores import prefix_of
 
 
 def build_context(  # noqa: PLR0913  # a section for each part of the run
@@ -73,6 +74,7 @@ def build_context(  # noqa: PLR0913  # a section for each part of the run
     wrapper = _wrapper(model, optimizer, plan, runtime, parallel, captured=compute.cuda_graphs)
     progress = ProgressTracker()
     stepper = _stepper(optim, wrapper, facts, optimizer, runtime, progress, numerics)
+    scorer = partial(_scorer, components, wrapper, runtime, progress, numerics)
     context = TrainContext(
         plan=plan,
         runtime=runtime,
@@ -80,8 +82,9 @@ def build_context(  # noqa: PLR0913  # a section for each part of the run
         objective=facts.objective,
         stepper=stepper,
         loader=_train_loader(components, plan, runtime),
-        score=_scorer(components, wrapper, runtime, progress, numerics),
-        evaluates=components.eval_set is not None,
+        score=scorer(components.eval_sets) or (lambda _: {}),
+        evaluates=bool(components.eval_sets or components.test_sets),
+        score_test=scorer(components.test_sets),
         randomness=facts.randomness,
         optimizer=optimizer,
         state=state,
@@ -238,27 +241,26 @@ def _scorer(
     runtime: Runtime,
     progress: ProgressTracker,
     numerics: Numerics,
-) -> Score:
-    if components.eval_set is None:
-        return lambda _: {}
-    inner_score = build_scorer(
-        wrapper.inner,
-        components.loss,
-        components.eval_set,
-        components.reading,
-        runtime,
-        progress,
-        numerics,
-    )
+    sets: Mapping[str, Any],
+) -> Score | None:
+    """Make what scores some held-out sets, one after the other; None if there are none."""
+    scorers = [
+        build_scorer(
+            *(wrapper.inner, components.loss, dataset, components.reading),
+            *(runtime, progress, numerics),
+            where=where,
+        )
+        for where, dataset in sets.items()
+    ]
 
     def score(interrupted: Callable[[], bool]) -> Metrics:
         wrapper.sync_buffers()
-        return inner_score(interrupted)
+        return {name: value for each in scorers for name, value in each(interrupted).items()}
 
-    return score
+    return score if scorers else None
 
 
-def build_scorer(
+def build_scorer(  # noqa: PLR0913  # a data set, and what scores it
     model: nn.Module,
     loss: LossFunction,
     eval_set: Any,
@@ -266,6 +268,8 @@ def build_scorer(
     runtime: Runtime,
     progress: ProgressTracker,
     numerics: Numerics,
+    *,
+    where: str = "data.eval",
 ) -> Callable[..., Metrics]:
     """Make what scores a model on held-out data.
 
@@ -277,13 +281,14 @@ def build_scorer(
         runtime: This process.
         progress: Updated at every chunk.
         numerics: Precision and memory format of the passes, which the model has already.
+        where: Key of the data set, from which the names of its scores follow.
 
     Raises:
         ConfigError: Model, loss and samples do not fit together.
         DataError: The samples cannot be read, or labels lie out of range.
     """
-    batch = read_sample_batch(eval_set, "data.eval", reading, runtime.device)
-    facts = check_evaluation(model, loss, eval_set, batch, runtime, numerics)
+    batch = read_sample_batch(eval_set, where, reading, runtime.device)
+    facts = check_evaluation(model, loss, eval_set, batch, runtime, numerics, where=where)
     chunks = EvalSampler(
         len(eval_set), batch_size=reading.batch_size, in_step=facts.communicates, **runtime.shard
     )
@@ -295,7 +300,8 @@ def build_scorer(
         device=runtime.device,
         collate=reading.collate,
         transforms=reading.eval_transforms,
-        arrays=place_arrays(eval_set, "data.eval", reading, runtime),
+        arrays=place_arrays(eval_set, where, reading, runtime),
+        where=where,
     )
     begin_chunk = partial(facts.begin_chunk, reading.seed)
     score = partial(
@@ -306,8 +312,10 @@ def build_scorer(
         facts.buffers.keep()
         try:
             with memory_for(Use.EVALUATION):
-                return score(*interrupted)
+                scores = score(*interrupted)
         finally:
             facts.buffers.restore()
+        prefix = prefix_of(where)
+        return {f"{prefix}{name.removeprefix('eval')}": v for name, v in scores.items()}
 
     return score_without_trace

@@ -305,13 +305,17 @@ def broadcast_state(model: nn.Module, runtime: Runtime) -> None:
     """Give every rank the parameters, the buffers and the extra state of rank 0."""
     broadcast_parameters(model, runtime)
     broadcast_buffers(model, runtime)
+    model.load_state_dict(from_rank_0(other_entries(model), runtime), strict=False)
+
+
+def other_entries(model: nn.Module) -> dict[str, Any]:
+    """Return what the ``state_dict`` of a model holds besides parameters and buffers."""
     known = {
         name
         for named in (model.named_parameters, model.named_buffers)
         for name, _ in named(remove_duplicate=False)
     }
-    other = {name: value for name, value in model.state_dict().items() if name not in known}
-    model.load_state_dict(from_rank_0(other, runtime), strict=False)
+    return {name: value for name, value in model.state_dict().items() if name not in known}
 
 
 def _step_of(tensors: Mapping[str, Any]) -> int:

@@ -8,6 +8,7 @@ from ddp_sgd.config import ComputeConfig
 from ddp_sgd.config.sections import DataConfig
 from ddp_sgd.optim.schedule import Schedule, step_of
 from ddp_sgd.plan import Plan, micro_batch_sizes
+from ddp_sgd.scores import prefix_of
 from ddp_sgd.text import columns
 
 _RULES = {
@@ -43,10 +44,11 @@ def plan_lines(
         data: Section ``data`` of the configuration; None: its defaults.
 
     Returns:
-        Five lines: precision, batches, steps, rates, schedule; one for transforms, if there are
-        any, and for each note on the schedule.
+        Five lines: precision, batches, steps, rates, schedule; one for transforms, and for several
+        held-out sets or a test set, if there are any, and for each note on the schedule.
     """
     transforms = "; ".join(_transforms(data or DataConfig()))
+    scored = "; ".join(_scored(data or DataConfig()))
     return [
         f"precision {', '.join(_compute_words(compute or ComputeConfig()))}",
         f"batch     {_product(plan)} = {_count(plan.global_batch, 'sample')} per step; "
@@ -57,6 +59,7 @@ def plan_lines(
         f"{plan.peak_lr:.6g} for {plan.global_batch:,} ({plan.scaling}, k = {plan.scale:.6g})",
         f"schedule  {plan.schedule}; warm-up: {_warm_up(plan)}",
         *([f"transform {transforms}"] if transforms else []),
+        *([f"scores    {scored}"] if scored else []),
         *(f"note      {note}" for note in _schedule_notes(plan, milestones)),
     ]
 
@@ -81,7 +84,7 @@ def plan_table(
         Sections with a heading each, as text of several lines without a newline at the end.
     """
     sections = {
-        "Batches": [*_batch_rows(plan), *_transform_rows(data or DataConfig())],
+        "Batches": [*_batch_rows(plan), *_data_rows(data or DataConfig())],
         "Steps": _step_rows(plan),
         "Learning rate": [*_rate_rows(plan), *_note_rows(plan, milestones)],
         "Computation": _compute_rows(compute or ComputeConfig()),
@@ -104,9 +107,24 @@ def _batch_rows(plan: Plan) -> list[tuple[str, str]]:
     ]
 
 
-def _transform_rows(data: DataConfig) -> list[tuple[str, str]]:
-    lines = [line for part in _transforms(data) for line in textwrap.wrap(part, _NOTE_WIDTH)]
-    return [("" if number else "transforms", line) for number, line in enumerate(lines)]
+def _data_rows(data: DataConfig) -> list[tuple[str, str]]:
+    """Show transforms, and what is scored besides one held-out set."""
+    parts = {"transforms": _transforms(data), "scores": _scored(data)}
+    return [
+        ("" if number else title, line)
+        for title, listed in parts.items()
+        for number, line in enumerate(
+            line for part in listed for line in textwrap.wrap(part, _NOTE_WIDTH)
+        )
+    ]
+
+
+def _scored(data: DataConfig) -> list[str]:
+    """Name several held-out sets, the first of which chooses, and the test set."""
+    names = [prefix_of(key) for key in data.eval_sets]
+    several = [f"{', '.join(names)}; the best checkpoint by {names[0]}"] if len(names) > 1 else []
+    weights = "the weights of the best checkpoint" if names else "the last weights"
+    return [*several, *([f"test, once at the end, with {weights}"] if data.test else [])]
 
 
 def _transforms(data: DataConfig) -> list[str]:

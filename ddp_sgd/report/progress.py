@@ -11,6 +11,7 @@ from tqdm import tqdm
 from ddp_sgd.console import is_terminal, say, silence
 from ddp_sgd.report.journal import EventRow, Row, RunRecord
 from ddp_sgd.report.plan_table import plan_lines
+from ddp_sgd.scores import scored_sets
 
 _KINDS = ("compute", "data", "waiting", "bookkeeping")
 
@@ -70,7 +71,8 @@ class Progress:
         if event == "train":
             self._show_training(row)
         elif event == "eval":
-            self.say(f"{'':26}{_scores(row)}")
+            for scores in _scores(row):
+                self.say(f"{'':26}{scores}")
         elif event == "resume":
             for line in _origin_lines(row):
                 self.say(line)
@@ -120,7 +122,7 @@ def last_line(result: Mapping[str, Any]) -> str:
     wall_s = result.get("wall_s")
     parts = (
         f"{result['status']}: {result['step']} steps{f' in {wall_s:.1f} s' if wall_s else ''}",
-        _scores(result),
+        *_scores(result),
         f"{result['samples'] / wall_s:,.0f} samples/s in all" if wall_s else "",
     )
     return ", ".join(filter(None, parts))
@@ -180,11 +182,11 @@ def _text(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4f}"
 
 
-def _scores(row: Mapping[str, Any]) -> str:
-    if "eval/count" not in row:
-        return ""
-    text = f"eval loss {_text(row['eval/loss'])}"
-    if "eval/accuracy" in row:
-        share = f"{100 * row['eval/accuracy']:.2f} %"
-        text += f"  accuracy {share} ({row['eval/correct']}/{row['eval/count']})"
-    return text
+def _scores(row: Mapping[str, Any]) -> Iterator[str]:
+    """Describe the scores of each held-out set in a row, and of the test set."""
+    for name in scored_sets(row):
+        text = f"{name} loss {_text(row[f'{name}/loss'])}"
+        if f"{name}/accuracy" in row:
+            share = f"{100 * row[f'{name}/accuracy']:.2f} %"
+            text += f"  accuracy {share} ({row[f'{name}/correct']}/{row[f'{name}/count']})"
+        yield text
