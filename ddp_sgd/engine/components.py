@@ -20,6 +20,7 @@ from ddp_sgd.config.sections import Component, DataConfig
 from ddp_sgd.data.dataset_checks import OpenFiles
 from ddp_sgd.data.device import move
 from ddp_sgd.data.fetcher import EVAL_EPOCH, Collate, Fetcher, Request, Unreadable
+from ddp_sgd.data.order import Order
 from ddp_sgd.engine.evaluation import evaluating
 from ddp_sgd.engine.model_check import check_loss_parameters, check_model
 from ddp_sgd.engine.reading import Reading, build_reading
@@ -218,6 +219,7 @@ class Components:
         eval_set: The same, held out; None trains without evaluation.
         reading: How samples are read.
         files: What the data sets have opened since nothing was read from them.
+        order: Which training samples make a step; None: a permutation for each epoch.
     """
 
     model: nn.Module
@@ -227,6 +229,7 @@ class Components:
     eval_set: Any | None
     reading: Reading
     files: OpenFiles = field(default_factory=OpenFiles)
+    order: Order | None = None
 
     def close_before_fork(self) -> None:
         """Close what a look at the data has opened, if loader processes will read them."""
