@@ -1,12 +1,34 @@
 """Plan: batch sizes, steps, learning rates and warm-up of a run, worked out once. No torch."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.config.sections import DataConfig, OptimConfig
 from ddp_sgd.errors import ConfigError, DataError
+
+
+class OrderFacts(NamedTuple):
+    """What an order of the samples reads in an epoch.
+
+    Args:
+        length: Positions, m, each of them a sample that is read.
+        distinct: Different samples among them, at most n.
+        repeated: How many of these are read more than once.
+        digest: Of the order of the first epoch; empty for an order of this package.
+    """
+
+    length: int
+    distinct: int
+    repeated: int = 0
+    digest: str = ""
+
+    @classmethod
+    def of_permutation(cls, samples: int) -> "OrderFacts":
+        """Describe an order that has each sample once."""
+        return cls(samples, samples)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,8 +43,12 @@ class Plan:
         global_batch: Samples of all ranks in a full step, G = W A b, unless a resume on other ranks
             kept an earlier one; then A is the most micro-batches of any rank.
         tail: ``exact`` trains the last, smaller batch of an epoch; ``drop`` leaves it out.
-        steps_per_epoch: ceil(n / G), or floor(n / G) if the tail is dropped.
-        samples_per_epoch: Samples that an epoch trains: n, or steps_per_epoch x G.
+        order_length: Positions in the order of an epoch, m: n, unless ``data.order`` names a
+            function that reads more or fewer.
+        distinct_samples: Different samples among these.
+        repeated_samples: Samples among these that are read more than once in an epoch.
+        steps_per_epoch: ceil(m / G), or floor(m / G) if the tail is dropped.
+        samples_per_epoch: Samples that an epoch trains: m, or steps_per_epoch x G.
         last_batch: Samples in the last step of an epoch.
         smallest_micro_batch: Fewest samples in any forward pass of any rank; 0 if a rank is ever
             empty.
@@ -49,6 +75,9 @@ class Plan:
     accumulate: int
     global_batch: int
     tail: str
+    order_length: int
+    distinct_samples: int
+    repeated_samples: int
     steps_per_epoch: int
     samples_per_epoch: int
     last_batch: int
@@ -115,7 +144,12 @@ class Plan:
 
 
 def make_plan(
-    config: RunConfig, *, samples: int, world_size: int, kept: tuple[int, int] | None = None
+    config: RunConfig,
+    *,
+    samples: int,
+    world_size: int,
+    kept: tuple[int, int] | None = None,
+    facts_of_order: Callable[[int], OrderFacts] | None = None,
 ) -> Plan:
     """Work out every derived number of a run.
 
@@ -123,8 +157,8 @@ def make_plan(
         config: Description of the run.
         samples: Length of the training set, n.
         world_size: Ranks, at least 1.
-        kept: Global batch and reference batch of a run that goes on, perhaps on other ranks; None
-            takes what follows from the configuration.
+        kept: Global and reference batch of a run that goes on; None: those of the configuration.
+        facts_of_order: What ``data.order`` reads, for a global batch; None: each sample once.
 
     Raises:
         DataError: The training set is empty.
@@ -132,16 +166,11 @@ def make_plan(
             dropped; or the peak rate is too large, or too small, for a number.
     """
     data, optim = config.data, config.optim
-    if samples < 1:
-        raise DataError("data.train is empty; name a data set with at least one sample.")
-    rank_batch = data.accumulate * data.batch_size
-    global_batch, reference_batch = kept or (
-        world_size * rank_batch,
-        optim.reference_batch or rank_batch,
-    )
-    steps_per_epoch = _steps_per_epoch(data, samples, world_size, global_batch)
-    samples_per_epoch = min(samples, steps_per_epoch * global_batch)
+    global_batch, reference_batch = kept or _batches(config, world_size)
+    read = facts_of_order(global_batch) if facts_of_order else OrderFacts.of_permutation(samples)
+    steps_per_epoch, samples_per_epoch = _epoch(data, read.length, world_size, global_batch)
     last_batch = samples_per_epoch - (steps_per_epoch - 1) * global_batch
+    sizes = min(global_batch, samples_per_epoch), last_batch
     scale = global_batch / reference_batch
     peak_lr = _peak_lr(optim, scale)
     start, local = config.schedule.warmup_start, config.parallel.local_sgd
@@ -149,16 +178,16 @@ def make_plan(
         world_size=world_size,
         samples=samples,
         batch_size=data.batch_size,
-        accumulate=max(1, len(micro_batch_sizes(global_batch, 0, world_size, data.batch_size))),
+        accumulate=len(micro_batch_sizes(global_batch, 0, world_size, data.batch_size)) or 1,
         global_batch=global_batch,
         tail=data.tail,
+        order_length=read.length,
+        distinct_samples=read.distinct,
+        repeated_samples=read.repeated,
         steps_per_epoch=steps_per_epoch,
         samples_per_epoch=samples_per_epoch,
         last_batch=last_batch,
-        smallest_micro_batch=min(
-            _smallest_micro_batch(size, world_size, data.batch_size)
-            for size in (min(global_batch, samples_per_epoch), last_batch)
-        ),
+        smallest_micro_batch=_smallest_micro_batch(sizes, world_size, data.batch_size),
         epochs=config.epochs,
         total_steps=config.epochs * steps_per_epoch,
         total_samples=config.epochs * samples_per_epoch,
@@ -173,6 +202,12 @@ def make_plan(
         local_start=local.start_step if world_size > 1 else None,
         local_period=local.period,
     )
+
+
+def _batches(config: RunConfig, world_size: int) -> tuple[int, int]:
+    """Global batch and reference batch that follow from the configuration."""
+    rank_batch = config.data.accumulate * config.data.batch_size
+    return world_size * rank_batch, config.optim.reference_batch or rank_batch
 
 
 def micro_batch_sizes(
@@ -193,11 +228,14 @@ def _pieces(total: int, most: int) -> Iterator[int]:
         total -= most
 
 
-def _steps_per_epoch(data: DataConfig, samples: int, world_size: int, global_batch: int) -> int:
+def _epoch(data: DataConfig, samples: int, world_size: int, global_batch: int) -> tuple[int, int]:
+    """Steps and samples of an epoch."""
+    if samples < 1:
+        raise DataError("data.train is empty; name a data set with at least one sample.")
     if data.tail == "exact":
-        return -(-samples // global_batch)
+        return -(-samples // global_batch), samples
     if samples >= global_batch:
-        return samples // global_batch
+        return samples // global_batch, samples // global_batch * global_batch
     fitting = samples // (world_size * data.accumulate)
     smaller = f"data.batch_size={fitting} or less" if fitting else "use fewer ranks"
     raise ConfigError(
@@ -206,10 +244,11 @@ def _steps_per_epoch(data: DataConfig, samples: int, world_size: int, global_bat
     )
 
 
-def _smallest_micro_batch(step_samples: int, world_size: int, batch_size: int) -> int:
+def _smallest_micro_batch(steps: Iterable[int], world_size: int, batch_size: int) -> int:
     """Look at the first and the last rank: the shares of all others equal one of theirs."""
     return min(
         size
+        for step_samples in steps
         for rank in (0, world_size - 1)
         for size in micro_batch_sizes(step_samples, rank, world_size, batch_size) or (0,)
     )

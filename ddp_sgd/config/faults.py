@@ -44,6 +44,8 @@ def explain_faults(
             messages[path] = _message(path, values, str(fault["ctx"]["error"]))
     lines = []
     for path, found in kinds.items():
+        if any(other.startswith(f"{path}.") for other in kinds):
+            continue  # a union, one of whose members it nearly is
         if path in messages:
             origin = _origin(messages[path].partition(" ")[0], origins)
             lines.append(f"{messages[path].rstrip('.')}{origin}.")
@@ -96,11 +98,13 @@ def _path(location: tuple[int | str, ...], values: Mapping[str, Any], kind: str)
     """Dotted path of the key at fault, without list positions and the names of union members."""
     path: list[str] = []
     here: Any = values
-    for part in location:
+    for number, part in enumerate(location, start=1):
         if part in (COMPONENT_TAG, SETS_TAG):
             continue
         is_key = isinstance(here, Mapping) and part in here
-        is_missing_key = kind == "missing" and isinstance(here, Mapping)
+        is_missing_key = kind == "missing" and number == len(location)
+        if isinstance(here, Mapping) and not is_key and number < len(location):
+            continue  # the name of a union member
         if not is_key and not is_missing_key:
             break
         path.append(str(part))
@@ -151,7 +155,8 @@ def _wrong_value(path: str, value: Any, found: list[str]) -> tuple[str, str]:
         return f"{path} is not set", f"choose {_choices(key)}"
     what = f"{path} is {show(value)}"
     if key.kind == "component" and isinstance(value, str):
-        return what, f"write {path}.class_path={value}"
+        words = f"choose {' or '.join(key.names)}, or " if key.names else ""
+        return what, f"{words}write {path}.class_path={value}"
     if key.kind != "value":
         return what, f"set its keys, such as {path}{key.setting.removeprefix(key.name)}"
     remedy = f"choose {_choices(key)}"

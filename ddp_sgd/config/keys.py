@@ -32,7 +32,7 @@ class Key:
         name: Dotted path, such as ``optim.lr``.
         kind: ``section`` holds keys of its own, ``component`` those of ``Component``.
         choices: What it takes, such as ``a value in [0, 1)``.
-        names: The words that it takes, if it takes nothing else.
+        names: The words that it takes, if there are some to choose from.
         example: A good value as YAML; empty if there is none to offer.
         default: Plain data.
         meaning: The docstring of the field, on one line.
@@ -56,8 +56,11 @@ class Key:
         if self.kind == "section":
             return next(key for key in keys_below(self.name) if key.kind == "value").setting
         if self.kind == "component":
-            path = self.default["class_path"] if self.default else "MODULE.NAME"
-            return f"{self.name}.class_path={path}"
+            if self.default is None:
+                return f"{self.name}.class_path=MODULE.NAME"
+            if isinstance(self.default, dict):
+                return f"{self.name}.class_path={self.default['class_path']}"
+            return f"{self.name}={yaml_value(self.default)}"
         is_switch = isinstance(self.default, bool)
         return f"{self.name}={'true' if is_switch else self.example or yaml_value(self.default)}"
 
@@ -115,7 +118,7 @@ def _walk(parent: str, model: Node, models: Node, defaults: Any) -> Iterator[Key
             name=name,
             kind=_kind(below),
             choices=_choices(node),
-            names=tuple(node.get("enum", ())),
+            names=tuple(name for part in _alternatives(node) for name in part.get("enum", ())),
             example=_example(node, default),
             default=default,
             meaning=" ".join(meaning.split()),
@@ -206,6 +209,8 @@ def _form(node: Node) -> str:
 
 
 def _example(node: Node, default: Any) -> str:
+    if examples := node.get("examples"):
+        return yaml_value(examples[0])
     if default not in (None, "auto", [], {}) and not isinstance(default, dict | bool):
         return "" if "enum" in node else yaml_value(default)
     for part in _alternatives(node):
@@ -295,7 +300,7 @@ def _type_of(key: Key) -> str:
 
 
 def _default_of(key: Key) -> str:
-    if key.kind != "component" or key.default is None:
+    if not (key.kind == "component" and isinstance(key.default, dict)):
         return yaml_value(key.default)
     arguments = ", ".join(
         f"{name}={yaml_value(value)}" for name, value in key.default["init_args"].items()

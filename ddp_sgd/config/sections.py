@@ -43,6 +43,13 @@ NonNegative = Annotated[StrictFloat, Field(ge=0.0)]
 Positive = Annotated[StrictFloat, Field(gt=0.0)]
 Count = Annotated[StrictInt, Field(ge=1)]
 Text = Annotated[StrictStr, Field(min_length=1)]
+Position = Annotated[StrictInt, Field(ge=0)]
+Choice = (
+    Position
+    | Text
+    | Annotated[tuple[Position, ...], Field(min_length=1)]
+    | Annotated[tuple[Text, ...], Field(min_length=1)]
+)
 PathText = Annotated[Text, AfterValidator(expand_home)]
 Instant = (
     Annotated[StrictFloat, Field(gt=0.0)]
@@ -158,6 +165,20 @@ class DataConfig(Section):
     tail: Literal["exact", "drop"] = "exact"
     """The last, smaller global batch of an epoch: train it with its true count, or leave it out."""
 
+    order: Literal["shuffled", "sequential"] | Component = "shuffled"
+    """Which samples make a step: shuffled again for each epoch; sequential, as the data set numbers
+    them; or a function of (n, seed, epoch, global_batch) that returns the indices of an epoch,
+    equally many in each, which are cut into global batches in that order."""
+
+    input: Annotated[Choice | None, Field(examples=["image"])] = None
+    """Part of a sample that the model gets: the name of a column, or a position from 0; a list of
+    names gives a mapping of these parts, a list of positions a tuple. null: samples are (input,
+    target)."""
+
+    target: Annotated[Choice | None, Field(examples=["label"])] = None
+    """Part of a sample that the loss compares with, in the same way; null, with data.input: there
+    is none, and the loss is a function of the outputs alone."""
+
     workers: Annotated[StrictInt, Field(ge=0)] = 0
     """Loader processes of each rank; 0 reads in the rank itself, which is faster for data in
     memory."""
@@ -178,6 +199,25 @@ class DataConfig(Section):
         if isinstance(self.eval, Component):
             return {"data.eval": self.eval}
         return {f"data.eval.{name}": each for name, each in (self.eval or {}).items()}
+
+    @model_validator(mode="after")
+    def _parts_of_samples_are_chosen_once(self) -> "DataConfig":
+        if self.input is None and self.target is not None:
+            raise ValueError(
+                f"data.target is {_shown(self.target)} while data.input is null; name the part of "
+                "a sample that the model gets by data.input, too"
+            )
+        if self.input is not None and self.collate is not None:
+            raise ValueError(
+                f"data.input is {_shown(self.input)} while data.collate is "
+                f"{self.collate.class_path}, which forms a batch of whole samples; leave one of "
+                "the two out"
+            )
+        return self
+
+
+def _shown(choice: Choice) -> str:
+    return f"[{', '.join(map(str, choice))}]" if isinstance(choice, tuple) else str(choice)
 
 
 class OptimConfig(Section):
@@ -294,7 +334,11 @@ class ScheduleConfig(Section):
 
 
 class EvalConfig(Section):
-    """When the model is scored."""
+    """When the model is scored, and how many samples at a time."""
+
+    batch_size: Count | None = None
+    """Samples of one rank in one forward pass of an evaluation, at least 1; null: data.batch_size.
+    The scores are the same up to rounding, unless samples of a batch depend on each other."""
 
     every_epochs: Count = 1
     """Epochs between evaluations, at least 1; the end of the run is always scored."""

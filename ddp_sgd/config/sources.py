@@ -231,12 +231,17 @@ def _without(value: Any) -> Any:
 
 _MATTERS = (
     *("seed", "model", "loss", "data.train", "data.collate", "data.train_transforms", "data.tail"),
+    *("data.order", "data.input", "data.target"),
     *("optim", "schedule", "parallel.compression", "parallel.local_sgd"),
     *("compute.precision", "compute.compile", "compute.deterministic"),
 )
 """Keys on which the weights depend, each with all that is below it."""
 
 _BEFORE = {
+    "data.order": "shuffled",
+    "data.input": None,
+    "data.target": None,
+    "eval.batch_size": None,
     "compute.precision": "fp32",
     "compute.channels_last": False,
     "compute.compile": False,
@@ -245,8 +250,8 @@ _BEFORE = {
 }
 """What runs of releases did that had no such key, whatever its default is today."""
 
-_SAME_BUT_FOR_ROUNDING = ("compute.channels_last",)
-"""Keys that may change in a run, though the last bits of later steps change with them."""
+_SAME_BUT_FOR_ROUNDING = {"compute.channels_last": "steps", "eval.batch_size": "scores"}
+"""Keys that may change in a run, though the last bits of what comes later change with them."""
 
 
 def changes_that_matter(before: Mapping[str, Any], now: RunConfig) -> list[str]:
@@ -263,7 +268,7 @@ def changes_that_matter(before: Mapping[str, Any], now: RunConfig) -> list[str]:
     Returns:
         Lines such as ``optim.lr was 0.05, is 0.1``.
     """
-    old, new = _BEFORE | _settings(before), _settings(now.model_dump(mode="json"))
+    old, new = _settings_of_run(before), _settings(now.model_dump(mode="json"))
     default = {
         key: value
         for key, value in _settings(RunConfig().model_dump(mode="json")).items()
@@ -271,7 +276,7 @@ def changes_that_matter(before: Mapping[str, Any], now: RunConfig) -> list[str]:
     }
     changes = []
     for key in sorted(old.keys() | new.keys()):
-        was, is_now = (values.get(key, default.get(key)) for values in (old, new))
+        was, is_now = (_value_of(key, values, default) for values in (old, new))
         moved = without_places(key, was) == without_places(key, is_now)
         if was != is_now and not moved and _is_in(key, _MATTERS):
             changes.append(
@@ -287,8 +292,24 @@ def changes_that_matter(before: Mapping[str, Any], now: RunConfig) -> list[str]:
     return changes
 
 
+def _settings_of_run(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Every key of an earlier configuration, perhaps of a release that lacked some of today's."""
+    settings = _settings(config)
+    return {key: value for key, value in _BEFORE.items() if not _has(key, settings)} | settings
+
+
+def _value_of(key: str, values: Mapping[str, Any], default: Mapping[str, Any]) -> Any:
+    """Return the value of a key, or its default unless there are keys below it instead."""
+    return values.get(key) if _has(key, values) else default.get(key)
+
+
+def _has(key: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a key, or one below it, is set: a component may be in the place of a word."""
+    return key in settings or any(each.startswith(f"{key}.") for each in settings)
+
+
 def rounding_notes(before: Mapping[str, Any], now: RunConfig) -> list[str]:
-    """List the changes of a configuration on a resume that change the last bits of later steps.
+    """List the changes on a resume that change the last bits of later steps, or scores.
 
     Args:
         before: An earlier configuration, as plain data.
@@ -297,10 +318,10 @@ def rounding_notes(before: Mapping[str, Any], now: RunConfig) -> list[str]:
     Returns:
         Lines such as ``compute.channels_last was False, is True: ...``.
     """
-    old, new = _BEFORE | _settings(before), _settings(now.model_dump(mode="json"))
+    old, new = _settings_of_run(before), _settings(now.model_dump(mode="json"))
     return [
-        f"{key} was {old[key]}, is {new[key]}: the last bits of later steps may differ"
-        for key in _SAME_BUT_FOR_ROUNDING
+        f"{key} was {old[key]}, is {new[key]}: the last bits of later {what} may differ"
+        for key, what in _SAME_BUT_FOR_ROUNDING.items()
         if old[key] != new[key]
     ]
 

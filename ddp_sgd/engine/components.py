@@ -20,6 +20,7 @@ from ddp_sgd.config.sections import Component, DataConfig, check_set_names
 from ddp_sgd.data.dataset_checks import OpenFiles
 from ddp_sgd.data.device import move
 from ddp_sgd.data.fetcher import EVAL_EPOCH, Collate, Fetcher, Request, Unreadable
+from ddp_sgd.data.order import Order
 from ddp_sgd.engine.evaluation import evaluating
 from ddp_sgd.engine.model_check import check_loss_parameters, check_model
 from ddp_sgd.engine.reading import Reading, build_reading
@@ -222,6 +223,7 @@ class Components:
         test_sets: The same, scored once at the end, by key: ``data.test``; empty: there is none.
         reading: How samples are read.
         files: What the data sets have opened since nothing was read from them.
+        order: Which training samples make a step; None: a permutation for each epoch.
     """
 
     model: nn.Module
@@ -232,6 +234,7 @@ class Components:
     test_sets: Mapping[str, Any]
     reading: Reading
     files: OpenFiles = field(default_factory=OpenFiles)
+    order: Order | None = None
 
     def close_before_fork(self) -> None:
         """Close what a look at the data has opened, if loader processes will read them."""

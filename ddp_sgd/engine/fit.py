@@ -6,7 +6,8 @@ The training loop: step, sync, evaluation, checkpoint.
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ddp_sgd.checkpointing.checkpointer import Checkpointer, open_checkpointer
 from ddp_sgd.checkpointing.store import SkippedSteps
 from ddp_sgd.config.schema import ComputeConfig, RunConfig
 from ddp_sgd.data.loader import StepBatches
+from ddp_sgd.data.order import build_order
 from ddp_sgd.distributed.error_propagation import end_process, propagate_errors
 from ddp_sgd.distributed.hang_watch import watch_for_hangs
 from ddp_sgd.distributed.progress import Phase
@@ -27,6 +29,7 @@ from ddp_sgd.engine.components import Given, gather_components
 from ddp_sgd.engine.context import TrainContext
 from ddp_sgd.engine.evaluation import Interrupted
 from ddp_sgd.engine.final_test import score_test_set
+from ddp_sgd.engine.order_check import refuse_other_order, require_equal_orders
 from ddp_sgd.engine.precision import torch_settings
 from ddp_sgd.engine.rank_consistency import Identity, mark_training_set, require_consistency
 from ddp_sgd.engine.reading import Reading, build_reading
@@ -284,10 +287,19 @@ def _set_up(
     identity = Identity(
         run_id=resume_point.run_id, config=settings, loss=components.loss_name, marks=marks
     )
-    samples = len(components.train_set)
+    samples, header, ranks = len(components.train_set), resume_point.header, runtime.world_size
+    epoch = header.epoch if header else 0
+    chosen, seed = components.reading.order, config.seed
+    orders = cache(partial(build_order, chosen, samples=samples, seed=seed, epoch=epoch))
+    plan = plan_from(
+        config, header, samples=samples, world_size=ranks, facts_of_order=lambda g: orders(g).facts
+    )
+    order = orders(plan.global_batch)
+    require_equal_orders(order, runtime)
+    refuse_other_order(header, plan, orders)
     return build_context(
-        components,
-        plan_from(config, resume_point.header, samples=samples, world_size=runtime.world_size),
+        replace(components, order=order),
+        plan,
         runtime,
         resume_point,
         identity,

@@ -2,13 +2,14 @@
 
 import socket
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
 from ddp_sgd.config.sections import Component, DataConfig
 from ddp_sgd.data.augment import NO_TRANSFORMS, Transforms
 from ddp_sgd.data.fetcher import Collate
+from ddp_sgd.data.order import OrderFunction
 from ddp_sgd.data.placement import ArrayPair, choose_arrays
 from ddp_sgd.distributed.collectives import gather_over_ranks
 from ddp_sgd.distributed.runtime import Runtime
@@ -27,6 +28,8 @@ class Reading(NamedTuple):
         train_transforms: Applied to the inputs of training, on the device.
         eval_transforms: Applied to those of evaluation.
         device: Where data sets of arrays live: ``auto``, ``host`` or ``accelerator``.
+        order: Which training samples make a step: ``shuffled``, ``sequential``, or a function of
+            (n, seed, epoch, global batch).
     """
 
     batch_size: int
@@ -36,6 +39,7 @@ class Reading(NamedTuple):
     device: str = "auto"
     train_transforms: Transforms = NO_TRANSFORMS
     eval_transforms: Transforms = NO_TRANSFORMS
+    order: str | OrderFunction = "shuffled"
 
 
 def build_reading(data: DataConfig, seed: int, *, trains: bool = True) -> Reading:
@@ -44,10 +48,10 @@ def build_reading(data: DataConfig, seed: int, *, trains: bool = True) -> Readin
     Args:
         data: Section ``data`` of the configuration.
         seed: Seed of the run.
-        trains: Whether the transforms of training are built, too.
+        trains: Whether the transforms and the order of training are built, too.
 
     Raises:
-        ConfigError: The collate function or a transform cannot be called.
+        ConfigError: The collate function, a transform or the order cannot be called.
     """
     collate = None if data.collate is None else instantiate(data.collate, "data.collate")
     if data.collate is not None and not callable(collate):
@@ -57,7 +61,25 @@ def build_reading(data: DataConfig, seed: int, *, trains: bool = True) -> Readin
         )
     train = _build_transforms(data.train_transforms if trains else (), "train", seed)
     eval_ = _build_transforms(data.eval_transforms, "eval", seed)
-    return Reading(data.batch_size, data.workers, seed, collate, data.device, train, eval_)
+    order = ready_order(data.order) if trains else "shuffled"
+    return Reading(data.batch_size, data.workers, seed, collate, data.device, train, eval_, order)
+
+
+def ready_order(chosen: str | Component) -> str | OrderFunction:
+    """Build the order that ``data.order`` names, if that is a component.
+
+    Raises:
+        ConfigError: It cannot be called, or is a class, whose call would make an order.
+    """
+    if isinstance(chosen, str):
+        return chosen
+    order = instantiate(chosen, "data.order")
+    if not callable(order) or isinstance(order, type):
+        raise ConfigError(
+            f"data.order is a {type(order).__name__}; name a function of (n, seed, epoch, "
+            "global_batch) that returns indices, with call: false, or a class of such objects."
+        )
+    return cast("OrderFunction", order)
 
 
 def _build_transforms(listed: Sequence[Component], name: str, seed: int) -> Transforms:

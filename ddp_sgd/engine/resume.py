@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -25,7 +26,7 @@ from ddp_sgd.engine.train_state import State
 from ddp_sgd.engine.triggers import read_deadline
 from ddp_sgd.errors import ConfigError, DataError, RefusedError, unwritable
 from ddp_sgd.files import is_missing, replace_file, retry, sync_file, sync_folder, unreadable
-from ddp_sgd.plan import Plan, make_plan
+from ddp_sgd.plan import OrderFacts, Plan, make_plan
 from ddp_sgd.report.journal import Origin, first_row, has_journal
 from ddp_sgd.report.run_folder import RunFolder, refuse_endless_failure
 
@@ -278,7 +279,14 @@ def refuse_data_of_another_run(
         refuse_other_data(resume_point, {MARKS: saved}, read(), read)
 
 
-def plan_from(config: RunConfig, header: Header | None, *, samples: int, world_size: int) -> Plan:
+def plan_from(
+    config: RunConfig,
+    header: Header | None,
+    *,
+    samples: int,
+    world_size: int,
+    facts_of_order: Callable[[int], OrderFacts] | None = None,
+) -> Plan:
     """Work out the plan of a run that goes on.
 
     Args:
@@ -286,12 +294,16 @@ def plan_from(config: RunConfig, header: Header | None, *, samples: int, world_s
         header: Where it stood; None begins at step 0.
         samples: Length of the training set, n.
         world_size: Ranks of today.
+        facts_of_order: What ``data.order`` reads, for a global batch; None: each sample once.
 
     Raises:
         RefusedError: The number of ranks changed and must not.
     """
+    plan_for = partial(
+        make_plan, config, samples=samples, world_size=world_size, facts_of_order=facts_of_order
+    )
     if header is None:
-        return make_plan(config, samples=samples, world_size=world_size)
+        return plan_for()
     resized = header.world_size != world_size
     if resized and config.on_resize == "refuse":
         raise RefusedError(
@@ -306,7 +318,7 @@ def plan_from(config: RunConfig, header: Header | None, *, samples: int, world_s
         same = header.config["optim"]["reference_batch"] == config.optim.reference_batch
         reference = header.plan["reference_batch"] if same else config.optim.reference_batch
         kept = header.plan["global_batch"], reference or rank_batch(config.model_dump())
-    plan = make_plan(config, samples=samples, world_size=world_size, kept=kept)
+    plan = plan_for(kept=kept)
     step, skip = plan.step_at(header.epoch, header.position)
     return replace(plan, samples_before=header.samples - skip - plan.samples_at(step))
 

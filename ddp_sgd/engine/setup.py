@@ -9,6 +9,7 @@ from torch import nn
 from ddp_sgd.checkpointing.serialization import read_tensors
 from ddp_sgd.config import ComputeConfig, OptimConfig, ParallelConfig
 from ddp_sgd.data.loader import EvalLoader, TrainLoader
+from ddp_sgd.data.order import name_order
 from ddp_sgd.data.sampler import EvalSampler, TrainSampler
 from ddp_sgd.distributed.data_parallel import DataParallelModel, wrap_model
 from ddp_sgd.distributed.progress import Phase, ProgressTracker
@@ -176,6 +177,7 @@ def _restore_model(
         components.model,
         samples=len(components.train_set),
         loss=components.loss_name,
+        order=name_order(identity.config["data"]["order"]),
     )
     read_again = partial(mark_training_set, components.train_set, components.reading)
     refuse_other_data(resume_point, saved, identity.marks, read_again)
@@ -221,6 +223,7 @@ def _train_loader(components: Components, plan: Plan, runtime: Runtime) -> Train
         batch_size=plan.batch_size,
         seed=components.reading.seed,
         tail=plan.tail,
+        order=components.order,
         **runtime.shard,
     )
     return TrainLoader(

@@ -1,7 +1,7 @@
 """Plan table and plot of the learning rate: a run in words and numbers, before it starts."""
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 from ddp_sgd.config import ComputeConfig
@@ -44,17 +44,19 @@ def plan_lines(
         data: Section ``data`` of the configuration; None: its defaults.
 
     Returns:
-        Five lines: precision, batches, steps, rates, schedule; one for transforms, and for several
-        held-out sets or a test set, if there are any, and for each note on the schedule.
+        Five lines: precision, batches, steps, rates, schedule; one for the order of samples,
+        unless they are shuffled, one for transforms, and for several held-out sets or a test set,
+        if there are any, and for each note on the schedule.
     """
-    transforms = "; ".join(_transforms(data or DataConfig()))
-    scored = "; ".join(_scored(data or DataConfig()))
+    data = data or DataConfig()
+    transforms, scored = "; ".join(_transforms(data)), "; ".join(_scored(data))
     return [
         f"precision {', '.join(_compute_words(compute or ComputeConfig()))}",
         f"batch     {_product(plan)} = {_count(plan.global_batch, 'sample')} per step; "
         f"the data set has {plan.samples:,}",
         f"steps     {plan.steps_per_epoch:,} per epoch, {plan.total_steps:,} in "
         f"{_count(plan.epochs, 'epoch')}; {_tail(plan)}",
+        *(f"order     {words}" for words in _order(plan, data)),
         f"rate      {plan.base_lr:.6g} for {_count(plan.reference_batch, 'sample')} -> "
         f"{plan.peak_lr:.6g} for {plan.global_batch:,} ({plan.scaling}, k = {plan.scale:.6g})",
         f"schedule  {plan.schedule}; warm-up: {_warm_up(plan)}",
@@ -83,9 +85,10 @@ def plan_table(
     Returns:
         Sections with a heading each, as text of several lines without a newline at the end.
     """
+    data = data or DataConfig()
     sections = {
-        "Batches": [*_batch_rows(plan), *_data_rows(data or DataConfig())],
-        "Steps": _step_rows(plan),
+        "Batches": [*_batch_rows(plan), *_data_rows(data)],
+        "Steps": [*_wrapped("order", _order(plan, data)), *_step_rows(plan)],
         "Learning rate": [*_rate_rows(plan), *_note_rows(plan, milestones)],
         "Computation": _compute_rows(compute or ComputeConfig()),
     }
@@ -109,14 +112,7 @@ def _batch_rows(plan: Plan) -> list[tuple[str, str]]:
 
 def _data_rows(data: DataConfig) -> list[tuple[str, str]]:
     """Show transforms, and what is scored besides one held-out set."""
-    parts = {"transforms": _transforms(data), "scores": _scored(data)}
-    return [
-        ("" if number else title, line)
-        for title, listed in parts.items()
-        for number, line in enumerate(
-            line for part in listed for line in textwrap.wrap(part, _NOTE_WIDTH)
-        )
-    ]
+    return [*_wrapped("transforms", _transforms(data)), *_wrapped("scores", _scored(data))]
 
 
 def _scored(data: DataConfig) -> list[str]:
@@ -127,6 +123,11 @@ def _scored(data: DataConfig) -> list[str]:
     return [*several, *([f"test, once at the end, with {weights}"] if data.test else [])]
 
 
+def _wrapped(title: str, parts: Iterable[str]) -> list[tuple[str, str]]:
+    lines = [line for part in parts for line in textwrap.wrap(part, _NOTE_WIDTH)]
+    return [("" if number else title, line) for number, line in enumerate(lines)]
+
+
 def _transforms(data: DataConfig) -> list[str]:
     """Name the transforms on the device: those of training, those of evaluation."""
     lists = {"": data.train_transforms, "evaluation: ": data.eval_transforms}
@@ -135,6 +136,21 @@ def _transforms(data: DataConfig) -> list[str]:
         for use, listed in lists.items()
         if listed
     ]
+
+
+def _order(plan: Plan, data: DataConfig) -> Iterator[str]:
+    """Name an order that is no shuffling, and what it reads, where that is not each sample once."""
+    if isinstance(data.order, str):
+        if data.order != "shuffled":
+            yield data.order
+        return
+    words = data.order.class_path.rpartition(".")[2]
+    if plan.order_length == plan.distinct_samples == plan.samples:
+        yield f"{words}, each sample once"
+        return
+    words += f", reads {plan.distinct_samples:,} of {_count(plan.samples, 'sample')}"
+    more = f", {plan.repeated_samples:,} of them more than once" if plan.repeated_samples else ""
+    yield words + more
 
 
 def _step_rows(plan: Plan) -> list[tuple[str, str]]:
@@ -184,7 +200,7 @@ def _note_rows(plan: Plan, milestones: Sequence[float]) -> list[tuple[str, str]]
 
 def _tail(plan: Plan) -> str:
     """Describe what becomes of the samples that do not fill a global batch."""
-    left_out = plan.samples - plan.samples_per_epoch
+    left_out = plan.order_length - plan.samples_per_epoch
     if left_out:
         return f"{_count(left_out, 'sample')} of each epoch left out"
     if plan.last_batch == plan.global_batch:
@@ -208,7 +224,7 @@ def _shares(plan: Plan) -> Iterator[str]:
     else:
         idle = plan.world_size - plan.last_batch
         yield f"note: {idle:,} of {plan.world_size:,} ranks idle in that step, which stays exact"
-    if plan.samples < plan.global_batch:
+    if plan.order_length < plan.global_batch:
         yield "note: no step fills the global batch, for which the rate is scaled"
 
 

@@ -21,7 +21,7 @@ def before(**changes):
         {"data": {"eval_transforms": [{"class_path": "my.Crop"}]}},
         {"data": {"device": "host"}},
         {"compute": {"cuda_graphs": True}},
-        {"eval": {"every_epochs": 3}},
+        {"eval": {"every_epochs": 3, "batch_size": 64}},
         {"log": {"every_steps": 1}, "wandb": {"mode": "disabled"}},
         {"checkpoint": {"every_steps": 5, "keep": 1}},
         {"parallel": {"bucket_mb": 1.0}, "runtime": {"hang_s": None}},
@@ -40,6 +40,13 @@ def test_what_leaves_the_weights_alone_is_no_change(changes):
         ({"optim": {"lr": 0.1}}, "optim.lr was 0.05, is 0.1"),
         ({"schedule": {"name": "linear"}}, "schedule.name was cosine, is linear"),
         ({"data": {"tail": "drop"}}, "data.tail was exact, is drop"),
+        ({"data": {"order": "sequential"}}, "data.order was shuffled, is sequential"),
+        (
+            {"data": {"order": {"class_path": "my.Order"}}},
+            "data.order.class_path was None, is my.Order",
+        ),
+        ({"data": {"input": "ids"}}, "data.input was None, is ids"),
+        ({"data": {"input": 0, "target": [1, 2]}}, "data.target was None, is [1, 2]"),
         ({"data": {"batch_size": 64}}, "data.batch_size x data.accumulate was 32, is 64"),
         ({"data": {"accumulate": 2}}, "data.batch_size x data.accumulate was 32, is 64"),
         (
@@ -221,3 +228,26 @@ def test_paths_are_found_at_any_depth():
 )
 def test_only_arguments_of_data_sets_are_places(key, is_argument):
     assert without_places(key, "/x") == (PLACE if is_argument else "/x")
+
+
+def test_a_run_of_a_release_without_orders_was_shuffled_and_gave_pairs():
+    old = before()
+    for key in ("order", "input", "target"):
+        del old["data"][key]
+    del old["eval"]["batch_size"]
+    assert changes_that_matter(old, RunConfig()) == []
+    assert rounding_notes(old, RunConfig()) == []
+    assert changes_that_matter(old, RunConfig(data={"order": "sequential"})) == [
+        "data.order was shuffled, is sequential"
+    ]
+    assert rounding_notes(old, RunConfig(eval={"batch_size": 64})) == [
+        "eval.batch_size was None, is 64: the last bits of later scores may differ"
+    ]
+
+
+def test_an_order_that_is_a_component_stays_one():
+    order = {"data": {"order": {"class_path": "my.Order", "init_args": {"lengths": "a.npy"}}}}
+    assert changes_that_matter(before(**order), RunConfig(**order)) == []
+    assert "data.order was None, is sequential" in changes_that_matter(
+        before(**order), RunConfig(data={"order": "sequential"})
+    )

@@ -35,7 +35,8 @@ def _numbers(model, parent=()):
             yield pytest.param(path, *found, is_list, id=".".join(path))
 
 
-NUMBERS = list(_numbers(RunConfig))
+NAMES_TOO = ("data.input", "data.target")
+NUMBERS = [each for each in _numbers(RunConfig) if each.id not in NAMES_TOO]
 
 
 def _nested(path, value, is_list):
@@ -100,6 +101,8 @@ def test_what_is_not_a_finite_number_is_refused(path, kind, bounds, is_list):
         {"schedule": {"name": "step", "milestones": [2, 2]}},
         {"schedule": {"milestones": [2]}},
         {"schedule": {"name": "one_cycle", "warmup_epochs": 1}},
+        {"data": {"target": "label"}},
+        {"data": {"input": "image", "collate": {"class_path": "torch.stack"}}},
         {"model": {"class_path": "Linear"}},
         {"model": {"class_path": "a..b"}},
         {"model": {"class_path": "os; import x.y"}},
@@ -117,10 +120,22 @@ def test_combinations_that_cannot_be(values):
         {"schedule": {"name": "step", "milestones": [1, 2.5], "gamma": 0.5}},
         {"schedule": {"name": "one_cycle", "warmup_epochs": 0, "peak_at": 0.5}},
         {"schedule": {"name": "constant", "final": 0.0}},
+        {"data": {"input": "image", "target": 1}},
+        {"data": {"order": "sequential", "collate": {"class_path": "torch.stack"}}},
     ],
 )
 def test_combinations_that_fit(values):
     RunConfig.model_validate(values)
+
+
+@pytest.mark.parametrize("key", ["input", "target"])
+def test_parts_of_samples_are_positions_or_names(key):
+    def accepts(value):
+        return _is_accepted(("data",), {"input": "image", key: value}, is_list=False)
+
+    assert all(map(accepts, [0, 7, "ids", "0", [0], [2, 0], ["ids", "mask"]]))
+    assert accepts(None)
+    assert not any(map(accepts, [-1, 1.0, True, "", [], [-1], [0, "ids"], [[0]], {"a": 1}]))
 
 
 def test_the_models_are_frozen():

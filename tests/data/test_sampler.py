@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DistributedSampler
 
-from ddp_sgd.data.sampler import EvalSampler, Permutation, TrainSampler
+from ddp_sgd.data.order import Permutation
+from ddp_sgd.data.sampler import EvalSampler, TrainSampler
 from ddp_sgd.plan import micro_batch_sizes
 
 
@@ -181,7 +182,7 @@ def test_work_and_memory_up_to_the_first_batch_depend_on_neither_samples_nor_pla
             asked_for.append(len(positions))
             return super().__call__(positions)
 
-    monkeypatch.setattr("ddp_sgd.data.sampler.Permutation", Counted)
+    monkeypatch.setattr("ddp_sgd.data.order.Permutation", Counted)
     peaks = []
     for n in (10**6, 10**9, 10**12):
         tracemalloc.start()

@@ -3,7 +3,7 @@ import pytest
 from ddp_sgd.config.schema import ComputeConfig, RunConfig
 from ddp_sgd.config.sections import DataConfig
 from ddp_sgd.optim.schedule import build_schedule
-from ddp_sgd.plan import make_plan
+from ddp_sgd.plan import OrderFacts, make_plan
 from ddp_sgd.report.plan_table import plan_lines, plan_table
 
 GOLDEN = """\
@@ -263,3 +263,35 @@ def test_the_precision_is_named_first(compute, rows):
     block = table.split("Computation\n")[1].split("\n\n")[0]
     assert [line.removeprefix("  precision").strip() for line in block.splitlines()] == rows
     assert max(map(len, table.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("order", "facts", "words"),
+    [
+        ("shuffled", (1437, 1437), None),
+        ("sequential", (1437, 1437), "sequential"),
+        ("my.Buckets", (1437, 1437), "Buckets, each sample once"),
+        ("my.Buckets", (1400, 1400), "Buckets, reads 1,400 of 1,437 samples"),
+        (
+            "my.Buckets",
+            (2000, 1437, 400),
+            "Buckets, reads 1,437 of 1,437 samples, 400 of them more than once",
+        ),
+    ],
+)
+def test_an_order_that_is_no_shuffling_is_named_with_what_it_reads(order, facts, words):
+    chosen = {"class_path": order} if "." in order else order
+    config = RunConfig(data={"order": chosen})
+    plan = make_plan(
+        config, samples=1437, world_size=4, facts_of_order=lambda _: OrderFacts(*facts)
+    )
+    lines = plan_lines(plan, (), data=config.data)
+    table = plan_table(plan, build_schedule(config.schedule, plan), (), data=config.data)
+    found = [line for line in lines if line.startswith("order")]
+    assert found == ([f"order     {words}"] if words else [])
+    first, _, rest = (words or "").partition(" than once")
+    assert (f"  order                 {first}\n" in table) is bool(words)
+    assert not rest or f"\n{' ' * 24}once" in table
+    assert ("order" in table) is bool(words)
+    steps = -(-facts[0] // 128)
+    assert f"steps     {steps} per epoch" in "\n".join(lines)
