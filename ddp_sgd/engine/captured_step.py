@@ -300,6 +300,8 @@ def capture_step(
         progress=context.progress,
     )
     step.check(full)
+    if context.after_step is not None:
+        context.after_step.fix_addresses()
     context.shares.begin()  # the check was no training
     return replace(context, stepper=step)
 

@@ -14,6 +14,7 @@ from ddp_sgd.distributed.collectives import broadcast_over_ranks
 from ddp_sgd.distributed.data_parallel import DataParallelModel
 from ddp_sgd.distributed.progress import ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.engine.after_step import AfterStep
 from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, buffers_by_name
 from ddp_sgd.engine.evaluation import Score
 from ddp_sgd.engine.rank_consistency import Identity
@@ -45,6 +46,7 @@ class TrainContext:
         runtime: This process.
         wrapper: The model, equal on all ranks.
         stepper: Takes steps.
+        after_step: What calls the model after a step; None: nothing does.
         objective: What is minimized.
         loader: The training set, step by step.
         score: Evaluates the model on all held-out sets; gives nothing if there are none.
@@ -66,6 +68,7 @@ class TrainContext:
     runtime: Runtime
     wrapper: DataParallelModel
     stepper: StepTaker
+    after_step: AfterStep | None
     objective: Objective
     loader: TrainLoader
     score: Score

@@ -130,6 +130,8 @@ class Loop:
         rate = lr if self._rates is None else self._rates.at(state.step)
         result = context.stepper.step(batches, rate)
         state.step += 1
+        if context.after_step is not None:
+            context.after_step(state.step, result)
         if context.runtime.device.type != "cpu":
             context.progress.enter(Phase.DATA)
             context.loader.read_ahead()  # while the device computes

@@ -16,6 +16,7 @@ from torch import nn
 from ddp_sgd.data.device import move
 from ddp_sgd.distributed.collectives import gather_over_ranks
 from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.engine.after_step import AfterStep, check_after_step
 from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, statistics_of
 from ddp_sgd.engine.components import Batch, choose_spread
 from ddp_sgd.engine.evaluation import evaluating
@@ -58,12 +59,14 @@ class TrainingFacts:
         objective: The loss, as the sum over units that it is made of.
         buffers: The buffers that steps change.
         randomness: The generators that steps draw from.
+        after_step: What calls the model after a step; None: nothing does.
         notes: What the user should know, one line each.
     """
 
     objective: Objective
     buffers: TrainingBuffers
     randomness: Randomness
+    after_step: AfterStep | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -134,6 +137,7 @@ def check_training(
         check_gradients(model)
         check_changed_parameters(model, effects.changed_parameters(), plan)
         _follow(randomness, effects)
+        after_step = check_after_step(model, plan, runtime, randomness.generators)
         changed = effects.changed_buffers(_written_in_a_pass(check, whole))
         resized = effects.resized_buffers()
         read = _read_in_training(check, effects, randomness, changed, runtime)
@@ -149,6 +153,7 @@ def check_training(
             _on_any_rank(resized, roots, runtime),
         ),
         randomness=randomness,
+        after_step=after_step,
         notes=notes,
     )
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import nn
 
@@ -75,17 +75,15 @@ def build_context(  # noqa: PLR0913  # a section for each part of the run
     wrapper = _wrapper(model, optimizer, plan, runtime, parallel, captured=compute.cuda_graphs)
     progress = ProgressTracker()
     stepper = _stepper(optim, wrapper, facts, optimizer, runtime, progress, numerics)
-    scorer = partial(_scorer, components, wrapper, runtime, progress, numerics)
     context = TrainContext(
         plan=plan,
         runtime=runtime,
         wrapper=wrapper,
         objective=facts.objective,
         stepper=stepper,
+        after_step=facts.after_step,
         loader=_train_loader(components, plan, runtime),
-        score=scorer(components.eval_sets) or (lambda _: {}),
-        evaluates=bool(components.eval_sets or components.test_sets),
-        score_test=scorer(components.test_sets),
+        **_scorers(components, wrapper, runtime, progress, numerics),
         randomness=facts.randomness,
         optimizer=optimizer,
         state=state,
@@ -236,6 +234,30 @@ def _train_loader(components: Components, plan: Plan, runtime: Runtime) -> Train
         transforms=components.reading.train_transforms,
         arrays=place_arrays(components.train_set, "data.train", components.reading, runtime),
     )
+
+
+class _Scorers(TypedDict):
+    """What scores the model, as ``TrainContext`` has it."""
+
+    score: Score
+    score_test: Score | None
+    evaluates: bool
+
+
+def _scorers(
+    components: Components,
+    wrapper: DataParallelModel,
+    runtime: Runtime,
+    progress: ProgressTracker,
+    numerics: Numerics,
+) -> _Scorers:
+    """Make what scores the held-out sets, and what scores the test set."""
+    score, score_test = (
+        _scorer(components, wrapper, runtime, progress, numerics, sets)
+        for sets in (components.eval_sets, components.test_sets)
+    )
+    evaluates = score is not None or score_test is not None
+    return _Scorers(score=score or (lambda _: {}), score_test=score_test, evaluates=evaluates)
 
 
 def _scorer(
