@@ -224,7 +224,8 @@ class _Check:
         self._spread = choose_spread(model, self._inputs, len(batch.indices))
         self._numerics = numerics or Numerics()
         self._objective = self._numerics.objective(loss, batch.targets, spread=self._spread)
-        self._mode = " in training mode" if model.training else ""
+        named = "" if where == "data.eval" else f" from {where}"
+        self._mode = " in training mode" if model.training else named
         self._use = Use.STEP if model.training else Use.EVALUATION
 
     def forward(self) -> tuple[Any, torch.Tensor]:

@@ -60,6 +60,10 @@ def test_every_set_has_its_scores_in_one_row_and_in_the_result(tmp_path, capsys)
     assert scores_of(rows(tmp_path / "named")[-1]) == alone
     written = json.loads((tmp_path / "named" / "digits" / "result.json").read_text())
     assert scores_of(written) == alone
+    file = tmp_path / "named" / "digits" / "config.yaml"
+    again = load_config(["--config", str(file)], environ={})
+    assert again == describe(tmp_path / "named", data={"eval": DIGITS})
+    assert list(again.data.eval_sets) == ["data.eval.held-out", "data.eval.seen"]
     out = capsys.readouterr().out
     share = f"({alone['eval/seen/correct']}/1437)"
     assert out.count("eval/held-out loss ") == out.count("eval/seen loss ") == 3
@@ -119,7 +123,7 @@ def test_errors_name_the_set(tmp_path):
     narrow = TensorDataset(torch.zeros(4, 3), torch.zeros(4).long())
     many = TensorDataset(torch.zeros(4, 64), torch.full((4,), 10))
     for wrong, error, message in (
-        (narrow, ConfigError, "which fails on inputs"),
+        (narrow, ConfigError, r"which fails on inputs of .* from data\.eval\.wrong, Run"),
         (many, DataError, r"data\.eval\.wrong has labels"),
         (5, ConfigError, r"data\.eval\.wrong is a int"),
         (TensorDataset(torch.zeros(0, 64), torch.zeros(0)), DataError, r"data\.eval\.wrong is emp"),
@@ -127,6 +131,18 @@ def test_errors_name_the_set(tmp_path):
         sets = {"good": Digits("eval"), "wrong": wrong}
         with pytest.raises(error, match=message):
             fit(describe(tmp_path), Runtime(), train_set=Digits(), eval_set=sets)
+
+
+def train_on_sets_in_another_order(runtime, folder):
+    sets = {"right": Digits("eval"), "wrong": Digits("train")}
+    ordered = dict(sorted(sets.items(), reverse=runtime.rank == 1))
+    return fit(describe(folder), runtime, train_set=Digits(), eval_set=ordered)
+
+
+def test_ranks_have_the_same_sets_in_the_same_order(tmp_path):
+    errors = run_ranks(2, train_on_sets_in_another_order, tmp_path, raises=True)
+    assert {error.error for error in errors} <= {"DataError", "RemoteError"}
+    assert any("give every rank the same data, in the same order" in str(e) for e in errors)
 
 
 @pytest.mark.parametrize("name", ["a b", "a/b", "", "class_path", "args", 3])

@@ -193,6 +193,27 @@ def test_transforms_are_named(data, line, rows):
     assert [" ".join(row.split()) for row in batches[7:]] == rows
 
 
+def test_several_held_out_sets_and_a_test_set_are_named():
+    plan, factors, milestones = _plan()
+    (one, two) = _listed("A", "B")
+    sets = "eval/b, eval/a; the best checkpoint by eval/b"
+    best = "test, once at the end, with the weights of the best checkpoint"
+    for data, words in (
+        ({"eval": one}, []),
+        ({"eval": {"b": one, "a": two}}, [sets]),
+        ({"eval": {"b": one, "a": two}, "test": two}, [sets, best]),
+        ({"eval": None, "test": two}, ["test, once at the end, with the last weights"]),
+    ):
+        section = DataConfig(**data)
+        lines = plan_lines(plan, milestones, data=section)
+        assert lines[5:] == ([f"scores    {'; '.join(words)}"] if words else [])
+        table = plan_table(plan, factors, milestones, data=section)
+        batches = table.partition("\n\nSteps")[0].splitlines()
+        text = " ".join(" ".join(batches[7:]).split())
+        assert text == (f"scores {' '.join(words)}" if words else "")
+        assert max(map(len, table.splitlines())) <= 80
+
+
 def test_many_transforms_are_wrapped():
     many = DataConfig(train_transforms=_listed(*["RandomHorizontalFlip"] * 20))
     table = plan_table(*_plan(), data=many)
