@@ -156,6 +156,19 @@ class OptimConfig(Section):
     clip_norm: Positive | None = None
     """Largest L2 norm of the whole gradient, above 0; null does not clip."""
 
+    clip_value: Positive | None = None
+    """Largest absolute value of each element of the gradient, above 0; null does not clip. Not
+    together with clip_norm."""
+
+    @model_validator(mode="after")
+    def _one_way_to_clip(self) -> "OptimConfig":
+        if self.clip_norm is not None and self.clip_value is not None:
+            raise ValueError(
+                f"optim.clip_value is {self.clip_value} while optim.clip_norm is {self.clip_norm}; "
+                "leave one of them out"
+            )
+        return self
+
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> "OptimConfig":
         if self.nesterov and self.momentum == 0:

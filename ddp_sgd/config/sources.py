@@ -229,6 +229,7 @@ _MATTERS = (
 """Keys on which the weights depend, each with all that is below it."""
 
 _BEFORE = {
+    "optim.clip_value": None,
     "compute.precision": "fp32",
     "compute.channels_last": False,
     "compute.compile": False,

@@ -128,6 +128,7 @@ def _stepper(
         runtime,
         progress,
         clip_norm=optim.clip_norm,
+        clip_value=optim.clip_value,
         buffers=facts.buffers,
         loss_scale=LossScale(runtime.device) if numerics.scales_loss else None,
     )

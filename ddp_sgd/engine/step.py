@@ -87,6 +87,7 @@ class Stepper:
         runtime: This process.
         progress: Updated at every phase.
         clip_norm: Largest L2 norm of the gradient, above 0; None does not clip.
+        clip_value: Largest absolute value of an element of it, above 0; None does not clip.
         buffers: The buffers that steps change; None: there are none.
         loss_scale: Scale of the loss, for gradients of 16 bits; None: they are not scaled.
 
@@ -103,6 +104,7 @@ class Stepper:
         progress: ProgressTracker,
         *,
         clip_norm: float | None = None,
+        clip_value: float | None = None,
         buffers: TrainingBuffers | None = None,
         loss_scale: LossScale | None = None,
     ) -> None:
@@ -112,6 +114,7 @@ class Stepper:
         self._runtime = runtime
         self._progress = progress
         self._clip_norm = clip_norm
+        self._clip_value = clip_value
         self._buffers = buffers or None
         self.loss_scale = loss_scale
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -195,6 +198,8 @@ class Stepper:
         skipped = (norm - norm).nan_to_num_(nan=1.0).float()  # 0 where it is finite, else 1
         if self._clip_norm is not None:
             clip_grads_with_norm_(self._parameters, self._clip_norm, norm)
+        if self._clip_value is not None and gradient:
+            _clip_elements(gradient, self._clip_value)
         self._optimizer.step(lr, skipped)
         if self._buffers:
             self._buffers.restore_where(skipped)
@@ -241,6 +246,13 @@ def backward(loss: torch.Tensor, gradient: torch.Tensor) -> None:
         allow_unreachable=True,
         accumulate_grad=True,
     )
+
+
+def _clip_elements(tensors: list[torch.Tensor], most: float) -> None:
+    """Clamp every number to [-most, most], in place; of a complex one, both of its parts."""
+    real = [torch.view_as_real(each) if each.is_complex() else each for each in tensors]
+    torch._foreach_clamp_min_(real, -most)
+    torch._foreach_clamp_max_(real, most)
 
 
 def _total_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
