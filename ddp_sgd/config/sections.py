@@ -263,6 +263,10 @@ class LogConfig(Section):
     every_steps: Count = 10
     """Steps between rows of metrics, at least 1."""
 
+    train_accuracy: StrictBool = False
+    """Log train/accuracy: the share of the samples since the last row whose class was predicted, in
+    [0, 1]; for classification."""
+
     tensorboard: StrictBool = False
     """Write TensorBoard files into the run folder as well; needs the extra ddp_sgd[tensorboard]."""
 

@@ -8,7 +8,7 @@ from ddp_sgd.data.loader import MicroBatch, StepBatches
 from ddp_sgd.distributed.data_parallel import DataParallelModel
 from ddp_sgd.distributed.progress import ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine import step as module
+from ddp_sgd.engine import units as module
 from ddp_sgd.engine.step import Stepper
 from ddp_sgd.losses import Objective
 from ddp_sgd.optim.sgd import build_sgd
