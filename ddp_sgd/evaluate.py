@@ -260,7 +260,8 @@ def _fitting_loss(saved: Saved) -> "LossFunction":
 
 def _is_loss_of(saved: Saved) -> bool:
     """Whether the loss that is scored with is that of the run."""
-    return saved.config.loss == Component.model_validate(saved.header.config["loss"])
+    before, now = saved.header.config["loss"], saved.config.loss
+    return (now is None) if before is None else (now == Component.model_validate(before))
 
 
 def _load(

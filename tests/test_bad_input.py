@@ -80,6 +80,13 @@ RANGES = [
     wrong_value("optim.momentum=-0.5", "[0, 1), such as 0.9"),
     wrong_value("optim.weight_decay=-0.1", "at least 0"),
     wrong_value("optim.clip_norm=0", "above 0"),
+    wrong_value("optim.clip_value=0", "above 0"),
+    case(
+        "two ways to clip",
+        ["--optim.clip_value=1", "--optim.clip_norm=2"],
+        CONFIG,
+        "optim.clip_value is 1.0 while optim.clip_norm is 2.0; leave one of them out",
+    ),
     wrong_value("schedule.warmup_epochs=-1", "auto"),
     wrong_value("schedule.warmup_start=0", "(0, 1]"),
     wrong_value("schedule.warmup_start=1.5", "(0, 1]"),

@@ -204,8 +204,10 @@ class RunConfig(Section):
     )
     """Module to train."""
 
-    loss: Component = Component(class_path="torch.nn.CrossEntropyLoss")
-    """Module or function of (outputs, targets) that gives the mean over the samples."""
+    loss: Component | None = Component(class_path="torch.nn.CrossEntropyLoss")
+    """Module or function of (outputs, targets) that gives the mean over the samples, or over what
+    its method units(targets) gives: a tensor without dimensions, or a mapping of such by name, of
+    which loss is trained, else the sum of all. null: the output of the model is that."""
 
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()

@@ -252,6 +252,19 @@ class OptimConfig(Section):
     clip_norm: Positive | None = None
     """Largest L2 norm of the whole gradient, above 0; null does not clip."""
 
+    clip_value: Positive | None = None
+    """Largest absolute value of each element of the gradient, above 0; null does not clip. Not
+    together with clip_norm."""
+
+    @model_validator(mode="after")
+    def _one_way_to_clip(self) -> "OptimConfig":
+        if self.clip_norm is not None and self.clip_value is not None:
+            raise ValueError(
+                f"optim.clip_value is {self.clip_value} while optim.clip_norm is {self.clip_norm}; "
+                "leave one of them out"
+            )
+        return self
+
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> "OptimConfig":
         if self.nesterov and self.momentum == 0:
@@ -349,6 +362,10 @@ class LogConfig(Section):
 
     every_steps: Count = 10
     """Steps between rows of metrics, at least 1."""
+
+    train_accuracy: StrictBool = False
+    """Log train/accuracy: the share of the samples since the last row whose class was predicted, in
+    [0, 1]; for classification."""
 
     tensorboard: StrictBool = False
     """Write TensorBoard files into the run folder as well; needs the extra ddp_sgd[tensorboard]."""

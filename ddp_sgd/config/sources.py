@@ -242,6 +242,7 @@ _BEFORE = {
     "data.input": None,
     "data.target": None,
     "eval.batch_size": None,
+    "optim.clip_value": None,
     "compute.precision": "fp32",
     "compute.channels_last": False,
     "compute.compile": False,

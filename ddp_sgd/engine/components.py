@@ -28,7 +28,7 @@ from ddp_sgd.engine.side_effects import undo_side_effects
 from ddp_sgd.engine.train_state import describe_loss
 from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.instantiate import instantiate
-from ddp_sgd.losses import LossFunction, Objective, Spread, as_module, loss_modules
+from ddp_sgd.losses import LossFunction, ModelLoss, Objective, Spread, as_module, loss_modules
 from ddp_sgd.seeds import seed_for
 
 _HOST = torch.device("cpu")
@@ -116,12 +116,26 @@ def read_sample_batch(
     return batch._replace(inputs=transforms.check(inputs, np.array(batch.indices), epoch))
 
 
-def choose_spread(model: nn.Module, inputs: Any, samples: int) -> Spread:
+def spread_for(model: nn.Module, loss: LossFunction, batch: Batch) -> Spread:
+    """Choose how the inputs of a batch reach a model, which may take the targets after them."""
+    is_last = isinstance(loss, ModelLoss) and batch.targets is not None
+    return choose_spread(model, batch.inputs, len(batch.indices), takes_targets=is_last)
+
+
+def choose_spread(
+    model: nn.Module, inputs: Any, samples: int, *, takes_targets: bool = False
+) -> Spread:
     """Choose how inputs reach a model, by the signature of its ``forward``.
 
     A mapping becomes keyword arguments, and a list or tuple positional ones, where ``forward``
     takes several arguments that these fit. A list of one entry per sample, as detection models
     take, is one argument.
+
+    Args:
+        model: The model.
+        inputs: Inputs of a batch.
+        samples: Samples in it.
+        takes_targets: Whether the last argument of ``forward`` is for the targets.
     """
     if not isinstance(inputs, (Mapping, list, tuple)):
         return "whole"
@@ -132,6 +146,7 @@ def choose_spread(model: nn.Module, inputs: Any, samples: int) -> Spread:
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
         fits = takes_any or set(inputs) <= {p.name for p in named}
         return "keywords" if fits and (len(named) > 1 or takes_any) else "whole"
+    positional = positional[:-1] if takes_targets else positional
     takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters)
     required = [p for p in positional if p.default is p.empty]
     fits = len(required) <= len(inputs) and (takes_any or len(inputs) <= len(positional))
@@ -224,6 +239,7 @@ class Components:
         reading: How samples are read.
         files: What the data sets have opened since nothing was read from them.
         order: Which training samples make a step; None: a permutation for each epoch.
+        counts_correct: Whether training logs its accuracy.
     """
 
     model: nn.Module
@@ -235,6 +251,7 @@ class Components:
     reading: Reading
     files: OpenFiles = field(default_factory=OpenFiles)
     order: Order | None = None
+    counts_correct: bool = False
 
     def close_before_fork(self) -> None:
         """Close what a look at the data has opened, if loader processes will read them."""
@@ -243,7 +260,13 @@ class Components:
 
 
 def gather_components(
-    given: Given, *, model: Component, loss: Component, data: DataConfig, seed: int
+    given: Given,
+    *,
+    model: Component,
+    loss: Component | None,
+    data: DataConfig,
+    seed: int,
+    counts_correct: bool = False,
 ) -> Components:
     """Take what is given, build the rest from the configuration.
 
@@ -255,6 +278,7 @@ def gather_components(
         loss: Section ``loss``.
         data: Section ``data``.
         seed: Seed of the run.
+        counts_correct: Whether training logs its accuracy.
 
     Raises:
         ConfigError: Something is of the wrong kind.
@@ -278,6 +302,7 @@ def gather_components(
         test_sets=test_sets,
         reading=reading,
         files=files,
+        counts_correct=counts_correct,
     )
 
 
@@ -331,9 +356,12 @@ def materialize_lazy(model: nn.Module, loss: LossFunction, batch: Batch, seed: i
     Raises:
         ConfigError: A lazy module is left out by a forward pass.
     """
-    spread = choose_spread(model, batch.inputs, len(batch.indices))
-    objective = Objective(loss, batch.targets, spread=spread)
-    materialize(model, batch.inputs, objective.outputs, seed_for("weights", seed))
+    objective = Objective(loss, batch.targets, spread=spread_for(model, loss, batch))
+
+    def call(model: nn.Module, inputs: Any) -> Any:
+        return objective.outputs(model, inputs, batch.targets)
+
+    materialize(model, batch.inputs, call, seed_for("weights", seed))
 
 
 def ready_model(component: Component, seed: int, model: nn.Module | None = None) -> nn.Module:
@@ -364,13 +392,18 @@ def ready_model(component: Component, seed: int, model: nn.Module | None = None)
     return model
 
 
-def ready_loss(component: Component, loss: LossFunction | None = None) -> LossFunction:
+def ready_loss(component: Component | None, loss: LossFunction | None = None) -> LossFunction:
     """Take the loss that is given, or build the one of the configuration.
+
+    Args:
+        component: Key ``loss`` of the configuration; None: the output of the model is the loss.
+        loss: The one that is given; None builds the other.
 
     Raises:
         ConfigError: It cannot be called, or is a class, whose call would make a loss.
     """
-    loss = instantiate(component, "loss") if loss is None else loss
+    if loss is None:
+        loss = ModelLoss() if component is None else instantiate(component, "loss")
     if not callable(loss) or isinstance(loss, type):
         raise ConfigError(
             f"loss is a {type(loss).__name__}; name a module or function of (outputs, targets)."

@@ -254,7 +254,8 @@ def _train(
         score_epochs=config.eval.every_epochs,
         deadline=Deadline(resume_point.deadline),
     )
-    rank_sync = RankSync(plan, runtime, request, timetable, context.shares, context.state)
+    shares, state, objective = context.shares, context.state, context.objective
+    rank_sync = RankSync(plan, runtime, request, timetable, shares, state, objective)
     run_folder = Path(config.output_dir) / config.name
     seed_for_step = partial(runtime.seed_for, "model", config.seed)
     rates = _rate_table(context, schedule, config.compute)
@@ -283,7 +284,12 @@ def _set_up(
     """Build or take the components, compare the ranks, and build the context."""
     settings = config.model_dump(mode="json")
     components = gather_components(
-        given, model=config.model, loss=config.loss, data=config.data, seed=config.seed
+        given,
+        model=config.model,
+        loss=config.loss,
+        data=config.data,
+        seed=config.seed,
+        counts_correct=config.log.train_accuracy,
     )
     marks = require_consistency(settings, components, runtime)
     identity = Identity(

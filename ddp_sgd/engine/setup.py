@@ -130,6 +130,7 @@ def _stepper(
         runtime,
         progress,
         clip_norm=optim.clip_norm,
+        clip_value=optim.clip_value,
         buffers=facts.buffers,
         loss_scale=LossScale(runtime.device) if numerics.scales_loss else None,
     )
@@ -200,7 +201,8 @@ def _check_training(
 ) -> TrainingFacts:
     train_set, reading = components.train_set, components.reading
     batch = read_sample_batch(train_set, "data.train", reading, runtime.device)
-    return check_training(model, components.loss, train_set, batch, plan, runtime, numerics)
+    parts = model, components.loss, train_set, batch, plan, runtime, numerics
+    return check_training(*parts, counts_correct=components.counts_correct)
 
 
 def _optimizer(optim: OptimConfig, model: nn.Module) -> SGD:

@@ -90,7 +90,7 @@ def test_what_moves_the_weights_is_named_with_both_values(changes, line):
 
 def test_a_key_that_an_older_release_did_not_have_was_at_its_default():
     old = before()
-    del old["optim"]["clip_norm"], old["data"]["train_transforms"]
+    del old["optim"]["clip_norm"], old["optim"]["clip_value"], old["data"]["train_transforms"]
     assert changes_that_matter(old, RunConfig()) == []
     assert changes_that_matter(old, RunConfig(optim={"clip_norm": 2.0})) == [
         "optim.clip_norm was None, is 2.0"

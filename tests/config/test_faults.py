@@ -30,7 +30,7 @@ def _message(values, origins=None, options=()):
         ({"optim": {"epoch": 1}}, "unknown key optim.epoch; did you mean epochs?"),
         (
             {"log": {"zzz": 1}},
-            "unknown key log.zzz; the keys of log are every_steps, tensorboard.",
+            "unknown key log.zzz; the keys of log are every_steps, train_accuracy, tensorboard.",
         ),
         (
             {"zzz": 1},

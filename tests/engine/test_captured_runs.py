@@ -63,6 +63,7 @@ VARIANTS = {
     "micro-batches": {"data": {"batch_size": 3, "accumulate": 3}},
     "tail dropped": {"data": {"tail": "drop"}},
     "clipping": {"optim": {"clip_norm": 0.1, "nesterov": True, "weight_decay": 0.01}},
+    "clipping by value": {"optim": {"clip_value": 0.01}},
     "bf16": {"compute": {"precision": "bf16"}},
     "fp16": {"compute": {"precision": "fp16"}},
     "transforms": {

@@ -14,7 +14,7 @@ from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine import evaluation as module
 from ddp_sgd.engine.components import read_batch
 from ddp_sgd.engine.evaluation import Interrupted, evaluate, evaluating
-from ddp_sgd.engine.loss_check import is_classification
+from ddp_sgd.engine.labels import is_classification
 from ddp_sgd.engine.sanity_check import check_evaluation
 from ddp_sgd.losses import Objective
 from ddp_sgd.models import MLP, ConvNet

@@ -10,9 +10,10 @@ from ranks import run_ranks
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ddp_sgd import named_losses
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data import Digits, loader
-from ddp_sgd.engine import captured_step, step
+from ddp_sgd.engine import captured_step, units
 from ddp_sgd.engine import fit as module
 from ddp_sgd.engine.fit import fit
 from ddp_sgd.engine.sync import RankSync
@@ -72,7 +73,7 @@ class CountWaits(TorchDispatchMode):
 def train(runtime, folder, changes):
     """Train, and tell which steps had waits, and which had a heartbeat."""
     changes = dict(changes)
-    seen = {}
+    loss, seen = changes.pop("loss", None), {}
 
     class Watching(RankSync):
         def after(self, step, result, *, lr):
@@ -92,7 +93,7 @@ def train(runtime, folder, changes):
     if changes.pop("as on", "cpu") == "gpu":
         device = FakeDevice(random.Random(0), eagerness=1.0)
         loader.open_transfer = lambda _: device
-        step.counts_on_host = lambda _: False
+        units.counts_on_host = named_losses.counts_on_host = lambda _: False
         Objective.units = None
     if "cuda_graphs" in str(changes):
 
@@ -112,13 +113,25 @@ def train(runtime, folder, changes):
         output_dir=str(folder),
         epochs=2,
         wandb={"mode": "disabled"},
-        log={"every_steps": 7},
-        **changes,
+        **{"log": {"every_steps": 7}, **changes},
     )
-    loss = nn.CrossEntropyLoss(weight=torch.ones(10)) if "accumulate" in str(changes) else None
+    if "accumulate" in str(changes):
+        loss = loss or nn.CrossEntropyLoss(weight=torch.ones(10))
     with CountWaits() as count:
         fit(config, runtime, train_set=Digits(), loss=loss)
     return seen
+
+
+class EvenDigits:
+    """Two numbers by name; each is a mean over units of its own, counted on the device."""
+
+    def __call__(self, outputs, targets):
+        each = nn.functional.cross_entropy(outputs, targets, reduction="none")
+        even = targets % 2 == 0
+        return {"all": each.mean(), "even": (each * even).sum() / even.sum()}
+
+    def units(self, targets):
+        return {"all": targets.numel(), "even": (targets % 2 == 0).sum()}
 
 
 class AsImages:
@@ -169,6 +182,13 @@ CHANGES = {
     "as on a GPU": {
         "data": {"batch_size": 32, "accumulate": 2, "eval": None},
         "optim": {"clip_norm": 0.5},
+        "as on": "gpu",
+    },
+    "named numbers and units": {
+        "data": {"batch_size": 32, "accumulate": 2, "eval": None},
+        "optim": {"clip_value": 0.5},
+        "log": {"every_steps": 7, "train_accuracy": True},
+        "loss": EvenDigits(),
         "as on": "gpu",
     },
 }

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ddp_sgd.engine.loss_check import examine_loss, is_classification
+from ddp_sgd.engine.labels import is_classification
+from ddp_sgd.engine.loss_check import examine_loss
 
 GENERATOR = torch.Generator().manual_seed(0)
 SCORES = torch.randn(8, 10, generator=GENERATOR)
