@@ -40,9 +40,12 @@ class AfterStep:
 
     Args:
         model: The model itself, not its wrapper.
-        places: The parameters and buffers that it may change.
+        places: Of the parameters and buffers that it may change.
         runtime: This process.
         waits: Whether the norm is looked at; None: on the CPU.
+
+    Attributes:
+        places: Of the parameters and buffers that are put back where a step was skipped.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class AfterStep:
         *,
         waits: bool | None = None,
     ) -> None:
+        self.places = places
         self._model = model
         self._kept = TrainingBuffers(places, [], runtime)
         self._waits = runtime.device.type == "cpu" if waits is None else waits

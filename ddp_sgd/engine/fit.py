@@ -219,7 +219,7 @@ def fit(  # noqa: PLR0913  # what a user brings, by name
     ):
         request.force = partial(end_process, error_propagation=runtime.error_propagation)
         resume_point = find_resume_point(config, folder, runtime)
-        if resume_point.ending and not _lacks_test(resume_point.ending, config, given):
+        if resume_point.ending and not _lacks_test(resume_point, config, given):
             reading = build_reading(config.data, config.seed)
             return _repeat_result(
                 resume_point.ending, resume_point, given, reading, runtime, folder
@@ -378,10 +378,14 @@ def _repeat_result(
     return result
 
 
-def _lacks_test(ending: RunResult, config: RunConfig, given: Given) -> bool:
-    """Whether a run that was finished before has a test set by now, and was not scored on one."""
+def _lacks_test(resume_point: ResumePoint, config: RunConfig, given: Given) -> bool:
+    """Whether a run that was finished before has a test set by now, and was not scored on one.
+
+    Where its weights are lost, nothing can be scored, and its result is all there is.
+    """
     has_test_set = given.test_set is not None or config.data.test is not None
-    return has_test_set and "test/count" not in ending.scores
+    is_tested = resume_point.ending is not None and "test/count" in resume_point.ending.scores
+    return has_test_set and not is_tested and resume_point.header is not None
 
 
 def _stop_request(stop: HasReason) -> StopRequest:

@@ -13,11 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ddp_sgd import named_losses
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data import Digits, loader
-from ddp_sgd.engine import captured_step, units
+from ddp_sgd.engine import captured_step, sanity_check, units
 from ddp_sgd.engine import fit as module
+from ddp_sgd.engine.after_step import AfterStep, check_after_step
 from ddp_sgd.engine.fit import fit
 from ddp_sgd.engine.sync import RankSync
 from ddp_sgd.losses import Objective
+from ddp_sgd.models import MLP
 
 WAITS = {
     torch.ops.aten._local_scalar_dense.default,  # item(), tolist(), float(), bool(), if
@@ -95,6 +97,12 @@ def train(runtime, folder, changes):
         loader.open_transfer = lambda _: device
         units.counts_on_host = named_losses.counts_on_host = lambda _: False
         Objective.units = None
+
+        def check(*args):
+            found = check_after_step(*args)
+            return found and AfterStep(args[0], found.places, runtime, waits=False)
+
+        sanity_check.check_after_step = check
     if "cuda_graphs" in str(changes):
 
         class Uncounted(Again):
@@ -132,6 +140,19 @@ class EvenDigits:
 
     def units(self, targets):
         return {"all": targets.numel(), "even": (targets % 2 == 0).sum()}
+
+
+class Following(MLP):
+    """A network with a mean of its weights, and a buffer that is replaced."""
+
+    def __init__(self):
+        super().__init__(64, [16], 10)
+        self.mean = nn.Parameter(self[-1].weight.detach().clone(), requires_grad=False)
+        self.register_buffer("center", torch.zeros(16))
+
+    def after_step(self, step):
+        self.mean.lerp_(self[-1].weight, 0.5)
+        self.center = self.mean.mean(dim=0)
 
 
 class AsImages:
@@ -182,6 +203,7 @@ CHANGES = {
     "as on a GPU": {
         "data": {"batch_size": 32, "accumulate": 2, "eval": None},
         "optim": {"clip_norm": 0.5},
+        "model": {"class_path": f"{__name__}.Following"},
         "as on": "gpu",
     },
     "named numbers and units": {
