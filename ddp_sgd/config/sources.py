@@ -337,7 +337,10 @@ def _is_in(key: str, keys: Sequence[str]) -> bool:
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Every key with its value; an empty mapping is as good as none."""
-    return {key: value for key, value in leaves(config) if value != {}}
+    settings = {key: value for key, value in leaves(config) if value != {}}
+    if "loss" in settings:  # null, in whose place there is a component by default
+        settings["loss.class_path"] = settings.pop("loss")
+    return settings
 
 
 def rank_batch(config: Mapping[str, Any]) -> int:
