@@ -207,7 +207,8 @@ def _score(saved: Saved, component: Component, runtime: "Runtime") -> "tuple[Met
     files = OpenFiles(eval_set)
     model = components.ready_model(config.model, config.seed)
     loss = as_module(_fitting_loss(saved))
-    reading = build_reading(config.data, config.seed, trains=False)
+    size = config.eval.batch_size
+    reading = build_reading(config.data, config.seed, trains=False, eval_batch_size=size)
     if not components.is_materialized(model):
         batch = components.read_sample_batch(eval_set, "data.eval", reading)
         components.materialize_lazy(model, loss, batch, config.seed)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from types import FunctionType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -104,7 +104,7 @@ class Objective:
         Returns:
             Tensor without dimensions.
         """
-        loss: torch.Tensor = self._loss(outputs, targets)
+        loss: torch.Tensor = call_loss(self._loss, outputs, targets)
         return loss
 
     def weight(self, samples: int) -> int:
@@ -179,6 +179,25 @@ def wide_float(device: torch.device) -> torch.dtype:
 def counts_on_host(device: torch.device) -> bool:
     """Whether the units of targets are counted on the host: elsewhere that would wait for them."""
     return device.type == "cpu"
+
+
+def call_loss(loss: LossFunction, outputs: Any, targets: Any) -> Any:
+    """Call a loss: with outputs alone where there are no targets, unless it takes both."""
+    if targets is None and not _takes_both(loss):
+        return cast("Callable[[Any], Any]", loss)(outputs)
+    return loss(outputs, targets)
+
+
+def _takes_both(loss: Any) -> bool:
+    """Whether a loss has two positional arguments without a default value."""
+    function = loss.forward if isinstance(loss, nn.Module) else loss
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        return True
+    except ValueError:  # a function that is not written in Python
+        return False
+    return False
 
 
 def refuse_reduction(loss: LossFunction) -> None:

@@ -274,7 +274,12 @@ def _set_up(
     """Build or take the components, compare the ranks, and build the context."""
     settings = config.model_dump(mode="json")
     components = gather_components(
-        given, model=config.model, loss=config.loss, data=config.data, seed=config.seed
+        given,
+        model=config.model,
+        loss=config.loss,
+        data=config.data,
+        seed=config.seed,
+        eval_batch_size=config.eval.batch_size,
     )
     marks = require_consistency(settings, components, runtime)
     identity = Identity(

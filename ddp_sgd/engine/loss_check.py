@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from ddp_sgd.errors import DataError
-from ddp_sgd.losses import LossFunction
+from ddp_sgd.losses import LossFunction, call_loss
 from ddp_sgd.tree import map_tensors
 
 Reduction = Literal["mean", "sum", "other"]
@@ -100,7 +100,7 @@ def _value(loss: LossFunction, outputs: Any, targets: Any) -> torch.Tensor | Non
     """Compute a loss; None if that fails, or gives no finite number."""
     try:
         with torch.no_grad():
-            value = loss(outputs, targets).detach()
+            value = call_loss(loss, outputs, targets).detach()
     except Exception:  # any error of a user's loss on outputs that are not the model's
         return None
     return value if value.ndim == 0 and bool(value.isfinite()) else None

@@ -41,6 +41,7 @@ from ddp_sgd.losses import (
     LossFunction,
     Objective,
     as_module,
+    call_loss,
     has_forward_of_torch,
     is_of_classes,
     loss_modules,
@@ -249,11 +250,17 @@ class _Check:
             with warnings.catch_warnings(), self._numerics.autocast():
                 # Shapes that torch stretches to fit give a loss over unintended pairs.
                 warnings.filterwarnings("error", message="Using a target size")
-                return self._loss(outputs, self._targets)
+                return call_loss(self._loss, outputs, self._targets)
         except Exception as error:  # any error of a user's loss
             refuse_out_of_memory(error, self._use)
             if isinstance(error, IndexError):
                 self._check_labels(outputs)
+            if self._targets is None:
+                raise ConfigError(
+                    f"loss is {_name_of(self._loss)}, which fails without targets, "
+                    f"{type(error).__name__}: {error}; choose them by data.target, or name a loss "
+                    "of the outputs alone."
+                ) from error
             raise ConfigError(
                 f"the model gives {describe(outputs)}{self._mode}, which does not fit targets of "
                 f"{describe(self._targets)}, {type(error).__name__}: {error}; change the last "

@@ -231,6 +231,7 @@ def _train_loader(components: Components, plan: Plan, runtime: Runtime) -> Train
         device=runtime.device,
         collate=components.reading.collate,
         transforms=components.reading.train_transforms,
+        selection=components.reading.selection,
         arrays=place_arrays(components.train_set, "data.train", components.reading, runtime),
     )
 
@@ -288,7 +289,7 @@ def build_scorer(
     batch = read_sample_batch(eval_set, "data.eval", reading, runtime.device)
     facts = check_evaluation(model, loss, eval_set, batch, runtime, numerics)
     chunks = EvalSampler(
-        len(eval_set), batch_size=reading.batch_size, in_step=facts.communicates, **runtime.shard
+        len(eval_set), batch_size=reading.chunk_size, in_step=facts.communicates, **runtime.shard
     )
     loader = EvalLoader(
         eval_set,
@@ -298,6 +299,7 @@ def build_scorer(
         device=runtime.device,
         collate=reading.collate,
         transforms=reading.eval_transforms,
+        selection=reading.selection,
         arrays=place_arrays(eval_set, "data.eval", reading, runtime),
     )
     begin_chunk = partial(facts.begin_chunk, reading.seed)
