@@ -208,7 +208,8 @@ def _score(saved: Saved, runtime: "Runtime") -> "tuple[Metrics, str]":
     files = OpenFiles(*eval_sets.values())
     model = components.ready_model(config.model, config.seed)
     loss = as_module(_fitting_loss(saved))
-    reading = build_reading(config.data, config.seed, trains=False)
+    size = config.eval.batch_size
+    reading = build_reading(config.data, config.seed, trains=False, eval_batch_size=size)
     if not components.is_materialized(model):
         where, first = next(iter(eval_sets.items()))
         batch = components.read_sample_batch(first, where, reading)

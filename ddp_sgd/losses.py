@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from types import FunctionType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -218,8 +218,22 @@ class ModelLoss:
 
 
 def call_loss(loss: LossFunction, outputs: Any, targets: Any) -> Any:
-    """Call a loss: with outputs alone where there are no targets."""
-    return loss(outputs) if targets is None else loss(outputs, targets)
+    """Call a loss: with outputs alone where there are no targets, unless it takes both."""
+    if targets is None and not _takes_both(loss):
+        return cast("Callable[[Any], Any]", loss)(outputs)
+    return loss(outputs, targets)
+
+
+def _takes_both(loss: Any) -> bool:
+    """Whether a loss has two positional arguments without a default value."""
+    function = loss.forward if isinstance(loss, nn.Module) else loss
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        return True
+    except ValueError:  # a function that is not written in Python
+        return False
+    return False
 
 
 def refuse_reduction(loss: LossFunction) -> None:

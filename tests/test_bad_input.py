@@ -558,7 +558,7 @@ DATA_SETS = [
         user_data("Mappings"),
         DATA,
         "data.train[0] is a mapping with pixels, digit, not (input, target)",
-        "ddp_sgd.data.Columns",
+        "choose by name with --data.input=pixels --data.target=digit, or",
     ),
     case(
         "triple for a sample",
@@ -594,7 +594,20 @@ DATA_SETS = [
             "digit, rows: {class_path: user_code.Mappings}}}"
         ],
         DATA,
-        "column pixel is not in pixels, digit; name one of those.",
+        "input names pixel while rows[",
+        "] has pixels, digit; name one of those.",
+    ),
+    case(
+        "column that samples lack",
+        [*user_data("Mappings"), "--data.input=pixels", "--data.target=[digit, id]"],
+        DATA,
+        "data.target names id while data.train[0] has pixels, digit; name one of those.",
+    ),
+    case(
+        "target without an input",
+        ["--data.target=label"],
+        CONFIG,
+        "data.target is label while data.input is null; name the part of a sample that the model",
     ),
     case(
         "inputs that are not numbers",

@@ -177,7 +177,7 @@ class DataConfig(Section):
 
     target: Annotated[Choice | None, Field(examples=["label"])] = None
     """Part of a sample that the loss compares with, in the same way; null, with data.input: there
-    is none, and the loss is a function of the outputs alone."""
+    is none, and the loss is called with the outputs alone."""
 
     workers: Annotated[StrictInt, Field(ge=0)] = 0
     """Loader processes of each rank; 0 reads in the rank itself, which is faster for data in

@@ -21,6 +21,7 @@ from ddp_sgd.data.dataset_checks import OpenFiles
 from ddp_sgd.data.device import move
 from ddp_sgd.data.fetcher import EVAL_EPOCH, Collate, Fetcher, Request, Unreadable
 from ddp_sgd.data.order import Order
+from ddp_sgd.data.selection import Selection
 from ddp_sgd.engine.evaluation import evaluating
 from ddp_sgd.engine.model_check import check_loss_parameters, check_model
 from ddp_sgd.engine.reading import Reading, build_reading
@@ -70,7 +71,14 @@ def check_dataset(dataset: Any, where: str) -> None:
         raise DataError(f"{where} is empty; name a data set with at least one sample.")
 
 
-def read_batch(dataset: Any, where: str, *, batch_size: int, collate: Collate | None) -> Batch:
+def read_batch(
+    dataset: Any,
+    where: str,
+    *,
+    batch_size: int,
+    collate: Collate | None,
+    selection: Selection | None = None,
+) -> Batch:
     """Read a few samples, spread over a data set, in the way of an evaluation.
 
     Args:
@@ -78,13 +86,14 @@ def read_batch(dataset: Any, where: str, *, batch_size: int, collate: Collate | 
         where: Its key, for errors.
         batch_size: Samples of a micro-batch.
         collate: Function from a list of samples to a batch; None: torch's default_collate.
+        selection: Chooses input and target of a sample; None: samples are pairs.
 
     Raises:
         DataError: The samples cannot be read.
     """
     samples = min(len(dataset), max(2, min(_MOST_SAMPLES, batch_size)))
     indices = np.linspace(0, len(dataset) - 1, samples).astype(np.int64)
-    fetcher = Fetcher(dataset, where, 0, collate)
+    fetcher = Fetcher(dataset, where, 0, collate, selection)
     read = fetcher.read_with_singles(Request(EVAL_EPOCH, indices))
     if isinstance(read, Unreadable):
         raise DataError(read.message)
@@ -107,11 +116,12 @@ def read_sample_batch(
         ConfigError: A transform fails, or does not keep to its interface.
         DataError: The samples cannot be read.
     """
-    size, collate = reading.batch_size, reading.collate
-    batch = read_batch(dataset, where, batch_size=size, collate=collate)
-    transforms, epoch = reading.train_transforms, 0
+    size, transforms, epoch = reading.batch_size, reading.train_transforms, 0
     if where != "data.train":
-        transforms, epoch = reading.eval_transforms, EVAL_EPOCH
+        size, transforms, epoch = reading.chunk_size, reading.eval_transforms, EVAL_EPOCH
+    batch = read_batch(
+        dataset, where, batch_size=size, collate=reading.collate, selection=reading.selection
+    )
     inputs = move(batch.inputs, device)
     return batch._replace(inputs=transforms.check(inputs, np.array(batch.indices), epoch))
 
@@ -267,6 +277,7 @@ def gather_components(
     data: DataConfig,
     seed: int,
     counts_correct: bool = False,
+    eval_batch_size: int | None = None,
 ) -> Components:
     """Take what is given, build the rest from the configuration.
 
@@ -279,6 +290,7 @@ def gather_components(
         data: Section ``data``.
         seed: Seed of the run.
         counts_correct: Whether training logs its accuracy.
+        eval_batch_size: Key ``eval.batch_size``.
 
     Raises:
         ConfigError: Something is of the wrong kind.
@@ -289,7 +301,7 @@ def gather_components(
     built = ready_model(model, seed, given.model)
     loss_function = ready_loss(loss, given.loss)
     check_loss_parameters(loss_modules(loss_function, built))
-    reading = build_reading(data, seed)
+    reading = build_reading(data, seed, eval_batch_size=eval_batch_size)
     if not is_materialized(built):
         batch = read_sample_batch(train_set, "data.train", reading)
         materialize_lazy(built, loss_function, batch, seed)

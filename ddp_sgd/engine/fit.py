@@ -290,6 +290,7 @@ def _set_up(
         data=config.data,
         seed=config.seed,
         counts_correct=config.log.train_accuracy,
+        eval_batch_size=config.eval.batch_size,
     )
     marks = require_consistency(settings, components, runtime)
     identity = Identity(

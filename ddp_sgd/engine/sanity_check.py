@@ -271,6 +271,12 @@ class _Check:
             refuse_out_of_memory(error, self._use)
             if isinstance(error, IndexError):
                 self._check_labels(outputs)
+            if self._targets is None:
+                raise ConfigError(
+                    f"loss is {name_of(self._loss)}, which fails without targets, "
+                    f"{type(error).__name__}: {error}; choose them by data.target, or name a loss "
+                    "of the outputs alone."
+                ) from error
             raise ConfigError(
                 f"the model gives {describe(outputs)}{self._mode}, which does not fit targets of "
                 f"{describe(self._targets)}, {type(error).__name__}: {error}; change the last "

@@ -234,6 +234,7 @@ def _train_loader(components: Components, plan: Plan, runtime: Runtime) -> Train
         device=runtime.device,
         collate=components.reading.collate,
         transforms=components.reading.train_transforms,
+        selection=components.reading.selection,
         arrays=place_arrays(components.train_set, "data.train", components.reading, runtime),
     )
 
@@ -317,7 +318,7 @@ def build_scorer(  # noqa: PLR0913  # a data set, and what scores it
     batch = read_sample_batch(eval_set, where, reading, runtime.device)
     facts = check_evaluation(model, loss, eval_set, batch, runtime, numerics, where=where)
     chunks = EvalSampler(
-        len(eval_set), batch_size=reading.batch_size, in_step=facts.communicates, **runtime.shard
+        len(eval_set), batch_size=reading.chunk_size, in_step=facts.communicates, **runtime.shard
     )
     loader = EvalLoader(
         eval_set,
@@ -327,6 +328,7 @@ def build_scorer(  # noqa: PLR0913  # a data set, and what scores it
         device=runtime.device,
         collate=reading.collate,
         transforms=reading.eval_transforms,
+        selection=reading.selection,
         arrays=place_arrays(eval_set, where, reading, runtime),
         where=where,
     )
