@@ -82,7 +82,9 @@ def _choose(context: TrainContext, folder: Path) -> _Chosen:
     if best is None:
         return _Chosen(last, None, "the last ones, since no held-out set chooses")
     if fault := saved.fault_of(best):
-        return _Chosen(last, None, f"the last ones, since the best of them, {best.file}, {fault}")
+        return _Chosen(
+            last, None, f"the last ones, since the best checkpoint, {best.file}, {fault}"
+        )
     header = best.header
     is_last = header.samples == context.plan.samples_at(last)
     file = None if is_last else saved.path / best.file

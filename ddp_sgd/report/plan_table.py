@@ -116,11 +116,12 @@ def _data_rows(data: DataConfig) -> list[tuple[str, str]]:
 
 
 def _scored(data: DataConfig) -> list[str]:
-    """Name several held-out sets, the first of which chooses, and the test set."""
+    """Name held-out sets that have names, the first of which chooses, and the test set."""
     names = [prefix_of(key) for key in data.eval_sets]
-    several = [f"{', '.join(names)}; the best checkpoint by {names[0]}"] if len(names) > 1 else []
+    has_names = bool(names) and names != ["eval"]
+    named = [f"{', '.join(names)}; the best checkpoint by {names[0]}"] if has_names else []
     weights = "the weights of the best checkpoint" if names else "the last weights"
-    return [*several, *([f"test, once at the end, with {weights}"] if data.test else [])]
+    return [*named, *([f"test, once at the end, with {weights}"] if data.test else [])]
 
 
 def _wrapped(title: str, parts: Iterable[str]) -> list[tuple[str, str]]:

@@ -164,7 +164,7 @@ def test_a_best_checkpoint_that_is_damaged_is_named(tmp_path, capsys):
     fit(describe(tmp_path), Runtime())
     (row,) = rows(tmp_path)
     assert final_scores(row) == {"test/step": 45, **rescored(tmp_path, 45)}
-    assert f"the last ones, since the best of them, step-{step:08d}.pt, is damaged" in (
+    assert f"the last ones, since the best checkpoint, step-{step:08d}.pt, is damaged" in (
         capsys.readouterr().out
     )
 

@@ -200,6 +200,7 @@ def test_several_held_out_sets_and_a_test_set_are_named():
     best = "test, once at the end, with the weights of the best checkpoint"
     for data, words in (
         ({"eval": one}, []),
+        ({"eval": {"b": one}}, ["eval/b; the best checkpoint by eval/b"]),
         ({"eval": {"b": one, "a": two}}, [sets]),
         ({"eval": {"b": one, "a": two}, "test": two}, [sets, best]),
         ({"eval": None, "test": two}, ["test, once at the end, with the last weights"]),
