@@ -117,6 +117,11 @@ class Stepper:
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._factors: dict[tuple[float, torch.dtype], torch.Tensor] = {}
 
+    @property
+    def momentum(self) -> float:
+        """Momentum of the next step."""
+        return self._optimizer.momentum
+
     def step(self, batches: StepBatches, lr: float | torch.Tensor) -> StepResult:
         """Take one step on the mean gradient over every unit of every rank.
 

@@ -43,8 +43,8 @@ def plan_lines(
         data: Section ``data`` of the configuration; None: its defaults.
 
     Returns:
-        Five lines: precision, batches, steps, rates, schedule; one for transforms, if there are
-        any, and for each note on the schedule.
+        Five lines: precision, batches, steps, rates, schedule; one for momentum, if it changes, for
+        transforms, if there are any, and for each note on the schedule.
     """
     transforms = "; ".join(_transforms(data or DataConfig()))
     return [
@@ -52,10 +52,11 @@ def plan_lines(
         f"batch     {_product(plan)} = {_count(plan.global_batch, 'sample')} per step; "
         f"the data set has {plan.samples:,}",
         f"steps     {plan.steps_per_epoch:,} per epoch, {plan.total_steps:,} in "
-        f"{_count(plan.epochs, 'epoch')}; {_tail(plan)}",
+        f"{_epochs(plan)}; {_tail(plan)}",
         f"rate      {plan.base_lr:.6g} for {_count(plan.reference_batch, 'sample')} -> "
         f"{plan.peak_lr:.6g} for {plan.global_batch:,} ({plan.scaling}, k = {plan.scale:.6g})",
-        f"schedule  {plan.schedule}; warm-up: {_warm_up(plan)}",
+        f"schedule  {_curve_words(plan)}; warm-up: {_warm_up(plan)}",
+        *([f"momentum  {_momentum(plan)}"] if plan.momentum_start is not None else []),
         *([f"transform {transforms}"] if transforms else []),
         *(f"note      {note}" for note in _schedule_notes(plan, milestones)),
     ]
@@ -105,8 +106,7 @@ def _batch_rows(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _transform_rows(data: DataConfig) -> list[tuple[str, str]]:
-    lines = [line for part in _transforms(data) for line in textwrap.wrap(part, _NOTE_WIDTH)]
-    return [("" if number else "transforms", line) for number, line in enumerate(lines)]
+    return _wrapped("transforms", *_transforms(data))
 
 
 def _transforms(data: DataConfig) -> list[str]:
@@ -122,7 +122,7 @@ def _transforms(data: DataConfig) -> list[str]:
 def _step_rows(plan: Plan) -> list[tuple[str, str]]:
     return [
         ("an epoch", _length(plan.steps_per_epoch, plan.samples_per_epoch)),
-        (_count(plan.epochs, "epoch"), _length(plan.total_steps, plan.total_samples)),
+        (_epochs(plan), _length(plan.total_steps, plan.total_samples)),
         (f"tail ({plan.tail})", _tail(plan)),
         *(("", line) for line in _shares(plan)),
     ]
@@ -135,8 +135,9 @@ def _rate_rows(plan: Plan) -> list[tuple[str, str]]:
         ("k", f"{plan.scale:.6g} = {reference}"),
         ("rule", _RULES[plan.scaling]),
         ("peak", f"{plan.peak_lr:.6g} for {_count(plan.global_batch, 'sample')} per step"),
-        ("schedule", plan.schedule),
-        ("warm-up", _warm_up(plan)),
+        *_wrapped("schedule", _curve_words(plan)),
+        *_wrapped("warm-up", _warm_up(plan)),
+        *([("momentum", _momentum(plan))] if plan.momentum_start is not None else []),
     ]
 
 
@@ -157,11 +158,13 @@ def _compute_rows(compute: ComputeConfig) -> list[tuple[str, str]]:
 
 
 def _note_rows(plan: Plan, milestones: Sequence[float]) -> list[tuple[str, str]]:
-    return [
-        ("" if number else "note", line)
-        for note in _schedule_notes(plan, milestones)
-        for number, line in enumerate(textwrap.wrap(note, _NOTE_WIDTH))
-    ]
+    return [row for note in _schedule_notes(plan, milestones) for row in _wrapped("note", note)]
+
+
+def _wrapped(title: str, *texts: str) -> list[tuple[str, str]]:
+    """Rows of a text of several lines, of which the first has the title."""
+    lines = [line for text in texts for line in textwrap.wrap(text, _NOTE_WIDTH)]
+    return [("" if number else title, line) for number, line in enumerate(lines)]
 
 
 def _tail(plan: Plan) -> str:
@@ -205,19 +208,38 @@ def _share(ranks: range, sizes: tuple[int, ...]) -> str:
     return f"{owner}{_count(sum(sizes), 'sample')}{' each' if several else ''} ({shape})"
 
 
+def _curve_words(plan: Plan) -> str:
+    """Name the curve, and when the rate changes if that is not at every step."""
+    return plan.schedule + (", by epoch" if plan.by == "epoch" else "")
+
+
+_JOINED = {
+    "multiply": "",
+    "shift": ", then the schedule begins",
+    "replace": ", in place of the schedule",
+}
+
+
 def _warm_up(plan: Plan) -> str:
-    if plan.warmup_steps == 0 or plan.warmup_start == 1:  # a ramp from the peak to the peak
+    is_flat = plan.warmup_start == 1 and plan.warmup == "multiply"  # from the peak to the peak
+    if plan.warmup_steps == 0 or is_flat:
         return "none"
-    part = f"{plan.epoch_at(plan.warmup_steps):.4g} of {_count(plan.epochs, 'epoch')}"
+    part = f"{plan.epoch_at(plan.warmup_steps):.4g} of {_epochs(plan)}"
     samples = _count(plan.samples_at(plan.warmup_steps), "sample")
-    start = f"{plan.peak_lr * plan.warmup_start:.6g}"
+    start = f"{plan.peak_lr * plan.warmup_start:.6g}{_JOINED[plan.warmup]}"
     return f"{_count(plan.warmup_steps, 'step')} ({samples}, {part}) from {start}"
+
+
+def _momentum(plan: Plan) -> str:
+    steps = _count(plan.warmup_steps, "step")
+    return f"{plan.momentum_start:.6g} -> {plan.momentum:.6g} over {steps}"
 
 
 def _schedule_notes(plan: Plan, milestones: Sequence[float]) -> Iterator[str]:
     """List what a run leaves out of its schedule, as a run does that is shortened for a trial."""
-    epochs = _count(plan.epochs, "epoch")
-    late = [epoch for epoch in milestones if step_of(epoch, plan) >= plan.total_steps]
+    epochs = _epochs(plan)
+    begin = plan.warmup_steps if plan.warmup == "shift" else 0
+    late = [epoch for epoch in milestones if begin + step_of(epoch, plan) >= plan.total_steps]
     if late:
         shown = ", ".join(f"{epoch:.6g}" for epoch in late)
         yield f"milestones [{shown}] are not reached in {epochs}"
@@ -251,6 +273,11 @@ def _product(plan: Plan) -> str:
 
 def _length(steps: int, samples: int) -> str:
     return f"{_count(steps, 'step')} ({_count(samples, 'sample')})"
+
+
+def _epochs(plan: Plan) -> str:
+    """Write the length of the run in epochs, of which the last may be a part."""
+    return f"{plan.passes:,.6g} epoch{'' if plan.passes == 1 else 's'}"
 
 
 def _count(number: int, noun: str) -> str:
@@ -288,7 +315,7 @@ def curve(plan: Plan, schedule: Schedule, *, width: int = 60, height: int = 10) 
             f"{'rate':>{margin}}",
             *(f"{labels.get(row, ''):>{margin}} |{line}" for row, line in enumerate(lines)),
             f"{'':>{margin}} +{'-' * width}",
-            f"{'':>{margin}}  {_epochs_axis(plan.epochs, width)}",
+            f"{'':>{margin}}  {_epochs_axis(plan, width)}",
         ]
     )
 
@@ -305,8 +332,8 @@ def _draw(levels: list[int], height: int) -> list[str]:
     return ["".join(line).rstrip() for line in reversed(canvas)]
 
 
-def _epochs_axis(epochs: int, width: int) -> str:
+def _epochs_axis(plan: Plan, width: int) -> str:
     """Label the start, the middle and the end of the axis."""
-    middle, end = f"{epochs / 2:g}", f"{epochs:,} epoch{'s' if epochs > 1 else ''}"
+    middle, end = f"{plan.passes / 2:g}", _epochs(plan)
     left = f"0{middle:>{(width + len(middle)) // 2 - 1}}"
     return f"{left}{end:>{width - len(left)}}"
