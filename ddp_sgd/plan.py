@@ -3,10 +3,10 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ddp_sgd.config.schema import RunConfig
-from ddp_sgd.config.sections import DataConfig, OptimConfig
+from ddp_sgd.config.sections import DataConfig, OptimConfig, ScheduleConfig
 from ddp_sgd.errors import ConfigError, DataError
 
 
@@ -48,11 +48,12 @@ class Plan:
         distinct_samples: Different samples among these.
         repeated_samples: Samples among these that are read more than once in an epoch.
         steps_per_epoch: ceil(m / G), or floor(m / G) if the tail is dropped.
-        samples_per_epoch: Samples that an epoch trains: m, or steps_per_epoch x G.
-        last_batch: Samples in the last step of an epoch.
+        samples_per_epoch: Samples that an epoch trains: n, or steps_per_epoch x G.
+        last_batch: Samples in the last step of an epoch; those of a full step if the run ends
+            before.
         smallest_micro_batch: Fewest samples in any forward pass of any rank; 0 if a rank is ever
             empty.
-        epochs: Passes over the data.
+        epochs: Passes over the data that the run begins; it may end in the middle of the last one.
         total_steps: Steps in the run.
         total_samples: Samples in the run.
         reference_batch: Samples a step that base_lr is quoted for.
@@ -60,9 +61,14 @@ class Plan:
         scaling: Rule that leads from base_lr to peak_lr.
         base_lr: Rate for reference_batch.
         peak_lr: Rate for global_batch.
-        schedule: Name of the curve.
+        schedule: Name of the curve; the class_path of a user's own.
+        by: ``step``, or ``epoch`` if the rate changes at the beginning of an epoch only.
+        warmup: How the warm-up and the curve are joined: ``multiply``, ``shift`` or ``replace``.
         warmup_steps: Length of the warm-up.
         warmup_start: Factor of the peak rate at step 0, in (0, 1].
+        momentum: m of SGD, in [0, 1).
+        momentum_start: m at step 0, which goes to ``momentum`` along the warm-up; None: it does
+            not change.
         samples_before: Samples beyond those of this plan's steps, which the run trained while it
             had another global batch.
         local_start: Steps after which ranks take steps of their own; None: they never do.
@@ -93,9 +99,18 @@ class Plan:
     schedule: str
     warmup_steps: int
     warmup_start: float
+    by: str = "step"
+    warmup: str = "multiply"
+    momentum: float = 0.0
+    momentum_start: float | None = None
     samples_before: int = 0
     local_start: int | None = None
     local_period: int = 1
+
+    @property
+    def passes(self) -> float:
+        """Passes over the data in the run, a real number."""
+        return self.total_samples / self.samples_per_epoch
 
     def epoch_at(self, step: int) -> float:
         """Passes over the data after ``step`` steps: samples seen / samples of an epoch."""
@@ -135,7 +150,7 @@ class Plan:
             step == 0
             or not self.is_local(step - 1)
             or step % self.local_period == 0
-            or step % self.steps_per_epoch == 0
+            or self.ends_epochs(step, 1)
         )
 
     def step_samples(self, step: int) -> int:
@@ -163,17 +178,21 @@ def make_plan(
     Raises:
         DataError: The training set is empty.
         ConfigError: No step is left, since the global batch is larger than the data and the tail is
-            dropped; or the peak rate is too large, or too small, for a number.
+            dropped; the peak rate is too large, or too small, for a number; or momentum is to
+            change along a warm-up, and there is none.
     """
     data, optim = config.data, config.optim
     global_batch, reference_batch = kept or _batches(config, world_size)
     read = facts_of_order(global_batch) if facts_of_order else OrderFacts.of_permutation(samples)
     steps_per_epoch, samples_per_epoch = _epoch(data, read.length, world_size, global_batch)
-    last_batch = samples_per_epoch - (steps_per_epoch - 1) * global_batch
+    total_steps = config.steps or config.epochs * steps_per_epoch
+    epochs, rest = divmod(total_steps, steps_per_epoch)
+    before_last = (steps_per_epoch - 1) * global_batch
+    last_batch = samples_per_epoch - before_last if epochs else global_batch
     sizes = min(global_batch, samples_per_epoch), last_batch
     scale = global_batch / reference_batch
     peak_lr = _peak_lr(optim, scale)
-    start, local = config.schedule.warmup_start, config.parallel.local_sgd
+    local = config.parallel.local_sgd
     return Plan(
         world_size=world_size,
         samples=samples,
@@ -188,17 +207,16 @@ def make_plan(
         samples_per_epoch=samples_per_epoch,
         last_batch=last_batch,
         smallest_micro_batch=_smallest_micro_batch(sizes, world_size, data.batch_size),
-        epochs=config.epochs,
-        total_steps=config.epochs * steps_per_epoch,
-        total_samples=config.epochs * samples_per_epoch,
+        epochs=epochs + (rest > 0),
+        total_steps=total_steps,
+        total_samples=epochs * samples_per_epoch + rest * global_batch,
         reference_batch=reference_batch,
         scale=scale,
         scaling=optim.scaling,
         base_lr=optim.lr,
         peak_lr=peak_lr,
-        schedule=config.schedule.name,
-        warmup_steps=round(_warmup_epochs(config, scale) * steps_per_epoch),
-        warmup_start=min(1.0, optim.lr / peak_lr) if start == "auto" else start,
+        momentum=optim.momentum,
+        **_schedule(config, total_steps, steps_per_epoch, scale, peak_lr),
         local_start=local.start_step if world_size > 1 else None,
         local_period=local.period,
     )
@@ -265,10 +283,34 @@ def _peak_lr(optim: OptimConfig, scale: float) -> float:
     return peak
 
 
-def _warmup_epochs(config: RunConfig, scale: float) -> float:
-    asked = config.schedule.warmup_epochs
-    if asked != "auto":
-        return asked
-    return (
-        min(5.0, config.epochs / 10) if scale > 1 and config.schedule.name != "one_cycle" else 0.0
-    )
+def _schedule(
+    config: RunConfig, total_steps: int, steps_per_epoch: int, scale: float, peak_lr: float
+) -> dict[str, Any]:
+    """Fields of the plan that follow from the section ``schedule``."""
+    schedule = config.schedule
+    start = schedule.warmup_start
+    return {
+        "schedule": schedule.curve.class_path if schedule.curve else schedule.name,
+        "by": schedule.by,
+        "warmup": schedule.warmup,
+        "warmup_steps": _warmup_steps(schedule, total_steps, steps_per_epoch, scale),
+        "warmup_start": min(1.0, config.optim.lr / peak_lr) if start == "auto" else start,
+        "momentum_start": schedule.momentum_start,
+    }
+
+
+def _warmup_steps(
+    schedule: ScheduleConfig, total_steps: int, steps_per_epoch: int, scale: float
+) -> int:
+    steps = schedule.warmup_steps
+    if steps is None:
+        rises = schedule.name == "one_cycle" or schedule.curve is not None  # if it is to rise
+        auto = 0.0 if scale <= 1 or rises else min(5.0, total_steps / steps_per_epoch / 10)
+        epochs = auto if schedule.warmup_epochs == "auto" else schedule.warmup_epochs
+        steps = round(epochs * steps_per_epoch)
+    if steps == 0 and schedule.momentum_start is not None:
+        raise ConfigError(
+            f"schedule.momentum_start is {schedule.momentum_start} while the run has no warm-up; "
+            "set schedule.warmup_epochs=3 or so."
+        )
+    return steps

@@ -287,3 +287,45 @@ class Pad:
 def add_noise(batch, draws):
     """A transform of inputs of three numbers."""
     return batch + 0.1 * draws.uniform(3)
+
+
+def decay_by_halves(step, steps_per_epoch, total_steps):
+    """A curve of the rate: half of the epoch before, and 0 at the last step of the run."""
+    return 0.0 if step == total_steps - 1 else 0.5 ** (step // steps_per_epoch)
+
+
+class Triangle:
+    """A curve that rises to 1 and falls again, as an object that is called."""
+
+    def __init__(self, peak_at=0.5):
+        self._peak_at = peak_at
+
+    def __call__(self, step, steps_per_epoch, total_steps):
+        part = (step + 1) / (total_steps + 1)
+        return min(part / self._peak_at, (1 - part) / (1 - self._peak_at))
+
+
+class BadCurve:
+    """A curve that is 1, but for what it gives at one step: an exception is raised."""
+
+    def __init__(self, at=0, value=None):
+        self._at = at
+        self._value = value
+
+    def __call__(self, step, steps_per_epoch, total_steps):
+        if step != self._at:
+            return 1.0
+        if isinstance(self._value, str) and self._value.startswith("raise"):
+            raise RuntimeError("no such step")
+        return float(self._value[1:]) if str(self._value).startswith("=") else self._value
+
+
+class Counting:
+    """A curve that changes with each call."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, step, steps_per_epoch, total_steps):
+        self.calls += 1
+        return 1 / self.calls

@@ -218,6 +218,8 @@ def _example(node: Node, default: Any) -> str:
         kind = "component" if "$ref" in below else below.get("type")
         items = f" of {kind}" if "items" in part else ""
         is_choice = default == "auto" or "const" in part
+        if part.get("type") == "number" and "exclusiveMaximum" in part:
+            return str(part["exclusiveMaximum"] / 2)
         if not is_choice and (example := _EXAMPLES.get(f"{part.get('type')}{items}")):
             return example
     return ""

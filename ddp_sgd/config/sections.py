@@ -278,16 +278,40 @@ class ScheduleConfig(Section):
     """How the rate changes over the run: a factor of the peak rate for every step."""
 
     name: Literal["constant", "step", "cosine", "linear", "polynomial", "one_cycle"] = "cosine"
-    """Shape of the curve after the warm-up, which multiplies it and does not shift it."""
+    """Shape of the curve."""
+
+    curve: Component | None = None
+    """A curve of your own, in place of name: a function of (step, steps_per_epoch, total_steps),
+    with call: false, or an object that is called so. It gives the factor of the peak rate at a
+    step, a finite number of at least 0, and follows from its arguments alone. It is checked over
+    the whole run before the first step."""
+
+    by: Literal["step", "epoch"] = "step"
+    """When the rate changes, warm-up included. epoch: at the beginning of an epoch only; all of its
+    steps have the rate of the first."""
+
+    warmup: Literal["multiply", "shift", "replace"] = "multiply"
+    """How the warm-up and the curve are joined. multiply: the rise multiplies the curve, which
+    begins with the run; shift: the curve begins after the warm-up, and has the rest of the run, as
+    in torchvision; replace: the rise takes the place of the curve's first steps, as in timm."""
 
     warmup_epochs: Literal["auto"] | NonNegative = "auto"
     """Length of the rise from lr to the peak, in epochs, at least 0; auto: 5, at most a tenth of
-    the run, when k > 1. The end of the run cuts a longer one off, which the plan notes.
-    Source: Goyal et al. 2017, arXiv:1706.02677, section 2.2."""
+    the run, when k > 1, and 0 for one_cycle and a curve of your own. The end of the run cuts a
+    longer one off, which the plan notes. Source: Goyal et al. 2017, arXiv:1706.02677, section
+    2.2."""
+
+    warmup_steps: Annotated[StrictInt, Field(ge=0)] | None = None
+    """The same in steps, at least 0, in place of warmup_epochs; null: that counts."""
 
     warmup_start: Literal["auto"] | Annotated[StrictFloat, Field(gt=0.0, le=1.0)] = "auto"
     """Factor of the peak rate at which the warm-up starts, in (0, 1]; auto: lr / peak, that is 1
     when k <= 1."""
+
+    momentum_start: Annotated[StrictFloat, Field(ge=0.0, lt=1.0)] | None = None
+    """Momentum at the first step, in [0, 1), from which it goes in a straight line to
+    optim.momentum along the warm-up; null: it is optim.momentum throughout. Needs a warm-up;
+    with warmup_start: 1 the rate stays at the peak meanwhile."""
 
     milestones: tuple[Positive, ...] = ()
     """Epochs at which the rate is multiplied by gamma, ascending (step only). Those that the run
@@ -316,6 +340,36 @@ class ScheduleConfig(Section):
     }
 
     @model_validator(mode="after")
+    def _curve_is_alone(self) -> "ScheduleConfig":
+        if self.curve is None:
+            return self
+        for key in ("name", *sorted(self._used_by)):
+            value = getattr(self, key)
+            value = list(value) if isinstance(value, tuple) else value
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"schedule.{key} is {value} while schedule.curve is {self.curve.class_path}; "
+                    f"leave schedule.{key} out, or set schedule.curve=null"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _one_length_of_the_warm_up(self) -> "ScheduleConfig":
+        if self.warmup_steps is not None and self.warmup_epochs != "auto":
+            raise ValueError(
+                f"schedule.warmup_steps is {self.warmup_steps} while schedule.warmup_epochs is "
+                f"{self.warmup_epochs:g}; leave one of them out, or set schedule.warmup_epochs=auto"
+            )
+        lengths = {"warmup_epochs": self.warmup_epochs, "warmup_steps": self.warmup_steps}
+        for key, length in lengths.items():
+            if self.name == "one_cycle" and length not in ("auto", None, 0):
+                raise ValueError(
+                    f"schedule.{key} is {length} while schedule.name is one_cycle, which has its "
+                    f"own rise; set schedule.{key}=0 and move schedule.peak_at"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _arguments_fit_the_name(self) -> "ScheduleConfig":
         for key in sorted(self.model_fields_set & set(self._used_by)):
             value = getattr(self, key)
@@ -338,11 +392,6 @@ class ScheduleConfig(Section):
                 f"schedule.milestones is {list(self.milestones)}; "
                 "put the epochs in ascending order, once"
             )
-        if self.name == "one_cycle" and self.warmup_epochs not in ("auto", 0.0):
-            raise ValueError(
-                f"schedule.warmup_epochs is {self.warmup_epochs} while schedule.name is one_cycle, "
-                "which has its own rise; set schedule.warmup_epochs=0 and move schedule.peak_at"
-            )
         return self
 
 
@@ -353,8 +402,13 @@ class EvalConfig(Section):
     """Samples of one rank in one forward pass of an evaluation, at least 1; null: data.batch_size.
     The scores are the same up to rounding, unless samples of a batch depend on each other."""
 
-    every_epochs: Count = 1
-    """Epochs between evaluations, at least 1; the end of the run is always scored."""
+    every_epochs: Literal["auto"] | Count = "auto"
+    """Epochs between evaluations, at least 1; auto: 1, or none where every_steps is set. The end of
+    the run is always scored."""
+
+    every_steps: Count | None = None
+    """Steps between evaluations, at least 1; null: none by steps. Where checkpoint.every_epochs is
+    set, as by default, the state is saved at each of them, so that the best one is kept."""
 
 
 class LogConfig(Section):
@@ -378,7 +432,7 @@ class CheckpointConfig(Section):
     """Steps between saves, at least 1; null: none by steps."""
 
     every_epochs: Count | None = 1
-    """Epochs between saves, at least 1; null: none by epochs."""
+    """Epochs between saves, at least 1, besides evaluations by steps; null: none by these."""
 
     every_minutes: Positive | None = None
     """Minutes between saves, above 0; null: none by the clock."""

@@ -80,10 +80,15 @@ def lay_over(below: Sources, above: Sources) -> Sources:
 
     Mappings merge key by key, anything else is replaced whole. Where the upper layer gives a
     component another class_path, its other keys from below are dropped: they belong to another
-    object.
+    object. So is the length of the run, where the upper layer gives it in the other unit: epochs or
+    steps.
     """
-    origins = dict(below.origins)
-    values = _merge(below.values, above.values, "", origins)
+    origins, under = dict(below.origins), dict(below.values)
+    for length, other in (("steps", "epochs"), ("epochs", "steps")):
+        if above.values.get(length) is not None and other not in above.values and other in under:
+            under[other] = RunConfig.model_fields[other].default  # one takes the other's place
+            origins.pop(other, None)
+    values = _merge(under, above.values, "", origins)
     return Sources(values, origins | above.origins)
 
 
@@ -243,6 +248,11 @@ _BEFORE = {
     "data.target": None,
     "eval.batch_size": None,
     "optim.clip_value": None,
+    "schedule.curve": None,
+    "schedule.by": "step",
+    "schedule.warmup": "multiply",
+    "schedule.warmup_steps": None,
+    "schedule.momentum_start": None,
     "compute.precision": "fp32",
     "compute.channels_last": False,
     "compute.compile": False,
@@ -258,9 +268,9 @@ _SAME_BUT_FOR_ROUNDING = {"compute.channels_last": "steps", "eval.batch_size": "
 def changes_that_matter(before: Mapping[str, Any], now: RunConfig) -> list[str]:
     """List the keys on which the weights depend and that were given another value.
 
-    More epochs are no change: the run goes on. Nor are other micro-batches of the same total, since
-    the steps stay the same. A data set at another place is none either: its samples are compared
-    when it is read.
+    More epochs or steps are no change: the run goes on. Nor are other micro-batches of the same
+    total, since the steps stay the same. A data set at another place is none either: its samples
+    are compared when it is read.
 
     Args:
         before: An earlier configuration, as plain data.
@@ -288,8 +298,11 @@ def changes_that_matter(before: Mapping[str, Any], now: RunConfig) -> list[str]:
     if rank_batch(before) != rank_batch(now.model_dump()):
         was, is_now = rank_batch(before), rank_batch(now.model_dump())
         changes.append(f"data.batch_size x data.accumulate was {was}, is {is_now}")
-    if now.epochs < before.get("epochs", 0):
-        changes.append(f"epochs was {before['epochs']}, is {now.epochs}")
+    length = "epochs" if now.steps is None else "steps"
+    was, is_now = before.get(length), getattr(now, length)
+    in_one_unit = (before.get("steps") is None) == (now.steps is None)
+    if in_one_unit and was is not None and is_now < was:
+        changes.append(f"{length} was {was}, is {is_now}")
     return changes
 
 
@@ -307,6 +320,28 @@ def _value_of(key: str, values: Mapping[str, Any], default: Mapping[str, Any]) -
 def _has(key: str, settings: Mapping[str, Any]) -> bool:
     """Whether a key, or one below it, is set: a component may be in the place of a word."""
     return key in settings or any(each.startswith(f"{key}.") for each in settings)
+
+
+def shortened(before: Mapping[str, Any], now: RunConfig, steps_per_epoch: int) -> list[str]:
+    """Describe that a run got fewer steps, where one length is in epochs and the other in steps.
+
+    Args:
+        before: An earlier configuration, as plain data.
+        now: The configuration of today.
+        steps_per_epoch: Steps of an epoch of the run that was saved.
+
+    Returns:
+        A line such as ``epochs was 20, steps is 100``, or none.
+    """
+    steps_before = before.get("steps")
+    if (steps_before is None) == (now.steps is None):
+        return []
+    was = steps_before or before.get("epochs", 0) * steps_per_epoch
+    if (now.steps or now.epochs * steps_per_epoch) >= was:
+        return []
+    if now.steps is None:
+        return [f"steps was {steps_before}, epochs is {now.epochs}"]
+    return [f"epochs was {before.get('epochs')}, steps is {now.steps}"]
 
 
 def rounding_notes(before: Mapping[str, Any], now: RunConfig) -> list[str]:

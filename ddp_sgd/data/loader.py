@@ -97,13 +97,14 @@ class TrainLoader:
     Args:
         dataset: Map-style data set of (input, target).
         sampler: Which samples this rank reads.
-        epochs: Passes over the data.
+        epochs: Passes over the data that are begun.
         workers: Loader processes; 0 reads in this process.
         device: Where the batches go.
         collate: Function from a list of samples to a batch; None: torch's default_collate.
         transforms: Applied to the inputs by those who bring them to the device.
         arrays: The arrays of the data set, on the host or the device, if batches are rows of them.
         selection: Chooses input and target of a sample; None: samples are pairs.
+        total_steps: Steps of the run, if it ends in the middle of an epoch; None: it does not.
     """
 
     def __init__(  # noqa: PLR0913  # a data set, and how it is read
@@ -118,9 +119,11 @@ class TrainLoader:
         transforms: Transforms = NO_TRANSFORMS,
         arrays: ArrayPair | None = None,
         selection: Selection | None = None,
+        total_steps: int | None = None,
     ) -> None:
         self._sampler = sampler
         self._epochs = epochs
+        self._total_steps = total_steps or epochs * sampler.steps_per_epoch
         self._transforms = transforms
         fetcher = Fetcher(dataset, "data.train", sampler.seed, collate, selection)
         self._requests = _Requests(sampler)
@@ -145,7 +148,8 @@ class TrainLoader:
         """
         first_epoch, first_step = divmod(step, self._sampler.steps_per_epoch)
         for epoch in range(first_epoch, self._epochs):
-            self._sampler.set_epoch(epoch, first_step, skip)
+            stop_step = self._total_steps - epoch * self._sampler.steps_per_epoch
+            self._sampler.set_epoch(epoch, first_step, skip, stop_step)
             steps = self._read_epoch(epoch, step)
             yield from self._prefetcher.run(steps, _place_step) if self._prefetcher else steps
             step += self._sampler.steps_per_epoch - first_step

@@ -55,7 +55,8 @@ class TrainSampler(DistributedSampler[MicroBatchIndices]):
     read in a step does not depend on W, and every position is read once per epoch: every sample
     once, if the order is a permutation.
 
-    Iterating yields this rank's micro-batches from ``first_step`` to the end of the epoch. A rank
+    Iterating yields this rank's micro-batches from ``first_step`` to the end of the epoch, or up to
+    ``stop_step``. A rank
     that has no sample in a step yields one index of that step all the same, a dummy to be weighted
     with zero, so that every rank takes part in every step.
 
@@ -102,8 +103,11 @@ class TrainSampler(DistributedSampler[MicroBatchIndices]):
         self.skip = 0
         full_steps, rest = divmod(self.order.length, global_batch)
         self.steps_per_epoch = full_steps + (1 if rest and not self.drop_last else 0)
+        self.stop_step = self.steps_per_epoch
 
-    def set_epoch(self, epoch: int, first_step: int = 0, skip: int = 0) -> None:
+    def set_epoch(
+        self, epoch: int, first_step: int = 0, skip: int = 0, stop_step: int | None = None
+    ) -> None:
         """Choose the epoch, and the step in it, that the next iteration starts with.
 
         Args:
@@ -111,10 +115,14 @@ class TrainSampler(DistributedSampler[MicroBatchIndices]):
             first_step: Number of the step in it.
             skip: Samples at the head of that step that were trained already, in [0, G): a run that
                 goes on with another global batch may begin in the middle of one.
+            stop_step: Number of the step in it before which a run ends, if it is one of the epoch;
+                None: it ends with the epoch, or later.
         """
         super().set_epoch(epoch)
         self.first_step = first_step
         self.skip = skip
+        last = self.steps_per_epoch
+        self.stop_step = last if stop_step is None else min(stop_step, last)
 
     def share(self, step_in_epoch: int) -> tuple[int, tuple[int, ...]]:
         """Count the samples of a step, over all ranks, and in each of this rank's micro-batches.
@@ -133,8 +141,8 @@ class TrainSampler(DistributedSampler[MicroBatchIndices]):
         order = self.order.of_epoch(self.epoch)
         share = -(-self.global_batch // self.num_replicas)
         steps_at_once = max(1, _AT_ONCE // share)
-        for first in range(self.first_step, self.steps_per_epoch, steps_at_once):
-            steps = range(first, min(first + steps_at_once, self.steps_per_epoch))
+        for first in range(self.first_step, self.stop_step, steps_at_once):
+            steps = range(first, min(first + steps_at_once, self.stop_step))
             indices = order(np.concatenate([self._positions(step) for step in steps]))
             start = 0
             for step in steps:
@@ -145,9 +153,7 @@ class TrainSampler(DistributedSampler[MicroBatchIndices]):
                     start = stop
 
     def __len__(self) -> int:
-        return sum(
-            len(self.share(step)[1]) for step in range(self.first_step, self.steps_per_epoch)
-        )
+        return sum(len(self.share(step)[1]) for step in range(self.first_step, self.stop_step))
 
     def _positions(self, step_in_epoch: int) -> NDArray[np.int64]:
         """Positions of the order that this rank reads in a step, or that of a dummy."""

@@ -46,7 +46,7 @@ from ddp_sgd.engine.train_state import hand_over, refuse_other_parts
 from ddp_sgd.engine.triggers import Deadline, HasReason, StopRequest, Timetable, stop_on_signal
 from ddp_sgd.errors import DivergedError, translate_errors
 from ddp_sgd.losses import LossFunction
-from ddp_sgd.optim.schedule import Schedule, build_schedule
+from ddp_sgd.optim.schedule import Schedule, build_momentum, build_schedule
 from ddp_sgd.optim.sgd import RateTable
 from ddp_sgd.report.reporter import Reporter, open_report, report_end
 from ddp_sgd.report.run_folder import RunFolder, claim_run_folder
@@ -69,6 +69,7 @@ class Loop:
         checkpointer: Saves the state.
         report: Where measurements go.
         rates: The rates on the device, if steps read them there.
+        momentum: Momentum for each step; None: it does not change.
     """
 
     def __init__(  # noqa: PLR0913  # what a loop turns
@@ -82,9 +83,11 @@ class Loop:
         report: Reporter,
         *,
         rates: RateTable | None = None,
+        momentum: Schedule | None = None,
     ) -> None:
         self._context = context
         self._rates = rates
+        self._momentum = momentum
         self._schedule = schedule
         self._seed_for_step = seed_for_step
         self._timetable = timetable
@@ -128,6 +131,8 @@ class Loop:
         lr = context.plan.peak_lr * self._schedule(state.step)
         context.randomness.seed(self._seed_for_step(state.step))
         rate = lr if self._rates is None else self._rates.at(state.step)
+        if self._momentum is not None:
+            context.optimizer.momentum = self._momentum(state.step)
         result = context.stepper.step(batches, rate)
         state.step += 1
         if context.after_step is not None:
@@ -152,7 +157,7 @@ class Loop:
         )
 
     def _score_if_due(self) -> bool:
-        """Score at the end of an epoch; False if a stop request cut that short, on any rank."""
+        """Score where the timetable says; False if a stop request cut that short, on any rank."""
         context, state = self._context, self._context.state
         if not self._timetable.score_is_due_at(state.step) or state.scored_at == state.step:
             return True
@@ -245,13 +250,13 @@ def _train(
     """Set the run up, train, and build the result."""
     context = _set_up(config, given, runtime, resume_point)
     plan = context.plan
+    schedule, momentum = build_schedule(config.schedule, plan), build_momentum(plan)
     report.start(plan, context.state, (*resume_point.notes, *context.notes))
-    schedule = build_schedule(config.schedule, plan)
     timetable = Timetable(
         config.checkpoint,
         plan,
         row_steps=config.log.every_steps,
-        score_epochs=config.eval.every_epochs,
+        score=config.eval,
         deadline=Deadline(resume_point.deadline),
     )
     shares, state, objective = context.shares, context.state, context.objective
@@ -269,7 +274,7 @@ def _train(
         ):
             request.defer()  # from here on a stop waits for the end of a step
             parts = timetable, rank_sync, checkpointer, report
-            Loop(context, schedule, seed_for_step, *parts, rates=rates).run()
+            Loop(context, schedule, seed_for_step, *parts, rates=rates, momentum=momentum).run()
             tested = score_test_set(context, folder.path if folder else None, report.notice)
             report.eval(tested)
             ranks = context.wrapper, context.shares, runtime

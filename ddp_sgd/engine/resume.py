@@ -16,7 +16,7 @@ from typing import Any
 from ddp_sgd.checkpointing.serialization import find_checkpoint, read_tensors
 from ddp_sgd.checkpointing.store import FOLDER_NAME, CheckpointFolder, Choice, Header
 from ddp_sgd.config import RunConfig, changes_that_matter, rank_batch
-from ddp_sgd.config.sources import rounding_notes
+from ddp_sgd.config.sources import rounding_notes, shortened
 from ddp_sgd.config.yaml_io import read_yaml
 from ddp_sgd.distributed.collectives import from_rank_0
 from ddp_sgd.distributed.runtime import Runtime
@@ -110,7 +110,10 @@ def _look_into(config: RunConfig, folder: RunFolder) -> ResumePoint:
         return _without_checkpoint(config, folder, before, chosen)
     header = chosen.manifest.header
     before = before or (None if adopted else header.config)
-    if before and (changes := changes_that_matter(before, config)):
+    changes = changes_that_matter(before, config) if before else []
+    if before:
+        changes += shortened(before, config, header.plan["steps_per_epoch"])
+    if changes:
         raise RefusedError(
             f"{folder.path} holds a run of another configuration: {', '.join(changes)}; restore "
             "that, choose another name, or set resume=never to begin again."
@@ -183,11 +186,12 @@ def _identity(folder: Path, header: Header | None = None) -> dict[str, Any]:
 def _ending(
     config: RunConfig, folder: Path, before: dict[str, Any] | None, saved_at: int | None = None
 ) -> RunResult | None:
-    """Give the result of a run that has trained all its epochs, unless its weights were lost."""
+    """Give the result of a run that has trained to its end, unless its weights were lost."""
     result = read_result(folder)
     if result is None or result.status != "finished" or saved_at not in (None, result.step):
         return None
-    return result if before and before.get("epochs") == config.epochs else None
+    lengths = (config.epochs, config.steps)
+    return result if before and (before.get("epochs"), before.get("steps")) == lengths else None
 
 
 def _config_in(folder: Path) -> dict[str, Any] | None:

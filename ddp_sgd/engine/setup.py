@@ -230,6 +230,7 @@ def _train_loader(components: Components, plan: Plan, runtime: Runtime) -> Train
         components.train_set,
         sampler,
         epochs=plan.epochs,
+        total_steps=plan.total_steps,
         workers=components.reading.workers,
         device=runtime.device,
         collate=components.reading.collate,

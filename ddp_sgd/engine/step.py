@@ -133,6 +133,11 @@ class Stepper:
         self._logs_numbers = bool(logged_names(objective))
         self._factors: dict[tuple[float, torch.dtype], torch.Tensor] = {}
 
+    @property
+    def momentum(self) -> float:
+        """Momentum of the next step."""
+        return self._optimizer.momentum
+
     def step(self, batches: StepBatches, lr: float | torch.Tensor) -> StepResult:
         """Take one step on the mean gradient over every unit of every rank.
 

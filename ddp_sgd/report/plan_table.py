@@ -1,7 +1,7 @@
 """Plan table and plot of the learning rate: a run in words and numbers, before it starts."""
 
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from ddp_sgd.config import ComputeConfig
@@ -45,8 +45,8 @@ def plan_lines(
 
     Returns:
         Five lines: precision, batches, steps, rates, schedule; one for the order of samples,
-        unless they are shuffled, one for transforms, and for several held-out sets or a test set,
-        if there are any, and for each note on the schedule.
+        unless they are shuffled, one for momentum, if it changes, for transforms, and for several
+        held-out sets or a test set, if there are any, and for each note on the schedule.
     """
     data = data or DataConfig()
     transforms, scored = "; ".join(_transforms(data)), "; ".join(_scored(data))
@@ -55,11 +55,12 @@ def plan_lines(
         f"batch     {_product(plan)} = {_count(plan.global_batch, 'sample')} per step; "
         f"the data set has {plan.samples:,}",
         f"steps     {plan.steps_per_epoch:,} per epoch, {plan.total_steps:,} in "
-        f"{_count(plan.epochs, 'epoch')}; {_tail(plan)}",
+        f"{_epochs(plan)}; {_tail(plan)}",
         *(f"order     {words}" for words in _order(plan, data)),
         f"rate      {plan.base_lr:.6g} for {_count(plan.reference_batch, 'sample')} -> "
         f"{plan.peak_lr:.6g} for {plan.global_batch:,} ({plan.scaling}, k = {plan.scale:.6g})",
-        f"schedule  {plan.schedule}; warm-up: {_warm_up(plan)}",
+        f"schedule  {_curve_words(plan)}; warm-up: {_warm_up(plan)}",
+        *([f"momentum  {_momentum(plan)}"] if plan.momentum_start is not None else []),
         *([f"transform {transforms}"] if transforms else []),
         *([f"scores    {scored}"] if scored else []),
         *(f"note      {note}" for note in _schedule_notes(plan, milestones)),
@@ -88,7 +89,7 @@ def plan_table(
     data = data or DataConfig()
     sections = {
         "Batches": [*_batch_rows(plan), *_data_rows(data)],
-        "Steps": [*_wrapped("order", _order(plan, data)), *_step_rows(plan)],
+        "Steps": [*_wrapped("order", *_order(plan, data)), *_step_rows(plan)],
         "Learning rate": [*_rate_rows(plan), *_note_rows(plan, milestones)],
         "Computation": _compute_rows(compute or ComputeConfig()),
     }
@@ -112,7 +113,7 @@ def _batch_rows(plan: Plan) -> list[tuple[str, str]]:
 
 def _data_rows(data: DataConfig) -> list[tuple[str, str]]:
     """Show transforms, and what is scored besides one held-out set."""
-    return [*_wrapped("transforms", _transforms(data)), *_wrapped("scores", _scored(data))]
+    return [*_wrapped("transforms", *_transforms(data)), *_wrapped("scores", *_scored(data))]
 
 
 def _scored(data: DataConfig) -> list[str]:
@@ -122,11 +123,6 @@ def _scored(data: DataConfig) -> list[str]:
     named = [f"{', '.join(names)}; the best checkpoint by {names[0]}"] if has_names else []
     weights = "the weights of the best checkpoint" if names else "the last weights"
     return [*named, *([f"test, once at the end, with {weights}"] if data.test else [])]
-
-
-def _wrapped(title: str, parts: Iterable[str]) -> list[tuple[str, str]]:
-    lines = [line for part in parts for line in textwrap.wrap(part, _NOTE_WIDTH)]
-    return [("" if number else title, line) for number, line in enumerate(lines)]
 
 
 def _transforms(data: DataConfig) -> list[str]:
@@ -157,7 +153,7 @@ def _order(plan: Plan, data: DataConfig) -> Iterator[str]:
 def _step_rows(plan: Plan) -> list[tuple[str, str]]:
     return [
         ("an epoch", _length(plan.steps_per_epoch, plan.samples_per_epoch)),
-        (_count(plan.epochs, "epoch"), _length(plan.total_steps, plan.total_samples)),
+        (_epochs(plan), _length(plan.total_steps, plan.total_samples)),
         (f"tail ({plan.tail})", _tail(plan)),
         *(("", line) for line in _shares(plan)),
     ]
@@ -170,8 +166,9 @@ def _rate_rows(plan: Plan) -> list[tuple[str, str]]:
         ("k", f"{plan.scale:.6g} = {reference}"),
         ("rule", _RULES[plan.scaling]),
         ("peak", f"{plan.peak_lr:.6g} for {_count(plan.global_batch, 'sample')} per step"),
-        ("schedule", plan.schedule),
-        ("warm-up", _warm_up(plan)),
+        *_wrapped("schedule", _curve_words(plan)),
+        *_wrapped("warm-up", _warm_up(plan)),
+        *([("momentum", _momentum(plan))] if plan.momentum_start is not None else []),
     ]
 
 
@@ -192,11 +189,13 @@ def _compute_rows(compute: ComputeConfig) -> list[tuple[str, str]]:
 
 
 def _note_rows(plan: Plan, milestones: Sequence[float]) -> list[tuple[str, str]]:
-    return [
-        ("" if number else "note", line)
-        for note in _schedule_notes(plan, milestones)
-        for number, line in enumerate(textwrap.wrap(note, _NOTE_WIDTH))
-    ]
+    return [row for note in _schedule_notes(plan, milestones) for row in _wrapped("note", note)]
+
+
+def _wrapped(title: str, *texts: str) -> list[tuple[str, str]]:
+    """Rows of a text of several lines, of which the first has the title."""
+    lines = [line for text in texts for line in textwrap.wrap(text, _NOTE_WIDTH)]
+    return [("" if number else title, line) for number, line in enumerate(lines)]
 
 
 def _tail(plan: Plan) -> str:
@@ -240,19 +239,38 @@ def _share(ranks: range, sizes: tuple[int, ...]) -> str:
     return f"{owner}{_count(sum(sizes), 'sample')}{' each' if several else ''} ({shape})"
 
 
+def _curve_words(plan: Plan) -> str:
+    """Name the curve, and when the rate changes if that is not at every step."""
+    return plan.schedule + (", by epoch" if plan.by == "epoch" else "")
+
+
+_JOINED = {
+    "multiply": "",
+    "shift": ", then the schedule begins",
+    "replace": ", in place of the schedule",
+}
+
+
 def _warm_up(plan: Plan) -> str:
-    if plan.warmup_steps == 0 or plan.warmup_start == 1:  # a ramp from the peak to the peak
+    is_flat = plan.warmup_start == 1 and plan.warmup == "multiply"  # from the peak to the peak
+    if plan.warmup_steps == 0 or is_flat:
         return "none"
-    part = f"{plan.epoch_at(plan.warmup_steps):.4g} of {_count(plan.epochs, 'epoch')}"
+    part = f"{plan.epoch_at(plan.warmup_steps):.4g} of {_epochs(plan)}"
     samples = _count(plan.samples_at(plan.warmup_steps), "sample")
-    start = f"{plan.peak_lr * plan.warmup_start:.6g}"
+    start = f"{plan.peak_lr * plan.warmup_start:.6g}{_JOINED[plan.warmup]}"
     return f"{_count(plan.warmup_steps, 'step')} ({samples}, {part}) from {start}"
+
+
+def _momentum(plan: Plan) -> str:
+    steps = _count(plan.warmup_steps, "step")
+    return f"{plan.momentum_start:.6g} -> {plan.momentum:.6g} over {steps}"
 
 
 def _schedule_notes(plan: Plan, milestones: Sequence[float]) -> Iterator[str]:
     """List what a run leaves out of its schedule, as a run does that is shortened for a trial."""
-    epochs = _count(plan.epochs, "epoch")
-    late = [epoch for epoch in milestones if step_of(epoch, plan) >= plan.total_steps]
+    epochs = _epochs(plan)
+    begin = plan.warmup_steps if plan.warmup == "shift" else 0
+    late = [epoch for epoch in milestones if begin + step_of(epoch, plan) >= plan.total_steps]
     if late:
         shown = ", ".join(f"{epoch:.6g}" for epoch in late)
         yield f"milestones [{shown}] are not reached in {epochs}"
@@ -286,6 +304,11 @@ def _product(plan: Plan) -> str:
 
 def _length(steps: int, samples: int) -> str:
     return f"{_count(steps, 'step')} ({_count(samples, 'sample')})"
+
+
+def _epochs(plan: Plan) -> str:
+    """Write the length of the run in epochs, of which the last may be a part."""
+    return f"{plan.passes:,.6g} epoch{'' if plan.passes == 1 else 's'}"
 
 
 def _count(number: int, noun: str) -> str:
@@ -323,7 +346,7 @@ def curve(plan: Plan, schedule: Schedule, *, width: int = 60, height: int = 10) 
             f"{'rate':>{margin}}",
             *(f"{labels.get(row, ''):>{margin}} |{line}" for row, line in enumerate(lines)),
             f"{'':>{margin}} +{'-' * width}",
-            f"{'':>{margin}}  {_epochs_axis(plan.epochs, width)}",
+            f"{'':>{margin}}  {_epochs_axis(plan, width)}",
         ]
     )
 
@@ -340,8 +363,8 @@ def _draw(levels: list[int], height: int) -> list[str]:
     return ["".join(line).rstrip() for line in reversed(canvas)]
 
 
-def _epochs_axis(epochs: int, width: int) -> str:
+def _epochs_axis(plan: Plan, width: int) -> str:
     """Label the start, the middle and the end of the axis."""
-    middle, end = f"{epochs / 2:g}", f"{epochs:,} epoch{'s' if epochs > 1 else ''}"
+    middle, end = f"{plan.passes / 2:g}", _epochs(plan)
     left = f"0{middle:>{(width + len(middle)) // 2 - 1}}"
     return f"{left}{end:>{width - len(left)}}"

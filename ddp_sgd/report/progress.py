@@ -94,7 +94,9 @@ class Progress:
 
     def _show_training(self, row: Mapping[str, Any]) -> None:
         self._loss.add(row["train/loss"], row["samples"])
-        epoch_ends = row["epoch"] == int(row["epoch"])
+        plan = self._record.plan if self._record else None
+        run_ends = plan is not None and row["step"] == plan.total_steps
+        epoch_ends = row["epoch"] == int(row["epoch"]) or run_ends
         self._draw(lambda bar: _move(bar, row))
         if epoch_ends or (self._bar is None and time.monotonic() - self._last_line > _SILENCE_S):
             self.say(self._line(row))
@@ -103,9 +105,9 @@ class Progress:
 
     def _line(self, row: Mapping[str, Any]) -> str:
         plan = self._record.plan if self._record else None
-        epochs = plan.epochs if plan else 0
+        epochs = plan.passes if plan else 0
         line = (
-            f"epoch {row['epoch']:6.4g}/{epochs}  step {row['step']:7d}  "
+            f"epoch {row['epoch']:6.4g}/{epochs:.6g}  step {row['step']:7d}  "
             f"loss {_text(self._loss.value)}  lr {row['train/lr']:.4g}  "
             f"{row['throughput/samples_per_s']:,.0f} samples/s"
         )

@@ -34,8 +34,8 @@ def _message(values, origins=None, options=()):
         ),
         (
             {"zzz": 1},
-            "unknown key zzz; the keys at the top are name, output_dir, seed, epochs, resume, "
-            "on_resize, model, loss, data, optim, schedule, eval, log, checkpoint, wandb, "
+            "unknown key zzz; the keys at the top are name, output_dir, seed, epochs, steps, "
+            "resume, on_resize, model, loss, data, optim, schedule, eval, log, checkpoint, wandb, "
             "parallel, runtime, compute.",
         ),
         ({"optim.lr": 1}, "unknown key optim.lr; nest it, as optim: {lr: ...}."),

@@ -48,7 +48,7 @@ def test_keys_that_take_any_text():
     assert [name for name, key in all_keys().items() if key.is_text] == [
         "name", "output_dir", "resume", "model.class_path", "loss.class_path",
         "data.train.class_path", "data.eval.class_path", "data.test.class_path",
-        "data.collate.class_path", "data.order.class_path",
+        "data.collate.class_path", "data.order.class_path", "schedule.curve.class_path",
         "wandb.project", "wandb.entity", "wandb.group", "wandb.name",
     ]  # fmt: skip
     assert all_keys()["wandb.name"].may_be_null

@@ -103,6 +103,23 @@ def test_every_rank_takes_part_in_every_step(run):
             start += len(sizes)
 
 
+@given(runs, st.data())
+def test_a_run_that_ends_within_an_epoch_reads_the_first_steps_of_it(run, data):
+    n, world_size, batch, accumulate, epoch = run
+    for order in orders(n, world_size, batch=batch, accumulate=accumulate):
+        order.set_epoch(epoch)
+        whole = [drawn.indices.tolist() for drawn in order]
+        micro_batches = [len(order.share(step)[1]) for step in range(order.steps_per_epoch)]
+        stop = data.draw(st.integers(0, order.steps_per_epoch + 1))
+        first = data.draw(st.integers(0, stop))
+        order.set_epoch(epoch, first, 0, stop)
+        part = [drawn.indices.tolist() for drawn in order]
+        assert part == whole[sum(micro_batches[:first]) : sum(micro_batches[:stop])]
+        assert len(part) == len(order)
+        order.set_epoch(epoch)
+        assert [drawn.indices.tolist() for drawn in order] == whole
+
+
 def test_a_rank_without_a_sample_borrows_one_of_the_same_step():
     first, second = orders(1, 2)
     assert [d.indices.tolist() for d in first] == [d.indices.tolist() for d in second] == [[0]]

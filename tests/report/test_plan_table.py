@@ -6,6 +6,8 @@ from ddp_sgd.optim.schedule import build_schedule
 from ddp_sgd.plan import OrderFacts, make_plan
 from ddp_sgd.report.plan_table import plan_lines, plan_table
 
+HALVES = {"class_path": "user_code.decay_by_halves", "call": False}
+
 GOLDEN = """\
 Batches
   training samples, n   1,437
@@ -83,6 +85,52 @@ def test_table_word_for_word():
 
 def test_lines_word_for_word():
     assert _lines(_accumulating()) == GOLDEN_LINES
+
+
+def _folded(text):
+    return " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"schedule": {"by": "epoch"}}, "cosine, by epoch"),
+        ({"schedule": {"curve": HALVES}}, "user_code.decay_by_halves"),
+        ({"schedule": {"warmup_steps": 5, "warmup": "shift"}}, "then the schedule begins"),
+        ({"schedule": {"warmup_steps": 5, "warmup": "replace"}}, "in place of the schedule"),
+        ({"schedule": {"warmup_steps": 5, "momentum_start": 0.5}}, "0.5 -> 0.9 over 5 steps"),
+    ],
+)
+def test_what_a_schedule_has_beside_its_name(sections, words):
+    parts = _plan(epochs=3, **sections)
+    assert words in _folded(plan_table(*parts))
+    assert words in " ".join(_lines(parts))
+    assert words not in _folded(plan_table(*_plan(epochs=3)))
+
+
+def test_a_run_of_some_steps_has_a_part_of_an_epoch():
+    parts = _plan(steps=30, schedule={"warmup_steps": 5})
+    (line,) = [line for line in _lines(parts) if line.startswith("steps")]
+    start, *_ = line.split(";")
+    assert start == "steps     12 per epoch, 30 in 2.53445 epochs"
+    table = plan_table(*parts)
+    assert "  2.53445 epochs        30 steps (3,642 samples)\n" in table
+    assert "5 steps (640 samples, 0.4454 of 2.53445 epochs) from" in _folded(table)
+    assert table.splitlines()[-1].split() == ["29", "2.45", "3,514", "0.00054781"]
+
+
+def test_a_run_that_ends_in_its_first_epoch_has_no_last_step_of_one():
+    table = plan_table(*_plan(steps=3))
+    assert "every step is full" in table
+    assert "the last step of an epoch" not in table
+    assert "smallest micro-batch of the run: 32 samples" in table
+
+
+def test_milestones_that_shift_beyond_the_end_are_noted():
+    section = {"name": "step", "milestones": [2.0], "warmup_epochs": 1, "warmup": "shift"}
+    note = "milestones [2] are not reached in 3 epochs"
+    assert note in plan_table(*_plan(epochs=3, schedule=section))
+    assert note not in plan_table(*_plan(epochs=3, schedule=section | {"warmup": "multiply"}))
 
 
 @pytest.mark.parametrize(

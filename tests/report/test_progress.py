@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import termios
+from dataclasses import replace
 
 import pytest
 from limits import WAIT_S
@@ -69,6 +70,19 @@ def test_plain_lines_where_nobody_watches(record, capsys):
         "all, "
         f"results in {record.folder}\n"
     )
+
+
+def test_a_line_at_the_end_of_a_run_within_an_epoch(record, capsys):
+    plan = make_plan(RunConfig(steps=3), samples=64, world_size=1)
+    progress = Progress()
+    progress.start(replace(record, plan=plan))
+    for step in (1, 2, 3):
+        progress.write([("train", train_row(step, 4.0 / step))])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+    assert [line.partition("  loss")[0] for line in lines] == [
+        "epoch      1/1.5  step       2",
+        "epoch    1.5/1.5  step       3",
+    ]
 
 
 def test_skipped_steps_and_a_lost_loss_are_said(record, capsys):
