@@ -236,7 +236,7 @@ def _score(saved: Saved, runtime: "Runtime") -> "tuple[Metrics, str]":
 
 def _build_sets(config: RunConfig) -> dict[str, Any]:
     """Build the held-out sets by their keys."""
-    from ddp_sgd.engine.components import check_dataset
+    from ddp_sgd.engine.data_sets import check_dataset
 
     found = {}
     for where, component in config.data.eval_sets.items():

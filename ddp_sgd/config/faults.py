@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ddp_sgd.config.component import COMPONENT_TAG, SETS_TAG, Component
 from ddp_sgd.config.keys import Key, all_keys, find_key, keys_below, yaml_value
-from ddp_sgd.config.sections import COMPONENT_TAG, SETS_TAG, Component
 from ddp_sgd.errors import ConfigError
 
 _SHOWN_CHARACTERS = 60

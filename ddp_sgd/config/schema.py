@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_validator
 
+from ddp_sgd.config.component import Component, Section
 from ddp_sgd.config.sections import (
     CheckpointConfig,
-    Component,
     Count,
     DataConfig,
     EvalConfig,
@@ -20,7 +20,6 @@ from ddp_sgd.config.sections import (
     PathText,
     Positive,
     ScheduleConfig,
-    Section,
     WandbConfig,
 )
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ddp_sgd.config.component import Component, are_named_sets
 from ddp_sgd.config.keys import all_keys
 from ddp_sgd.config.schema import RunConfig
-from ddp_sgd.config.sections import Component, are_named_sets
 from ddp_sgd.config.yaml_io import MAX_DEPTH, read_value, read_words, read_yaml_file
 from ddp_sgd.errors import ConfigError
 from ddp_sgd.host import FACTOR, timeout_factor

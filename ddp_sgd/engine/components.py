@@ -6,7 +6,7 @@ Sample batch: a few samples for such checks, and how they become arguments of th
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,14 +14,15 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.utils.data import IterableDataset
 
-from ddp_sgd.config.sections import Component, DataConfig, check_set_names
+from ddp_sgd.config.component import Component
+from ddp_sgd.config.sections import DataConfig
 from ddp_sgd.data.dataset_checks import OpenFiles
 from ddp_sgd.data.device import move
 from ddp_sgd.data.fetcher import EVAL_EPOCH, Collate, Fetcher, Request, Unreadable
 from ddp_sgd.data.order import Order
 from ddp_sgd.data.selection import Selection
+from ddp_sgd.engine.data_sets import gather_data
 from ddp_sgd.engine.evaluation import evaluating
 from ddp_sgd.engine.model_check import check_loss_parameters, check_model
 from ddp_sgd.engine.reading import Reading, build_reading
@@ -52,23 +53,6 @@ class Batch(NamedTuple):
     targets: Any
     targets_of_one: list[Any]
     indices: list[int]
-
-
-def check_dataset(dataset: Any, where: str) -> None:
-    """Refuse what is not a map-style data set with at least one sample.
-
-    Raises:
-        ConfigError: It has no length, or gives no sample for an index.
-        DataError: It is empty.
-    """
-    by_index = isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")
-    if not by_index or isinstance(dataset, IterableDataset):
-        raise ConfigError(
-            f"{where} is a {type(dataset).__name__}, which has no length or no samples by index; "
-            "name a map-style data set (streaming data sets are not supported)."
-        )
-    if len(dataset) == 0:
-        raise DataError(f"{where} is empty; name a data set with at least one sample.")
 
 
 def read_batch(
@@ -296,7 +280,9 @@ def gather_components(
         ConfigError: Something is of the wrong kind.
         DataError: A data set cannot be opened, or is empty.
     """
-    train_set, eval_sets, test_sets = _gather_data(given, data)
+    train_set, eval_sets, test_sets = gather_data(
+        data, train_set=given.train_set, eval_set=given.eval_set, test_set=given.test_set
+    )
     files = OpenFiles(train_set, *eval_sets.values(), *test_sets.values())
     built = ready_model(model, seed, given.model)
     loss_function = ready_loss(loss, given.loss)
@@ -316,44 +302,6 @@ def gather_components(
         files=files,
         counts_correct=counts_correct,
     )
-
-
-def _gather_data(given: Given, data: DataConfig) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """Take or build the training set; by key, the held-out sets and the test set."""
-
-    def built(where: str, component: Component) -> Any:
-        return instantiate(component, where, failure=DataError)
-
-    train_set = given.train_set
-    test_sets = {} if given.test_set is None else {"data.test": given.test_set}
-    eval_sets = {} if given.eval_set is None else key_sets(given.eval_set)
-    if train_set is None:
-        train_set = built("data.train", data.train)
-        if given.eval_set is None:
-            eval_sets = {where: built(where, each) for where, each in data.eval_sets.items()}
-    if data.test is not None and not test_sets:
-        test_sets = {"data.test": built("data.test", data.test)}
-    for where, dataset in {"data.train": train_set, **eval_sets, **test_sets}.items():
-        check_dataset(dataset, where)
-    return train_set, eval_sets, test_sets
-
-
-def key_sets(eval_set: Any) -> dict[str, Any]:
-    """Return held-out data by their keys, as they are in the configuration.
-
-    Args:
-        eval_set: A data set, or several: a mapping whose keys are text.
-
-    Raises:
-        ConfigError: A name cannot be a part of a metric's name.
-    """
-    if not isinstance(eval_set, Mapping) or not any(isinstance(key, str) for key in eval_set):
-        return {"data.eval": eval_set}
-    try:
-        check_set_names("eval_set", eval_set)
-    except ValueError as error:
-        raise ConfigError(f"{error}.") from None
-    return {f"data.eval.{name}": each for name, each in eval_set.items()}
 
 
 def materialize_lazy(model: nn.Module, loss: LossFunction, batch: Batch, seed: int) -> None:

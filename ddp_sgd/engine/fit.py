@@ -29,26 +29,25 @@ from ddp_sgd.engine.components import Given, gather_components
 from ddp_sgd.engine.context import TrainContext
 from ddp_sgd.engine.evaluation import Interrupted
 from ddp_sgd.engine.final_test import score_test_set
+from ddp_sgd.engine.finished_run import lacks_test, repeat_result
 from ddp_sgd.engine.order_check import refuse_other_order, require_equal_orders
 from ddp_sgd.engine.precision import torch_settings
-from ddp_sgd.engine.rank_consistency import Identity, mark_training_set, require_consistency
-from ddp_sgd.engine.reading import Reading, build_reading
+from ddp_sgd.engine.rank_consistency import Identity, require_consistency
+from ddp_sgd.engine.reading import build_reading
 from ddp_sgd.engine.result import RunResult, build_result
 from ddp_sgd.engine.resume import (
     ResumePoint,
     find_resume_point,
     plan_from,
-    refuse_data_of_another_run,
 )
 from ddp_sgd.engine.setup import build_context
 from ddp_sgd.engine.sync import RankSync, SyncResult
-from ddp_sgd.engine.train_state import hand_over, refuse_other_parts
 from ddp_sgd.engine.triggers import Deadline, HasReason, StopRequest, Timetable, stop_on_signal
 from ddp_sgd.errors import DivergedError, translate_errors
 from ddp_sgd.losses import LossFunction
 from ddp_sgd.optim.schedule import Schedule, build_momentum, build_schedule
 from ddp_sgd.optim.sgd import RateTable
-from ddp_sgd.report.reporter import Reporter, open_report, report_end
+from ddp_sgd.report.reporter import Reporter, open_report
 from ddp_sgd.report.run_folder import RunFolder, claim_run_folder
 
 _DOUBLE = (torch.float64, torch.complex128)
@@ -224,11 +223,9 @@ def fit(  # noqa: PLR0913  # what a user brings, by name
     ):
         request.force = partial(end_process, error_propagation=runtime.error_propagation)
         resume_point = find_resume_point(config, folder, runtime)
-        if resume_point.ending and not _lacks_test(resume_point, config, given):
+        if resume_point.ending and not lacks_test(resume_point, config, given):
             reading = build_reading(config.data, config.seed)
-            return _repeat_result(
-                resume_point.ending, resume_point, given, reading, runtime, folder
-            )
+            return repeat_result(resume_point.ending, resume_point, given, reading, runtime, folder)
         with (
             open_report(config, runtime, folder, resume_point.origin) as report,
             propagate_errors(runtime.error_propagation),
@@ -364,34 +361,6 @@ def _hang_watch(
         on_hang=report.fail,
         on_orphaned=lambda: request.ask("the launcher is gone"),
     )
-
-
-def _repeat_result(
-    result: RunResult,
-    resume_point: ResumePoint,
-    given: Given,
-    reading: Reading,
-    runtime: Runtime,
-    folder: RunFolder | None,
-) -> RunResult:
-    """Return the result of a run that is finished; a model that was given gets its weights."""
-    refuse_other_parts(resume_point.header, given.train_set, given.loss)
-    marks_of = partial(mark_training_set, given.train_set, reading)
-    refuse_data_of_another_run(resume_point, marks_of, runtime)
-    if given.model is not None:
-        hand_over(given.model, resume_point.file, runtime)
-    report_end(result.as_row(), folder)
-    return result
-
-
-def _lacks_test(resume_point: ResumePoint, config: RunConfig, given: Given) -> bool:
-    """Whether a run that was finished before has a test set by now, and was not scored on one.
-
-    Where its weights are lost, nothing can be scored, and its result is all there is.
-    """
-    has_test_set = given.test_set is not None or config.data.test is not None
-    is_tested = resume_point.ending is not None and "test/count" in resume_point.ending.scores
-    return has_test_set and not is_tested and resume_point.header is not None
 
 
 def _stop_request(stop: HasReason) -> StopRequest:

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from ddp_sgd.config.sections import Component, DataConfig
+from ddp_sgd.config.component import Component
+from ddp_sgd.config.sections import DataConfig
 from ddp_sgd.data.augment import NO_TRANSFORMS, Transforms
 from ddp_sgd.data.fetcher import Collate
 from ddp_sgd.data.order import OrderFunction

@@ -1,7 +1,6 @@
 """``data.test``: scored once at the end, with the weights of the best checkpoint."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -189,14 +188,6 @@ def test_a_finished_run_is_scored_on_a_test_set_that_is_new(run, tmp_path):
     assert scored.weights_digest == without.weights_digest
     assert len(rows(tmp_path)) == 1
     assert len(rows(tmp_path, "eval/count")) == 3
-
-
-def test_a_finished_run_whose_weights_are_lost_is_not_trained_again_for_a_test(tmp_path):
-    without = fit(describe(tmp_path, epochs=1, data={"test": None}), Runtime())
-    shutil.rmtree(tmp_path / "digits" / "checkpoints")
-    again = fit(describe(tmp_path, epochs=1), Runtime())
-    assert (again.scores, again.weights_digest) == (without.scores, without.weights_digest)
-    assert not rows(tmp_path)
 
 
 def test_loader_processes_read_the_test_set_too(run, tmp_path):

@@ -145,55 +145,8 @@ def test_ranks_have_the_same_sets_in_the_same_order(tmp_path):
     assert any("give every rank the same data, in the same order" in str(e) for e in errors)
 
 
-@pytest.mark.parametrize("name", ["a b", "a/b", "", "class_path", "args", 3])
-def test_names_are_those_of_metrics(name, tmp_path):
-    sets = {name: Digits("eval"), "b": Digits("eval")}
-    with pytest.raises(ConfigError, match=r"eval_set has a set of the name .*; use letters"):
-        fit(describe(tmp_path), Runtime(), train_set=Digits(), eval_set=sets)
-
-
-def test_a_mapping_of_numbers_is_a_data_set_as_before(tmp_path):
-    numbered = {number: (torch.zeros(64), 0) for number in range(4)}
-    result = fit(describe(tmp_path), Runtime(), train_set=Digits(), eval_set=numbered)
-    assert result.scores["eval/count"] == 4
-
-
 def test_other_sets_on_a_resume_change_nothing_else(tmp_path):
     assert fit(describe(tmp_path / "a"), Runtime(), stop=StopAt(1)).status == "stopped"
     result = train(Runtime(), tmp_path / "a")
     assert "eval/seen/accuracy" in result.scores
     assert result.weights_digest == train(Runtime(), tmp_path / "b").weights_digest
-
-
-def test_a_mapping_of_names_takes_the_place_of_a_component_and_the_other_way_round(tmp_path):
-    file = tmp_path / "a.yaml"
-    file.write_text("data: {eval: {a: {class_path: x.Y}, b: {class_path: x.Z}}}")
-    named = load_config(["--config", str(file)], environ={})
-    assert [(key, c.class_path) for key, c in named.data.eval_sets.items()] == [
-        ("data.eval.a", "x.Y"),
-        ("data.eval.b", "x.Z"),
-    ]
-    argv = ["--config", str(file), "--data.eval.b.init_args.n=3", "--data.eval.c.class_path=x.W"]
-    more = load_config(argv, environ={}).data.eval_sets
-    assert list(more) == ["data.eval.a", "data.eval.b", "data.eval.c"]
-    assert more["data.eval.b"].init_args == {"n": 3}
-    one = load_config(["--config", str(file), "--data.eval.class_path=x.V"], environ={})
-    assert {key: c.class_path for key, c in one.data.eval_sets.items()} == {"data.eval": "x.V"}
-    assert load_config(["--data.eval=null"], environ={}).data.eval_sets == {}
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        ("{a b: {class_path: x.Y}}", "data.eval has a set of the name 'a b'; use letters"),
-        ("{a: {class_path: x.Y, n: 3}}", "did you mean data.eval.a.init_args.n?"),
-        ("{a: {class_path: 5}}", "data.eval.a.class_path is 5; choose text"),
-        ("{a: {class_path: x.Y}, b: {}}", "data.eval.b.class_path is not set"),
-        ("{clas_path: x.Y}", "unknown key data.eval.clas_path; did you mean data.eval.class_path?"),
-        ("{args: {class_path: x.Y}}", "data.eval.args is {'class_path': 'x.Y'}; choose a list"),
-    ],
-)
-def test_what_is_neither_is_one_line(value, message):
-    with pytest.raises(ConfigError) as caught:
-        load_config([f"--data.eval={value}"], environ={})
-    assert message in str(caught.value)
