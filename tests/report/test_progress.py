@@ -45,6 +45,21 @@ END = {"status": "finished", "step": 4, "samples": 128, "wall_s": 2.0, "eval/los
        "eval/accuracy": 0.5, "eval/correct": 5, "eval/count": 10}  # fmt: skip
 
 
+def test_numbers_that_a_loss_names_stand_beside_it(record, capsys):
+    progress = Progress()
+    progress.start(record)
+    for step, box in enumerate([1.0, 2.0, None, 5.0], start=1):
+        named = {"train/box": box, "train/none": None, "train/accuracy": 0.5}
+        progress.write([("train", train_row(step, 4.0, **named))])
+    progress.write([("eval", {"eval/loss": 0.25, "eval/box": 0.125, "eval/count": 10})])
+    progress.finish({**END, "eval/box": 0.125})
+    out = capsys.readouterr().out
+    assert "step       2  loss 4.0000  box 1.5000  accuracy 0.5000  lr 0.1" in out
+    assert "step       4  loss 4.0000  box 5.0000  accuracy 0.5000  lr 0.1" in out
+    assert "eval loss 0.2500  box 0.1250\n" in out
+    assert "eval loss 0.2500  box 0.1250  accuracy 50.00 % (5/10), 64" in out
+
+
 def test_plain_lines_where_nobody_watches(record, capsys):
     progress = Progress()
     progress.start(record)
