@@ -13,7 +13,7 @@ from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.instantiate import instantiate
 from ddp_sgd.optim.schedule import build_schedule
 from ddp_sgd.plan import OrderFacts, Plan, make_plan
-from ddp_sgd.report.plan_table import curve, plan_table
+from ddp_sgd.report.plan_table import curve, plan_table, update_words
 from ddp_sgd.scaling import Network, Workload, scaling_table
 
 _RANGES = {
@@ -111,7 +111,12 @@ def explain(command_line: CommandLine) -> int:
     plan = plan_for(world_size)
     schedule = build_schedule(config.schedule, plan)
     table = plan_table(
-        plan, schedule, config.schedule.milestones, compute=config.compute, data=config.data
+        plan,
+        schedule,
+        config.schedule.milestones,
+        compute=config.compute,
+        data=config.data,
+        update=update_words(config),
     )
     parts = [table, curve(plan, schedule)]
     if options["step_ms"] is not None:

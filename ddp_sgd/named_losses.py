@@ -20,9 +20,9 @@ ACCURACY = "accuracy"
 
 _TAKEN = {
     *("loss_rank0", "lr", "momentum", "grad_norm", "skipped_steps", "loss_scale"),
-    *("overflow_steps", "count", ACCURACY, "correct", "accuracy_top5", "correct_top5"),
+    *("overflow_steps", "step", "count", ACCURACY, "correct", "accuracy_top5", "correct_top5"),
 }
-"""Names that ``train/...`` and ``eval/...`` have for something else."""
+"""Names that ``train/...``, ``eval/...`` and ``test/...`` have for something else."""
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 

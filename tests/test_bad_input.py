@@ -417,6 +417,50 @@ COMPONENTS = [
         "loss is _per_sample, which gives float32 of shape (8,); let it give the mean",
     ),
     case(
+        "loss without units",
+        ["--loss={class_path: user_code.Terms, init_args: {units: 0}}"],
+        CONFIG,
+        "loss.units gives 0 for a batch of the first samples, which then count for nothing; let it",
+    ),
+    case(
+        "loss with negative units in a step",
+        ["--loss={class_path: user_code.Terms, init_args: {later: -2}}"],
+        CONFIG,
+        "loss.units gives -2; let it give a finite number that is at least 0.",
+    ),
+    case(
+        "loss with units of other names",
+        ["--loss={class_path: user_code.Terms, init_args: {units: {fit: 1}}}"],
+        CONFIG,
+        "loss.units gives the names fit, while loss gives the names fit, size; let it give",
+    ),
+    case(
+        "loss with other names in a step",
+        ["--loss={class_path: user_code.Terms, init_args: {calls: 30}}", "--data.eval=null"],
+        CONFIG,
+        "loss gives the names fit while it gave the names fit, size before the run; let it give",
+    ),
+    case(
+        "model without a loss where there is to be none",
+        ["--loss=null", "--data.eval=null"],
+        CONFIG,
+        "model is MLP, which fails on inputs of",
+    ),
+    case(
+        "model without a loss in evaluation mode",
+        ["--loss=null", "--model={class_path: user_code.OwnLoss, init_args: {scores: true}}"],
+        CONFIG,
+        "loss is null while the model gives float32 of shape (8, 10) in evaluation mode; set "
+        "data.eval=null",
+    ),
+    case(
+        "accuracy of no classification",
+        ["--loss=null", "--model.class_path=user_code.OwnLoss", "--log.train_accuracy=true"],
+        CONFIG,
+        "log.train_accuracy is true while the model gives",
+        "set log.train_accuracy=false.",
+    ),
+    case(
         "loss that gives text",
         ["--loss.class_path=user_code.text_loss"],
         CONFIG,

@@ -52,7 +52,15 @@ def test_means_over_different_units_are_trained_one_by_one():
         ({"a": torch.ones((), device="meta")}, "on meta for a; let it give .* on cpu"),
         *(
             ({name: A}, f"a number of the name {name}, which is taken; choose another one")
-            for name in ("loss_rank0", "lr", "grad_norm", "accuracy", "count", "skipped_steps")
+            for name in (
+                "loss_rank0",
+                "lr",
+                "grad_norm",
+                "accuracy",
+                "count",
+                "skipped_steps",
+                "step",
+            )
         ),
     ],
 )

@@ -329,3 +329,47 @@ class Counting:
     def __call__(self, step, steps_per_epoch, total_steps):
         self.calls += 1
         return 1 / self.calls
+
+
+class Terms:
+    """A loss of two numbers by name, of which one is missing at some call, with units.
+
+    Args:
+        units: Units of a micro-batch, or what else ``units`` gives.
+        calls: Calls with both numbers; the later ones have one.
+        later: Units of a micro-batch after the first.
+    """
+
+    def __init__(self, units=1.0, calls=10**9, later=None):
+        self._units = units
+        self._calls = calls
+        self._later = later
+
+    def units(self, targets):
+        units = self._units
+        if self._later is not None and len(targets) != 8:  # those of the check before the run
+            units = self._later
+        return units
+
+    def __call__(self, outputs, targets):
+        self._calls -= outputs.requires_grad
+        value = nn.functional.cross_entropy(outputs, targets)
+        return {"fit": value, "size": value} if self._calls >= 0 else {"fit": value}
+
+
+class OwnLoss(nn.Module):
+    """A model that gives its loss, or scores in evaluation mode if it is told so."""
+
+    def __init__(self, *, scores=False):
+        super().__init__()
+        self.net = nn.Linear(64, 10)
+        self.scores = scores
+
+    def forward(self, inputs, targets):
+        outputs = self.net(inputs)
+        if self.scores and not self.training:
+            return outputs
+        return {
+            "fit": nn.functional.cross_entropy(outputs, targets),
+            "size": 1e-3 * outputs.square().mean(),
+        }

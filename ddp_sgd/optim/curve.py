@@ -5,8 +5,8 @@ from collections.abc import Callable
 from itertools import chain
 from typing import Any, SupportsFloat
 
-from ddp_sgd.config.faults import show
 from ddp_sgd.config.component import Component
+from ddp_sgd.config.faults import show
 from ddp_sgd.errors import ConfigError
 from ddp_sgd.instantiate import instantiate
 from ddp_sgd.plan import Plan

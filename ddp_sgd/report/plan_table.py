@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from ddp_sgd.config import ComputeConfig
+from ddp_sgd.config import ComputeConfig, RunConfig
 from ddp_sgd.config.sections import DataConfig
 from ddp_sgd.optim.schedule import Schedule, step_of
 from ddp_sgd.plan import Plan, micro_batch_sizes
@@ -34,6 +34,7 @@ def plan_lines(
     milestones: Sequence[float],
     compute: ComputeConfig | None = None,
     data: DataConfig | None = None,
+    update: Sequence[str] = (),
 ) -> list[str]:
     """Sum the plan up for the head of a log.
 
@@ -42,11 +43,13 @@ def plan_lines(
         milestones: Those of the schedule, in epochs.
         compute: Section ``compute`` of the configuration; None: its defaults.
         data: Section ``data`` of the configuration; None: its defaults.
+        update: What else is set of a step, from ``update_words``.
 
     Returns:
         Five lines: precision, batches, steps, rates, schedule; one for the order of samples,
-        unless they are shuffled, one for momentum, if it changes, for transforms, and for several
-        held-out sets or a test set, if there are any, and for each note on the schedule.
+        unless they are shuffled, one for momentum, if it changes, for the loss and the gradient,
+        transforms, several held-out sets or a test set, if something is set, and for each note on
+        the schedule.
     """
     data = data or DataConfig()
     transforms, scored = "; ".join(_transforms(data)), "; ".join(_scored(data))
@@ -61,6 +64,7 @@ def plan_lines(
         f"{plan.peak_lr:.6g} for {plan.global_batch:,} ({plan.scaling}, k = {plan.scale:.6g})",
         f"schedule  {_curve_words(plan)}; warm-up: {_warm_up(plan)}",
         *([f"momentum  {_momentum(plan)}"] if plan.momentum_start is not None else []),
+        *([f"update    {'; '.join(update)}"] if update else []),
         *([f"transform {transforms}"] if transforms else []),
         *([f"scores    {scored}"] if scored else []),
         *(f"note      {note}" for note in _schedule_notes(plan, milestones)),
@@ -73,6 +77,7 @@ def plan_table(
     milestones: Sequence[float],
     compute: ComputeConfig | None = None,
     data: DataConfig | None = None,
+    update: Sequence[str] = (),
 ) -> str:
     """Show every number of the plan, and the rate at each tenth of the run.
 
@@ -82,6 +87,7 @@ def plan_table(
         milestones: Those of the schedule, in epochs.
         compute: Section ``compute`` of the configuration; None: its defaults.
         data: Section ``data`` of the configuration; None: its defaults.
+        update: What else is set of a step, from ``update_words``.
 
     Returns:
         Sections with a heading each, as text of several lines without a newline at the end.
@@ -91,13 +97,28 @@ def plan_table(
         "Batches": [*_batch_rows(plan), *_data_rows(data)],
         "Steps": [*_wrapped("order", *_order(plan, data)), *_step_rows(plan)],
         "Learning rate": [*_rate_rows(plan), *_note_rows(plan, milestones)],
-        "Computation": _compute_rows(compute or ComputeConfig()),
+        "Computation": [
+            *_compute_rows(compute or ComputeConfig()),
+            *(("" if number else "update", words) for number, words in enumerate(update)),
+        ],
     }
     every_row = [row for rows in sections.values() for row in rows]
     lines = iter(columns(every_row, left=(0, 1), gap="   "))
     blocks = {title: [f"  {next(lines)}" for _ in rows] for title, rows in sections.items()}
     blocks["Rate over the run"] = _tenths(plan, schedule)
     return "\n\n".join("\n".join([title, *block]) for title, block in blocks.items())
+
+
+def update_words(config: RunConfig) -> list[str]:
+    """Name what is set of the loss and of the gradient, other than by default."""
+    optim = config.optim
+    words = {
+        "the output of the model is the loss": config.loss is None,
+        f"gradient clipped to an L2 norm of {optim.clip_norm}": optim.clip_norm is not None,
+        f"elements of the gradient clipped to +-{optim.clip_value}": optim.clip_value is not None,
+        "accuracy of training logged": config.log.train_accuracy,
+    }
+    return [each for each, is_set in words.items() if is_set]
 
 
 def _batch_rows(plan: Plan) -> list[tuple[str, str]]:

@@ -43,7 +43,7 @@ def build():
     return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 4))
 
 
-def train(folder, *, captured, stop=None, model=None, **sections):
+def train(folder, *, captured, stop=None, model=None, loss=None, **sections):
     sections["data"] = {"batch_size": 4, **sections.get("data", {})}
     return train_captured(
         folder,
@@ -52,9 +52,24 @@ def train(folder, *, captured, stop=None, model=None, **sections):
         TensorDataset(X, Y),
         captured=captured,
         stop=stop,
-        log={"every_steps": 2},
-        **sections,
+        loss=loss,
+        **{"log": {"every_steps": 2}, **sections},
     )
+
+
+class Terms:
+    """Two numbers by name, with units of their own, of which there may be none."""
+
+    def __init__(self, main="most"):
+        self.main = main
+
+    def __call__(self, outputs, targets):
+        each = nn.functional.cross_entropy(outputs, targets, reduction="none")
+        is_rare = targets == 3
+        return {self.main: each.mean(), "rare": (each * is_rare).sum() / is_rare.sum()}
+
+    def units(self, targets):
+        return {self.main: len(targets), "rare": (targets == 3).sum()}
 
 
 NOISE = {"class_path": "user_code.add_noise", "call": False}
@@ -77,6 +92,9 @@ VARIANTS = {
     "a curve of one's own": {"schedule": {"curve": {"class_path": "user_code.Triangle"}}},
     "in steps": {"steps": 17, "epochs": 20, "eval": {"every_steps": 5}},
     "bf16": {"compute": {"precision": "bf16"}},
+    "a sum of means": {"loss": Terms(), "data": {"batch_size": 3, "accumulate": 3}},
+    "a loss and another number": {"loss": Terms("loss"), "compute": {"precision": "fp16"}},
+    "accuracy": {"log": {"every_steps": 2, "train_accuracy": True}},
     "fp16": {"compute": {"precision": "fp16"}},
     "transforms": {
         "data": {"train_transforms": [{"class_path": "user_code.add_noise", "call": False}]}

@@ -19,6 +19,7 @@ from ddp_sgd.config import RunConfig
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine import evaluation, units
 from ddp_sgd.engine.fit import fit
+from ddp_sgd.errors import ConfigError
 
 SAMPLES = 23
 TOLERANCE = 1e-12
@@ -175,13 +176,13 @@ def train(runtime, folder, name, accumulate=1, stop=None, **changes):
     return outcome_of(model).parameters, result.scores, result.weights_digest
 
 
-def train_all(runtime, folder, accumulate, on_device):
+def train_all(runtime, folder, accumulate, on_device, changes):
     if on_device:  # as on a GPU, where nothing is looked at on the host
         units.counts_on_host = evaluation.counts_on_host = lambda _: False
         named_losses.counts_on_host = lambda _: False
     outcomes = {}
     for number, name in enumerate(LOSSES):
-        weights, scores, digest = train(runtime, folder / str(number), name, accumulate)
+        weights, scores, digest = train(runtime, folder / str(number), name, accumulate, **changes)
         plain = {key: value.tolist() for key, value in weights.items()}
         outcomes[name] = plain, scores, digest
     return outcomes
@@ -208,20 +209,22 @@ def compare(name, folder, weights, scores):
     assert losses == {f"eval/{key}" for key in score}
 
 
+LOCAL = {"parallel": {"local_sgd": {"start_step": 0, "period": 1}}}
 LAYOUTS = {
-    "one rank": (1, 4, False),
-    "two ranks": (2, 2, False),
-    "two ranks, counted on the device": (2, 2, True),
-    "three ranks": (3, 1, False),
+    "one rank": (1, 4, False, {}),
+    "two ranks": (2, 2, False, {}),
+    "two ranks, counted on the device": (2, 2, True, {}),
+    "two ranks, ddp": (2, 2, False, {"parallel": {"replica": "ddp"}}),
+    "two ranks, local SGD": (2, 2, False, LOCAL),  # averaged after every step: as plain SGD
+    "three ranks": (3, 1, False, {}),
 }
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def split(request, tmp_path_factory):
-    world_size, accumulate, on_device = LAYOUTS[request.param]
+    world_size, *options = LAYOUTS[request.param]
     folder = tmp_path_factory.mktemp("ranks")
-    ranks = run_ranks(world_size, train_all, folder, accumulate, on_device)
-    return folder, ranks
+    return folder, run_ranks(world_size, train_all, folder, *options)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -233,12 +236,51 @@ def test_any_split_takes_the_step_of_the_whole_batch_and_logs_its_numbers(name, 
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_run_that_was_stopped_and_resumed_has_the_digest_of_the_whole(name, tmp_path):
+def test_a_run_that_was_stopped_and_resumed_has_the_digest_of_the_whole(name, tmp_path, capsys):
     *_, digest = train(Runtime(), tmp_path / "whole", name, 2)
     train(Runtime(), tmp_path / "cut", name, 2, stop=StopAt(1))
     assert not rows_of(tmp_path / "cut", "eval")
     *_, resumed = train(Runtime(), tmp_path / "cut", name, 2)
     assert resumed == digest
+    assert "depends on how the batch is split" not in capsys.readouterr().out
     whole, cut = rows_of(tmp_path / "whole"), rows_of(tmp_path / "cut")
     kept = [key for key in whole[0] if key.startswith("train/")]
     assert [{k: row[k] for k in kept} for row in cut] == [{k: r[k] for k in kept} for r in whole]
+
+
+LABELS = torch.where(torch.arange(SAMPLES) % 5 == 0, 1, torch.arange(SAMPLES) % CLASSES)
+
+
+def train_on_labels(runtime, folder, accumulate, every_steps):
+    config = describe(
+        folder, runtime.world_size, accumulate,
+        log={"every_steps": every_steps, "train_accuracy": True}, checkpoint={"every_epochs": None},
+    )  # fmt: skip
+    loss = nn.CrossEntropyLoss(ignore_index=1)
+    model = build()
+    fit(config, runtime, model=model, train_set=TensorDataset(X, LABELS), loss=loss)
+
+
+@pytest.mark.parametrize(("world_size", "accumulate"), [(1, 1), (2, 2)])
+def test_train_accuracy_is_the_share_of_labelled_samples_that_a_step_began_with(
+    world_size, accumulate, tmp_path
+):
+    run_ranks(world_size, train_on_labels, tmp_path, accumulate, 1)
+    model, counted = build(), LABELS != 1
+    shares = []
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=DECAY)
+    for _ in range(STEPS):
+        scores = model(X)
+        shares.append((scores.argmax(dim=1) == LABELS)[counted].double().mean().item())
+        optimizer.zero_grad()
+        functional.cross_entropy(scores, LABELS, ignore_index=1).backward()
+        optimizer.step()
+    logged = [row["train/accuracy"] for row in rows_of(tmp_path)]
+    assert logged == pytest.approx(shares, rel=1e-12)
+
+
+def test_the_accuracy_of_no_classification_is_refused_before_the_run(tmp_path):
+    config = describe(tmp_path, 1, 1, log={"train_accuracy": True})
+    data = TensorDataset(X, X[:, :CLASSES])
+    with pytest.raises(ConfigError, match=r"log.train_accuracy is true while .* no classification"):
+        fit(config, Runtime(), model=build(), train_set=data, loss=nn.MSELoss())

@@ -4,7 +4,7 @@ from ddp_sgd.config.schema import ComputeConfig, RunConfig
 from ddp_sgd.config.sections import DataConfig
 from ddp_sgd.optim.schedule import build_schedule
 from ddp_sgd.plan import OrderFacts, make_plan
-from ddp_sgd.report.plan_table import plan_lines, plan_table
+from ddp_sgd.report.plan_table import plan_lines, plan_table, update_words
 
 HALVES = {"class_path": "user_code.decay_by_halves", "call": False}
 
@@ -365,3 +365,25 @@ def test_an_order_that_is_no_shuffling_is_named_with_what_it_reads(order, facts,
     assert ("order" in table) is bool(words)
     steps = -(-facts[0] // 128)
     assert f"steps     {steps} per epoch" in "\n".join(lines)
+
+
+def test_what_is_set_of_the_update_is_named():
+    assert update_words(RunConfig()) == []
+    words = update_words(
+        RunConfig(loss=None, optim={"clip_value": 0.5}, log={"train_accuracy": True})
+    )
+    assert words == [
+        "the output of the model is the loss",
+        "elements of the gradient clipped to +-0.5",
+        "accuracy of training logged",
+    ]
+    assert update_words(RunConfig(optim={"clip_norm": 2.0})) == [
+        "gradient clipped to an L2 norm of 2.0"
+    ]
+    plan, schedule, milestones = _plan()
+    lines = plan_lines(plan, milestones, update=words)
+    assert lines[5] == f"update    {'; '.join(words)}"
+    table = plan_table(plan, schedule, milestones, update=words)
+    block = table.split("Computation\n")[1].split("\n\n")[0].splitlines()
+    assert [line.removeprefix("  update").strip() for line in block[1:]] == words
+    assert max(map(len, table.splitlines())) <= 80
