@@ -111,7 +111,12 @@ def explain(command_line: CommandLine) -> int:
     plan = plan_for(world_size)
     schedule = build_schedule(config.schedule, plan)
     table = plan_table(
-        plan, schedule, config.schedule.milestones, compute=config.compute, data=config.data
+        plan,
+        schedule,
+        config.schedule.milestones,
+        compute=config.compute,
+        data=config.data,
+        evaluation=config.eval,
     )
     parts = [table, curve(plan, schedule)]
     if options["step_ms"] is not None:

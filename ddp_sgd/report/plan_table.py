@@ -1,11 +1,11 @@
 """Plan table and plot of the learning rate: a run in words and numbers, before it starts."""
 
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from ddp_sgd.config import ComputeConfig
-from ddp_sgd.config.sections import DataConfig
+from ddp_sgd.config.sections import Choice, DataConfig, EvalConfig
 from ddp_sgd.optim.schedule import Schedule, step_of
 from ddp_sgd.plan import Plan, micro_batch_sizes
 from ddp_sgd.text import columns
@@ -33,6 +33,7 @@ def plan_lines(
     milestones: Sequence[float],
     compute: ComputeConfig | None = None,
     data: DataConfig | None = None,
+    evaluation: EvalConfig | None = None,
 ) -> list[str]:
     """Sum the plan up for the head of a log.
 
@@ -41,14 +42,16 @@ def plan_lines(
         milestones: Those of the schedule, in epochs.
         compute: Section ``compute`` of the configuration; None: its defaults.
         data: Section ``data`` of the configuration; None: its defaults.
+        evaluation: Section ``eval`` of the configuration; None: its defaults.
 
     Returns:
         Five lines: precision, batches, steps, rates, schedule; one for the order of samples,
-        unless they are shuffled, one for transforms, if there are any, and for each note on the
-        schedule.
+        unless they are shuffled, one for chosen parts of samples and for transforms, if there are
+        any, and for each note on the schedule.
     """
     data = data or DataConfig()
     transforms = "; ".join(_transforms(data))
+    samples = "; ".join(_samples(data, evaluation))
     return [
         f"precision {', '.join(_compute_words(compute or ComputeConfig()))}",
         f"batch     {_product(plan)} = {_count(plan.global_batch, 'sample')} per step; "
@@ -59,6 +62,7 @@ def plan_lines(
         f"rate      {plan.base_lr:.6g} for {_count(plan.reference_batch, 'sample')} -> "
         f"{plan.peak_lr:.6g} for {plan.global_batch:,} ({plan.scaling}, k = {plan.scale:.6g})",
         f"schedule  {plan.schedule}; warm-up: {_warm_up(plan)}",
+        *([f"samples   {samples}"] if samples else []),
         *([f"transform {transforms}"] if transforms else []),
         *(f"note      {note}" for note in _schedule_notes(plan, milestones)),
     ]
@@ -70,6 +74,7 @@ def plan_table(
     milestones: Sequence[float],
     compute: ComputeConfig | None = None,
     data: DataConfig | None = None,
+    evaluation: EvalConfig | None = None,
 ) -> str:
     """Show every number of the plan, and the rate at each tenth of the run.
 
@@ -79,14 +84,19 @@ def plan_table(
         milestones: Those of the schedule, in epochs.
         compute: Section ``compute`` of the configuration; None: its defaults.
         data: Section ``data`` of the configuration; None: its defaults.
+        evaluation: Section ``eval`` of the configuration; None: its defaults.
 
     Returns:
         Sections with a heading each, as text of several lines without a newline at the end.
     """
     data = data or DataConfig()
     sections = {
-        "Batches": [*_batch_rows(plan), *_transform_rows(data)],
-        "Steps": [*_wrapped("order", _order(plan, data)), *_step_rows(plan)],
+        "Batches": [
+            *_batch_rows(plan),
+            *_wrapped("samples", *_samples(data, evaluation)),
+            *_transform_rows(data),
+        ],
+        "Steps": [*_wrapped("order", *_order(plan, data)), *_step_rows(plan)],
         "Learning rate": [*_rate_rows(plan), *_note_rows(plan, milestones)],
         "Computation": _compute_rows(compute or ComputeConfig()),
     }
@@ -109,12 +119,7 @@ def _batch_rows(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _transform_rows(data: DataConfig) -> list[tuple[str, str]]:
-    return _wrapped("transforms", _transforms(data))
-
-
-def _wrapped(title: str, parts: Iterable[str]) -> list[tuple[str, str]]:
-    lines = [line for part in parts for line in textwrap.wrap(part, _NOTE_WIDTH)]
-    return [("" if number else title, line) for number, line in enumerate(lines)]
+    return _wrapped("transforms", *_transforms(data))
 
 
 def _transforms(data: DataConfig) -> list[str]:
@@ -125,6 +130,19 @@ def _transforms(data: DataConfig) -> list[str]:
         for use, listed in lists.items()
         if listed
     ]
+
+
+def _samples(data: DataConfig, evaluation: EvalConfig | None) -> Iterator[str]:
+    """Name the parts of samples that are chosen, and how many an evaluation takes at a time."""
+    if data.input is not None:
+        target = "no target" if data.target is None else f"target {_part(data.target)}"
+        yield f"input {_part(data.input)}, {target}"
+    if evaluation is not None and evaluation.batch_size is not None:
+        yield f"evaluated by {evaluation.batch_size:,} on one rank in one pass"
+
+
+def _part(choice: Choice) -> str:
+    return f"[{', '.join(map(str, choice))}]" if isinstance(choice, tuple) else str(choice)
 
 
 def _order(plan: Plan, data: DataConfig) -> Iterator[str]:
@@ -180,11 +198,13 @@ def _compute_rows(compute: ComputeConfig) -> list[tuple[str, str]]:
 
 
 def _note_rows(plan: Plan, milestones: Sequence[float]) -> list[tuple[str, str]]:
-    return [
-        ("" if number else "note", line)
-        for note in _schedule_notes(plan, milestones)
-        for number, line in enumerate(textwrap.wrap(note, _NOTE_WIDTH))
-    ]
+    return [row for note in _schedule_notes(plan, milestones) for row in _wrapped("note", note)]
+
+
+def _wrapped(title: str, *texts: str) -> list[tuple[str, str]]:
+    """Rows of a text of several lines, of which the first has the title."""
+    lines = [line for text in texts for line in textwrap.wrap(text, _NOTE_WIDTH)]
+    return [("" if number else title, line) for number, line in enumerate(lines)]
 
 
 def _tail(plan: Plan) -> str:

@@ -49,7 +49,7 @@ class Progress:
         """Print the plan, and open the bar on a terminal."""
         self._record = record
         config = record.config
-        sections = config.compute, config.data
+        sections = config.compute, config.data, config.eval
         for line in plan_lines(record.plan, config.schedule.milestones, *sections):
             self.say(line)
         for note in record.notes:
