@@ -117,6 +117,7 @@ def explain(command_line: CommandLine) -> int:
         compute=config.compute,
         data=config.data,
         update=update_words(config),
+        evaluation=config.eval,
     )
     parts = [table, curve(plan, schedule)]
     if options["step_ms"] is not None:

@@ -485,13 +485,23 @@ COMPONENTS = [
             f"too little memory in pass {first} of {mode}",
             [f"--model={{class_path: user_code.Hungry, init_args: {{{mode}: {first}}}}}"],
             CONFIG,
-            f"data.batch_size is too large{words} for the memory of the host: ",
-            "lower data.batch_size and raise data.accumulate by the same factor",
+            f"{what} is too large for the memory of the host: ",
+            remedy,
         )
-        for mode, words, first in (
-            ("training", "", 1),
-            ("evaluation", ", in an evaluation,", 1),
-            ("evaluation", ", in an evaluation,", 10),
+        for mode, what, remedy, first in (
+            (
+                "training",
+                "data.batch_size",
+                "lower data.batch_size and raise data.accumulate by",
+                1,
+            ),
+            ("evaluation", "data.batch_size where it is null,", "set a smaller eval.batch_size", 1),
+            (
+                "evaluation",
+                "data.batch_size where it is null,",
+                "set a smaller eval.batch_size",
+                10,
+            ),
         )
     ),
     case(

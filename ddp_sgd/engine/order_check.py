@@ -51,20 +51,22 @@ def refuse_other_order(
     Raises:
         RefusedError: It is another one.
     """
-    if header is None or not header.position:
-        return
-    before, now = header.plan.get("order_length", header.plan["samples"]), plan.order_length
+    if header is None or not header.position or header.plan["samples"] != plan.samples:
+        return  # other data are refused when the checkpoint is read
     batch = header.plan["global_batch"]
-    if order_for(batch).facts.length != before:
+    earlier, today = order_for(batch).facts, order_for(plan.global_batch).facts
+    if not today.digest:  # an order of this package depends on nothing else
+        return
+    before = header.plan.get("order_length", plan.samples)
+    if earlier.length != before:
         raise RefusedError(
-            f"data.order gives {order_for(batch).facts.length:,} indices while the checkpoint of "
-            f"step {header.step} is in the middle of an epoch of {before:,}; restore it, or set "
+            f"data.order gives {earlier.length:,} indices while the checkpoint of step "
+            f"{header.step} is in the middle of an epoch of {before:,}; restore it, or set "
             "resume=never to begin again."
         )
-    if order_for(batch).facts != order_for(plan.global_batch).facts:
+    if earlier != today:
         raise RefusedError(
             f"data.order gives another order for a global batch of {plan.global_batch:,} than for "
-            f"{batch:,}, with which the run stopped in the middle of an epoch ({now:,} and "
-            f"{before:,} indices); set on_resize=keep_global_batch, and data.batch_size and "
-            "data.accumulate as they were."
+            f"{batch:,}, with which the run stopped in the middle of an epoch; set "
+            "on_resize=keep_global_batch, and data.batch_size and data.accumulate as they were."
         )

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from ddp_sgd.config import ComputeConfig, RunConfig
-from ddp_sgd.config.sections import DataConfig
+from ddp_sgd.config.sections import Choice, DataConfig, EvalConfig
 from ddp_sgd.optim.schedule import Schedule, step_of
 from ddp_sgd.plan import Plan, micro_batch_sizes
 from ddp_sgd.scores import prefix_of
@@ -35,6 +35,7 @@ def plan_lines(
     compute: ComputeConfig | None = None,
     data: DataConfig | None = None,
     update: Sequence[str] = (),
+    evaluation: EvalConfig | None = None,
 ) -> list[str]:
     """Sum the plan up for the head of a log.
 
@@ -44,15 +45,17 @@ def plan_lines(
         compute: Section ``compute`` of the configuration; None: its defaults.
         data: Section ``data`` of the configuration; None: its defaults.
         update: What else is set of a step, from ``update_words``.
+        evaluation: Section ``eval`` of the configuration; None: its defaults.
 
     Returns:
         Five lines: precision, batches, steps, rates, schedule; one for the order of samples,
         unless they are shuffled, one for momentum, if it changes, for the loss and the gradient,
-        transforms, several held-out sets or a test set, if something is set, and for each note on
-        the schedule.
+        chosen parts of samples, transforms, several held-out sets or a test set, if something is
+        set, and for each note on the schedule.
     """
     data = data or DataConfig()
     transforms, scored = "; ".join(_transforms(data)), "; ".join(_scored(data))
+    samples = "; ".join(_samples(data, evaluation))
     return [
         f"precision {', '.join(_compute_words(compute or ComputeConfig()))}",
         f"batch     {_product(plan)} = {_count(plan.global_batch, 'sample')} per step; "
@@ -65,6 +68,7 @@ def plan_lines(
         f"schedule  {_curve_words(plan)}; warm-up: {_warm_up(plan)}",
         *([f"momentum  {_momentum(plan)}"] if plan.momentum_start is not None else []),
         *([f"update    {'; '.join(update)}"] if update else []),
+        *([f"samples   {samples}"] if samples else []),
         *([f"transform {transforms}"] if transforms else []),
         *([f"scores    {scored}"] if scored else []),
         *(f"note      {note}" for note in _schedule_notes(plan, milestones)),
@@ -78,6 +82,7 @@ def plan_table(
     compute: ComputeConfig | None = None,
     data: DataConfig | None = None,
     update: Sequence[str] = (),
+    evaluation: EvalConfig | None = None,
 ) -> str:
     """Show every number of the plan, and the rate at each tenth of the run.
 
@@ -88,13 +93,18 @@ def plan_table(
         compute: Section ``compute`` of the configuration; None: its defaults.
         data: Section ``data`` of the configuration; None: its defaults.
         update: What else is set of a step, from ``update_words``.
+        evaluation: Section ``eval`` of the configuration; None: its defaults.
 
     Returns:
         Sections with a heading each, as text of several lines without a newline at the end.
     """
     data = data or DataConfig()
     sections = {
-        "Batches": [*_batch_rows(plan), *_data_rows(data)],
+        "Batches": [
+            *_batch_rows(plan),
+            *_wrapped("samples", *_samples(data, evaluation)),
+            *_data_rows(data),
+        ],
         "Steps": [*_wrapped("order", *_order(plan, data)), *_step_rows(plan)],
         "Learning rate": [*_rate_rows(plan), *_note_rows(plan, milestones)],
         "Computation": [
@@ -154,6 +164,19 @@ def _transforms(data: DataConfig) -> list[str]:
         for use, listed in lists.items()
         if listed
     ]
+
+
+def _samples(data: DataConfig, evaluation: EvalConfig | None) -> Iterator[str]:
+    """Name the parts of samples that are chosen, and how many an evaluation takes at a time."""
+    if data.input is not None:
+        target = "no target" if data.target is None else f"target {_part(data.target)}"
+        yield f"input {_part(data.input)}, {target}"
+    if evaluation is not None and evaluation.batch_size is not None:
+        yield f"evaluated by {evaluation.batch_size:,} on one rank in one pass"
+
+
+def _part(choice: Choice) -> str:
+    return f"[{', '.join(map(str, choice))}]" if isinstance(choice, tuple) else str(choice)
 
 
 def _order(plan: Plan, data: DataConfig) -> Iterator[str]:

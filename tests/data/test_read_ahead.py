@@ -1,5 +1,7 @@
 """Batches that are read several at a time in the rank are those that are read alone."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -13,8 +15,7 @@ def batches(dataset, sizes):
     fetcher = Fetcher(dataset, "data.train", 0)
     bounds = np.cumsum([0, *sizes])
     requests = [
-        Request(2, np.arange(start, stop) % len(dataset))
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
+        Request(2, np.arange(start, stop) % len(dataset)) for start, stop in pairwise(bounds)
     ]
     calls = []
 

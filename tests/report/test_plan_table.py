@@ -336,6 +336,26 @@ def test_the_precision_is_named_first(compute, rows):
 
 
 @pytest.mark.parametrize(
+    ("data", "size", "words"),
+    [
+        ({}, None, None),
+        ({"input": "image", "target": 1}, None, "input image, target 1"),
+        ({"input": ["ids", "mask"]}, None, "input [ids, mask], no target"),
+        ({}, 256, "evaluated by 256 on one rank in one pass"),
+    ],
+)
+def test_parts_of_samples_and_the_batch_of_evaluations_are_named(data, size, words):
+    config = RunConfig(data=data, eval={"batch_size": size})
+    plan, *rest = _plan()
+    sections = config.compute, config.data, config.eval
+    lines = [line for line in plan_lines(plan, (), *sections) if line.startswith("samples")]
+    assert lines == ([f"samples   {words}"] if words else [])
+    table = plan_table(plan, *rest, *sections)
+    assert (f"  samples               {words}\n" in table) is bool(words)
+    assert ("\n  samples  " in table) is bool(words)
+
+
+@pytest.mark.parametrize(
     ("order", "facts", "words"),
     [
         ("shuffled", (1437, 1437), None),
