@@ -19,6 +19,7 @@ from ddp_sgd.checkpointing.store import SET_ASIDE, CheckpointFolder, Manifest, f
 from ddp_sgd.cli import exit_code_of
 from ddp_sgd.console import Parser, deliver
 from ddp_sgd.errors import ConfigError, DataError, ExitCode
+from ddp_sgd.scores import choosing_score
 from ddp_sgd.text import columns
 
 _PROGRAM = "python -m ddp_sgd.checkpoint"
@@ -311,9 +312,10 @@ def _age(seconds: float) -> str:
 
 
 def _score(scores: Mapping[str, float | int]) -> str:
-    if "eval/accuracy" in scores:
-        return f"{100 * scores['eval/accuracy']:.2f} %"
-    return f"loss {scores.get('eval/loss', float('nan')):.4f}"
+    name = choosing_score(scores)
+    if name.endswith("/accuracy"):
+        return f"{100 * scores[name]:.2f} %"
+    return f"loss {scores.get(name, float('nan')):.4f}"
 
 
 if __name__ == "__main__":

@@ -209,7 +209,10 @@ class Use(Enum):
         "set optim.momentum=0, or make the model smaller",
     )
     STEP = ("data.batch_size is too large", _SMALLER_BATCHES)
-    EVALUATION = ("data.batch_size is too large, in an evaluation,", _SMALLER_BATCHES)
+    EVALUATION = (
+        "eval.batch_size, which is data.batch_size where it is null, is too large",
+        "set a smaller eval.batch_size: the scores stay the same but for rounding",
+    )
     SNAPSHOT = (
         "the state is too large to be copied for a checkpoint",
         "start fewer ranks on a host, or give the job more memory",
@@ -262,6 +265,8 @@ def describe_out_of_memory(
     batch: tuple[int, int] | None = None,
 ) -> str | None:
     """Return what is too large and the remedy, without a full stop; None for any other error."""
+    if isinstance(error, UserError):  # of an inner block, which has named what was too large
+        return None
     on_device = type(error).__name__ == "OutOfMemoryError" or Cause.DEVICE_MEMORY.is_in(error)
     if not (on_device or isinstance(error, MemoryError) or Cause.HOST_MEMORY.is_in(error)):
         return None

@@ -96,7 +96,8 @@ def _work(line: CommandLine, runtime: "Runtime") -> list[str]:
     }
     summary = last_line({"status": str(saved.file), "step": header.step, **plain})
     if header.is_scored and header.scores != scores:
-        summary += f"; the run itself wrote eval/loss {header.scores['eval/loss']:.6g}"
+        name, value = next(iter(header.scores.items()))
+        summary += f"; the run itself wrote {name} {value:.6g}"
     return [summary, json.dumps(row, allow_nan=False)]
 
 
@@ -156,12 +157,13 @@ def look_up(
 def _components(config: RunConfig) -> list[Any]:
     """What a score builds, as plain data."""
     data = config.data
-    built = (config.model, config.loss, data.eval, data.collate, *data.eval_transforms)
+    held_out = data.eval_sets.values()
+    built = (config.model, config.loss, *held_out, data.collate, *data.eval_transforms)
     return [component.model_dump() for component in built if component]
 
 
 def score_again(saved: Saved, runtime: "Runtime") -> "tuple[Metrics, str]":
-    """Score a saved model on every sample of ``data.eval``.
+    """Score a saved model on every sample of ``data.eval``, of all its sets.
 
     Returns:
         The scores, and the digest of the weights; equal on all ranks, on any number of them.
@@ -185,11 +187,11 @@ def score_again(saved: Saved, runtime: "Runtime") -> "tuple[Metrics, str]":
             say_error(f"note      {line}")
 
     with translate_errors(), torch_settings(config.compute, runtime.device, notice):
-        return _score(saved, config.data.eval, runtime)
+        return _score(saved, runtime)
 
 
-def _score(saved: Saved, component: Component, runtime: "Runtime") -> "tuple[Metrics, str]":
-    """Build the data set and the model, load the weights and score them."""
+def _score(saved: Saved, runtime: "Runtime") -> "tuple[Metrics, str]":
+    """Build the data sets and the model, load the weights and score them."""
     from ddp_sgd.checkpointing.serialization import read_tensors
     from ddp_sgd.data.dataset_checks import OpenFiles
     from ddp_sgd.distributed.collectives import broadcast_buffers, broadcast_parameters
@@ -202,14 +204,15 @@ def _score(saved: Saved, component: Component, runtime: "Runtime") -> "tuple[Met
     from ddp_sgd.losses import as_module, loss_modules
 
     config = saved.config
-    eval_set = instantiate(component, "data.eval", failure=DataError)
-    components.check_dataset(eval_set, "data.eval")
-    files = OpenFiles(eval_set)
+    eval_sets = _build_sets(config)
+    files = OpenFiles(*eval_sets.values())
     model = components.ready_model(config.model, config.seed)
     loss = as_module(_fitting_loss(saved))
-    reading = build_reading(config.data, config.seed, trains=False)
+    size = config.eval.batch_size
+    reading = build_reading(config.data, config.seed, trains=False, eval_batch_size=size)
     if not components.is_materialized(model):
-        batch = components.read_sample_batch(eval_set, "data.eval", reading)
+        where, first = next(iter(eval_sets.items()))
+        batch = components.read_sample_batch(first, where, reading)
         components.materialize_lazy(model, loss, batch, config.seed)
     modules = loss_modules(loss, model)
     kept = modules if _is_loss_of(saved) else {}
@@ -221,11 +224,25 @@ def _score(saved: Saved, component: Component, runtime: "Runtime") -> "tuple[Met
         broadcast_buffers(module, runtime)
     numerics = Numerics(config.compute, runtime.device)
     numerics.arrange(model)
-    progress = ProgressTracker()
-    score = build_scorer(model, loss, eval_set, reading, runtime, progress, numerics)
+    how = reading, runtime, ProgressTracker(), numerics
+    scorers = [
+        build_scorer(model, loss, each, *how, where=where) for where, each in eval_sets.items()
+    ]
     if config.data.workers:
         files.close()
-    return score(), weights_digest(model)
+    scores = {name: value for score in scorers for name, value in score().items()}
+    return scores, weights_digest(model)
+
+
+def _build_sets(config: RunConfig) -> dict[str, Any]:
+    """Build the held-out sets by their keys."""
+    from ddp_sgd.engine.data_sets import check_dataset
+
+    found = {}
+    for where, component in config.data.eval_sets.items():
+        found[where] = instantiate(component, where, failure=DataError)
+        check_dataset(found[where], where)
+    return found
 
 
 def _fitting_loss(saved: Saved) -> "LossFunction":
@@ -244,7 +261,8 @@ def _fitting_loss(saved: Saved) -> "LossFunction":
 
 def _is_loss_of(saved: Saved) -> bool:
     """Whether the loss that is scored with is that of the run."""
-    return saved.config.loss == Component.model_validate(saved.header.config["loss"])
+    before, now = saved.header.config["loss"], saved.config.loss
+    return (now is None) if before is None else (now == Component.model_validate(before))
 
 
 def _load(

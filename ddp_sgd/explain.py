@@ -2,8 +2,8 @@
 
 import sys
 from argparse import ArgumentParser
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 from ddp_sgd.cli import run_command
@@ -12,8 +12,8 @@ from ddp_sgd.console import deliver
 from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.instantiate import instantiate
 from ddp_sgd.optim.schedule import build_schedule
-from ddp_sgd.plan import Plan, make_plan
-from ddp_sgd.report.plan_table import curve, plan_table
+from ddp_sgd.plan import OrderFacts, Plan, make_plan
+from ddp_sgd.report.plan_table import curve, plan_table, update_words
 from ddp_sgd.scaling import Network, Workload, scaling_table
 
 _RANGES = {
@@ -103,13 +103,21 @@ def explain(command_line: CommandLine) -> int:
     if samples is None:
         samples = _length(config.data.train)
 
+    facts_of_order = _facts_of_order(config, samples)
+
     def plan_for(ranks: int) -> Plan:
-        return make_plan(config, samples=samples, world_size=ranks)
+        return make_plan(config, samples=samples, world_size=ranks, facts_of_order=facts_of_order)
 
     plan = plan_for(world_size)
     schedule = build_schedule(config.schedule, plan)
     table = plan_table(
-        plan, schedule, config.schedule.milestones, compute=config.compute, data=config.data
+        plan,
+        schedule,
+        config.schedule.milestones,
+        compute=config.compute,
+        data=config.data,
+        update=update_words(config),
+        evaluation=config.eval,
     )
     parts = [table, curve(plan, schedule)]
     if options["step_ms"] is not None:
@@ -122,6 +130,17 @@ def explain(command_line: CommandLine) -> int:
         parts.append(scaling_table(plan_for, world_size, _workload(config, options), network))
     deliver("\n\n".join(parts) + "\n")
     return 0
+
+
+def _facts_of_order(config: RunConfig, samples: int) -> Callable[[int], OrderFacts] | None:
+    """Return what tells what a function of the user's reads, for a global batch."""
+    if isinstance(config.data.order, str):
+        return None
+    from ddp_sgd.data.order import build_order
+    from ddp_sgd.engine.reading import ready_order
+
+    order = ready_order(config.data.order)
+    return cache(lambda g: build_order(order, g, samples=samples, seed=config.seed).facts)
 
 
 def _check(options: Mapping[str, Any]) -> None:

@@ -18,9 +18,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ddp_sgd.config.component import Component
 from ddp_sgd.config.faults import show
 from ddp_sgd.config.keys import all_keys
-from ddp_sgd.config.sections import Component
 from ddp_sgd.errors import ConfigError, RefusedError, Use, UserError, refuse_out_of_memory
 from ddp_sgd.text import env_name, read_secret
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from types import FunctionType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -14,8 +14,11 @@ from torch import nn
 from torch.nn import functional
 
 from ddp_sgd.errors import ConfigError, DataError
+from ddp_sgd.named_losses import LOSS, ONE_NUMBER, LossForm, read_units, units_of, wide_float
 
-LossFunction = Callable[[Any, Any], torch.Tensor]
+LossFunction = Callable[..., Any]
+"""Gives a tensor without dimensions, or a mapping of such, for (outputs, targets); for (outputs)
+where there are no targets."""
 
 Spread = Literal["whole", "positions", "keywords"]
 """How inputs reach a model: as one argument, as positional ones, or as keyword arguments."""
@@ -38,21 +41,27 @@ class Objective:
     A unit is a sample, for a loss that gives the mean over samples. torch's own cross entropy with
     class weights, with ignored targets or with one target per pixel or token divides by the weight
     of the targets instead; then that weight is the unit, since only so a split over ranks equals
-    the whole. A subclass with a ``forward`` of its own is assumed to be a mean over samples.
+    the whole. A subclass with a ``forward`` of its own is assumed to be a mean over samples. A loss
+    with a method ``units`` is a mean over the units that this gives.
 
     Args:
         loss: Module or function of (outputs, targets) that returns the mean, a tensor without
-            dimensions.
+            dimensions, or several by name.
         targets: Targets of the data set, to choose which kind of unit applies.
         complete: Whether these are all targets, so that no ignored one can occur later.
         takes_classes: Whether targets are indices of the model's outputs; None: by the type of the
             loss.
         spread: How inputs reach the model.
+        form: What the loss returns.
+        counts_correct: Whether ``accuracy`` is logged in training.
 
     Raises:
         ConfigError: The loss is set to return something else than a mean.
 
     Attributes:
+        form: The same.
+        counts_correct: The same.
+        gives_units: Whether the loss itself gives the units of a micro-batch.
         ignore_index: Target that the loss leaves out.
         counts_samples: Whether the unit is a sample, whose number every rank knows.
         takes_classes: Whether targets are class indices, so that there is an accuracy.
@@ -66,46 +75,79 @@ class Objective:
         complete: bool = True,
         takes_classes: bool | None = None,
         spread: Spread = "whole",
+        form: LossForm = ONE_NUMBER,
+        counts_correct: bool = False,
     ) -> None:
         refuse_reduction(loss)
         loss = as_module(loss)
-        self.counts_samples = not _weighs_targets(loss, targets, complete=complete)
+        self.form = form
+        self.counts_correct = counts_correct
+        self.gives_units = units_of(loss) is not None
+        weighs = not self.gives_units and _weighs_targets(loss, targets, complete=complete)
+        self.counts_samples = not (self.gives_units or weighs)
         self.ignore_index: int = getattr(loss, "ignore_index", -100)
         known = is_of_classes(loss)
         self.takes_classes = bool(known if takes_classes is None else takes_classes)
         self._spread = spread
         self._loss: Any = loss
-        if not self.counts_samples:
+        if weighs:
             self._loss = copy.copy(loss)
             self._loss.reduction = "sum"
             weight = self._loss.weight
             self._weight = None if weight is None else weight.detach().double().cpu()
             self._weight_on: dict[torch.device, torch.Tensor] = {}
 
-    def outputs(self, model: nn.Module, inputs: Any) -> Any:
+    def outputs(self, model: nn.Module, inputs: Any, targets: Any = None) -> Any:
         """Call the model.
 
         Args:
             model: The model or its wrapper.
             inputs: What the data set gave: a tensor, or a container, which is spread over the
                 arguments of ``forward`` where that takes several.
+            targets: What the data set gave, for a model whose output is the loss: its last
+                argument, or the one named ``targets``. Other models do not get it.
         """
-        if self._spread == "positions":
-            return model(*inputs)
-        return model(**inputs) if self._spread == "keywords" else model(inputs)
+        is_needed = targets is not None and isinstance(self._loss, ModelLoss)
+        if self._spread == "keywords":
+            return model(**inputs, targets=targets) if is_needed else model(**inputs)
+        arguments = inputs if self._spread == "positions" else (inputs,)
+        return model(*arguments, targets) if is_needed else model(*arguments)
 
-    def __call__(self, outputs: Any, targets: Any) -> torch.Tensor:
-        """Compute the loss of a micro-batch, which times ``weight`` is the sum over its units.
+    def values(self, outputs: Any, targets: Any) -> dict[str, torch.Tensor]:
+        """Compute the loss of a micro-batch, and the numbers that are logged with it.
 
         Args:
             outputs: What the model returned.
-            targets: What the data set gave.
+            targets: What the data set gave; None: there are no targets.
 
         Returns:
-            Tensor without dimensions.
+            Tensors without dimensions by name: ``loss``, and those of ``form.names``. Each times
+            ``weight`` is a sum over units, unless the loss gives these.
+
+        Raises:
+            ConfigError: The loss gives another form than before the run.
         """
-        loss: torch.Tensor = self._loss(outputs, targets)
-        return loss
+        return self.form.values(call_loss(self._loss, outputs, targets))
+
+    def __call__(self, outputs: Any, targets: Any) -> torch.Tensor:
+        """Compute the loss alone; see ``values``."""
+        return self.values(outputs, targets)[LOSS]
+
+    def given_units(
+        self, targets: Any, samples: int, device: torch.device
+    ) -> dict[str, torch.Tensor]:
+        """Return the units of a micro-batch that the loss itself gives, by name of its numbers.
+
+        Args:
+            targets: What the data set gave, on the device.
+            samples: True number of samples; with 0 the result is 0.
+            device: Where the model is.
+
+        Raises:
+            ConfigError: The loss gives no units that can be used; see ``read_units``.
+        """
+        units = read_units(self._loss.units(targets), self.form, device)
+        return units if samples else {name: torch.zeros_like(each) for name, each in units.items()}
 
     def weight(self, samples: int) -> int:
         """Return the factor of a micro-batch's loss: its samples for a mean, 1 for a sum.
@@ -114,10 +156,6 @@ class Objective:
             samples: True number of samples; with 0 the result is 0.
         """
         return samples if self.counts_samples else min(samples, 1)
-
-    def total(self, outputs: Any, targets: Any, samples: int) -> torch.Tensor:
-        """Sum the loss over the units of a micro-batch; without samples it is 0."""
-        return self(outputs, targets) * self.weight(samples)
 
     def units(self, targets: torch.Tensor, samples: int) -> float:
         """Count the units of a micro-batch, for a loss that weighs targets.
@@ -171,14 +209,31 @@ class Objective:
         return self._weight_on[device]
 
 
-def wide_float(device: torch.device) -> torch.dtype:
-    """Return the widest float type of a device, for sums and counts; Metal has no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
+class ModelLoss:
+    """The loss of a model whose output is the loss already, as ``loss: null`` has it."""
+
+    def __call__(self, outputs: Any, targets: Any = None) -> Any:  # noqa: ARG002
+        """Return what the model returned."""
+        return outputs
 
 
-def counts_on_host(device: torch.device) -> bool:
-    """Whether the units of targets are counted on the host: elsewhere that would wait for them."""
-    return device.type == "cpu"
+def call_loss(loss: LossFunction, outputs: Any, targets: Any) -> Any:
+    """Call a loss: with outputs alone where there are no targets, unless it takes both."""
+    if targets is None and not _takes_both(loss):
+        return cast("Callable[[Any], Any]", loss)(outputs)
+    return loss(outputs, targets)
+
+
+def _takes_both(loss: Any) -> bool:
+    """Whether a loss has two positional arguments without a default value."""
+    function = loss.forward if isinstance(loss, nn.Module) else loss
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        return True
+    except ValueError:  # a function that is not written in Python
+        return False
+    return False
 
 
 def refuse_reduction(loss: LossFunction) -> None:

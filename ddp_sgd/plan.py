@@ -1,12 +1,34 @@
 """Plan: batch sizes, steps, learning rates and warm-up of a run, worked out once. No torch."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from ddp_sgd.config.schema import RunConfig
-from ddp_sgd.config.sections import DataConfig, OptimConfig
+from ddp_sgd.config.sections import DataConfig, OptimConfig, ScheduleConfig
 from ddp_sgd.errors import ConfigError, DataError
+
+
+class OrderFacts(NamedTuple):
+    """What an order of the samples reads in an epoch.
+
+    Args:
+        length: Positions, m, each of them a sample that is read.
+        distinct: Different samples among them, at most n.
+        repeated: How many of these are read more than once.
+        digest: Of the order of the first epoch; empty for an order of this package.
+    """
+
+    length: int
+    distinct: int
+    repeated: int = 0
+    digest: str = ""
+
+    @classmethod
+    def of_permutation(cls, samples: int) -> "OrderFacts":
+        """Describe an order that has each sample once."""
+        return cls(samples, samples)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,12 +43,17 @@ class Plan:
         global_batch: Samples of all ranks in a full step, G = W A b, unless a resume on other ranks
             kept an earlier one; then A is the most micro-batches of any rank.
         tail: ``exact`` trains the last, smaller batch of an epoch; ``drop`` leaves it out.
-        steps_per_epoch: ceil(n / G), or floor(n / G) if the tail is dropped.
+        order_length: Positions in the order of an epoch, m: n, unless ``data.order`` names a
+            function that reads more or fewer.
+        distinct_samples: Different samples among these.
+        repeated_samples: Samples among these that are read more than once in an epoch.
+        steps_per_epoch: ceil(m / G), or floor(m / G) if the tail is dropped.
         samples_per_epoch: Samples that an epoch trains: n, or steps_per_epoch x G.
-        last_batch: Samples in the last step of an epoch.
+        last_batch: Samples in the last step of an epoch; those of a full step if the run ends
+            before.
         smallest_micro_batch: Fewest samples in any forward pass of any rank; 0 if a rank is ever
             empty.
-        epochs: Passes over the data.
+        epochs: Passes over the data that the run begins; it may end in the middle of the last one.
         total_steps: Steps in the run.
         total_samples: Samples in the run.
         reference_batch: Samples a step that base_lr is quoted for.
@@ -34,9 +61,14 @@ class Plan:
         scaling: Rule that leads from base_lr to peak_lr.
         base_lr: Rate for reference_batch.
         peak_lr: Rate for global_batch.
-        schedule: Name of the curve.
+        schedule: Name of the curve; the class_path of a user's own.
+        by: ``step``, or ``epoch`` if the rate changes at the beginning of an epoch only.
+        warmup: How the warm-up and the curve are joined: ``multiply``, ``shift`` or ``replace``.
         warmup_steps: Length of the warm-up.
         warmup_start: Factor of the peak rate at step 0, in (0, 1].
+        momentum: m of SGD, in [0, 1).
+        momentum_start: m at step 0, which goes to ``momentum`` along the warm-up; None: it does
+            not change.
         samples_before: Samples beyond those of this plan's steps, which the run trained while it
             had another global batch.
         local_start: Steps after which ranks take steps of their own; None: they never do.
@@ -49,6 +81,9 @@ class Plan:
     accumulate: int
     global_batch: int
     tail: str
+    order_length: int
+    distinct_samples: int
+    repeated_samples: int
     steps_per_epoch: int
     samples_per_epoch: int
     last_batch: int
@@ -64,9 +99,18 @@ class Plan:
     schedule: str
     warmup_steps: int
     warmup_start: float
+    by: str = "step"
+    warmup: str = "multiply"
+    momentum: float = 0.0
+    momentum_start: float | None = None
     samples_before: int = 0
     local_start: int | None = None
     local_period: int = 1
+
+    @property
+    def passes(self) -> float:
+        """Passes over the data in the run, a real number."""
+        return self.total_samples / self.samples_per_epoch
 
     def epoch_at(self, step: int) -> float:
         """Passes over the data after ``step`` steps: samples seen / samples of an epoch."""
@@ -106,7 +150,7 @@ class Plan:
             step == 0
             or not self.is_local(step - 1)
             or step % self.local_period == 0
-            or step % self.steps_per_epoch == 0
+            or self.ends_epochs(step, 1)
         )
 
     def step_samples(self, step: int) -> int:
@@ -115,7 +159,12 @@ class Plan:
 
 
 def make_plan(
-    config: RunConfig, *, samples: int, world_size: int, kept: tuple[int, int] | None = None
+    config: RunConfig,
+    *,
+    samples: int,
+    world_size: int,
+    kept: tuple[int, int] | None = None,
+    facts_of_order: Callable[[int], OrderFacts] | None = None,
 ) -> Plan:
     """Work out every derived number of a run.
 
@@ -123,56 +172,60 @@ def make_plan(
         config: Description of the run.
         samples: Length of the training set, n.
         world_size: Ranks, at least 1.
-        kept: Global batch and reference batch of a run that goes on, perhaps on other ranks; None
-            takes what follows from the configuration.
+        kept: Global and reference batch of a run that goes on; None: those of the configuration.
+        facts_of_order: What ``data.order`` reads, for a global batch; None: each sample once.
 
     Raises:
         DataError: The training set is empty.
         ConfigError: No step is left, since the global batch is larger than the data and the tail is
-            dropped; or the peak rate is too large, or too small, for a number.
+            dropped; the peak rate is too large, or too small, for a number; or momentum is to
+            change along a warm-up, and there is none.
     """
     data, optim = config.data, config.optim
-    if samples < 1:
-        raise DataError("data.train is empty; name a data set with at least one sample.")
-    rank_batch = data.accumulate * data.batch_size
-    global_batch, reference_batch = kept or (
-        world_size * rank_batch,
-        optim.reference_batch or rank_batch,
-    )
-    steps_per_epoch = _steps_per_epoch(data, samples, world_size, global_batch)
-    samples_per_epoch = min(samples, steps_per_epoch * global_batch)
-    last_batch = samples_per_epoch - (steps_per_epoch - 1) * global_batch
+    global_batch, reference_batch = kept or _batches(config, world_size)
+    read = facts_of_order(global_batch) if facts_of_order else OrderFacts.of_permutation(samples)
+    steps_per_epoch, samples_per_epoch = _epoch(data, read.length, world_size, global_batch)
+    total_steps = config.steps or config.epochs * steps_per_epoch
+    epochs, rest = divmod(total_steps, steps_per_epoch)
+    before_last = (steps_per_epoch - 1) * global_batch
+    last_batch = samples_per_epoch - before_last if epochs else global_batch
+    sizes = min(global_batch, samples_per_epoch), last_batch
     scale = global_batch / reference_batch
     peak_lr = _peak_lr(optim, scale)
-    start, local = config.schedule.warmup_start, config.parallel.local_sgd
+    local = config.parallel.local_sgd
     return Plan(
         world_size=world_size,
         samples=samples,
         batch_size=data.batch_size,
-        accumulate=max(1, len(micro_batch_sizes(global_batch, 0, world_size, data.batch_size))),
+        accumulate=len(micro_batch_sizes(global_batch, 0, world_size, data.batch_size)) or 1,
         global_batch=global_batch,
         tail=data.tail,
+        order_length=read.length,
+        distinct_samples=read.distinct,
+        repeated_samples=read.repeated,
         steps_per_epoch=steps_per_epoch,
         samples_per_epoch=samples_per_epoch,
         last_batch=last_batch,
-        smallest_micro_batch=min(
-            _smallest_micro_batch(size, world_size, data.batch_size)
-            for size in (min(global_batch, samples_per_epoch), last_batch)
-        ),
-        epochs=config.epochs,
-        total_steps=config.epochs * steps_per_epoch,
-        total_samples=config.epochs * samples_per_epoch,
+        smallest_micro_batch=_smallest_micro_batch(sizes, world_size, data.batch_size),
+        epochs=epochs + (rest > 0),
+        total_steps=total_steps,
+        total_samples=epochs * samples_per_epoch + rest * global_batch,
         reference_batch=reference_batch,
         scale=scale,
         scaling=optim.scaling,
         base_lr=optim.lr,
         peak_lr=peak_lr,
-        schedule=config.schedule.name,
-        warmup_steps=round(_warmup_epochs(config, scale) * steps_per_epoch),
-        warmup_start=min(1.0, optim.lr / peak_lr) if start == "auto" else start,
+        momentum=optim.momentum,
+        **_schedule(config, total_steps, steps_per_epoch, scale, peak_lr),
         local_start=local.start_step if world_size > 1 else None,
         local_period=local.period,
     )
+
+
+def _batches(config: RunConfig, world_size: int) -> tuple[int, int]:
+    """Global batch and reference batch that follow from the configuration."""
+    rank_batch = config.data.accumulate * config.data.batch_size
+    return world_size * rank_batch, config.optim.reference_batch or rank_batch
 
 
 def micro_batch_sizes(
@@ -193,11 +246,14 @@ def _pieces(total: int, most: int) -> Iterator[int]:
         total -= most
 
 
-def _steps_per_epoch(data: DataConfig, samples: int, world_size: int, global_batch: int) -> int:
+def _epoch(data: DataConfig, samples: int, world_size: int, global_batch: int) -> tuple[int, int]:
+    """Steps and samples of an epoch."""
+    if samples < 1:
+        raise DataError("data.train is empty; name a data set with at least one sample.")
     if data.tail == "exact":
-        return -(-samples // global_batch)
+        return -(-samples // global_batch), samples
     if samples >= global_batch:
-        return samples // global_batch
+        return samples // global_batch, samples // global_batch * global_batch
     fitting = samples // (world_size * data.accumulate)
     smaller = f"data.batch_size={fitting} or less" if fitting else "use fewer ranks"
     raise ConfigError(
@@ -206,10 +262,11 @@ def _steps_per_epoch(data: DataConfig, samples: int, world_size: int, global_bat
     )
 
 
-def _smallest_micro_batch(step_samples: int, world_size: int, batch_size: int) -> int:
+def _smallest_micro_batch(steps: Iterable[int], world_size: int, batch_size: int) -> int:
     """Look at the first and the last rank: the shares of all others equal one of theirs."""
     return min(
         size
+        for step_samples in steps
         for rank in (0, world_size - 1)
         for size in micro_batch_sizes(step_samples, rank, world_size, batch_size) or (0,)
     )
@@ -226,10 +283,34 @@ def _peak_lr(optim: OptimConfig, scale: float) -> float:
     return peak
 
 
-def _warmup_epochs(config: RunConfig, scale: float) -> float:
-    asked = config.schedule.warmup_epochs
-    if asked != "auto":
-        return asked
-    return (
-        min(5.0, config.epochs / 10) if scale > 1 and config.schedule.name != "one_cycle" else 0.0
-    )
+def _schedule(
+    config: RunConfig, total_steps: int, steps_per_epoch: int, scale: float, peak_lr: float
+) -> dict[str, Any]:
+    """Fields of the plan that follow from the section ``schedule``."""
+    schedule = config.schedule
+    start = schedule.warmup_start
+    return {
+        "schedule": schedule.curve.class_path if schedule.curve else schedule.name,
+        "by": schedule.by,
+        "warmup": schedule.warmup,
+        "warmup_steps": _warmup_steps(schedule, total_steps, steps_per_epoch, scale),
+        "warmup_start": min(1.0, config.optim.lr / peak_lr) if start == "auto" else start,
+        "momentum_start": schedule.momentum_start,
+    }
+
+
+def _warmup_steps(
+    schedule: ScheduleConfig, total_steps: int, steps_per_epoch: int, scale: float
+) -> int:
+    steps = schedule.warmup_steps
+    if steps is None:
+        rises = schedule.name == "one_cycle" or schedule.curve is not None  # if it is to rise
+        auto = 0.0 if scale <= 1 or rises else min(5.0, total_steps / steps_per_epoch / 10)
+        epochs = auto if schedule.warmup_epochs == "auto" else schedule.warmup_epochs
+        steps = round(epochs * steps_per_epoch)
+    if steps == 0 and schedule.momentum_start is not None:
+        raise ConfigError(
+            f"schedule.momentum_start is {schedule.momentum_start} while the run has no warm-up; "
+            "set schedule.warmup_epochs=3 or so."
+        )
+    return steps

@@ -21,6 +21,7 @@ UNMEASURED = (
     "launch/test_main.py",
     "models/",
     "network/",
+    "ports/",
     "slurm/",
     "test_docs.py",
     "test_early_stops.py",

@@ -28,7 +28,7 @@ class StopAt:
         return "enough" if self.looks < 0 else None
 
 
-def train_captured(folder, runtime, model, samples, *, captured, stop=None, **sections):
+def train_captured(folder, runtime, model, samples, *, captured, stop=None, loss=None, **sections):
     """Train for three epochs, with captured steps or eager ones."""
     compute = {"cuda_graphs": captured, **sections.pop("compute", {})}
     config = {
@@ -39,12 +39,15 @@ def train_captured(folder, runtime, model, samples, *, captured, stop=None, **se
         **sections,
     }
     config = RunConfig.model_validate(config)
-    return fit(config, runtime, model=model, train_set=samples, eval_set=samples, stop=stop)
+    data = {"train_set": samples, "eval_set": samples}
+    return fit(config, runtime, model=model, loss=loss, stop=stop, **data)
 
 
 def measured(folder):
     """Give what the rows of training of a run have in common with those of another."""
     lines = (folder / "digits" / "metrics.jsonl").read_text().splitlines()
-    kept = ("step", "train/loss", "train/grad_norm", "train/lr", "train/skipped_steps")
     rows = [row for row in map(json.loads, lines) if row["event"] == "train"]
-    return [{key: row[key] for key in kept} for row in rows]
+    return [
+        {key: value for key, value in row.items() if key == "step" or key.startswith("train/")}
+        for row in rows
+    ]

@@ -80,6 +80,13 @@ RANGES = [
     wrong_value("optim.momentum=-0.5", "[0, 1), such as 0.9"),
     wrong_value("optim.weight_decay=-0.1", "at least 0"),
     wrong_value("optim.clip_norm=0", "above 0"),
+    wrong_value("optim.clip_value=0", "above 0"),
+    case(
+        "two ways to clip",
+        ["--optim.clip_value=1", "--optim.clip_norm=2"],
+        CONFIG,
+        "optim.clip_value is 1.0 while optim.clip_norm is 2.0; leave one of them out",
+    ),
     wrong_value("schedule.warmup_epochs=-1", "auto"),
     wrong_value("schedule.warmup_start=0", "(0, 1]"),
     wrong_value("schedule.warmup_start=1.5", "(0, 1]"),
@@ -410,6 +417,50 @@ COMPONENTS = [
         "loss is _per_sample, which gives float32 of shape (8,); let it give the mean",
     ),
     case(
+        "loss without units",
+        ["--loss={class_path: user_code.Terms, init_args: {units: 0}}"],
+        CONFIG,
+        "loss.units gives 0 for a batch of the first samples, which then count for nothing; let it",
+    ),
+    case(
+        "loss with negative units in a step",
+        ["--loss={class_path: user_code.Terms, init_args: {later: -2}}"],
+        CONFIG,
+        "loss.units gives -2; let it give a finite number that is at least 0.",
+    ),
+    case(
+        "loss with units of other names",
+        ["--loss={class_path: user_code.Terms, init_args: {units: {fit: 1}}}"],
+        CONFIG,
+        "loss.units gives the names fit, while loss gives the names fit, size; let it give",
+    ),
+    case(
+        "loss with other names in a step",
+        ["--loss={class_path: user_code.Terms, init_args: {calls: 30}}", "--data.eval=null"],
+        CONFIG,
+        "loss gives the names fit while it gave the names fit, size before the run; let it give",
+    ),
+    case(
+        "model without a loss where there is to be none",
+        ["--loss=null", "--data.eval=null"],
+        CONFIG,
+        "model is MLP, which fails on inputs of",
+    ),
+    case(
+        "model without a loss in evaluation mode",
+        ["--loss=null", "--model={class_path: user_code.OwnLoss, init_args: {scores: true}}"],
+        CONFIG,
+        "loss is null while the model gives float32 of shape (8, 10) in evaluation mode; set "
+        "data.eval=null",
+    ),
+    case(
+        "accuracy of no classification",
+        ["--loss=null", "--model.class_path=user_code.OwnLoss", "--log.train_accuracy=true"],
+        CONFIG,
+        "log.train_accuracy is true while the model gives",
+        "set log.train_accuracy=false.",
+    ),
+    case(
         "loss that gives text",
         ["--loss.class_path=user_code.text_loss"],
         CONFIG,
@@ -434,13 +485,23 @@ COMPONENTS = [
             f"too little memory in pass {first} of {mode}",
             [f"--model={{class_path: user_code.Hungry, init_args: {{{mode}: {first}}}}}"],
             CONFIG,
-            f"data.batch_size is too large{words} for the memory of the host: ",
-            "lower data.batch_size and raise data.accumulate by the same factor",
+            f"{what} is too large for the memory of the host: ",
+            remedy,
         )
-        for mode, words, first in (
-            ("training", "", 1),
-            ("evaluation", ", in an evaluation,", 1),
-            ("evaluation", ", in an evaluation,", 10),
+        for mode, what, remedy, first in (
+            (
+                "training",
+                "data.batch_size",
+                "lower data.batch_size and raise data.accumulate by",
+                1,
+            ),
+            ("evaluation", "data.batch_size where it is null,", "set a smaller eval.batch_size", 1),
+            (
+                "evaluation",
+                "data.batch_size where it is null,",
+                "set a smaller eval.batch_size",
+                10,
+            ),
         )
     ),
     case(
@@ -551,7 +612,7 @@ DATA_SETS = [
         user_data("Mappings"),
         DATA,
         "data.train[0] is a mapping with pixels, digit, not (input, target)",
-        "ddp_sgd.data.Columns",
+        "choose by name with --data.input=pixels --data.target=digit, or",
     ),
     case(
         "triple for a sample",
@@ -587,7 +648,20 @@ DATA_SETS = [
             "digit, rows: {class_path: user_code.Mappings}}}"
         ],
         DATA,
-        "column pixel is not in pixels, digit; name one of those.",
+        "input names pixel while rows[",
+        "] has pixels, digit; name one of those.",
+    ),
+    case(
+        "column that samples lack",
+        [*user_data("Mappings"), "--data.input=pixels", "--data.target=[digit, id]"],
+        DATA,
+        "data.target names id while data.train[0] has pixels, digit; name one of those.",
+    ),
+    case(
+        "target without an input",
+        ["--data.target=label"],
+        CONFIG,
+        "data.target is label while data.input is null; name the part of a sample that the model",
     ),
     case(
         "inputs that are not numbers",

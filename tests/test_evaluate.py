@@ -11,7 +11,9 @@ from limits import WAIT_S
 from ranks import rank_environment, run_ranks
 from saved_run import cut_short, files_of, flip_a_bit, plant_a_bomb, train
 
-from ddp_sgd.config import read_yaml_file
+from ddp_sgd.config import RunConfig, read_yaml_file
+from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.engine.fit import fit
 from ddp_sgd.evaluate import main
 from ddp_sgd.report.journal import read_journal
 
@@ -159,3 +161,19 @@ def test_a_wrong_key_is_answered_before_torch_is_imported():
     )
     assert done.returncode == 64
     assert done.stderr == "ddp_sgd: error: unknown key optim.lrr; did you mean optim.lr?\n"
+
+
+def test_a_model_whose_output_is_the_loss_is_scored_again_with_its_numbers(tmp_path, capsys):
+    config = RunConfig(
+        name="own", output_dir=str(tmp_path), epochs=1, loss=None, wandb={"mode": "disabled"},
+        model={"class_path": "user_code.OwnLoss"},
+    )  # fmt: skip
+    result = fit(config, Runtime())
+    parts = result.scores["eval/fit"] + result.scores["eval/size"]
+    assert result.scores["eval/loss"] == pytest.approx(parts, rel=1e-6)  # float32
+    capsys.readouterr()
+    assert main(["--trust", str(tmp_path / "own")]) == 0
+    score = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {key: score[key] for key in result.scores} == result.scores
+    row = json.loads((tmp_path / "own" / "result.json").read_text())
+    assert {key: row[key] for key in result.scores} == result.scores

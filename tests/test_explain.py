@@ -223,3 +223,21 @@ def test_module_runs_as_a_command():
     )
     assert done.returncode == ExitCode.CONFIG
     assert done.stderr.startswith("ddp_sgd: error: --world_size is 0; ")
+
+
+def test_an_order_is_evaluated_for_the_batch_of_the_plan(capsys):
+    argv = ["--samples=30", "--data.batch_size=4", "--world_size=2"]
+    order = "{class_path: orders.by_batch, call: false}"
+    assert main([*argv, f"--data.order={order}"]) == ExitCode.DONE
+    out = capsys.readouterr().out
+    assert "  order                 by_batch, reads 5 of 30 samples, 5 of them more than\n" in out
+    assert "  an epoch              5 steps (40 samples)\n" in out
+    assert main([*argv, "--data.order=sequential"]) == ExitCode.DONE
+    assert "  order                 sequential\n" in capsys.readouterr().out
+
+
+def test_an_order_that_fails_is_one_line(capsys):
+    order = "{class_path: user_code.Zeros, init_args: {samples: 3}}"
+    assert main(["--samples=30", f"--data.order={order}"]) == ExitCode.CONFIG
+    words = "data.order is a Zeros; name a function of (n, seed, epoch, global_batch) that returns"
+    assert words in capsys.readouterr().err

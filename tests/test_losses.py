@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ddp_sgd.errors import ConfigError
-from ddp_sgd.losses import Objective, wide_float
+from ddp_sgd.losses import Objective
 
 torch.manual_seed(0)
 SCORES = torch.randn(10, 4, dtype=torch.float64)
@@ -53,7 +53,7 @@ def test_pieces_add_up_to_the_whole(name, pieces):
     sizes[-1] = len(targets) - sum(sizes[:-1])
     total = units = 0.0
     for out, target in zip(outputs.split(sizes), targets.split(sizes), strict=True):
-        total += objective.total(out, target, len(target))
+        total += objective(out, target) * objective.weight(len(target))
         units += len(target) if counts_samples else objective.units(target, len(target))
     assert float(total / units) == pytest.approx(float(loss(outputs, targets)), rel=1e-12)
 
@@ -63,7 +63,7 @@ def test_a_stand_in_counts_for_nothing(name):
     loss, outputs, targets, counts_samples = CASES[name]
     outputs = outputs[:1].clone().requires_grad_()
     objective = Objective(loss, targets)
-    total = objective.total(outputs, targets[:1], 0)
+    total = objective(outputs, targets[:1]) * objective.weight(0)
     total.backward()
     assert total.item() == 0
     assert outputs.grad.abs().max() == 0
@@ -92,7 +92,7 @@ def test_labels_without_a_class_weight_are_left_to_the_loss_on_a_device():
 def test_a_piece_with_ignored_targets_only_has_no_nan():
     objective = Objective(nn.CrossEntropyLoss(ignore_index=2), LABELS)
     outputs = SCORES[6:].clone().requires_grad_()
-    objective.total(outputs, LABELS[6:], 4).backward()
+    (objective(outputs, LABELS[6:]) * objective.weight(4)).backward()
     assert outputs.grad.abs().max() == 0
     assert objective.units(LABELS[6:], 4) == 0
 
@@ -109,11 +109,6 @@ def test_other_reductions_are_refused(reduction):
         ConfigError, match=f"loss.init_args.reduction is {reduction}; leave it at mean"
     ):
         Objective(nn.MSELoss(reduction=reduction), LABELS)
-
-
-def test_wide_float():
-    assert wide_float(torch.device("cpu")) == torch.float64
-    assert wide_float(torch.device("mps")) == torch.float32
 
 
 def test_targets_that_were_not_seen_may_be_ignored_ones():

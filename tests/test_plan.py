@@ -2,6 +2,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import assume, given
@@ -60,8 +61,11 @@ def test_auto_warm_up_gives_goyal_et_al_five_epochs():
     assert _plan(samples=IMAGENET, world_size=256, **config).warmup_steps == 5 * 157
 
 
+whole_epochs = st.fixed_dictionaries({"epochs": st.integers(1, 3)})
+
+
 @st.composite
-def runs(draw):
+def runs(draw, lengths=whole_epochs):
     sizes = {
         "samples": draw(st.integers(1, 400)),
         "world_size": draw(st.integers(1, 9)),
@@ -73,7 +77,10 @@ def runs(draw):
     }
     global_batch = sizes["world_size"] * data["batch_size"] * data["accumulate"]
     assume(data["tail"] == "exact" or sizes["samples"] >= global_batch)
-    return _plan(**sizes, epochs=draw(st.integers(1, 3)), data=data)
+    return _plan(**sizes, data=data, **draw(lengths))
+
+
+cut_runs = runs(st.fixed_dictionaries({"epochs": st.just(20), "steps": st.integers(1, 60)}))
 
 
 def _micro_batches(plan, step):
@@ -147,6 +154,49 @@ def test_numbers_of_a_run_follow_from_those_of_an_epoch(plan):
     assert 1 <= plan.last_batch <= plan.global_batch
     assert 0 <= plan.warmup_steps <= plan.total_steps
     assert 0 < plan.warmup_start <= 1
+
+
+@given(cut_runs)
+def test_a_run_of_some_steps_is_the_beginning_of_one_of_whole_epochs(plan):
+    whole = replace(
+        plan,
+        total_steps=plan.epochs * plan.steps_per_epoch,
+        total_samples=plan.epochs * plan.samples_per_epoch,
+    )
+    assert whole.total_steps - plan.steps_per_epoch < plan.total_steps <= whole.total_steps
+    sizes = [whole.step_samples(step) for step in range(plan.total_steps)]
+    assert [plan.step_samples(step) for step in range(plan.total_steps)] == sizes
+    assert plan.total_samples == sum(sizes) == plan.samples_at(plan.total_steps)
+    assert plan.passes == plan.total_samples / plan.samples_per_epoch
+    assert plan.epochs - 1 < plan.passes <= plan.epochs
+
+
+@given(cut_runs)
+def test_smallest_micro_batch_of_a_run_of_some_steps_is_one_that_it_takes(plan):
+    everything = [
+        size
+        for step in range(min(plan.total_steps, plan.steps_per_epoch))
+        for sizes in _micro_batches(plan, step)
+        for size in sizes or [0]
+    ]
+    assert plan.smallest_micro_batch == min(everything)
+
+
+@given(cut_runs)
+def test_ranks_meet_at_the_end_of_epochs_and_of_the_run(plan):
+    local = replace(plan, world_size=2, local_start=0, local_period=10**6)
+    ends = {*range(0, plan.total_steps, plan.steps_per_epoch), plan.total_steps}
+    assert {step for step in range(plan.total_steps + 1) if local.ranks_sync_at(step)} == ends
+
+
+def test_auto_warm_up_of_a_run_of_some_steps_is_a_tenth_of_it():
+    assert _plan(steps=100).warmup_steps == 10
+    assert _plan(steps=10_000).warmup_steps == 5 * 12
+
+
+def test_warm_up_in_steps():
+    assert _plan(schedule={"warmup_steps": 7}).warmup_steps == 7
+    assert _plan(schedule={"warmup_steps": 0}).warmup_steps == 0
 
 
 @pytest.mark.parametrize(

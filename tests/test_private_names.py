@@ -23,6 +23,8 @@ REASONS = {
     "torch._C._distributed_c10d.ErrorType": "the states in which a communicator can be",
     "torch._C._set_deterministic_algorithms": "the public one imports torch's compiler, for 2 s",
     "torch._amp_update_scale_": "adapts a loss scale on the device; torch.amp.GradScaler calls it",
+    "torch._foreach_clamp_max_": "one call for many tensors; there is no public one",
+    "torch._foreach_clamp_min_": "one call for many tensors; there is no public one",
     "torch._foreach_copy_": "one call for many tensors; there is no public one",
     "torch._foreach_mul_": "one call for many tensors; there is no public one",
     "torch._foreach_norm": "one call for many tensors; there is no public one",

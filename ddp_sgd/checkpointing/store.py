@@ -7,10 +7,9 @@ themselves, so nothing is forgotten over a resume.
 
 import hashlib
 import json
-import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 
 from ddp_sgd.errors import DataError
 from ddp_sgd.files import is_file, is_missing, is_taken, retry, unreadable
+from ddp_sgd.scores import goodness
 
 FORMAT = 1
 """Version of what a checkpoint holds; a reader refuses others."""
@@ -286,8 +286,7 @@ class CheckpointFolder:
             entries, _ = self._read_manifests()  # what cannot be read stays as it is
         else:
             entries = _in_order([*self._settled, written])
-        scored = [entry for entry in entries if entry.header.is_scored]
-        best = max(scored, key=lambda entry: goodness(entry.header.scores), default=None)
+        best = best_of(entries)
         self._point("last", entries[-1])
         if best is not None and best is not self._best:
             self._point("best", best)
@@ -391,7 +390,11 @@ def _size_and_digest(file: Path, expected: int) -> tuple[int, str]:
     return size, digest
 
 
-def goodness(scores: Mapping[str, float | int]) -> float:
-    """Order evaluations: by accuracy where there is one, else by the loss."""
-    value = scores.get("eval/accuracy", -scores.get("eval/loss", math.inf))
-    return value if math.isfinite(value) else -math.inf
+def best_of(entries: Sequence[Manifest]) -> Manifest | None:
+    """Choose the checkpoint with the best scores, the oldest of equal ones; None: none is scored.
+
+    Args:
+        entries: Checkpoints of a run, the oldest first.
+    """
+    scored = [entry for entry in entries if entry.header.is_scored]
+    return max(scored, key=lambda entry: goodness(entry.header.scores), default=None)

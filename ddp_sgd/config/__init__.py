@@ -1,10 +1,10 @@
 """Configuration: typed sections, and loading from files, environment and command line."""
 
 from ddp_sgd.config.command_line import CommandLine, dump_yaml, load_config, read_command_line
+from ddp_sgd.config.component import Component
 from ddp_sgd.config.schema import ComputeConfig, ParallelConfig, RunConfig, RuntimeConfig
 from ddp_sgd.config.sections import (
     CheckpointConfig,
-    Component,
     DataConfig,
     EvalConfig,
     LogConfig,

@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ddp_sgd.config.keys import Key, all_keys, keys_below, yaml_value
-from ddp_sgd.config.sections import Component
+from ddp_sgd.config.component import COMPONENT_TAG, SETS_TAG, Component
+from ddp_sgd.config.keys import Key, all_keys, find_key, keys_below, yaml_value
 from ddp_sgd.errors import ConfigError
 
 _SHOWN_CHARACTERS = 60
@@ -44,6 +44,8 @@ def explain_faults(
             messages[path] = _message(path, values, str(fault["ctx"]["error"]))
     lines = []
     for path, found in kinds.items():
+        if any(other.startswith(f"{path}.") for other in kinds):
+            continue  # a union, one of whose members it nearly is
         if path in messages:
             origin = _origin(messages[path].partition(" ")[0], origins)
             lines.append(f"{messages[path].rstrip('.')}{origin}.")
@@ -87,7 +89,7 @@ def _likeness(one: str, other: str) -> float:
 
 def _message(path: str, values: Mapping[str, Any], text: str) -> str:
     """Complete a validator's message: a section's is whole, a value's is only the remedy."""
-    key = all_keys().get(path)
+    key = find_key(path)
     is_remedy = key is not None and key.kind == "value"
     return f"{path} is {show(_value_at(path, values))}; {text}" if is_remedy else text
 
@@ -96,9 +98,13 @@ def _path(location: tuple[int | str, ...], values: Mapping[str, Any], kind: str)
     """Dotted path of the key at fault, without list positions and the names of union members."""
     path: list[str] = []
     here: Any = values
-    for part in location:
+    for number, part in enumerate(location, start=1):
+        if part in (COMPONENT_TAG, SETS_TAG):
+            continue
         is_key = isinstance(here, Mapping) and part in here
-        is_missing_key = kind == "missing" and isinstance(here, Mapping)
+        is_missing_key = kind == "missing" and number == len(location)
+        if isinstance(here, Mapping) and not is_key and number < len(location):
+            continue  # the name of a union member
         if not is_key and not is_missing_key:
             break
         path.append(str(part))
@@ -128,7 +134,7 @@ def _sentence(what: str, remedy: str, origin: str) -> str:
 def _remedy_for_unknown(path: str, options: Iterable[str]) -> str:
     parent, _, leaf = path.rpartition(".")
     near = nearest(path, options)
-    holder = all_keys().get(parent)
+    holder = find_key(parent)
     if path in all_keys():
         section, _, key = path.partition(".")
         return f"nest it, as {section}: {{{key}: ...}}."
@@ -142,16 +148,17 @@ def _remedy_for_unknown(path: str, options: Iterable[str]) -> str:
 
 def _wrong_value(path: str, value: Any, found: list[str]) -> tuple[str, str]:
     """What is wrong with the value of a known key, and what to do about it."""
-    key = all_keys().get(path)
+    key = find_key(path)
     if key is None:
         return f"{path or 'the configuration'} cannot be read", "see --help for keys and values"
     if "missing" in found:
         return f"{path} is not set", f"choose {_choices(key)}"
     what = f"{path} is {show(value)}"
     if key.kind == "component" and isinstance(value, str):
-        return what, f"write {path}.class_path={value}"
+        words = f"choose {' or '.join(key.names)}, or " if key.names else ""
+        return what, f"{words}write {path}.class_path={value}"
     if key.kind != "value":
-        return what, f"set its keys, such as {key.setting}"
+        return what, f"set its keys, such as {path}{key.setting.removeprefix(key.name)}"
     remedy = f"choose {_choices(key)}"
     if "finite_number" in found:
         remedy = remedy.replace("a number", "a finite number")

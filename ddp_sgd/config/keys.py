@@ -32,7 +32,7 @@ class Key:
         name: Dotted path, such as ``optim.lr``.
         kind: ``section`` holds keys of its own, ``component`` those of ``Component``.
         choices: What it takes, such as ``a value in [0, 1)``.
-        names: The words that it takes, if it takes nothing else.
+        names: The words that it takes, if there are some to choose from.
         example: A good value as YAML; empty if there is none to offer.
         default: Plain data.
         meaning: The docstring of the field, on one line.
@@ -56,7 +56,11 @@ class Key:
         if self.kind == "section":
             return next(key for key in keys_below(self.name) if key.kind == "value").setting
         if self.kind == "component":
-            return f"{self.name}.class_path={self.default['class_path']}"
+            if self.default is None:
+                return f"{self.name}.class_path=MODULE.NAME"
+            if isinstance(self.default, dict):
+                return f"{self.name}.class_path={self.default['class_path']}"
+            return f"{self.name}={yaml_value(self.default)}"
         is_switch = isinstance(self.default, bool)
         return f"{self.name}={'true' if is_switch else self.example or yaml_value(self.default)}"
 
@@ -77,6 +81,20 @@ def all_keys() -> Mapping[str, Key]:
     schema = RunConfig.model_json_schema()
     defaults = RunConfig().model_dump(mode="json")
     return {key.name: key for key in _walk("", schema, schema["$defs"], defaults)}
+
+
+def find_key(path: str) -> Key | None:
+    """Find a key by its dotted path; keys of a named held-out set are those of ``data.eval``.
+
+    Args:
+        path: Such as ``optim.lr`` or ``data.eval.clean.init_args``.
+    """
+    _, is_eval, below = path.partition("data.eval.")
+    keys = all_keys()
+    if path in keys or not is_eval:
+        return keys.get(path)
+    _, dot, leaf = below.partition(".")
+    return keys.get(f"data.eval{dot}{leaf}")
 
 
 def keys_below(parent: str) -> tuple[Key, ...]:
@@ -100,7 +118,7 @@ def _walk(parent: str, model: Node, models: Node, defaults: Any) -> Iterator[Key
             name=name,
             kind=_kind(below),
             choices=_choices(node),
-            names=tuple(node.get("enum", ())),
+            names=tuple(name for part in _alternatives(node) for name in part.get("enum", ())),
             example=_example(node, default),
             default=default,
             meaning=" ".join(meaning.split()),
@@ -125,7 +143,8 @@ def _is_text(node: Node) -> bool:
 
 def _alternatives(node: Node) -> list[Node]:
     """The members of a union, null last, since it is what people look for last."""
-    return sorted(node.get("anyOf", [node]), key=lambda part: part.get("type") == "null")
+    parts = [part for each in node.get("anyOf", [node]) for part in each.get("oneOf", [each])]
+    return sorted(parts, key=lambda part: part.get("type") == "null")
 
 
 def _choices(node: Node) -> str:
@@ -144,8 +163,15 @@ def _words(node: Node) -> str:
         "string": lambda: f"text{_form(node)}",
         "array": lambda: f"a list{_items(node['items'])}",
         "null": lambda: "null",
+        "object": lambda: "components by name" if "$ref" in _values(node) else "a mapping",
     }
     return words.get(node.get("type", ""), lambda: "a mapping")()
+
+
+def _values(node: Node) -> Node:
+    """The schema of the values of a mapping; empty if they may be anything."""
+    values = node.get("additionalProperties")
+    return values if isinstance(values, dict) else {}
 
 
 def _items(node: Node) -> str:
@@ -183,6 +209,8 @@ def _form(node: Node) -> str:
 
 
 def _example(node: Node, default: Any) -> str:
+    if examples := node.get("examples"):
+        return yaml_value(examples[0])
     if default not in (None, "auto", [], {}) and not isinstance(default, dict | bool):
         return "" if "enum" in node else yaml_value(default)
     for part in _alternatives(node):
@@ -190,6 +218,8 @@ def _example(node: Node, default: Any) -> str:
         kind = "component" if "$ref" in below else below.get("type")
         items = f" of {kind}" if "items" in part else ""
         is_choice = default == "auto" or "const" in part
+        if part.get("type") == "number" and "exclusiveMaximum" in part:
+            return str(part["exclusiveMaximum"] / 2)
         if not is_choice and (example := _EXAMPLES.get(f"{part.get('type')}{items}")):
             return example
     return ""
@@ -272,7 +302,7 @@ def _type_of(key: Key) -> str:
 
 
 def _default_of(key: Key) -> str:
-    if key.kind != "component" or key.default is None:
+    if not (key.kind == "component" and isinstance(key.default, dict)):
         return yaml_value(key.default)
     arguments = ", ".join(
         f"{name}={yaml_value(value)}" for name, value in key.default["init_args"].items()

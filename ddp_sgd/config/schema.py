@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_validator
 
+from ddp_sgd.config.component import Component, Section
 from ddp_sgd.config.sections import (
     CheckpointConfig,
-    Component,
     Count,
     DataConfig,
     EvalConfig,
@@ -20,7 +20,6 @@ from ddp_sgd.config.sections import (
     PathText,
     Positive,
     ScheduleConfig,
-    Section,
     WandbConfig,
 )
 
@@ -189,6 +188,10 @@ class RunConfig(Section):
     epochs: Count = 20
     """Passes over the training data, at least 1."""
 
+    steps: Count | None = None
+    """Length of the run in optimizer steps, at least 1, in place of epochs: the last epoch may end
+    early. null: epochs counts."""
+
     resume: PathText = "auto"
     """What becomes of a run folder that exists. auto: an unfinished run goes on, a finished one
     gives its result, a run without a checkpoint starts again. never: the folder is moved aside to
@@ -204,8 +207,10 @@ class RunConfig(Section):
     )
     """Module to train."""
 
-    loss: Component = Component(class_path="torch.nn.CrossEntropyLoss")
-    """Module or function of (outputs, targets) that gives the mean over the samples."""
+    loss: Component | None = Component(class_path="torch.nn.CrossEntropyLoss")
+    """Module or function of (outputs, targets) that gives the mean over the samples, or over what
+    its method units(targets) gives: a tensor without dimensions, or a mapping of such by name, of
+    which loss is trained, else the sum of all. null: the output of the model is that."""
 
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
@@ -224,6 +229,7 @@ class RunConfig(Section):
             raise ValueError(
                 f"name is {self.name!r}; it names a folder, so use a letter or a digit"
             )
+        self._check_length()
         if self.parallel.static_graph and self.data.accumulate > 1:
             raise ValueError(
                 f"parallel.static_graph is true while data.accumulate is {self.data.accumulate}, "
@@ -236,14 +242,37 @@ class RunConfig(Section):
                 f"{self.parallel.compression}, which scaled gradients do not fit; set "
                 "parallel.compression=bf16"
             )
-        local, saves = self.parallel.local_sgd, self.checkpoint.every_steps
-        if local.start_step is not None and saves and saves % local.period:
+        local = self.parallel.local_sgd
+        for section in ("checkpoint", "eval"):
+            steps = getattr(self, section).every_steps
+            if local.start_step is not None and steps and steps % local.period:
+                raise ValueError(
+                    f"{section}.every_steps is {steps} while parallel.local_sgd.period is "
+                    f"{local.period}, and ranks differ in between; set {section}.every_steps="
+                    f"{max(1, steps // local.period) * local.period}"
+                )
+        if self.schedule.momentum_start is not None and self.optim.momentum == 0:
             raise ValueError(
-                f"checkpoint.every_steps is {saves} while parallel.local_sgd.period is "
-                f"{local.period}, and ranks differ in between; set checkpoint.every_steps="
-                f"{max(1, saves // local.period) * local.period}"
+                f"schedule.momentum_start is {self.schedule.momentum_start} while optim.momentum "
+                "is 0; set optim.momentum=0.9 or so"
             )
         return self
+
+    def _check_length(self) -> None:
+        """Refuse two lengths, and steps of one global batch that are counted on in another."""
+        if self.steps is None:
+            return
+        if self.epochs != type(self).model_fields["epochs"].default:
+            raise ValueError(
+                f"epochs is {self.epochs} while steps is {self.steps}; leave one of them out, or "
+                "set steps=null"
+            )
+        if self.on_resize == "rescale":
+            raise ValueError(
+                f"on_resize is rescale while steps is {self.steps}, and other ranks would take "
+                "steps of another size; set on_resize=keep_global_batch, or epochs in place of "
+                "steps"
+            )
 
     def _check_graphs(self) -> None:
         """Refuse what cannot be a part of a captured step."""

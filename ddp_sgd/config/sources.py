@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ddp_sgd.config.component import Component, are_named_sets
 from ddp_sgd.config.keys import all_keys
 from ddp_sgd.config.schema import RunConfig
-from ddp_sgd.config.sections import Component
 from ddp_sgd.config.yaml_io import MAX_DEPTH, read_value, read_words, read_yaml_file
 from ddp_sgd.errors import ConfigError
 from ddp_sgd.host import FACTOR, timeout_factor
@@ -80,10 +80,15 @@ def lay_over(below: Sources, above: Sources) -> Sources:
 
     Mappings merge key by key, anything else is replaced whole. Where the upper layer gives a
     component another class_path, its other keys from below are dropped: they belong to another
-    object.
+    object. So is the length of the run, where the upper layer gives it in the other unit: epochs or
+    steps.
     """
-    origins = dict(below.origins)
-    values = _merge(below.values, above.values, "", origins)
+    origins, under = dict(below.origins), dict(below.values)
+    for length, other in (("steps", "epochs"), ("epochs", "steps")):
+        if above.values.get(length) is not None and other not in above.values and other in under:
+            under[other] = RunConfig.model_fields[other].default  # one takes the other's place
+            origins.pop(other, None)
+    values = _merge(under, above.values, "", origins)
     return Sources(values, origins | above.origins)
 
 
@@ -92,6 +97,9 @@ def _merge(
 ) -> dict[str, Any]:
     """Merge mappings and forget the origins of what is dropped or replaced."""
     merged = dict(below)
+    if path == "data.eval" and _is_of_other_kind(below, above):
+        _forget(origins, path, below)
+        merged = {}
     if "class_path" in above and above["class_path"] != below.get("class_path"):
         for key in _BESIDE_CLASS_PATH & merged.keys():
             _forget(origins, _join(path, key), merged.pop(key))
@@ -104,6 +112,13 @@ def _merge(
             _forget(origins, here, under)
             merged[key] = value
     return merged
+
+
+def _is_of_other_kind(below: Mapping[str, Any], above: Mapping[str, Any]) -> bool:
+    """Whether one is a component, and the other holds components by name."""
+    if "class_path" in below:
+        return are_named_sets(above) and any("class_path" in each for each in above.values())
+    return "class_path" in above and are_named_sets(below)
 
 
 def _set(layer: Sources, key: str, value: Any, origin: str) -> None:
@@ -181,9 +196,8 @@ def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
 
 
-_ARGUMENTS = tuple(
-    f"data.{name}.{key}" for name in ("train", "eval") for key in ("args", "init_args")
-)
+_ARGUMENTS = re.compile(r"data\.(train|test|eval(\.[\w-]+)?)\.(args|init_args)(\.|$)")
+"""Keys of the arguments of data sets, each with all that is below it."""
 _STARTS = ("/", "~", "file://")
 """Absolute paths, those below a home folder, and URLs of files. A relative path is a name that the
 user chose: it leads to the same place wherever the folder of the job is.
@@ -198,8 +212,7 @@ def without_places(key: str, value: Any) -> Any:
     its own; the samples are compared instead.
 
     Args:
-        key: Dotted key of the argument; other keys than those of ``data.train`` and ``data.eval``
-            keep their values.
+        key: Dotted key of the argument; other keys than those of data sets keep their values.
         value: Plain data; paths are looked for at any depth.
 
     Example:
@@ -208,7 +221,7 @@ def without_places(key: str, value: Any) -> Any:
         >>> without_places("data.train.init_args.split", "train")
         'train'
     """
-    return _without(value) if _is_in(key, _ARGUMENTS) else value
+    return _without(value) if _ARGUMENTS.match(key) else value
 
 
 def _without(value: Any) -> Any:
@@ -223,12 +236,23 @@ def _without(value: Any) -> Any:
 
 _MATTERS = (
     *("seed", "model", "loss", "data.train", "data.collate", "data.train_transforms", "data.tail"),
+    *("data.order", "data.input", "data.target"),
     *("optim", "schedule", "parallel.compression", "parallel.local_sgd"),
     *("compute.precision", "compute.compile", "compute.deterministic"),
 )
 """Keys on which the weights depend, each with all that is below it."""
 
 _BEFORE = {
+    "data.order": "shuffled",
+    "data.input": None,
+    "data.target": None,
+    "eval.batch_size": None,
+    "optim.clip_value": None,
+    "schedule.curve": None,
+    "schedule.by": "step",
+    "schedule.warmup": "multiply",
+    "schedule.warmup_steps": None,
+    "schedule.momentum_start": None,
     "compute.precision": "fp32",
     "compute.channels_last": False,
     "compute.compile": False,
@@ -237,16 +261,16 @@ _BEFORE = {
 }
 """What runs of releases did that had no such key, whatever its default is today."""
 
-_SAME_BUT_FOR_ROUNDING = ("compute.channels_last",)
-"""Keys that may change in a run, though the last bits of later steps change with them."""
+_SAME_BUT_FOR_ROUNDING = {"compute.channels_last": "steps", "eval.batch_size": "scores"}
+"""Keys that may change in a run, though the last bits of what comes later change with them."""
 
 
 def changes_that_matter(before: Mapping[str, Any], now: RunConfig) -> list[str]:
     """List the keys on which the weights depend and that were given another value.
 
-    More epochs are no change: the run goes on. Nor are other micro-batches of the same total, since
-    the steps stay the same. A data set at another place is none either: its samples are compared
-    when it is read.
+    More epochs or steps are no change: the run goes on. Nor are other micro-batches of the same
+    total, since the steps stay the same. A data set at another place is none either: its samples
+    are compared when it is read.
 
     Args:
         before: An earlier configuration, as plain data.
@@ -255,7 +279,7 @@ def changes_that_matter(before: Mapping[str, Any], now: RunConfig) -> list[str]:
     Returns:
         Lines such as ``optim.lr was 0.05, is 0.1``.
     """
-    old, new = _BEFORE | _settings(before), _settings(now.model_dump(mode="json"))
+    old, new = _settings_of_run(before), _settings(now.model_dump(mode="json"))
     default = {
         key: value
         for key, value in _settings(RunConfig().model_dump(mode="json")).items()
@@ -263,7 +287,7 @@ def changes_that_matter(before: Mapping[str, Any], now: RunConfig) -> list[str]:
     }
     changes = []
     for key in sorted(old.keys() | new.keys()):
-        was, is_now = (values.get(key, default.get(key)) for values in (old, new))
+        was, is_now = (_value_of(key, values, default) for values in (old, new))
         moved = without_places(key, was) == without_places(key, is_now)
         if was != is_now and not moved and _is_in(key, _MATTERS):
             changes.append(
@@ -274,13 +298,54 @@ def changes_that_matter(before: Mapping[str, Any], now: RunConfig) -> list[str]:
     if rank_batch(before) != rank_batch(now.model_dump()):
         was, is_now = rank_batch(before), rank_batch(now.model_dump())
         changes.append(f"data.batch_size x data.accumulate was {was}, is {is_now}")
-    if now.epochs < before.get("epochs", 0):
-        changes.append(f"epochs was {before['epochs']}, is {now.epochs}")
+    length = "epochs" if now.steps is None else "steps"
+    was, is_now = before.get(length), getattr(now, length)
+    in_one_unit = (before.get("steps") is None) == (now.steps is None)
+    if in_one_unit and was is not None and is_now < was:
+        changes.append(f"{length} was {was}, is {is_now}")
     return changes
 
 
+def _settings_of_run(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Every key of an earlier configuration, perhaps of a release that lacked some of today's."""
+    settings = _settings(config)
+    return {key: value for key, value in _BEFORE.items() if not _has(key, settings)} | settings
+
+
+def _value_of(key: str, values: Mapping[str, Any], default: Mapping[str, Any]) -> Any:
+    """Return the value of a key, or its default unless there are keys below it instead."""
+    return values.get(key) if _has(key, values) else default.get(key)
+
+
+def _has(key: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a key, or one below it, is set: a component may be in the place of a word."""
+    return key in settings or any(each.startswith(f"{key}.") for each in settings)
+
+
+def shortened(before: Mapping[str, Any], now: RunConfig, steps_per_epoch: int) -> list[str]:
+    """Describe that a run got fewer steps, where one length is in epochs and the other in steps.
+
+    Args:
+        before: An earlier configuration, as plain data.
+        now: The configuration of today.
+        steps_per_epoch: Steps of an epoch of the run that was saved.
+
+    Returns:
+        A line such as ``epochs was 20, steps is 100``, or none.
+    """
+    steps_before = before.get("steps")
+    if (steps_before is None) == (now.steps is None):
+        return []
+    was = steps_before or before.get("epochs", 0) * steps_per_epoch
+    if (now.steps or now.epochs * steps_per_epoch) >= was:
+        return []
+    if now.steps is None:
+        return [f"steps was {steps_before}, epochs is {now.epochs}"]
+    return [f"epochs was {before.get('epochs')}, steps is {now.steps}"]
+
+
 def rounding_notes(before: Mapping[str, Any], now: RunConfig) -> list[str]:
-    """List the changes of a configuration on a resume that change the last bits of later steps.
+    """List the changes on a resume that change the last bits of later steps, or scores.
 
     Args:
         before: An earlier configuration, as plain data.
@@ -289,10 +354,10 @@ def rounding_notes(before: Mapping[str, Any], now: RunConfig) -> list[str]:
     Returns:
         Lines such as ``compute.channels_last was False, is True: ...``.
     """
-    old, new = _BEFORE | _settings(before), _settings(now.model_dump(mode="json"))
+    old, new = _settings_of_run(before), _settings(now.model_dump(mode="json"))
     return [
-        f"{key} was {old[key]}, is {new[key]}: the last bits of later steps may differ"
-        for key in _SAME_BUT_FOR_ROUNDING
+        f"{key} was {old[key]}, is {new[key]}: the last bits of later {what} may differ"
+        for key, what in _SAME_BUT_FOR_ROUNDING.items()
         if old[key] != new[key]
     ]
 
@@ -307,7 +372,10 @@ def _is_in(key: str, keys: Sequence[str]) -> bool:
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Every key with its value; an empty mapping is as good as none."""
-    return {key: value for key, value in leaves(config) if value != {}}
+    settings = {key: value for key, value in leaves(config) if value != {}}
+    if "loss" in settings:  # null, in whose place there is a component by default
+        settings["loss.class_path"] = settings.pop("loss")
+    return settings
 
 
 def rank_batch(config: Mapping[str, Any]) -> int:

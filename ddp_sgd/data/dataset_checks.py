@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import StackDataset, TensorDataset, default_collate
 
+from ddp_sgd.data.selection import Selection
 from ddp_sgd.errors import DataError, UserError
 from ddp_sgd.tree import leaves, map_leaves
 
@@ -53,7 +54,7 @@ def no_pair(sample: Any, where: str, index: int) -> str:
     """Describe why a sample is not (input, target), and what would make it so."""
     return (
         f"{where}[{index}] is {shape_of(sample)}, not (input, target); return a pair, "
-        f"{_choose(sample, where)}or {_COLLATE}."
+        f"{_choose(sample)}or {_COLLATE}."
     )
 
 
@@ -61,19 +62,19 @@ def no_batch(samples: Sequence[Any], where: str, indices: Sequence[int], error: 
     """Describe why torch's default_collate forms no batch of samples, and what would.
 
     Args:
-        samples: Pairs (input, target).
+        samples: Pairs (input, target), or tuples of the input alone.
         where: Key of the data set in the configuration.
         indices: Numbers of the samples.
         error: What default_collate raised.
     """
     for sample, index in zip(samples, indices, strict=True):
-        for half, part in zip(_HALVES, sample, strict=True):
+        for half, part in zip(_HALVES, sample, strict=False):
             for path, leaf in leaves(part):
                 if not _stacks(leaf):
                     place = half + "".join(f"[{key!r}]" for key in path)
                     return f"the {place} of {where}[{index}] is {_of_leaf(leaf, half, where)}"
     for sample, index in zip(samples[1:], indices[1:], strict=True):
-        for half, part, other in zip(_HALVES, samples[0], sample, strict=True):
+        for half, part, other in zip(_HALVES, samples[0], sample, strict=False):
             for difference in _differences(part, other, half):
                 return (
                     f"the {difference.path} of {where}[{indices[0]}] has {difference.first} and "
@@ -92,16 +93,15 @@ def no_tensor(array: Any, where: str, error: Exception) -> str:
     return f"{where} gives {_of_array(array, error)}"
 
 
-def _choose(sample: Any, where: str) -> str:
-    """Show how ``Columns`` would choose from a sample, if it would."""
+def _choose(sample: Any) -> str:
+    """Show how parts of a sample would be chosen, if they could be."""
     by_name = isinstance(sample, Mapping)
     if not (by_name or isinstance(sample, (tuple, list))) or len(sample) < 2:
         return ""
     names = list(sample) if by_name else range(len(sample))
     return (
-        f"choose by {'name' if by_name else 'position'} with {where}.class_path="
-        f"ddp_sgd.data.Columns and init_args {{rows: (the data set of now), input: {names[0]}, "
-        f"target: {names[-1]}}}, "
+        f"choose by {'name' if by_name else 'position'} with --data.input={names[0]} "
+        f"--data.target={names[-1]}, "
     )
 
 
@@ -175,11 +175,22 @@ def _form(part: Any) -> str:
 _STACKED = (torch.Tensor, np.ndarray)
 
 
-def may_give_whole_batches(dataset: Any) -> bool:
-    """Whether ``__getitems__`` reads the samples, and may return more than a list of them."""
+def has_epochs(dataset: Any) -> bool:
+    """Whether a data set has a method ``set_epoch``, and so may change with the epoch."""
+    return callable(getattr(dataset, "set_epoch", None))
+
+
+def may_give_whole_batches(dataset: Any, *, in_pairs: bool = True) -> bool:
+    """Whether ``__getitems__`` reads the samples, and may return more than a list of them.
+
+    Args:
+        dataset: Map-style data set.
+        in_pairs: Whether a sample has to be a pair.
+    """
     kind = type(dataset)
     if isinstance(dataset, TensorDataset):  # unless a subclass reads its samples differently
-        return kind.__getitem__ is TensorDataset.__getitem__ and len(dataset.tensors) == 2
+        fits = len(dataset.tensors) == 2 or not in_pairs
+        return kind.__getitem__ is TensorDataset.__getitem__ and fits
     if not callable(getattr(kind, "__getitems__", None)) or len(dataset) == 0:
         return False
     # It takes each of its data sets for a list of samples, and fails where one gives a pair.
@@ -194,12 +205,13 @@ def draws_numbers(dataset: Any) -> bool:
     return not type(dataset).__getitems__.__module__.startswith("ddp_sgd.data.")
 
 
-def gives_whole_batches(dataset: Any, where: str) -> bool:
-    """Try ``__getitems__`` with one index: whether it gives a pair of stacked parts.
+def gives_whole_batches(dataset: Any, where: str, selection: Selection | None = None) -> bool:
+    """Try ``__getitems__`` with one index: whether it gives stacked parts, a pair unless chosen.
 
     Args:
         dataset: Data set with that method, of at least one sample.
         where: Its key in the configuration, for errors.
+        selection: Chooses inputs and targets of the parts; None: these are a pair.
 
     Returns:
         False for a list of samples, as torch expects: these are read by ``__getitem__``.
@@ -210,7 +222,9 @@ def gives_whole_batches(dataset: Any, where: str) -> bool:
     batch = take_whole_batch(dataset, [0], where)
     if isinstance(batch, (list, tuple)) and len(batch) == 1:
         return False
-    require_rows(batch, [0], where)
+    if selection is not None:
+        batch = selection(batch, f"a batch of {where}")
+    require_rows(batch, [0], where, has_targets=selection is None or selection.has_target)
     return True
 
 
@@ -232,8 +246,16 @@ def take_whole_batch(dataset: Any, indices: Sequence[int], where: str) -> Any:
         ) from error
 
 
-def require_rows(batch: Any, indices: Sequence[int], where: str) -> None:
+def require_rows(
+    batch: Any, indices: Sequence[int], where: str, *, has_targets: bool = True
+) -> None:
     """Refuse what is not a pair of parts with one row per index.
+
+    Args:
+        batch: What ``__getitems__`` gave, or was chosen of it.
+        indices: What it was asked for.
+        where: Key of the data set in the configuration, for errors.
+        has_targets: Whether the second part may not be None.
 
     Raises:
         DataError: It is something else.
@@ -244,6 +266,8 @@ def require_rows(batch: Any, indices: Sequence[int], where: str) -> None:
             "targets); return a pair of stacked parts, or a list of samples."
         )
     for name, part in zip(("inputs", "targets"), batch, strict=True):
+        if name == "targets" and not has_targets:
+            continue
         if isinstance(part, _STACKED) and part.shape[:1] == (len(indices),):
             continue  # without the search below, since each batch of each step comes here
         for rows in _rows(part):
@@ -259,6 +283,8 @@ def single(part: Any, number: int) -> Any:
     """Copy one row of a part, which keeps its first dimension."""
 
     def copy_row(leaf: Any) -> Any:
+        if leaf is None:  # there are no targets
+            return None
         row = leaf[number : number + 1]
         # At the start of memory of its own: products may round differently elsewhere.
         return row.clone() if isinstance(row, torch.Tensor) else row

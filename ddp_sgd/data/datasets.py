@@ -8,7 +8,7 @@ Handwritten digits that come with the package: 1,797 real images of 8 x 8 pixels
 """
 
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ddp_sgd.data.selection import Choice, Selection
 from ddp_sgd.errors import DataError
 
 
@@ -146,12 +147,10 @@ def _load(path: Path, keys: tuple[str, str]) -> list[Any]:
         return [archive[key] for key in keys]
 
 
-Choice = str | int | Sequence[str] | Sequence[int]
-"""Name or position of a part of a row, or several of the same kind."""
-
-
 class Columns:
-    """Chosen parts of the samples of a data set, by name or by position.
+    """Chosen parts of the samples of a data set, by name or by position, and transforms of them.
+
+    Where neither needs a transform, ``data.input`` and ``data.target`` do the same without it.
 
     Args:
         rows: Map-style data set; a sample is a mapping, or a tuple or list.
@@ -185,15 +184,14 @@ class Columns:
         _check_choice(input, "input")
         _check_choice(target, "target")
         self._rows = rows
-        self._choices = (input, target)
+        self._select = Selection(input, target, keys=("input", "target"))
         self._transforms = (transform, target_transform)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        row = self._rows[index]
-        chosen, wanted = (_choose(row, choice) for choice in self._choices)
+        chosen, wanted = self._select(self._rows[index], f"rows[{index}]")
         transform, target_transform = self._transforms
         return (
             transform(chosen) if transform else chosen,
@@ -211,34 +209,6 @@ def _check_choice(choice: Choice, argument: str) -> None:
         raise DataError(
             f"{argument} is {choice!r}; give a name, a position, or a list of either, such as 0."
         )
-
-
-def _choose(row: Any, choice: Choice) -> Any:
-    if isinstance(choice, (str, int)):
-        return _part(row, choice)
-    if isinstance(choice[0], str):
-        return {name: _part(row, name) for name in choice}
-    return tuple(_part(row, position) for position in choice)
-
-
-def _part(row: Any, key: str | int) -> Any:
-    if isinstance(row, Mapping):
-        if key not in row:
-            names = ", ".join(map(str, row))
-            raise DataError(f"column {key} is not in {names}; name one of those.")
-        return row[key]
-    if not isinstance(row, (tuple, list)):
-        raise DataError(
-            f"a row is a {type(row).__name__}; give ddp_sgd.data.Columns rows that are mappings, "
-            "tuples or lists."
-        )
-    if not isinstance(key, int) or not -len(row) <= key < len(row):
-        what = "column" if isinstance(key, str) else "position"
-        raise DataError(
-            f"{what} {key} is not in a {type(row).__name__} of {len(row)}; give a position from 0 "
-            f"to {len(row) - 1}."
-        )
-    return row[key]
 
 
 class Digits(InMemory):

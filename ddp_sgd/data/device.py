@@ -323,7 +323,7 @@ def _stride_of_images(tensor: torch.Tensor) -> Sequence[int] | None:
 
 def prefetch_rows(
     arrays: ArrayPair, blocks: Iterable[Sequence[NDArray[np.int64]]], transfer: Transfer
-) -> Iterator[tuple[Rows, Rows]]:
+) -> Iterator[tuple[Any, Any]]:
     """Yield batches of arrays on the device; the indices of a block are copied at once.
 
     Args:

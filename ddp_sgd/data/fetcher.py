@@ -1,10 +1,10 @@
 """Fetcher: one batch of a map-style data set, by ``__getitems__`` or sample by sample."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch.utils.data import TensorDataset, default_collate
 from ddp_sgd.data.dataset_checks import (
     draws_numbers,
     gives_whole_batches,
+    has_epochs,
     is_list,
     is_pair,
     may_give_whole_batches,
@@ -26,9 +27,10 @@ from ddp_sgd.data.dataset_checks import (
     single,
     take_whole_batch,
 )
+from ddp_sgd.data.selection import Selection
 from ddp_sgd.errors import DataError, UserError
 from ddp_sgd.seeds import ReadingRandomness, seed_for
-from ddp_sgd.tree import map_leaves, tensors_in
+from ddp_sgd.tree import map_leaves
 
 Collate = Callable[[list[Any]], Any]
 """Forms a batch (inputs, targets) of a list of samples."""
@@ -75,23 +77,39 @@ class Fetcher:
     collated sample by sample, so that neither loader processes, nor ranks, nor a restart change an
     augmentation. A collate function of the user's is seeded by the first index of the batch.
 
+    A training set with a method ``set_epoch`` has it called before the first read of an epoch, in
+    each process that reads. What is read before the run, to check the data, is that of epoch 0,
+    also where a run goes on in a later one: whole and resumed runs find the same.
+
     Args:
         dataset: Map-style data set of (input, target); with a collate function, of anything.
         where: Its key in the configuration, for errors.
         seed: Seed of the run.
         collate: Function from a list of samples to a batch (inputs, targets); samples are then
             read one by one. None: torch's default_collate.
+        selection: Chooses input and target of a sample, or of a whole batch; None: they are pairs.
 
     Attributes:
         where: Key of the data set in the configuration.
         seed: Seed of the run.
     """
 
-    def __init__(self, dataset: Any, where: str, seed: int, collate: Collate | None = None) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        where: str,
+        seed: int,
+        collate: Collate | None = None,
+        selection: Selection | None = None,
+    ) -> None:
         self._dataset = dataset
         self.where = where
         self.seed = seed
         self._collate = collate
+        self._selection = selection
+        self._has_target = selection is None or selection.has_target
+        self._follows_epochs = where == "data.train" and has_epochs(dataset)
+        self._begun: tuple[int, int] | None = None
         self._fault = ""
         # A collate function may change the samples, so that it cannot be called a second time.
         self._randomness = ReadingRandomness(seeds_all=collate is not None)
@@ -107,6 +125,8 @@ class Fetcher:
     def __getitems__(self, request: Request) -> Any:
         """Return (inputs, targets) as tensors, or containers of such; ``Unreadable`` on a fault."""
         try:
+            if self._follows_epochs:
+                self._begin_epoch(request.epoch)
             return self._read(request)
         except Exception as error:  # any error of a user's data set
             return Unreadable(self._describe(error, request))
@@ -122,6 +142,8 @@ class Fetcher:
             includes that single samples form no batch.
         """
         try:
+            if self._follows_epochs:
+                self._begin_epoch(request.epoch)
             if self._read == self._read_one_by_one:
                 return self._read_both(request)
             batch = self._read(request)
@@ -144,8 +166,7 @@ class Fetcher:
             whole = self.__getitems__(Request(requests[0].epoch, indices))
             if not isinstance(whole, Unreadable):
                 sizes = [len(request.indices) for request in requests]
-                parts = [[aligned(batch) for batch in part.split(sizes)] for part in whole]
-                return list(zip(*parts, strict=True))
+                return list(zip(*(_split(part, sizes) for part in whole), strict=True))
         return [self.__getitems__(request) for request in requests]
 
     @property
@@ -165,16 +186,38 @@ class Fetcher:
         return self._read in (self._read_own, self._read_tensors)
 
     def _choose_reader(self) -> Callable[[Request], Any]:
-        if self._collate is not None or not may_give_whole_batches(self._dataset):
+        in_pairs = self._selection is None
+        if self._collate is not None or not may_give_whole_batches(
+            self._dataset, in_pairs=in_pairs
+        ):
             return self._read_one_by_one
         if isinstance(self._dataset, TensorDataset):
             return self._read_tensors
         if not draws_numbers(self._dataset):
             return self._read_own
+        if self._follows_epochs:
+            self._begin_epoch(EVAL_EPOCH)
         seed = seed_for("sample", self.seed, EVAL_EPOCH, 0)
-        try_one = partial(gives_whole_batches, self._dataset, self.where)
+        try_one = partial(gives_whole_batches, self._dataset, self.where, self._selection)
         whole = self._randomness.read(seed, try_one)
         return self._read_drawing if whole else self._read_one_by_one
+
+    def _begin_epoch(self, epoch: int) -> None:
+        """Call ``set_epoch`` of the data set, if this process has not done so for this epoch."""
+        epoch = max(epoch, 0)  # of a check before the run
+        if self._begun == (os.getpid(), epoch):
+            return
+        seed = seed_for("epoch", self.seed, epoch)
+        try:
+            self._randomness.read(seed, partial(self._dataset.set_epoch, epoch))
+        except UserError:
+            raise
+        except Exception as error:  # any error of a user's data set
+            raise DataError(
+                f"{self.where}.set_epoch fails for epoch {epoch}, {type(error).__name__}: {error}; "
+                "let it take the number of an epoch, from 0, or rename it."
+            ) from error
+        self._begun = os.getpid(), epoch
 
     def _refuse(self, _: Request) -> Any:
         raise DataError(self._fault)
@@ -182,11 +225,22 @@ class Fetcher:
     def _read_tensors(self, request: Request) -> Any:
         rows = torch.from_numpy(request.indices)
         tensors = self._dataset.tensors  # which may be on a device
-        return tuple(tensor.index_select(0, rows.to(tensor.device)) for tensor in tensors)
+        if self._selection is None:
+            return tuple(tensor.index_select(0, rows.to(tensor.device)) for tensor in tensors)
+
+        def take(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.index_select(0, rows.to(tensor.device))
+
+        inputs, targets = self._selection(tensors, f"a sample of {self.where}")
+        return map_leaves(take, inputs), map_leaves(take, targets) if self._has_target else None
 
     def _read_own(self, request: Request) -> Any:
-        inputs, targets = self._dataset.__getitems__(request.indices)
-        return self._to_tensor(inputs), self._to_tensor(targets)
+        batch = self._dataset.__getitems__(request.indices)
+        if self._selection is None:
+            inputs, targets = batch
+            return self._to_tensor(inputs), self._to_tensor(targets)
+        inputs, targets = self._selection(batch, f"a sample of {self.where}")
+        return map_leaves(self._to_tensor, inputs), map_leaves(self._to_tensor, targets)
 
     def _read_drawing(self, request: Request) -> Any:
         indices = request.indices.tolist()
@@ -196,7 +250,9 @@ class Fetcher:
             return take_whole_batch(self._dataset, indices.copy(), self.where)
 
         batch = self._randomness.read(seed, read)
-        require_rows(batch, indices, self.where)
+        if self._selection is not None:
+            batch = self._selection(batch, f"a batch of {self.where}")
+        require_rows(batch, indices, self.where, has_targets=self._has_target)
         inputs, targets = batch
         return self._to_tensors(inputs), self._to_tensors(targets)
 
@@ -226,6 +282,8 @@ class Fetcher:
             raise DataError(
                 f"{self.where}[{index}] cannot be read, {cause}; fix or remove that sample."
             ) from error
+        if self._selection is not None:
+            return self._selection(sample, f"{self.where}[{index}]")
         if self._collate is None and not is_pair(sample):
             raise DataError(no_pair(sample, self.where, index))
         return sample
@@ -242,8 +300,12 @@ class Fetcher:
         if self._collate is not None:
             self._randomness.seed(seed_for("collate", self.seed, epoch, indices[0]))
             return _apply(self._collate, samples, self.where, indices)
+        if not self._has_target:
+            samples = [(each,) for each, _ in samples]
         try:
-            return default_collate(samples)
+            inputs, *targets = default_collate(samples)
+            batch = inputs, targets[0] if targets else None
+            return batch if self._selection is None else self._selection.restore(*batch)
         except Exception as error:
             raise DataError(no_batch(samples, self.where, indices, error)) from error
 
@@ -271,31 +333,16 @@ class Fetcher:
         )
 
 
-class InProcess:
-    """Batches that are read where they are used, without the way through DataLoader.
-
-    Small ones are read several at a time: a call for 8 kB takes as long as the copy of 100 kB.
-    """
-
-    def __init__(self, fetcher: Fetcher, requests: Iterable[Request]) -> None:
-        self._fetcher = fetcher
-        self._requests = requests
-
-    def __iter__(self) -> Iterator[Any]:
-        requests, at_once, most = iter(self._requests), 1, self._fetcher.most_at_once
-        while burst := list(islice(requests, at_once)):
-            batches = self._fetcher.read_ahead(burst)
-            if at_once < most:
-                at_once = min(most, _batches_at_once(batches[0]))
-                most = at_once  # the first batch shows how large they are
-            yield from batches
-
-
-def _batches_at_once(batch: Any) -> int:
-    if isinstance(batch, Unreadable):
-        return 1
-    num_bytes = sum(tensor.nbytes for tensor in tensors_in(batch))
-    return max(1, AHEAD_BYTES // max(1, num_bytes))
+def _split(part: Any, sizes: Sequence[int]) -> list[Any]:
+    """Cut rows of tensors into batches; of no targets, each has none."""
+    if isinstance(part, torch.Tensor):
+        return [aligned(batch) for batch in torch.split(part, list(sizes))]
+    if isinstance(part, dict):
+        columns = zip(*(_split(each, sizes) for each in part.values()), strict=True)
+        return [dict(zip(part, column, strict=True)) for column in columns]
+    if isinstance(part, tuple):
+        return list(zip(*(_split(each, sizes) for each in part), strict=True))
+    return [None] * len(sizes)
 
 
 def _apply(collate: Collate, samples: list[Any], where: str, indices: list[int]) -> Any:

@@ -24,12 +24,13 @@ from ddp_sgd.data.fetcher import (
     EVAL_EPOCH,
     Collate,
     Fetcher,
-    InProcess,
     Request,
     Unreadable,
 )
 from ddp_sgd.data.placement import ArrayPair, Rows
+from ddp_sgd.data.read_ahead import InProcess
 from ddp_sgd.data.sampler import EvalSampler, TrainSampler
+from ddp_sgd.data.selection import Selection
 from ddp_sgd.data.workers import (
     Departure,
     flag_of_leaving,
@@ -39,6 +40,7 @@ from ddp_sgd.data.workers import (
 )
 from ddp_sgd.errors import DataError, lost_worker
 from ddp_sgd.seeds import seed_for
+from ddp_sgd.tree import leaves
 
 _BLOCK = 64
 """Batches whose indices are copied to the device together, at least."""
@@ -51,7 +53,7 @@ class MicroBatch(NamedTuple):
 
     Args:
         inputs: Tensor of shape (m, ...), ``Rows`` that become one, or a container of such.
-        targets: The same.
+        targets: The same; None: there are no targets.
         samples: True number of samples in it, m; 0 for a dummy, whose loss counts for nothing.
         is_last: Whether it ends this rank's part of the step.
         epoch: Number of the epoch.
@@ -95,12 +97,14 @@ class TrainLoader:
     Args:
         dataset: Map-style data set of (input, target).
         sampler: Which samples this rank reads.
-        epochs: Passes over the data.
+        epochs: Passes over the data that are begun.
         workers: Loader processes; 0 reads in this process.
         device: Where the batches go.
         collate: Function from a list of samples to a batch; None: torch's default_collate.
         transforms: Applied to the inputs by those who bring them to the device.
         arrays: The arrays of the data set, on the host or the device, if batches are rows of them.
+        selection: Chooses input and target of a sample; None: samples are pairs.
+        total_steps: Steps of the run, if it ends in the middle of an epoch; None: it does not.
     """
 
     def __init__(  # noqa: PLR0913  # a data set, and how it is read
@@ -114,11 +118,14 @@ class TrainLoader:
         collate: Collate | None = None,
         transforms: Transforms = NO_TRANSFORMS,
         arrays: ArrayPair | None = None,
+        selection: Selection | None = None,
+        total_steps: int | None = None,
     ) -> None:
         self._sampler = sampler
         self._epochs = epochs
+        self._total_steps = total_steps or epochs * sampler.steps_per_epoch
         self._transforms = transforms
-        fetcher = Fetcher(dataset, "data.train", sampler.seed, collate)
+        fetcher = Fetcher(dataset, "data.train", sampler.seed, collate, selection)
         self._requests = _Requests(sampler)
         transfer = open_transfer(device)
         self._batches = _build_batches(fetcher, self._requests, workers, arrays, transfer)
@@ -141,7 +148,8 @@ class TrainLoader:
         """
         first_epoch, first_step = divmod(step, self._sampler.steps_per_epoch)
         for epoch in range(first_epoch, self._epochs):
-            self._sampler.set_epoch(epoch, first_step, skip)
+            stop_step = self._total_steps - epoch * self._sampler.steps_per_epoch
+            self._sampler.set_epoch(epoch, first_step, skip, stop_step)
             steps = self._read_epoch(epoch, step)
             yield from self._prefetcher.run(steps, _place_step) if self._prefetcher else steps
             step += self._sampler.steps_per_epoch - first_step
@@ -170,8 +178,11 @@ class TrainLoader:
 
 def _indices_of(inputs: Any, indices: NDArray[np.int64]) -> Indices:
     """Return the indices of a batch where its rows are gathered."""
-    if isinstance(inputs, Rows) and inputs.indices is not None and inputs.indices.is_cuda:
-        return inputs.indices
+    first = inputs
+    if not isinstance(inputs, (torch.Tensor, Rows)):
+        first = next((leaf for _, leaf in leaves(inputs)), None)
+    if isinstance(first, Rows) and first.indices is not None and first.indices.is_cuda:
+        return first.indices
     return indices
 
 
@@ -201,6 +212,8 @@ class EvalLoader:
         collate: Function from a list of samples to a batch; None: torch's default_collate.
         transforms: Applied to the inputs by those who bring them to the device.
         arrays: The arrays of the data set, on the host or the device, if batches are rows of them.
+        selection: Chooses input and target of a sample; None: samples are pairs.
+        where: Key of the data set, for errors.
     """
 
     def __init__(  # noqa: PLR0913  # a data set, and how it is read
@@ -214,10 +227,12 @@ class EvalLoader:
         collate: Collate | None = None,
         transforms: Transforms = NO_TRANSFORMS,
         arrays: ArrayPair | None = None,
+        selection: Selection | None = None,
+        where: str = "data.eval",
     ) -> None:
         self.chunks = chunks
         self._transforms = transforms
-        fetcher = Fetcher(dataset, "data.eval", seed, collate)
+        fetcher = Fetcher(dataset, where, seed, collate, selection)
         self._requests = _Requests(chunks)
         transfer = open_transfer(device)
         self._batches = _build_batches(fetcher, self._requests, workers, arrays, transfer)
@@ -293,7 +308,7 @@ class _InArrays:
         self._requests = requests
         self._transfer = transfer
 
-    def __iter__(self) -> Iterator[tuple[Rows, Rows]]:
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
         if _is_on_device(self._arrays):
             yield from prefetch_rows(self._arrays, self._requests.in_blocks(), self._transfer)
             return
@@ -302,7 +317,7 @@ class _InArrays:
 
 
 def _is_on_device(arrays: ArrayPair | None) -> bool:
-    return arrays is not None and arrays.inputs.device.type != "cpu"
+    return arrays is not None and arrays.device.type != "cpu"
 
 
 def _read(batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:

@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch.utils.data import TensorDataset
 
-from ddp_sgd.data.dataset_checks import may_give_whole_batches
+from ddp_sgd.data.dataset_checks import has_epochs, may_give_whole_batches
 from ddp_sgd.data.datasets import Arrays, InMemory
+from ddp_sgd.data.selection import Selection
 from ddp_sgd.errors import ConfigError, Use, memory_for
+from ddp_sgd.tree import leaves, map_leaves, tensors_in
 
 _SHARE_OF_MEMORY = 4
 """``data.device: auto`` moves arrays to the device that fit into this part of its free memory."""
@@ -46,47 +48,84 @@ class ArrayPair(NamedTuple):
     """The arrays of a data set whose batches are rows of them.
 
     Args:
-        inputs: Tensor of shape (n, ...).
-        targets: Tensor of shape (n, ...), on the same device.
+        inputs: Tensor of shape (n, ...), or a tuple or mapping of such, all on one device.
+        targets: The same, on the same device; None: there are no targets.
         convert: Function from rows of inputs to what the data set gives; None: just that.
     """
 
-    inputs: torch.Tensor
-    targets: torch.Tensor
+    inputs: Any
+    targets: Any
     convert: Callable[[torch.Tensor], torch.Tensor] | None = None
 
-    def rows(self, indices: torch.Tensor) -> tuple[Rows, Rows]:
-        """Return inputs and targets of a batch.
+    @property
+    def device(self) -> torch.device:
+        """Where the arrays are."""
+        return next(tensors_in(self.inputs)).device
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the arrays, in bytes."""
+        return sum(tensor.nbytes for tensor in tensors_in((self.inputs, self.targets)))
+
+    def rows(self, indices: torch.Tensor) -> tuple[Any, Any]:
+        """Return inputs and targets of a batch: each array as ``Rows`` of it.
 
         Args:
             indices: int64 of shape (m,), where the arrays are.
         """
-        return Rows(self.inputs, indices, self.convert), Rows(self.targets, indices)
+
+        def row(array: torch.Tensor) -> Rows:
+            return Rows(array, indices, self.convert)
+
+        inputs = map_leaves(row, self.inputs)
+        if self.targets is None:
+            return inputs, None
+        return inputs, map_leaves(lambda array: Rows(array, indices), self.targets)
 
     def to(self, device: torch.device) -> "ArrayPair":
         """Return the same arrays on a device."""
-        return self._replace(inputs=self.inputs.to(device), targets=self.targets.to(device))
+
+        def move(array: Any) -> Any:
+            return None if array is None else array.to(device)
+
+        return self._replace(
+            inputs=map_leaves(move, self.inputs), targets=map_leaves(move, self.targets)
+        )
 
 
-def find_arrays(dataset: Any) -> ArrayPair | None:
+def find_arrays(dataset: Any, selection: Selection | None = None) -> ArrayPair | None:
     """Find the arrays of a data set whose batches are rows of them; None for any other data set.
 
     ``TensorDataset`` and the data sets of this package are such, unless a subclass reads samples
-    in its own way, and unless torch cannot gather rows of that number type.
+    in its own way or changes with the epoch, and unless torch cannot gather rows of that number
+    type.
+
+    Args:
+        dataset: Map-style data set.
+        selection: Chooses input and target; None: samples are pairs.
+
+    Raises:
+        DataError: The data set lacks a part that is chosen.
     """
-    if not may_give_whole_batches(dataset):
+    if not may_give_whole_batches(dataset, in_pairs=selection is None) or has_epochs(dataset):
         return None
     convert = None
     if isinstance(dataset, TensorDataset):
-        inputs, targets = dataset.tensors
+        parts = dataset.tensors
     elif type(dataset).__getitems__ in (InMemory.__getitems__, Arrays.__getitems__):
-        inputs, targets = _as_tensor(dataset.inputs), _as_tensor(dataset.targets)
-        if type(dataset).__getitems__ is Arrays.__getitems__ and _is_bytes(inputs):
+        parts = _as_tensor(dataset.inputs), _as_tensor(dataset.targets)
+        if type(dataset).__getitems__ is Arrays.__getitems__ and _is_bytes(parts[0]):
             convert = scale_bytes
     else:
         return None
-    is_sound = _has_rows(inputs) and _has_rows(targets) and inputs.device == targets.device
-    return ArrayPair(inputs, targets, convert) if is_sound else None
+    if convert is not None and selection is not None and selection.input != 0:
+        return None  # bytes are scaled where they are the input, and nowhere else
+    inputs, targets = selection(parts, "a sample") if selection else parts
+    arrays = [array for _, array in leaves((inputs, targets)) if array is not None]
+    is_sound = all(part is not None for part in parts) and all(map(_has_rows, arrays))
+    if not is_sound or len({array.device for array in arrays}) > 1:
+        return None
+    return ArrayPair(inputs, targets, convert)
 
 
 def scale_bytes(rows: torch.Tensor) -> torch.Tensor:
@@ -127,7 +166,7 @@ def is_plain(leaf: Any) -> bool:
     )
 
 
-def choose_arrays(
+def choose_arrays(  # noqa: PLR0913  # a data set, how it is read, and what there is room for
     dataset: Any,
     where: str,
     *,
@@ -136,6 +175,7 @@ def choose_arrays(
     workers: int,
     collate: Any,
     sharing: int,
+    selection: Selection | None = None,
 ) -> ArrayPair | None:
     """Choose where the arrays of a data set live, and move them there.
 
@@ -148,6 +188,7 @@ def choose_arrays(
         workers: Loader processes.
         collate: Function from a list of samples to a batch, or None.
         sharing: Ranks that share the device.
+        selection: Chooses input and target of a sample; None: samples are pairs.
 
     Returns:
         The arrays, on the host or on the device; None for data that are read otherwise.
@@ -155,16 +196,16 @@ def choose_arrays(
     Raises:
         ConfigError: The data set has to be on an accelerator and cannot be, or does not fit.
     """
-    arrays = None if workers or collate else find_arrays(dataset)
+    arrays = None if workers or collate else find_arrays(dataset, selection)
     reason = _why_not_on(device, arrays, where, workers, collate)
     if wanted == "accelerator" and reason:
         raise ConfigError(f"data.device is accelerator while {reason}, or data.device=auto.")
     if device.type != "cuda" or arrays is None:
         return None
-    if arrays.inputs.device.type != "cpu" or wanted == "host":
-        return arrays if arrays.inputs.device in (device, torch.device("cpu")) else None
+    if arrays.device.type != "cpu" or wanted == "host":
+        return arrays if arrays.device in (device, torch.device("cpu")) else None
     share = torch.cuda.mem_get_info(device)[0] // (_SHARE_OF_MEMORY * sharing)
-    if wanted == "auto" and arrays.inputs.nbytes + arrays.targets.nbytes > share:
+    if wanted == "auto" and arrays.nbytes > share:
         return arrays
     with memory_for(Use.DATA_ON_DEVICE, where):
         return arrays.to(device)

@@ -57,17 +57,17 @@ class TrainingBuffers:
         """Replace the buffers that training reads by those of rank 0."""
         if not self.synced:
             return
-        buffers = map(_buffer, self._read)
+        buffers = map(tensor_at, self._read)
         broadcast_over_ranks((b.detach() for b in buffers if b is not None), self._runtime)
         if self._resized:
-            mine = [None if (b := _buffer(place)) is None else b.cpu() for place in self._resized]
+            mine = [None if (b := tensor_at(place)) is None else b.cpu() for place in self._resized]
             device = self._runtime.device
             for place, value in zip(self._resized, from_rank_0(mine, self._runtime), strict=True):
-                _set(place, None if value is None else value.to(device))
+                put_at(place, None if value is None else value.to(device))
 
     def keep(self) -> None:
         """Remember the values before a step."""
-        self._before = [_buffer(place) for place in self._places]
+        self._before = [tensor_at(place) for place in self._places]
         self._pointers = _pointers(self._before)
         if _are_alike(self._before, self._copies):
             for _, copies, values in _by_kind(self._copies, self._before):
@@ -86,7 +86,7 @@ class TrainingBuffers:
         Args:
             skipped: Tensor without dimensions, on the device of the buffers; 1 if it was, else 0.
         """
-        now = [_buffer(place) for place in self._places]
+        now = [tensor_at(place) for place in self._places]
         if not _are_alike(now, self._copies):
             if bool(skipped):  # waits for the device, in a step that made memory anyway
                 self.restore()
@@ -105,7 +105,7 @@ class TrainingBuffers:
             values.items(), now, _pointers(now), strict=True
         ):
             if tensor is not self._before[number]:
-                _set(self._places[number], value.clone())
+                put_at(self._places[number], value.clone())
             elif pointer != self._pointers[number]:
                 tensor.data = value.clone()
             else:
@@ -119,7 +119,7 @@ class TrainingBuffers:
         before = self._before[number]
         if before is not None and value is not None:
             before.data = value.clone()
-        _set(self._places[number], before)
+        put_at(self._places[number], before)
 
 
 def buffers_by_name(modules: Mapping[str, nn.Module], *, unset: bool = False) -> dict[str, Place]:
@@ -140,7 +140,7 @@ def buffers_by_name(modules: Mapping[str, nn.Module], *, unset: bool = False) ->
 
 def buffer_at(place: Place) -> torch.Tensor:
     """Return a buffer that is not None; ``get_buffer`` fails for scripted modules."""
-    buffer = _buffer(place)
+    buffer = tensor_at(place)
     if buffer is None:
         raise RuntimeError(f"the buffer {place[1]} of {type(place[0]).__name__} is not set")
     return buffer
@@ -168,15 +168,24 @@ def statistics_of(modules: Iterable[nn.Module]) -> list[Place]:
     ]
 
 
-def _buffer(place: Place) -> torch.Tensor | None:
+def tensor_at(place: Place) -> torch.Tensor | None:
+    """Return the buffer or parameter at a place; None if there is none."""
     module, name = place
-    buffers = module._buffers
-    return buffers[name] if name in buffers else None  # noqa: SIM401  # scripted: no get()
+    for held in (module._buffers, module._parameters):  # scripted modules have no get()
+        if name in held:
+            return held[name]
+    return None
 
 
-def _set(place: Place, value: torch.Tensor | None) -> None:
+def put_at(place: Place, value: torch.Tensor | None) -> None:
+    """Put a buffer or a parameter at a place, which keeps its kind."""
     module, name = place
-    module._buffers[name] = value
+    if name not in module._parameters:
+        module._buffers[name] = value
+    elif value is None or isinstance(value, nn.Parameter):
+        module._parameters[name] = value
+    else:
+        module._parameters[name] = nn.Parameter(value, requires_grad=False)
 
 
 def _are_alike(some: Sequence[torch.Tensor | None], others: Sequence[torch.Tensor | None]) -> bool:

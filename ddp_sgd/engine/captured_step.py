@@ -89,6 +89,9 @@ def new_graph(device: torch.device) -> Graph:
 class CapturedStep:
     """Takes full steps by a graph; those that are ragged or cut short are taken eagerly.
 
+    So are those with another momentum than at the capture, as along a warm-up: the kernel takes it
+    from the host.
+
     The first step of an epoch is checked again, as some are before the first replay: once in some
     thousand steps, and where parameters or buffers have got other memory, which a graph does not
     follow.
@@ -128,6 +131,7 @@ class CapturedStep:
         self._device = device
         self._progress = progress
         self._graph: Graph | None = None
+        self._momentum = stepper.momentum
         self._full = StaticBatches(first, device)
         self._slot = torch.zeros(1, dtype=torch.int64, device=device)
         self._step_on_device = -1
@@ -147,7 +151,9 @@ class CapturedStep:
             DeviceError: A replay that was checked differs from the eager step; the state is that
                 before the step.
         """
-        if batches.samples != self._full.batches.samples or not self._full.fill(batches):
+        is_other = self._stepper.momentum != self._momentum
+        size = self._full.batches.samples
+        if is_other or batches.samples != size or not self._full.fill(batches):
             return self._stepper.step(batches, lr)
         if self._is_to_be_checked(batches.step) and (problem := self._find_problem(batches)):
             raise DeviceError(
@@ -300,6 +306,8 @@ def capture_step(
         progress=context.progress,
     )
     step.check(full)
+    if context.after_step is not None:
+        context.after_step.fix_addresses()
     context.shares.begin()  # the check was no training
     return replace(context, stepper=step)
 

@@ -14,7 +14,7 @@ from ddp_sgd.data.loader import MicroBatch
 from ddp_sgd.engine.context import TrainContext
 from ddp_sgd.engine.evaluation import evaluating
 from ddp_sgd.engine.side_effects import undo_side_effects
-from ddp_sgd.engine.step import backward
+from ddp_sgd.engine.units import backward
 from ddp_sgd.errors import ConfigError, Use, UserError, refuse_out_of_memory
 from ddp_sgd.text import first_line
 from ddp_sgd.tree import tensors_in
@@ -49,14 +49,17 @@ def compiled(context: TrainContext, compute: ComputeConfig, cache: Path) -> Iter
         return
     model, objective, wrapper = context.wrapper.inner, context.objective, context.wrapper
 
+    def call(forward: nn.Module) -> Any:
+        return objective.outputs(forward, batch.inputs, batch.targets)
+
     def train() -> None:
         with wrapper.sync_gradients(when=False):
-            loss = objective(objective.outputs(wrapper.forward, batch.inputs), batch.targets)
+            loss = objective(call(wrapper.forward), batch.targets)
             backward(loss, torch.ones_like(loss))
 
     def score() -> None:
         with evaluating(model):
-            objective(objective.outputs(model, batch.inputs), batch.targets)
+            call(model)
 
     is_ours = _CACHE_VARIABLE not in os.environ
     os.environ.setdefault(_CACHE_VARIABLE, str(cache.resolve()))

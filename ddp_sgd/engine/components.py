@@ -6,7 +6,7 @@ Sample batch: a few samples for such checks, and how they become arguments of th
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,12 +14,15 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.utils.data import IterableDataset
 
-from ddp_sgd.config.sections import Component, DataConfig
+from ddp_sgd.config.component import Component
+from ddp_sgd.config.sections import DataConfig
 from ddp_sgd.data.dataset_checks import OpenFiles
 from ddp_sgd.data.device import move
 from ddp_sgd.data.fetcher import EVAL_EPOCH, Collate, Fetcher, Request, Unreadable
+from ddp_sgd.data.order import Order
+from ddp_sgd.data.selection import Selection
+from ddp_sgd.engine.data_sets import gather_data
 from ddp_sgd.engine.evaluation import evaluating
 from ddp_sgd.engine.model_check import check_loss_parameters, check_model
 from ddp_sgd.engine.reading import Reading, build_reading
@@ -27,7 +30,7 @@ from ddp_sgd.engine.side_effects import undo_side_effects
 from ddp_sgd.engine.train_state import describe_loss
 from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.instantiate import instantiate
-from ddp_sgd.losses import LossFunction, Objective, Spread, as_module, loss_modules
+from ddp_sgd.losses import LossFunction, ModelLoss, Objective, Spread, as_module, loss_modules
 from ddp_sgd.seeds import seed_for
 
 _HOST = torch.device("cpu")
@@ -52,24 +55,14 @@ class Batch(NamedTuple):
     indices: list[int]
 
 
-def check_dataset(dataset: Any, where: str) -> None:
-    """Refuse what is not a map-style data set with at least one sample.
-
-    Raises:
-        ConfigError: It has no length, or gives no sample for an index.
-        DataError: It is empty.
-    """
-    by_index = isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")
-    if not by_index or isinstance(dataset, IterableDataset):
-        raise ConfigError(
-            f"{where} is a {type(dataset).__name__}, which has no length or no samples by index; "
-            "name a map-style data set (streaming data sets are not supported)."
-        )
-    if len(dataset) == 0:
-        raise DataError(f"{where} is empty; name a data set with at least one sample.")
-
-
-def read_batch(dataset: Any, where: str, *, batch_size: int, collate: Collate | None) -> Batch:
+def read_batch(
+    dataset: Any,
+    where: str,
+    *,
+    batch_size: int,
+    collate: Collate | None,
+    selection: Selection | None = None,
+) -> Batch:
     """Read a few samples, spread over a data set, in the way of an evaluation.
 
     Args:
@@ -77,13 +70,14 @@ def read_batch(dataset: Any, where: str, *, batch_size: int, collate: Collate | 
         where: Its key, for errors.
         batch_size: Samples of a micro-batch.
         collate: Function from a list of samples to a batch; None: torch's default_collate.
+        selection: Chooses input and target of a sample; None: samples are pairs.
 
     Raises:
         DataError: The samples cannot be read.
     """
     samples = min(len(dataset), max(2, min(_MOST_SAMPLES, batch_size)))
     indices = np.linspace(0, len(dataset) - 1, samples).astype(np.int64)
-    fetcher = Fetcher(dataset, where, 0, collate)
+    fetcher = Fetcher(dataset, where, 0, collate, selection)
     read = fetcher.read_with_singles(Request(EVAL_EPOCH, indices))
     if isinstance(read, Unreadable):
         raise DataError(read.message)
@@ -98,7 +92,7 @@ def read_sample_batch(
 
     Args:
         dataset: Map-style data set with at least one sample.
-        where: Its key, ``data.train`` or ``data.eval``.
+        where: Its key; the transforms of training belong to ``data.train``.
         reading: How samples are read.
         device: Where they are transformed, and the inputs stay.
 
@@ -106,21 +100,36 @@ def read_sample_batch(
         ConfigError: A transform fails, or does not keep to its interface.
         DataError: The samples cannot be read.
     """
-    size, collate = reading.batch_size, reading.collate
-    batch = read_batch(dataset, where, batch_size=size, collate=collate)
-    transforms, epoch = reading.train_transforms, 0
-    if where == "data.eval":
-        transforms, epoch = reading.eval_transforms, EVAL_EPOCH
+    size, transforms, epoch = reading.batch_size, reading.train_transforms, 0
+    if where != "data.train":
+        size, transforms, epoch = reading.chunk_size, reading.eval_transforms, EVAL_EPOCH
+    batch = read_batch(
+        dataset, where, batch_size=size, collate=reading.collate, selection=reading.selection
+    )
     inputs = move(batch.inputs, device)
     return batch._replace(inputs=transforms.check(inputs, np.array(batch.indices), epoch))
 
 
-def choose_spread(model: nn.Module, inputs: Any, samples: int) -> Spread:
+def spread_for(model: nn.Module, loss: LossFunction, batch: Batch) -> Spread:
+    """Choose how the inputs of a batch reach a model, which may take the targets after them."""
+    is_last = isinstance(loss, ModelLoss) and batch.targets is not None
+    return choose_spread(model, batch.inputs, len(batch.indices), takes_targets=is_last)
+
+
+def choose_spread(
+    model: nn.Module, inputs: Any, samples: int, *, takes_targets: bool = False
+) -> Spread:
     """Choose how inputs reach a model, by the signature of its ``forward``.
 
     A mapping becomes keyword arguments, and a list or tuple positional ones, where ``forward``
     takes several arguments that these fit. A list of one entry per sample, as detection models
     take, is one argument.
+
+    Args:
+        model: The model.
+        inputs: Inputs of a batch.
+        samples: Samples in it.
+        takes_targets: Whether the last argument of ``forward`` is for the targets.
     """
     if not isinstance(inputs, (Mapping, list, tuple)):
         return "whole"
@@ -131,6 +140,7 @@ def choose_spread(model: nn.Module, inputs: Any, samples: int) -> Spread:
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
         fits = takes_any or set(inputs) <= {p.name for p in named}
         return "keywords" if fits and (len(named) > 1 or takes_any) else "whole"
+    positional = positional[:-1] if takes_targets else positional
     takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters)
     required = [p for p in positional if p.default is p.empty]
     fits = len(required) <= len(inputs) and (takes_any or len(inputs) <= len(positional))
@@ -197,13 +207,15 @@ class Given(NamedTuple):
         model: Module to train.
         loss: Module or function of (outputs, targets).
         train_set: Map-style data set of (input, target).
-        eval_set: The same, held out.
+        eval_set: The same, held out, or several by name.
+        test_set: The same, scored once at the end.
     """
 
     model: nn.Module | None = None
     loss: LossFunction | None = None
     train_set: Any = None
     eval_set: Any = None
+    test_set: Any = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,18 +227,25 @@ class Components:
         loss: Module or function of (outputs, targets).
         loss_name: What the loss is, from ``describe_loss``.
         train_set: Map-style data set of (input, target).
-        eval_set: The same, held out; None trains without evaluation.
+        eval_sets: The same, held out, by key: ``data.eval``, or ``data.eval.NAME`` of several, in
+            order; empty: the run trains without evaluation.
+        test_sets: The same, scored once at the end, by key: ``data.test``; empty: there is none.
         reading: How samples are read.
         files: What the data sets have opened since nothing was read from them.
+        order: Which training samples make a step; None: a permutation for each epoch.
+        counts_correct: Whether training logs its accuracy.
     """
 
     model: nn.Module
     loss: LossFunction
     loss_name: str
     train_set: Any
-    eval_set: Any | None
+    eval_sets: Mapping[str, Any]
+    test_sets: Mapping[str, Any]
     reading: Reading
     files: OpenFiles = field(default_factory=OpenFiles)
+    order: Order | None = None
+    counts_correct: bool = False
 
     def close_before_fork(self) -> None:
         """Close what a look at the data has opened, if loader processes will read them."""
@@ -235,7 +254,14 @@ class Components:
 
 
 def gather_components(
-    given: Given, *, model: Component, loss: Component, data: DataConfig, seed: int
+    given: Given,
+    *,
+    model: Component,
+    loss: Component | None,
+    data: DataConfig,
+    seed: int,
+    counts_correct: bool = False,
+    eval_batch_size: int | None = None,
 ) -> Components:
     """Take what is given, build the rest from the configuration.
 
@@ -247,24 +273,21 @@ def gather_components(
         loss: Section ``loss``.
         data: Section ``data``.
         seed: Seed of the run.
+        counts_correct: Whether training logs its accuracy.
+        eval_batch_size: Key ``eval.batch_size``.
 
     Raises:
         ConfigError: Something is of the wrong kind.
         DataError: A data set cannot be opened, or is empty.
     """
-    train_set, eval_set = given.train_set, given.eval_set
-    if train_set is None:
-        train_set = instantiate(data.train, "data.train", failure=DataError)
-        if eval_set is None and data.eval is not None:
-            eval_set = instantiate(data.eval, "data.eval", failure=DataError)
-    check_dataset(train_set, "data.train")
-    if eval_set is not None:
-        check_dataset(eval_set, "data.eval")
-    files = OpenFiles(train_set, eval_set)
+    train_set, eval_sets, test_sets = gather_data(
+        data, train_set=given.train_set, eval_set=given.eval_set, test_set=given.test_set
+    )
+    files = OpenFiles(train_set, *eval_sets.values(), *test_sets.values())
     built = ready_model(model, seed, given.model)
     loss_function = ready_loss(loss, given.loss)
     check_loss_parameters(loss_modules(loss_function, built))
-    reading = build_reading(data, seed)
+    reading = build_reading(data, seed, eval_batch_size=eval_batch_size)
     if not is_materialized(built):
         batch = read_sample_batch(train_set, "data.train", reading)
         materialize_lazy(built, loss_function, batch, seed)
@@ -273,9 +296,11 @@ def gather_components(
         loss=as_module(loss_function),  # of a function of torch, whose units are known
         loss_name=describe_loss(loss_function),
         train_set=train_set,
-        eval_set=eval_set,
+        eval_sets=eval_sets,
+        test_sets=test_sets,
         reading=reading,
         files=files,
+        counts_correct=counts_correct,
     )
 
 
@@ -291,9 +316,12 @@ def materialize_lazy(model: nn.Module, loss: LossFunction, batch: Batch, seed: i
     Raises:
         ConfigError: A lazy module is left out by a forward pass.
     """
-    spread = choose_spread(model, batch.inputs, len(batch.indices))
-    objective = Objective(loss, batch.targets, spread=spread)
-    materialize(model, batch.inputs, objective.outputs, seed_for("weights", seed))
+    objective = Objective(loss, batch.targets, spread=spread_for(model, loss, batch))
+
+    def call(model: nn.Module, inputs: Any) -> Any:
+        return objective.outputs(model, inputs, batch.targets)
+
+    materialize(model, batch.inputs, call, seed_for("weights", seed))
 
 
 def ready_model(component: Component, seed: int, model: nn.Module | None = None) -> nn.Module:
@@ -324,13 +352,18 @@ def ready_model(component: Component, seed: int, model: nn.Module | None = None)
     return model
 
 
-def ready_loss(component: Component, loss: LossFunction | None = None) -> LossFunction:
+def ready_loss(component: Component | None, loss: LossFunction | None = None) -> LossFunction:
     """Take the loss that is given, or build the one of the configuration.
+
+    Args:
+        component: Key ``loss`` of the configuration; None: the output of the model is the loss.
+        loss: The one that is given; None builds the other.
 
     Raises:
         ConfigError: It cannot be called, or is a class, whose call would make a loss.
     """
-    loss = instantiate(component, "loss") if loss is None else loss
+    if loss is None:
+        loss = ModelLoss() if component is None else instantiate(component, "loss")
     if not callable(loss) or isinstance(loss, type):
         raise ConfigError(
             f"loss is a {type(loss).__name__}; name a module or function of (outputs, targets)."

@@ -14,6 +14,7 @@ from ddp_sgd.distributed.collectives import broadcast_over_ranks
 from ddp_sgd.distributed.data_parallel import DataParallelModel
 from ddp_sgd.distributed.progress import ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.engine.after_step import AfterStep
 from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, buffers_by_name
 from ddp_sgd.engine.evaluation import Score
 from ddp_sgd.engine.rank_consistency import Identity
@@ -45,10 +46,12 @@ class TrainContext:
         runtime: This process.
         wrapper: The model, equal on all ranks.
         stepper: Takes steps.
+        after_step: What calls the model after a step; None: nothing does.
         objective: What is minimized.
         loader: The training set, step by step.
-        score: Evaluates the model; gives nothing if there is no held-out set.
-        evaluates: Whether there is one.
+        score: Evaluates the model on all held-out sets; gives nothing if there are none.
+        score_test: Evaluates it on the test set; None: there is none.
+        evaluates: Whether there is a held-out set or a test set.
         randomness: The generators that steps draw from, such as for dropout.
         optimizer: SGD over the model's parameters.
         state: Where the run stands.
@@ -65,9 +68,11 @@ class TrainContext:
     runtime: Runtime
     wrapper: DataParallelModel
     stepper: StepTaker
+    after_step: AfterStep | None
     objective: Objective
     loader: TrainLoader
     score: Score
+    score_test: Score | None
     evaluates: bool
     randomness: Randomness
     optimizer: SGD

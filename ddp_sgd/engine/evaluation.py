@@ -1,7 +1,7 @@
 """Evaluation: every sample once, the same bits on any number of ranks."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,8 +14,10 @@ from ddp_sgd.data.sampler import EvalSampler
 from ddp_sgd.distributed.collectives import sum_over_ranks
 from ddp_sgd.distributed.progress import ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine.loss_check import is_classification
-from ddp_sgd.losses import Objective, counts_on_host
+from ddp_sgd.engine.labels import is_classification
+from ddp_sgd.engine.logged_numbers import sum_numbers, sum_of_means, times
+from ddp_sgd.losses import Objective
+from ddp_sgd.named_losses import LOSS, counts_on_host
 
 Metrics = dict[str, float | int]
 
@@ -80,16 +82,15 @@ def evaluate(
                 break
             seed_chunk(chunk)
             ready = loader.transform(move(inputs, runtime.device), chunk)
-            outputs = objective.outputs(model, ready)
-            scored.add(chunk, samples, outputs, targets)
+            answers = move(targets, runtime.device)
+            scored.add(chunk, samples, objective.outputs(model, ready, answers), answers)
     sums, counts = scored.by_chunk(loader.chunks.count, place), scored.counts(place)
     sum_over_ranks(sums, runtime)
     sum_over_ranks(counts, runtime)
     cut_short, *numbers = counts.tolist()
     if cut_short:
         raise Interrupted
-    loss, units = sums.sum(dim=1).tolist()
-    return _metrics(loss, units, numbers)
+    return _losses(objective, sums.sum(dim=1).tolist()) | _scores(numbers)
 
 
 def _is_cut_short(interrupted: bool, chunks: EvalSampler, runtime: Runtime) -> bool:  # noqa: FBT001
@@ -139,28 +140,26 @@ class _Scored:
         self._chunks: list[int] = []
         self._losses: list[torch.Tensor] = []
         self._units: list[float | torch.Tensor] = []
+        self._numbers: list[torch.Tensor] = []
         self._samples = 0
         self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._answers: torch.Tensor | None = None
 
-    def add(self, chunk: int, samples: int, outputs: Any, targets: Any) -> None:
+    def add(self, chunk: int, samples: int, outputs: Any, answers: Any) -> None:
         """Add what the model gives for a chunk.
 
         Args:
             chunk: Number of the chunk.
             samples: Its samples; 0 for one that takes part only since others do.
             outputs: What the model returned.
-            targets: Its targets.
+            answers: Its targets, where the model is.
         """
-        answers = move(targets, self._device)
+        values = self._objective.values(outputs, answers)
         if not samples:
-            self._objective(outputs, answers)
             return
-        counts_samples = self._objective.counts_samples
         self._chunks.append(chunk)
-        self._losses.append(self._objective.total(outputs, answers, samples))
-        self._units.append(samples if counts_samples else self._count(answers, samples))
         self._samples += samples
+        self._add_losses(values, outputs, answers, samples)
         if not (self._objective.takes_classes and is_classification(outputs, answers)):
             return
         if outputs.nbytes > _SMALL_BYTES:
@@ -171,20 +170,47 @@ class _Scored:
         if len(self._waiting) == _MOST_WAITING:
             self._judge_waiting()
 
+    def _add_losses(
+        self, values: Mapping[str, torch.Tensor], outputs: Any, answers: Any, samples: int
+    ) -> None:
+        """Add the loss of a chunk, and what is logged with it."""
+        objective, given = self._objective, None
+        loss, units = values[LOSS] * objective.weight(samples), self._count(answers, samples)
+        if objective.gives_units:
+            given = objective.given_units(answers, samples, self._device)
+            units = given.get(LOSS, torch.zeros_like(loss))  # none: the loss is a sum of means
+            loss = times(values[LOSS].to(units.dtype), units)
+        self._losses.append(loss)
+        self._units.append(units)
+        if objective.form.names:
+            self._numbers.append(
+                sum_numbers(objective, values, outputs, answers, samples=samples, units=given)
+            )
+
     def _count(self, answers: torch.Tensor, samples: int) -> float | torch.Tensor:
         """Count the units of a chunk, whose targets are where the model is."""
+        if self._objective.counts_samples or self._objective.gives_units:
+            return samples
         if counts_on_host(self._device):
             return self._objective.units(answers, samples)
         return self._objective.units_on_device(answers, samples)
 
     def by_chunk(self, count: int, place: torch.device) -> torch.Tensor:
-        """Give losses and units, float64 of shape (2, count), zero where others scored."""
-        sums = torch.zeros((2, count), dtype=torch.float64, device=place)
+        """Give sums by chunk, float64 of shape (2 + 2 n, count), zero where others scored.
+
+        Returns:
+            Losses and units; then sums and units of the n numbers that are logged with them.
+        """
+        rows = 2 + 2 * len(self._objective.form.names)
+        sums = torch.zeros((rows, count), dtype=torch.float64, device=place)
         if self._chunks:
             sums[0, self._chunks] = torch.stack(self._losses).to(place).double()
             on_device = [each for each in self._units if isinstance(each, torch.Tensor)]
             units = torch.stack(on_device).to(sums) if on_device else sums.new_tensor(self._units)
             sums[1, self._chunks] = units
+        if self._numbers:
+            numbers = torch.stack([each.flatten() for each in self._numbers])
+            sums[2:, self._chunks] = numbers.to(sums).T
         return sums
 
     def counts(self, place: torch.device) -> torch.Tensor:
@@ -203,21 +229,33 @@ class _Scored:
     def _judge(self, answers: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Count correct predictions, without targets that the loss ignores."""
         outputs, targets = map(torch.cat, zip(*answers, strict=True))
-        asked = (targets != self._objective.ignore_index).sum()
+        counted = targets != self._objective.ignore_index
+        asked = counted.sum()
         not_numbers = outputs.isnan().any(dim=1).sum()
-        counts = [not_numbers, asked, (outputs.argmax(dim=1) == targets).sum()]
+        counts = [not_numbers, asked, ((outputs.argmax(dim=1) == targets) & counted).sum()]
         if outputs.shape[1] > 5:
             top5 = outputs.topk(5, dim=1).indices
-            counts += [asked, (top5 == targets[:, None]).any(dim=1).sum()]
+            counts += [asked, ((top5 == targets[:, None]).any(dim=1) & counted).sum()]
         else:
             counts += [torch.zeros_like(asked)] * 2
         new = torch.stack(counts)
         self._answers = new if self._answers is None else self._answers + new
 
 
-def _metrics(loss: float, units: float, counts: Sequence[int]) -> Metrics:
+def _losses(objective: Objective, sums: list[float]) -> Metrics:
+    """Divide the sums of the loss, and of what is logged with it, by their units."""
+    names = objective.form.names
+    totals, counts = sums[2 : 2 + len(names)], sums[2 + len(names) :]
+    means = {n: t / c if c else None for n, t, c in zip(names, totals, counts, strict=True)}
+    loss = sums[0] / sums[1] if sums[1] else None
+    whole = sum_of_means(means) if objective.form.sums_means else loss
+    shown = {LOSS: whole, **means}
+    return {f"eval/{name}": math.nan if v is None else v for name, v in shown.items()}
+
+
+def _scores(counts: Sequence[int]) -> Metrics:
     count, not_numbers, judged, correct, judged_top5, correct_top5 = counts
-    metrics: Metrics = {"eval/loss": loss / units if units else math.nan, "eval/count": count}
+    metrics: Metrics = {"eval/count": count}
     if not_numbers:  # argmax would take NaN for the largest score
         return metrics
     if judged:

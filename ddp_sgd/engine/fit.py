@@ -6,7 +6,8 @@ The training loop: step, sync, evaluation, checkpoint.
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ddp_sgd.checkpointing.checkpointer import Checkpointer, open_checkpointer
 from ddp_sgd.checkpointing.store import SkippedSteps
 from ddp_sgd.config.schema import ComputeConfig, RunConfig
 from ddp_sgd.data.loader import StepBatches
+from ddp_sgd.data.order import build_order
 from ddp_sgd.distributed.error_propagation import end_process, propagate_errors
 from ddp_sgd.distributed.hang_watch import watch_for_hangs
 from ddp_sgd.distributed.progress import Phase
@@ -26,25 +28,26 @@ from ddp_sgd.engine.compilation import CACHE_NAME, compiled
 from ddp_sgd.engine.components import Given, gather_components
 from ddp_sgd.engine.context import TrainContext
 from ddp_sgd.engine.evaluation import Interrupted
+from ddp_sgd.engine.final_test import score_test_set
+from ddp_sgd.engine.finished_run import lacks_test, repeat_result
+from ddp_sgd.engine.order_check import refuse_other_order, require_equal_orders
 from ddp_sgd.engine.precision import torch_settings
-from ddp_sgd.engine.rank_consistency import Identity, mark_training_set, require_consistency
-from ddp_sgd.engine.reading import Reading, build_reading
+from ddp_sgd.engine.rank_consistency import Identity, require_consistency
+from ddp_sgd.engine.reading import build_reading
 from ddp_sgd.engine.result import RunResult, build_result
 from ddp_sgd.engine.resume import (
     ResumePoint,
     find_resume_point,
     plan_from,
-    refuse_data_of_another_run,
 )
 from ddp_sgd.engine.setup import build_context
 from ddp_sgd.engine.sync import RankSync, SyncResult
-from ddp_sgd.engine.train_state import hand_over, refuse_other_parts
 from ddp_sgd.engine.triggers import Deadline, HasReason, StopRequest, Timetable, stop_on_signal
 from ddp_sgd.errors import DivergedError, translate_errors
 from ddp_sgd.losses import LossFunction
-from ddp_sgd.optim.schedule import Schedule, build_schedule
+from ddp_sgd.optim.schedule import Schedule, build_momentum, build_schedule
 from ddp_sgd.optim.sgd import RateTable
-from ddp_sgd.report.reporter import Reporter, open_report, report_end
+from ddp_sgd.report.reporter import Reporter, open_report
 from ddp_sgd.report.run_folder import RunFolder, claim_run_folder
 
 _DOUBLE = (torch.float64, torch.complex128)
@@ -65,6 +68,7 @@ class Loop:
         checkpointer: Saves the state.
         report: Where measurements go.
         rates: The rates on the device, if steps read them there.
+        momentum: Momentum for each step; None: it does not change.
     """
 
     def __init__(  # noqa: PLR0913  # what a loop turns
@@ -78,9 +82,11 @@ class Loop:
         report: Reporter,
         *,
         rates: RateTable | None = None,
+        momentum: Schedule | None = None,
     ) -> None:
         self._context = context
         self._rates = rates
+        self._momentum = momentum
         self._schedule = schedule
         self._seed_for_step = seed_for_step
         self._timetable = timetable
@@ -124,8 +130,12 @@ class Loop:
         lr = context.plan.peak_lr * self._schedule(state.step)
         context.randomness.seed(self._seed_for_step(state.step))
         rate = lr if self._rates is None else self._rates.at(state.step)
+        if self._momentum is not None:
+            context.optimizer.momentum = self._momentum(state.step)
         result = context.stepper.step(batches, rate)
         state.step += 1
+        if context.after_step is not None:
+            context.after_step(state.step, result)
         if context.runtime.device.type != "cpu":
             context.progress.enter(Phase.DATA)
             context.loader.read_ahead()  # while the device computes
@@ -146,7 +156,7 @@ class Loop:
         )
 
     def _score_if_due(self) -> bool:
-        """Score at the end of an epoch; False if a stop request cut that short, on any rank."""
+        """Score where the timetable says; False if a stop request cut that short, on any rank."""
         context, state = self._context, self._context.state
         if not self._timetable.score_is_due_at(state.step) or state.scored_at == state.step:
             return True
@@ -165,13 +175,14 @@ class Loop:
         return True
 
 
-def fit(
+def fit(  # noqa: PLR0913  # what a user brings, by name
     config: RunConfig,
     runtime: Runtime,
     *,
     model: nn.Module | None = None,
     train_set: Any = None,
     eval_set: Any = None,
+    test_set: Any = None,
     loss: LossFunction | None = None,
     stop: HasReason | None = None,
 ) -> RunResult:
@@ -184,8 +195,10 @@ def fit(
         train_set: Map-style data set of (input, target); None builds ``config.data.train``. A name
             stands for one run: on a resume, other data are refused if they differ in length, or in
             the first, the middle or the last sample.
-        eval_set: The same, held out; None builds ``config.data.eval``, unless a training set is
-            given.
+        eval_set: The same, held out, or a mapping of names to such; None builds
+            ``config.data.eval``, unless a training set is given.
+        test_set: The same, scored once at the end of the run, with the weights of the best
+            checkpoint; None builds ``config.data.test``, if that is set.
         loss: Module or function of (outputs, targets) that gives the mean; None builds
             ``config.loss``.
         stop: Object with a ``reason`` that is read between steps: None, or why the run is to stop;
@@ -202,7 +215,7 @@ def fit(
         >>> with start_runtime() as runtime:  # doctest: +SKIP
         ...     fit(RunConfig(epochs=3), runtime).scores["eval/accuracy"]
     """
-    given = Given(model, loss, train_set, eval_set)
+    given = Given(model, loss, train_set, eval_set, test_set)
     batch = config.data.batch_size, config.data.accumulate
     with (
         nullcontext(_stop_request(stop)) if stop is not None else stop_on_signal() as request,
@@ -210,11 +223,9 @@ def fit(
     ):
         request.force = partial(end_process, error_propagation=runtime.error_propagation)
         resume_point = find_resume_point(config, folder, runtime)
-        if resume_point.ending:
+        if resume_point.ending and not lacks_test(resume_point, config, given):
             reading = build_reading(config.data, config.seed)
-            return _repeat_result(
-                resume_point.ending, resume_point, given, reading, runtime, folder
-            )
+            return repeat_result(resume_point.ending, resume_point, given, reading, runtime, folder)
         with (
             open_report(config, runtime, folder, resume_point.origin) as report,
             propagate_errors(runtime.error_propagation),
@@ -236,16 +247,17 @@ def _train(
     """Set the run up, train, and build the result."""
     context = _set_up(config, given, runtime, resume_point)
     plan = context.plan
+    schedule, momentum = build_schedule(config.schedule, plan), build_momentum(plan)
     report.start(plan, context.state, (*resume_point.notes, *context.notes))
-    schedule = build_schedule(config.schedule, plan)
     timetable = Timetable(
         config.checkpoint,
         plan,
         row_steps=config.log.every_steps,
-        score_epochs=config.eval.every_epochs,
+        score=config.eval,
         deadline=Deadline(resume_point.deadline),
     )
-    rank_sync = RankSync(plan, runtime, request, timetable, context.shares, context.state)
+    shares, state, objective = context.shares, context.state, context.objective
+    rank_sync = RankSync(plan, runtime, request, timetable, shares, state, objective)
     run_folder = Path(config.output_dir) / config.name
     seed_for_step = partial(runtime.seed_for, "model", config.seed)
     rates = _rate_table(context, schedule, config.compute)
@@ -259,8 +271,11 @@ def _train(
         ):
             request.defer()  # from here on a stop waits for the end of a step
             parts = timetable, rank_sync, checkpointer, report
-            Loop(context, schedule, seed_for_step, *parts, rates=rates).run()
-            result = build_result(context.state, plan, context.wrapper, context.shares, runtime)
+            Loop(context, schedule, seed_for_step, *parts, rates=rates, momentum=momentum).run()
+            tested = score_test_set(context, folder.path if folder else None, report.notice)
+            report.eval(tested)
+            ranks = context.wrapper, context.shares, runtime
+            result = build_result(context.state, plan, *ranks, tested=tested)
     report.end(result.as_row())
     return result
 
@@ -271,16 +286,31 @@ def _set_up(
     """Build or take the components, compare the ranks, and build the context."""
     settings = config.model_dump(mode="json")
     components = gather_components(
-        given, model=config.model, loss=config.loss, data=config.data, seed=config.seed
+        given,
+        model=config.model,
+        loss=config.loss,
+        data=config.data,
+        seed=config.seed,
+        counts_correct=config.log.train_accuracy,
+        eval_batch_size=config.eval.batch_size,
     )
     marks = require_consistency(settings, components, runtime)
     identity = Identity(
         run_id=resume_point.run_id, config=settings, loss=components.loss_name, marks=marks
     )
-    samples = len(components.train_set)
+    samples, header, ranks = len(components.train_set), resume_point.header, runtime.world_size
+    epoch = header.epoch if header else 0
+    chosen, seed = components.reading.order, config.seed
+    orders = cache(partial(build_order, chosen, samples=samples, seed=seed, epoch=epoch))
+    plan = plan_from(
+        config, header, samples=samples, world_size=ranks, facts_of_order=lambda g: orders(g).facts
+    )
+    order = orders(plan.global_batch)
+    require_equal_orders(order, runtime)
+    refuse_other_order(header, plan, orders)
     return build_context(
-        components,
-        plan_from(config, resume_point.header, samples=samples, world_size=runtime.world_size),
+        replace(components, order=order),
+        plan,
         runtime,
         resume_point,
         identity,
@@ -331,24 +361,6 @@ def _hang_watch(
         on_hang=report.fail,
         on_orphaned=lambda: request.ask("the launcher is gone"),
     )
-
-
-def _repeat_result(
-    result: RunResult,
-    resume_point: ResumePoint,
-    given: Given,
-    reading: Reading,
-    runtime: Runtime,
-    folder: RunFolder | None,
-) -> RunResult:
-    """Return the result of a run that is finished; a model that was given gets its weights."""
-    refuse_other_parts(resume_point.header, given.train_set, given.loss)
-    marks_of = partial(mark_training_set, given.train_set, reading)
-    refuse_data_of_another_run(resume_point, marks_of, runtime)
-    if given.model is not None:
-        hand_over(given.model, resume_point.file, runtime)
-    report_end(result.as_row(), folder)
-    return result
 
 
 def _stop_request(stop: HasReason) -> StopRequest:

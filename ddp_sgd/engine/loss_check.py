@@ -3,24 +3,35 @@
 A loss of a user's own does not state its reduction. So the loss of a batch is compared with those
 of its samples, on random outputs, since those of the model may be special: zero at the start, or
 saturated at the end of a run.
-
-Labels: whether a data set lists them, and whether the model has a score for each.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch.utils.data import TensorDataset
 
-from ddp_sgd.errors import DataError
-from ddp_sgd.losses import LossFunction
-from ddp_sgd.tree import map_tensors
+from ddp_sgd.distributed.collectives import gather_over_ranks
+from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.engine.labels import is_classification
+from ddp_sgd.errors import ConfigError
+from ddp_sgd.losses import (
+    LossFunction,
+    ModelLoss,
+    as_module,
+    call_loss,
+    has_forward_of_torch,
+    is_of_classes,
+)
+from ddp_sgd.named_losses import LossForm, form_of, read_units, units_of
+from ddp_sgd.tree import describe, map_tensors
 
 Reduction = Literal["mean", "sum", "other"]
 
 _DRAWS = 3
+
+_HOST = torch.device("cpu")
 
 
 class LossKind(NamedTuple):
@@ -38,7 +49,11 @@ class LossKind(NamedTuple):
 
 
 def examine_loss(
-    loss: LossFunction, outputs: Any, targets: Any, targets_of_one: Sequence[Any]
+    loss: LossFunction,
+    outputs: Any,
+    targets: Any,
+    targets_of_one: Sequence[Any],
+    units: Callable[[Any], float] | None = None,
 ) -> LossKind:
     """Compare the loss of a batch with those of its samples, on three draws of outputs.
 
@@ -47,22 +62,177 @@ def examine_loss(
         outputs: What the model gave for a batch, as an example of shapes and types.
         targets: Targets of the batch.
         targets_of_one: Targets of batches of one sample each, of the same samples.
+        units: Gives the weight of a sample, for its target; None: they weigh the same.
     """
     samples = len(targets_of_one)
+    weights = [1.0 if units is None else units(target) for target in targets_of_one]
     spread = _Draws(loss, outputs, targets, samples, scale=1.0)  # losses that differ by sample
     found = set()
     for drawn, value in zip(spread.outputs, spread.values, strict=True):
         parts = [
-            _value(loss, _sample_of(drawn, samples, number), target)
+            _value(loss, _sample_of(drawn, samples, number), target) if weights[number] else None
             for number, target in enumerate(targets_of_one)
         ]
-        if reduction := _reduction(value, parts):
+        if reduction := _reduction(value, parts, weights):
             found.add(reduction)
     if not spread.outputs:  # the loss works on nothing but the model's own outputs
         return LossKind("other", takes_classes=False)
     reduction = found.pop() if len(found) == 1 else "other" if found else "mean"
     near_zero = _Draws(loss, outputs, targets, samples, scale=0.1)  # where losses have a gradient
     return LossKind(reduction, _takes_classes(loss, near_zero.outputs, targets))
+
+
+def examine_parts(
+    loss: LossFunction, form: LossForm, outputs: Any, targets: Any, targets_of_one: Sequence[Any]
+) -> LossKind:
+    """Examine each number of a loss that is trained, by the units that the loss gives.
+
+    Args:
+        loss: See ``examine_loss``; it may return several numbers by name.
+        form: What it returns.
+        outputs: See ``examine_loss``.
+        targets: See ``examine_loss``.
+        targets_of_one: See ``examine_loss``.
+
+    Returns:
+        What all of them are; ``other`` if they differ.
+    """
+
+    def part(name: str, outputs: Any, targets: Any) -> torch.Tensor:
+        return form.values(call_loss(loss, outputs, targets))[name]
+
+    def weight(name: str, targets: Any) -> float:
+        return float(read_units(given(targets), form, _HOST)[name]) if given else 1.0
+
+    given = units_of(loss)
+    kinds = [
+        examine_loss(partial(part, name), outputs, targets, targets_of_one, partial(weight, name))
+        for name in form.trained
+    ]
+    reductions = {kind.reduction for kind in kinds}
+    reduction = reductions.pop() if len(reductions) == 1 else "other"
+    return LossKind(reduction, takes_classes=all(kind.takes_classes for kind in kinds))
+
+
+def find_form(loss: LossFunction, returned: Any, targets: Any, device: torch.device) -> LossForm:
+    """Find out the form of a loss from what it returned for a batch, and check its units.
+
+    Args:
+        loss: The loss.
+        returned: What it returned.
+        targets: Targets of the batch.
+        device: Where the model is.
+
+    Raises:
+        ConfigError: The loss returns something else than numbers, or gives units that cannot be
+            used: none at all in the batch, or a negative number.
+    """
+    is_model = isinstance(loss, ModelLoss)
+    who = "loss is null while the model" if is_model else f"loss is {name_of(loss)}, which"
+    form, units = form_of(returned, who, device), units_of(loss)
+    if units is None:
+        return form
+    try:
+        given = units(targets)
+    except Exception as error:  # any error of a user's method
+        raise ConfigError(
+            f"loss.units fails on targets of {describe(targets)}, {type(error).__name__}: {error}; "
+            "let it give the weight of a micro-batch."
+        ) from error
+    form = replace(form, units_by_name=isinstance(given, Mapping))
+    counts = read_units(given, form, device)
+    total = sum(float(counts[name]) for name in form.trained)
+    if not total > 0:
+        raise ConfigError(
+            f"loss.units gives {total:g} for a batch of the first samples, which then count for "
+            "nothing; let it give the weight of a micro-batch, such as its number of samples."
+        )
+    return form
+
+
+def require_same_form(form: LossForm, runtime: Runtime) -> None:
+    """Compare the form of the loss between ranks; all of them call this.
+
+    Raises:
+        ConfigError: It differs.
+    """
+    for rank, other in enumerate(gather_over_ranks(form, runtime)):
+        if other != form:
+            raise ConfigError(
+                f"loss gives {', '.join(form.names) or 'one number'} on rank {runtime.rank} and "
+                f"{', '.join(other.names) or 'one number'} on rank {rank}; let it give the same "
+                "names, and the same kind of units, everywhere."
+            )
+
+
+def judge_loss(
+    loss: LossFunction, form: LossForm, outputs: Any, targets: Any, targets_of_one: Sequence[Any]
+) -> tuple[bool, tuple[str, ...]]:
+    """Find out whether targets are classes, and what the user should know of the loss.
+
+    Args:
+        loss: See ``examine_loss``; it may return several numbers by name.
+        form: What it returns.
+        outputs: See ``examine_loss``.
+        targets: See ``examine_loss``.
+        targets_of_one: See ``examine_loss``.
+
+    Returns:
+        Whether targets are class indices, and notes.
+
+    Raises:
+        ConfigError: The loss is a sum over samples.
+    """
+    notes = _form_notes(form)
+    is_known = has_forward_of_torch(as_module(loss)) and units_of(loss) is None
+    if is_known or isinstance(loss, ModelLoss):
+        return bool(is_of_classes(loss)), notes
+    kind = examine_parts(loss, form, outputs, targets, targets_of_one)
+    if kind.reduction == "sum":
+        raise ConfigError(
+            f"loss is {name_of(loss)}, which gives the sum over the samples of a batch; let it "
+            "give their mean: the run weights every micro-batch itself."
+        )
+    if kind.reduction == "other":
+        notes = (*notes, _depends_on_split(loss))
+    return kind.takes_classes, notes
+
+
+def refuse_accuracy(loss: LossFunction, outputs: Any, targets: Any, *, takes_classes: bool) -> None:
+    """Refuse to log the accuracy of what is no classification.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    if not (takes_classes and is_classification(outputs, targets)):
+        raise ConfigError(
+            f"log.train_accuracy is true while the model gives {describe(outputs)} for targets of "
+            f"{describe(targets)} and the loss is {name_of(loss)}, which is no classification; set "
+            "log.train_accuracy=false."
+        )
+
+
+def _form_notes(form: LossForm) -> tuple[str, ...]:
+    """Describe what is trained, and what is logged, of a loss with several numbers."""
+    if form.adds_up:
+        return (f"the loss is the sum of {', '.join(form.names)}, which are logged, too",)
+    return (f"logged with the loss: {', '.join(form.names)}",) if form.names else ()
+
+
+def _depends_on_split(loss: LossFunction) -> str:
+    return (
+        f"the loss of a batch is not the mean of those of its samples ({name_of(loss)}), such as "
+        "for pairs within the batch or weighted means; it is trained as a mean, and a step then "
+        "depends on how the batch is split over ranks and micro-batches. A weighted mean becomes "
+        "exact by a method units(targets) of the loss, which gives the weight of a micro-batch"
+    )
+
+
+def name_of(loss: Any) -> str:
+    """Name a loss for an error."""
+    if isinstance(loss, ModelLoss):
+        return "null"
+    return getattr(loss, "__qualname__", type(loss).__name__)
 
 
 class _Draws:
@@ -100,24 +270,28 @@ def _value(loss: LossFunction, outputs: Any, targets: Any) -> torch.Tensor | Non
     """Compute a loss; None if that fails, or gives no finite number."""
     try:
         with torch.no_grad():
-            value = loss(outputs, targets).detach()
+            value = call_loss(loss, outputs, targets).detach()
     except Exception:  # any error of a user's loss on outputs that are not the model's
         return None
     return value if value.ndim == 0 and bool(value.isfinite()) else None
 
 
-def _reduction(whole: torch.Tensor, parts: Sequence[torch.Tensor | None]) -> Reduction | None:
+def _reduction(
+    whole: torch.Tensor, parts: Sequence[torch.Tensor | None], weights: Sequence[float]
+) -> Reduction | None:
     """Judge one draw; None if mean and sum are too close to distinguish, such as where all is zero.
 
-    Values of the same loss differ by rounding: by the square root of the unit of their type at
-    most, which leaves room for sums of some thousand terms.
+    Samples without a weight are left out. Values of the same loss differ by rounding: by the square
+    root of the unit of their type at most, which leaves room for sums of some thousand terms.
     """
     known = [part.double() for part in parts if part is not None]
-    if len(known) < len(parts):
+    counted = torch.tensor([weight for weight in weights if weight], dtype=torch.float64)
+    if len(known) < len(counted) or not known:
         return "other"
     values, value = torch.stack(known), whole.double()
+    mean = (values * counted.to(values)).sum() / counted.sum()
     tolerance = torch.finfo(whole.dtype).eps ** 0.5 * values.abs().max()
-    is_mean = bool((value - values.mean()).abs() <= tolerance)
+    is_mean = bool((value - mean).abs() <= tolerance)
     is_sum = bool((value - values.sum()).abs() <= tolerance * len(parts))
     if is_mean and is_sum:
         return None
@@ -145,18 +319,6 @@ def _takes_classes(loss: LossFunction, draws: Sequence[Any], targets: Any) -> bo
             return False
         rows += int(counted.sum())
     return rows > 0
-
-
-def is_classification(outputs: Any, targets: Any) -> bool:
-    """Whether outputs are scores of shape (m, C), C > 1, for integer targets of shape (m,)."""
-    return (
-        isinstance(outputs, torch.Tensor)
-        and isinstance(targets, torch.Tensor)
-        and outputs.ndim == 2
-        and outputs.shape[1] > 1
-        and targets.shape == outputs.shape[:1]
-        and not targets.is_floating_point()
-    )
 
 
 def _widened(outputs: Any) -> Any:
@@ -211,54 +373,3 @@ def _sample_of(outputs: Any, samples: int, number: int) -> Any:
 def _batch_dim(tensor: torch.Tensor, samples: int) -> int | None:
     """Find the dimension that has as many entries as there are samples, the first if several."""
     return next((dim for dim, size in enumerate(tensor.shape) if size == samples), None)
-
-
-def listed_targets(dataset: Any, targets: Any, indices: Sequence[int]) -> torch.Tensor | None:
-    """Return the targets of all samples, where a data set lists them as it gives them; else None.
-
-    The list counts only if it equals the targets that were read: a transform may change those.
-
-    Args:
-        dataset: Data set with an attribute ``targets``, as torchvision's have, or torch's own.
-        targets: Targets of some samples; only integers of shape (m,) are looked for.
-        indices: Which samples.
-    """
-    listed = getattr(dataset, "targets", None)
-    if isinstance(dataset, TensorDataset):
-        listed = dataset.tensors[-1]
-    is_changed = getattr(dataset, "target_transform", None) is not None
-    if listed is None or is_changed or not isinstance(targets, torch.Tensor):
-        return None
-    try:
-        labels = torch.as_tensor(listed)
-    except (TypeError, ValueError, RuntimeError):  # lists of something else than numbers
-        return None
-    fits = labels.shape == (len(dataset),) and not labels.is_floating_point()
-    if not fits or targets.is_floating_point() or targets.ndim != 1:
-        return None
-    return labels if torch.equal(labels[indices].to(targets), targets) else None
-
-
-def check_labels(labels: torch.Tensor, classes: int, where: str) -> None:
-    """Refuse class labels that the model has no score for.
-
-    Raises:
-        DataError: A label is negative or too large.
-    """
-    if labels.numel() == 0:
-        return
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= classes:
-        raise DataError(
-            f"{where} has labels from {low} to {high} while the model gives {classes} scores; "
-            f"number the labels from 0, or give the model {max(high + 1, 2)} classes."
-        )
-
-
-def count_classes(outputs: Any, targets: Any) -> int | None:
-    """Count the classes of scores of shape (m, C, ...) for integer targets of shape (m, ...)."""
-    if not (isinstance(outputs, torch.Tensor) and isinstance(targets, torch.Tensor)):
-        return None
-    fits = outputs.ndim == targets.ndim + 1 and outputs.ndim > 1
-    is_of_pixels = fits and outputs.shape[2:] == targets.shape[1:] and outputs.shape[1] > 1
-    return outputs.shape[1] if is_of_pixels and not targets.is_floating_point() else None

@@ -102,12 +102,15 @@ def list_registered(model: nn.Module) -> dict[str, nn.Parameter | None]:
     }
 
 
-def check_registered(model: nn.Module, before: Mapping[str, nn.Parameter | None]) -> None:
+def check_registered(
+    model: nn.Module, before: Mapping[str, nn.Parameter | None], by: str = "the forward pass"
+) -> None:
     """Refuse parameters and saved buffers that a forward pass has registered.
 
     Args:
         model: The model, after a forward pass.
         before: What ``list_registered`` gave before it.
+        by: What may have registered them, in words.
 
     Raises:
         ConfigError: There is a new one, or a parameter was replaced.
@@ -115,13 +118,13 @@ def check_registered(model: nn.Module, before: Mapping[str, nn.Parameter | None]
     for name, value in list_registered(model).items():
         if value is not None and before.get(name) is not value:
             raise ConfigError(
-                f"model.{name} is made by the forward pass, while SGD moves the parameters that "
+                f"model.{name} is made by {by}, while SGD moves the parameters that "
                 "the model had before; make it in __init__, or by a lazy module such as "
                 "torch.nn.LazyLinear."
             )
         if name not in before and name in model.state_dict():
             raise ConfigError(
-                f"model.{name} is registered by the forward pass, so that its checkpoints fit no "
+                f"model.{name} is registered by {by}, so that its checkpoints fit no "
                 "model that was just built; call register_buffer in __init__, with None if need "
                 "be, or pass persistent=False."
             )

@@ -106,17 +106,16 @@ class _PreciseObjective(Objective):
         super().__init__(loss, targets, **options)
         self._numerics = numerics
 
-    def outputs(self, model: nn.Module, inputs: Any) -> Any:
+    def outputs(self, model: nn.Module, inputs: Any, targets: Any = None) -> Any:
         """Call the model."""
         with self._numerics.autocast():
-            return super().outputs(model, self._numerics.inputs(inputs))
+            return super().outputs(model, self._numerics.inputs(inputs), targets)
 
-    def __call__(self, outputs: Any, targets: Any) -> torch.Tensor:
+    def values(self, outputs: Any, targets: Any) -> dict[str, torch.Tensor]:
         """Compute the loss, which is summed and logged in 32 bits, whatever the loss gives."""
         with self._numerics.autocast():
-            loss = super().__call__(outputs, targets)
-            is_narrow = isinstance(loss, torch.Tensor) and loss.dtype in _NARROW
-            return loss.float() if is_narrow else loss
+            values = super().values(outputs, targets)
+            return {n: v.float() if v.dtype in _NARROW else v for n, v in values.items()}
 
 
 def _as_channels_last(each: Any) -> Any:

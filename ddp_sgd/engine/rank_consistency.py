@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ddp_sgd.data.fetcher import EVAL_EPOCH, Collate, Fetcher, Request, Unreadable
+from ddp_sgd.data.selection import Selection
 from ddp_sgd.distributed.collectives import from_rank_0, gather_over_ranks
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.components import Components
@@ -82,7 +83,11 @@ class Identity:
 
 
 def mark_samples(
-    dataset: Any, where: str, seed: int, collate: Collate | None = None
+    dataset: Any,
+    where: str,
+    seed: int,
+    collate: Collate | None = None,
+    selection: Selection | None = None,
 ) -> dict[str, Mark]:
     """Read the first, the middle and the last sample, as an evaluation would.
 
@@ -94,12 +99,13 @@ def mark_samples(
         where: Its key, for messages.
         seed: Seed of the run.
         collate: Function from a list of samples to a batch; None: torch's default_collate.
+        selection: Chooses input and target of a sample; None: samples are pairs.
 
     Returns:
         Marks by what they are of, such as ``the shape of data.train[0]``.
     """
     marks = {}
-    fetcher = Fetcher(dataset, where, seed, collate)
+    fetcher = Fetcher(dataset, where, seed, collate, selection)
     for index in sorted({0, len(dataset) // 2, len(dataset) - 1}):
         sample = fetcher.__getitems__(Request(EVAL_EPOCH, np.array([index])))
         if isinstance(sample, Unreadable):
@@ -119,7 +125,11 @@ def mark_training_set(train_set: Any, reading: Reading) -> Marks:
     """Mark some samples of a training set; see ``mark_samples``. None has no marks."""
     if train_set is None:
         return {}
-    return mark_samples(train_set, "data.train", reading.seed, reading.collate)
+    return _mark_set(train_set, "data.train", reading)
+
+
+def _mark_set(dataset: Any, where: str, reading: Reading) -> dict[str, Mark]:
+    return mark_samples(dataset, where, reading.seed, reading.collate, reading.selection)
 
 
 def describe_model(model: nn.Module) -> dict[str, str]:
@@ -299,7 +309,14 @@ def list_traits(settings: Mapping[str, Any], components: Components) -> list[Tra
 
 
 def _data_sets(components: Components) -> dict[str, Any]:
-    return {"data.train": components.train_set, "data.eval": components.eval_set}
+    eval_sets, test_sets = (
+        sets or {where: None}
+        for where, sets in (
+            ("data.eval", components.eval_sets),
+            ("data.test", components.test_sets),
+        )
+    )
+    return {"data.train": components.train_set, **eval_sets, **test_sets}
 
 
 def _length(dataset: Sized | None) -> str:
@@ -312,7 +329,7 @@ def read_marks(components: Components) -> dict[str, Mark]:
     reading = components.reading
     for name, dataset in _data_sets(components).items():
         if dataset is not None:
-            marks |= mark_samples(dataset, name, reading.seed, reading.collate)
+            marks |= _mark_set(dataset, name, reading)
     return marks
 
 

@@ -2,14 +2,17 @@
 
 import socket
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
-from ddp_sgd.config.sections import Component, DataConfig
+from ddp_sgd.config.component import Component
+from ddp_sgd.config.sections import DataConfig
 from ddp_sgd.data.augment import NO_TRANSFORMS, Transforms
 from ddp_sgd.data.fetcher import Collate
+from ddp_sgd.data.order import OrderFunction
 from ddp_sgd.data.placement import ArrayPair, choose_arrays
+from ddp_sgd.data.selection import Selection
 from ddp_sgd.distributed.collectives import gather_over_ranks
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.errors import ConfigError
@@ -27,6 +30,10 @@ class Reading(NamedTuple):
         train_transforms: Applied to the inputs of training, on the device.
         eval_transforms: Applied to those of evaluation.
         device: Where data sets of arrays live: ``auto``, ``host`` or ``accelerator``.
+        order: Which training samples make a step: ``shuffled``, ``sequential``, or a function of
+            (n, seed, epoch, global batch).
+        selection: Chooses input and target of a sample; None: samples are pairs.
+        eval_batch_size: Samples of a chunk of an evaluation; None: those of a micro-batch.
     """
 
     batch_size: int
@@ -36,18 +43,29 @@ class Reading(NamedTuple):
     device: str = "auto"
     train_transforms: Transforms = NO_TRANSFORMS
     eval_transforms: Transforms = NO_TRANSFORMS
+    order: str | OrderFunction = "shuffled"
+    selection: Selection | None = None
+    eval_batch_size: int | None = None
+
+    @property
+    def chunk_size(self) -> int:
+        """Samples of a chunk of an evaluation."""
+        return self.eval_batch_size or self.batch_size
 
 
-def build_reading(data: DataConfig, seed: int, *, trains: bool = True) -> Reading:
+def build_reading(
+    data: DataConfig, seed: int, *, trains: bool = True, eval_batch_size: int | None = None
+) -> Reading:
     """Build collate function and transforms of section ``data``, and return how to read.
 
     Args:
         data: Section ``data`` of the configuration.
         seed: Seed of the run.
-        trains: Whether the transforms of training are built, too.
+        trains: Whether the transforms and the order of training are built, too.
+        eval_batch_size: ``eval.batch_size``.
 
     Raises:
-        ConfigError: The collate function or a transform cannot be called.
+        ConfigError: The collate function, a transform or the order cannot be called.
     """
     collate = None if data.collate is None else instantiate(data.collate, "data.collate")
     if data.collate is not None and not callable(collate):
@@ -57,7 +75,35 @@ def build_reading(data: DataConfig, seed: int, *, trains: bool = True) -> Readin
         )
     train = _build_transforms(data.train_transforms if trains else (), "train", seed)
     eval_ = _build_transforms(data.eval_transforms, "eval", seed)
-    return Reading(data.batch_size, data.workers, seed, collate, data.device, train, eval_)
+    return Reading(
+        batch_size=data.batch_size,
+        workers=data.workers,
+        seed=seed,
+        collate=collate,
+        device=data.device,
+        train_transforms=train,
+        eval_transforms=eval_,
+        order=ready_order(data.order) if trains else "shuffled",
+        selection=None if data.input is None else Selection(data.input, data.target),
+        eval_batch_size=eval_batch_size,
+    )
+
+
+def ready_order(chosen: str | Component) -> str | OrderFunction:
+    """Build the order that ``data.order`` names, if that is a component.
+
+    Raises:
+        ConfigError: It cannot be called, or is a class, whose call would make an order.
+    """
+    if isinstance(chosen, str):
+        return chosen
+    order = instantiate(chosen, "data.order")
+    if not callable(order) or isinstance(order, type):
+        raise ConfigError(
+            f"data.order is a {type(order).__name__}; name a function of (n, seed, epoch, "
+            "global_batch) that returns indices, with call: false, or a class of such objects."
+        )
+    return cast("OrderFunction", order)
 
 
 def _build_transforms(listed: Sequence[Component], name: str, seed: int) -> Transforms:
@@ -89,6 +135,7 @@ def place_arrays(dataset: Any, where: str, reading: Reading, runtime: Runtime) -
         workers=reading.workers,
         collate=reading.collate,
         sharing=_ranks_on_device(runtime),
+        selection=reading.selection,
     )
 
 

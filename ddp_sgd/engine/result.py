@@ -39,7 +39,7 @@ class RunResult:
         epoch: Passes over the data, a real number.
         samples: Samples trained.
         world_size: Ranks.
-        scores: The last evaluation, by name.
+        scores: The last evaluation, and that of the test set, by name.
         shares: Where the time of this attempt went, from ``TimeShares.summary``.
         weights_digest: SHA-256 of all parameters and buffers.
         peak_bytes: Most memory of a device that any rank had in use; None if not CUDA.
@@ -72,7 +72,7 @@ def read_result(folder: Path) -> RunResult | None:
         plain = {name: row[name] for name in (*_PLAIN, "weights_digest")}
         return RunResult(
             **plain | {"exit_code": ExitCode(row["exit_code"])},
-            scores={key: value for key, value in row.items() if key.startswith("eval/")},
+            scores={key: value for key, value in row.items() if key.startswith(("eval/", "test/"))},
             shares={key: value for key, value in row.items() if is_share(key)},
             peak_bytes=row.get(_PEAK),
         )
@@ -81,9 +81,23 @@ def read_result(folder: Path) -> RunResult | None:
 
 
 def build_result(
-    state: State, plan: Plan, wrapper: DataParallelModel, shares: TimeShares, runtime: Runtime
+    state: State,
+    plan: Plan,
+    wrapper: DataParallelModel,
+    shares: TimeShares,
+    runtime: Runtime,
+    *,
+    tested: Metrics | None = None,
 ) -> RunResult:
     """Compare the weights of all ranks and build the result.
+
+    Args:
+        state: Where the run stands.
+        plan: The run's arithmetic.
+        wrapper: The model.
+        shares: Where the time went.
+        runtime: This process.
+        tested: Scores of the test set; None: there are none.
 
     Raises:
         RuntimeError: The weights differ between ranks.
@@ -101,7 +115,7 @@ def build_result(
         epoch=plan.epoch_at(state.step),
         samples=plan.samples_at(state.step),
         world_size=runtime.world_size,
-        scores=state.scores,
+        scores=state.scores | (tested or {}),
         shares=shares.summary(),
         weights_digest=digests[0],
         peak_bytes=max((peak for peak in peaks if peak is not None), default=None),

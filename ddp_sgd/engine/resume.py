@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from ddp_sgd.checkpointing.serialization import find_checkpoint, read_tensors
 from ddp_sgd.checkpointing.store import FOLDER_NAME, CheckpointFolder, Choice, Header
 from ddp_sgd.config import RunConfig, changes_that_matter, rank_batch
-from ddp_sgd.config.sources import rounding_notes
+from ddp_sgd.config.sources import rounding_notes, shortened
 from ddp_sgd.config.yaml_io import read_yaml
 from ddp_sgd.distributed.collectives import from_rank_0
 from ddp_sgd.distributed.runtime import Runtime
@@ -25,7 +26,7 @@ from ddp_sgd.engine.train_state import State
 from ddp_sgd.engine.triggers import read_deadline
 from ddp_sgd.errors import ConfigError, DataError, RefusedError, unwritable
 from ddp_sgd.files import is_missing, replace_file, retry, sync_file, sync_folder, unreadable
-from ddp_sgd.plan import Plan, make_plan
+from ddp_sgd.plan import OrderFacts, Plan, make_plan
 from ddp_sgd.report.journal import Origin, first_row, has_journal
 from ddp_sgd.report.run_folder import RunFolder, refuse_endless_failure
 
@@ -109,7 +110,10 @@ def _look_into(config: RunConfig, folder: RunFolder) -> ResumePoint:
         return _without_checkpoint(config, folder, before, chosen)
     header = chosen.manifest.header
     before = before or (None if adopted else header.config)
-    if before and (changes := changes_that_matter(before, config)):
+    changes = changes_that_matter(before, config) if before else []
+    if before:
+        changes += shortened(before, config, header.plan["steps_per_epoch"])
+    if changes:
         raise RefusedError(
             f"{folder.path} holds a run of another configuration: {', '.join(changes)}; restore "
             "that, choose another name, or set resume=never to begin again."
@@ -182,11 +186,12 @@ def _identity(folder: Path, header: Header | None = None) -> dict[str, Any]:
 def _ending(
     config: RunConfig, folder: Path, before: dict[str, Any] | None, saved_at: int | None = None
 ) -> RunResult | None:
-    """Give the result of a run that has trained all its epochs, unless its weights were lost."""
+    """Give the result of a run that has trained to its end, unless its weights were lost."""
     result = read_result(folder)
     if result is None or result.status != "finished" or saved_at not in (None, result.step):
         return None
-    return result if before and before.get("epochs") == config.epochs else None
+    lengths = (config.epochs, config.steps)
+    return result if before and (before.get("epochs"), before.get("steps")) == lengths else None
 
 
 def _config_in(folder: Path) -> dict[str, Any] | None:
@@ -278,7 +283,14 @@ def refuse_data_of_another_run(
         refuse_other_data(resume_point, {MARKS: saved}, read(), read)
 
 
-def plan_from(config: RunConfig, header: Header | None, *, samples: int, world_size: int) -> Plan:
+def plan_from(
+    config: RunConfig,
+    header: Header | None,
+    *,
+    samples: int,
+    world_size: int,
+    facts_of_order: Callable[[int], OrderFacts] | None = None,
+) -> Plan:
     """Work out the plan of a run that goes on.
 
     Args:
@@ -286,12 +298,16 @@ def plan_from(config: RunConfig, header: Header | None, *, samples: int, world_s
         header: Where it stood; None begins at step 0.
         samples: Length of the training set, n.
         world_size: Ranks of today.
+        facts_of_order: What ``data.order`` reads, for a global batch; None: each sample once.
 
     Raises:
         RefusedError: The number of ranks changed and must not.
     """
+    plan_for = partial(
+        make_plan, config, samples=samples, world_size=world_size, facts_of_order=facts_of_order
+    )
     if header is None:
-        return make_plan(config, samples=samples, world_size=world_size)
+        return plan_for()
     resized = header.world_size != world_size
     if resized and config.on_resize == "refuse":
         raise RefusedError(
@@ -306,7 +322,7 @@ def plan_from(config: RunConfig, header: Header | None, *, samples: int, world_s
         same = header.config["optim"]["reference_batch"] == config.optim.reference_batch
         reference = header.plan["reference_batch"] if same else config.optim.reference_batch
         kept = header.plan["global_batch"], reference or rank_batch(config.model_dump())
-    plan = make_plan(config, samples=samples, world_size=world_size, kept=kept)
+    plan = plan_for(kept=kept)
     step, skip = plan.step_at(header.epoch, header.position)
     return replace(plan, samples_before=header.samples - skip - plan.samples_at(step))
 

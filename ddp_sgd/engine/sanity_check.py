@@ -16,10 +16,18 @@ from torch import nn
 from ddp_sgd.data.device import move
 from ddp_sgd.distributed.collectives import gather_over_ranks
 from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.engine.after_step import AfterStep, check_after_step
 from ddp_sgd.engine.buffers import TrainingBuffers, buffer_at, statistics_of
-from ddp_sgd.engine.components import Batch, choose_spread
+from ddp_sgd.engine.components import Batch, spread_for
 from ddp_sgd.engine.evaluation import evaluating
-from ddp_sgd.engine.loss_check import check_labels, count_classes, examine_loss, listed_targets
+from ddp_sgd.engine.labels import check_labels, count_classes, listed_targets
+from ddp_sgd.engine.loss_check import (
+    find_form,
+    judge_loss,
+    name_of,
+    refuse_accuracy,
+    require_same_form,
+)
 from ddp_sgd.engine.model_check import (
     check_changed_parameters,
     check_embeddings,
@@ -35,16 +43,10 @@ from ddp_sgd.engine.side_effects import (
     WriteWatch,
     undo_side_effects,
 )
-from ddp_sgd.engine.step import backward
+from ddp_sgd.engine.units import backward
 from ddp_sgd.errors import ConfigError, Use, refuse_out_of_memory
-from ddp_sgd.losses import (
-    LossFunction,
-    Objective,
-    as_module,
-    has_forward_of_torch,
-    is_of_classes,
-    loss_modules,
-)
+from ddp_sgd.losses import LossFunction, ModelLoss, Objective, call_loss, loss_modules
+from ddp_sgd.named_losses import LOSS, ONE_NUMBER, is_loss
 from ddp_sgd.plan import Plan
 from ddp_sgd.seeds import Randomness
 from ddp_sgd.tree import describe, list_tensors
@@ -58,12 +60,14 @@ class TrainingFacts:
         objective: The loss, as the sum over units that it is made of.
         buffers: The buffers that steps change.
         randomness: The generators that steps draw from.
+        after_step: What calls the model after a step; None: nothing does.
         notes: What the user should know, one line each.
     """
 
     objective: Objective
     buffers: TrainingBuffers
     randomness: Randomness
+    after_step: AfterStep | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -96,7 +100,7 @@ class EvaluationFacts:
         self.randomness.seed_chunk(seed, chunk)
 
 
-def check_training(
+def check_training(  # noqa: PLR0913  # what a step is made of
     model: nn.Module,
     loss: LossFunction,
     dataset: Any,
@@ -104,6 +108,8 @@ def check_training(
     plan: Plan,
     runtime: Runtime,
     numerics: Numerics | None = None,
+    *,
+    counts_correct: bool = False,
 ) -> TrainingFacts:
     """Take a batch forward and backward in training mode.
 
@@ -115,6 +121,7 @@ def check_training(
         plan: The run's arithmetic.
         runtime: This process.
         numerics: Precision and memory format of the passes; None: torch's defaults.
+        counts_correct: Whether the accuracy is logged in training.
 
     Raises:
         DataError: Labels lie out of range.
@@ -126,7 +133,7 @@ def check_training(
     whole = [model, *modules.values()]
     with undo_side_effects(whole, randomness.generators) as effects:
         randomness.seed(0)
-        check = _Check(model, loss, dataset, batch, runtime.device, numerics)
+        check = _Check(model, loss, dataset, batch, runtime, numerics)
         registered = list_registered(model)
         outputs, value = check.forward()
         check_registered(model, registered)
@@ -134,10 +141,11 @@ def check_training(
         check_gradients(model)
         check_changed_parameters(model, effects.changed_parameters(), plan)
         _follow(randomness, effects)
+        after_step = check_after_step(model, plan, runtime, randomness.generators)
         changed = effects.changed_buffers(_written_in_a_pass(check, whole))
         resized = effects.resized_buffers()
         read = _read_in_training(check, effects, randomness, changed, runtime)
-        objective, notes = check.judge(outputs)
+        objective, notes = check.judge(outputs, counts_correct=counts_correct)
     roots = {"model": model, **{f"loss {name}": each for name, each in modules.items()}}
     kept = [*changed, *statistics_of(whole)]
     return TrainingFacts(
@@ -149,6 +157,7 @@ def check_training(
             _on_any_rank(resized, roots, runtime),
         ),
         randomness=randomness,
+        after_step=after_step,
         notes=notes,
     )
 
@@ -160,6 +169,8 @@ def check_evaluation(
     batch: Batch,
     runtime: Runtime,
     numerics: Numerics | None = None,
+    *,
+    where: str = "data.eval",
 ) -> EvaluationFacts:
     """Send a batch through model and loss in evaluation mode.
 
@@ -170,6 +181,7 @@ def check_evaluation(
         batch: Some of its samples.
         runtime: This process.
         numerics: Precision and memory format of the passes; None: torch's defaults.
+        where: Key of the held-out set, for errors.
 
     Raises:
         DataError: Labels lie out of range.
@@ -179,7 +191,7 @@ def check_evaluation(
     randomness = Randomness(runtime.device)
     watch = nullcontext() if runtime.alone else CollectiveWatch()
     with undo_side_effects(whole, randomness.generators) as effects, evaluating(model):
-        check = _Check(model, loss, dataset, batch, runtime.device, numerics, "data.eval")
+        check = _Check(model, loss, dataset, batch, runtime, numerics, where)
         with watch:
             outputs, _ = check.forward()
         _follow(randomness, effects)
@@ -202,40 +214,45 @@ class _Check:
         loss: LossFunction,
         dataset: Any,
         batch: Batch,
-        device: torch.device,
+        runtime: Runtime,
         numerics: Numerics | None,
         where: str = "data.train",
     ) -> None:
         self._model = model
         self._loss = loss
         self._where = where
+        self._runtime = runtime
+        self._device = device = runtime.device
+        self._form = ONE_NUMBER
         self._listed = listed_targets(dataset, batch.targets, batch.indices)
         self._labels = batch.targets if self._listed is None else self._listed
         self._inputs, self._targets = move(batch.inputs, device), move(batch.targets, device)
         self._targets_of_one = move(batch.targets_of_one, device)
-        self._spread = choose_spread(model, self._inputs, len(batch.indices))
+        self._spread = spread_for(model, loss, batch)
         self._numerics = numerics or Numerics()
         self._objective = self._numerics.objective(loss, batch.targets, spread=self._spread)
-        self._mode = " in training mode" if model.training else ""
+        named = "" if where == "data.eval" else f" from {where}"
+        self._mode = " in training mode" if model.training else named
         self._use = Use.STEP if model.training else Use.EVALUATION
 
     def forward(self) -> tuple[Any, torch.Tensor]:
-        """Call the model and the loss; gives what both return."""
+        """Call the model and the loss; gives what the first returns, and what is trained."""
         outputs = self.call_model()
         if self._objective.takes_classes:
             self._check_labels(outputs)
-        value = self._call_loss(outputs)
-        if not isinstance(value, torch.Tensor) or value.ndim:
+        returned = self._call_loss(outputs)
+        if isinstance(self._loss, ModelLoss) and not self._model.training and not is_loss(returned):
             raise ConfigError(
-                f"loss is {_name_of(self._loss)}, which gives {describe(value)}; let it give the "
-                "mean over samples, a tensor without dimensions."
+                f"loss is null while the model gives {describe(returned)} in evaluation mode; set "
+                "data.eval=null, or let the model give its loss in that mode, too."
             )
-        return outputs, value
+        self._form = find_form(self._loss, returned, self._targets, self._device)
+        return outputs, self._form.values(returned)[LOSS]
 
     def call_model(self) -> Any:
         """Call the model alone."""
         try:
-            return self._objective.outputs(self._model, self._inputs)
+            return self._objective.outputs(self._model, self._inputs, self._targets)
         except Exception as error:  # any error of a user's model
             refuse_out_of_memory(error, self._use)
             raise ConfigError(
@@ -249,11 +266,17 @@ class _Check:
             with warnings.catch_warnings(), self._numerics.autocast():
                 # Shapes that torch stretches to fit give a loss over unintended pairs.
                 warnings.filterwarnings("error", message="Using a target size")
-                return self._loss(outputs, self._targets)
+                return call_loss(self._loss, outputs, self._targets)
         except Exception as error:  # any error of a user's loss
             refuse_out_of_memory(error, self._use)
             if isinstance(error, IndexError):
                 self._check_labels(outputs)
+            if self._targets is None:
+                raise ConfigError(
+                    f"loss is {name_of(self._loss)}, which fails without targets, "
+                    f"{type(error).__name__}: {error}; choose them by data.target, or name a loss "
+                    "of the outputs alone."
+                ) from error
             raise ConfigError(
                 f"the model gives {describe(outputs)}{self._mode}, which does not fit targets of "
                 f"{describe(self._targets)}, {type(error).__name__}: {error}; change the last "
@@ -264,7 +287,7 @@ class _Check:
         """Compute the gradients."""
         if not value.requires_grad:
             raise ConfigError(
-                f"loss is {_name_of(self._loss)}, whose value does not depend on a parameter that "
+                f"loss is {name_of(self._loss)}, whose value does not depend on a parameter that "
                 "requires a gradient; look for detach(), no_grad() or argmax() in model and loss."
             )
         try:
@@ -276,20 +299,13 @@ class _Check:
                 f"{type(error).__name__}: {error}; change what cannot be differentiated."
             ) from error
 
-    def judge(self, outputs: Any) -> tuple[Objective, tuple[str, ...]]:
+    def judge(
+        self, outputs: Any, *, counts_correct: bool = False
+    ) -> tuple[Objective, tuple[str, ...]]:
         """Find out the units of the loss, and whether targets are classes; gives notes, too."""
-        takes_classes = is_of_classes(self._loss)
-        notes: tuple[str, ...] = ()
-        if not has_forward_of_torch(as_module(self._loss)):
-            kind = examine_loss(self._loss, outputs, self._targets, self._targets_of_one)
-            takes_classes = kind.takes_classes
-            if kind.reduction == "sum":
-                raise ConfigError(
-                    f"loss is {_name_of(self._loss)}, which gives the sum over the samples of a "
-                    "batch; let it give their mean: the run weights every micro-batch itself."
-                )
-            if kind.reduction == "other":
-                notes = (_depends_on_split(self._loss),)
+        takes_classes, notes = judge_loss(
+            self._loss, self._form, outputs, self._targets, self._targets_of_one
+        )
         if takes_classes:
             self._check_labels(outputs)
         objective = self._numerics.objective(
@@ -298,7 +314,12 @@ class _Check:
             complete=self._listed is not None,
             takes_classes=takes_classes,
             spread=self._spread,
+            form=self._form,
+            counts_correct=counts_correct,
         )
+        if counts_correct:
+            refuse_accuracy(self._loss, outputs, self._targets, takes_classes=takes_classes)
+        require_same_form(self._form, self._runtime)
         return objective, notes
 
     def _check_labels(self, outputs: Any) -> None:
@@ -366,18 +387,6 @@ def _on_any_rank(
     mine = [(paths[module], name) for module, name in places if module in paths]
     found = [place for each in gather_over_ranks(mine, runtime) for place in each]
     return [(modules[path], name) for path, name in dict.fromkeys(found)]
-
-
-def _depends_on_split(loss: LossFunction) -> str:
-    return (
-        f"the loss of a batch is not the mean of those of its samples ({_name_of(loss)}), such as "
-        "for pairs within the batch or weighted means; it is trained as a mean, and a step then "
-        "depends on how the batch is split over ranks and micro-batches"
-    )
-
-
-def _name_of(loss: Any) -> str:
-    return getattr(loss, "__qualname__", type(loss).__name__)
 
 
 def _are_equal(one: Any, other: Any) -> bool:

@@ -1,14 +1,15 @@
 """Setup of a run: components become a context that is ready to train."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import nn
 
 from ddp_sgd.checkpointing.serialization import read_tensors
 from ddp_sgd.config import ComputeConfig, OptimConfig, ParallelConfig
 from ddp_sgd.data.loader import EvalLoader, TrainLoader
+from ddp_sgd.data.order import name_order
 from ddp_sgd.data.sampler import EvalSampler, TrainSampler
 from ddp_sgd.distributed.data_parallel import DataParallelModel, wrap_model
 from ddp_sgd.distributed.progress import Phase, ProgressTracker
@@ -34,6 +35,7 @@ from ddp_sgd.errors import Use, memory_for
 from ddp_sgd.losses import LossFunction, loss_modules
 from ddp_sgd.optim.sgd import SGD, build_sgd
 from ddp_sgd.plan import Plan
+from ddp_sgd.scores import prefix_of
 
 
 def build_context(  # noqa: PLR0913  # a section for each part of the run
@@ -79,9 +81,9 @@ def build_context(  # noqa: PLR0913  # a section for each part of the run
         wrapper=wrapper,
         objective=facts.objective,
         stepper=stepper,
+        after_step=facts.after_step,
         loader=_train_loader(components, plan, runtime),
-        score=_scorer(components, wrapper, runtime, progress, numerics),
-        evaluates=components.eval_set is not None,
+        **_scorers(components, wrapper, runtime, progress, numerics),
         randomness=facts.randomness,
         optimizer=optimizer,
         state=state,
@@ -128,6 +130,7 @@ def _stepper(
         runtime,
         progress,
         clip_norm=optim.clip_norm,
+        clip_value=optim.clip_value,
         buffers=facts.buffers,
         loss_scale=LossScale(runtime.device) if numerics.scales_loss else None,
     )
@@ -173,6 +176,7 @@ def _restore_model(
         components.model,
         samples=len(components.train_set),
         loss=components.loss_name,
+        order=name_order(identity.config["data"]["order"]),
     )
     read_again = partial(mark_training_set, components.train_set, components.reading)
     refuse_other_data(resume_point, saved, identity.marks, read_again)
@@ -197,7 +201,8 @@ def _check_training(
 ) -> TrainingFacts:
     train_set, reading = components.train_set, components.reading
     batch = read_sample_batch(train_set, "data.train", reading, runtime.device)
-    return check_training(model, components.loss, train_set, batch, plan, runtime, numerics)
+    parts = model, components.loss, train_set, batch, plan, runtime, numerics
+    return check_training(*parts, counts_correct=components.counts_correct)
 
 
 def _optimizer(optim: OptimConfig, model: nn.Module) -> SGD:
@@ -218,18 +223,45 @@ def _train_loader(components: Components, plan: Plan, runtime: Runtime) -> Train
         batch_size=plan.batch_size,
         seed=components.reading.seed,
         tail=plan.tail,
+        order=components.order,
         **runtime.shard,
     )
     return TrainLoader(
         components.train_set,
         sampler,
         epochs=plan.epochs,
+        total_steps=plan.total_steps,
         workers=components.reading.workers,
         device=runtime.device,
         collate=components.reading.collate,
         transforms=components.reading.train_transforms,
+        selection=components.reading.selection,
         arrays=place_arrays(components.train_set, "data.train", components.reading, runtime),
     )
+
+
+class _Scorers(TypedDict):
+    """What scores the model, as ``TrainContext`` has it."""
+
+    score: Score
+    score_test: Score | None
+    evaluates: bool
+
+
+def _scorers(
+    components: Components,
+    wrapper: DataParallelModel,
+    runtime: Runtime,
+    progress: ProgressTracker,
+    numerics: Numerics,
+) -> _Scorers:
+    """Make what scores the held-out sets, and what scores the test set."""
+    score, score_test = (
+        _scorer(components, wrapper, runtime, progress, numerics, sets)
+        for sets in (components.eval_sets, components.test_sets)
+    )
+    evaluates = score is not None or score_test is not None
+    return _Scorers(score=score or (lambda _: {}), score_test=score_test, evaluates=evaluates)
 
 
 def _scorer(
@@ -238,27 +270,26 @@ def _scorer(
     runtime: Runtime,
     progress: ProgressTracker,
     numerics: Numerics,
-) -> Score:
-    if components.eval_set is None:
-        return lambda _: {}
-    inner_score = build_scorer(
-        wrapper.inner,
-        components.loss,
-        components.eval_set,
-        components.reading,
-        runtime,
-        progress,
-        numerics,
-    )
+    sets: Mapping[str, Any],
+) -> Score | None:
+    """Make what scores some held-out sets, one after the other; None if there are none."""
+    scorers = [
+        build_scorer(
+            *(wrapper.inner, components.loss, dataset, components.reading),
+            *(runtime, progress, numerics),
+            where=where,
+        )
+        for where, dataset in sets.items()
+    ]
 
     def score(interrupted: Callable[[], bool]) -> Metrics:
         wrapper.sync_buffers()
-        return inner_score(interrupted)
+        return {name: value for each in scorers for name, value in each(interrupted).items()}
 
-    return score
+    return score if scorers else None
 
 
-def build_scorer(
+def build_scorer(  # noqa: PLR0913  # a data set, and what scores it
     model: nn.Module,
     loss: LossFunction,
     eval_set: Any,
@@ -266,6 +297,8 @@ def build_scorer(
     runtime: Runtime,
     progress: ProgressTracker,
     numerics: Numerics,
+    *,
+    where: str = "data.eval",
 ) -> Callable[..., Metrics]:
     """Make what scores a model on held-out data.
 
@@ -277,15 +310,16 @@ def build_scorer(
         runtime: This process.
         progress: Updated at every chunk.
         numerics: Precision and memory format of the passes, which the model has already.
+        where: Key of the data set, from which the names of its scores follow.
 
     Raises:
         ConfigError: Model, loss and samples do not fit together.
         DataError: The samples cannot be read, or labels lie out of range.
     """
-    batch = read_sample_batch(eval_set, "data.eval", reading, runtime.device)
-    facts = check_evaluation(model, loss, eval_set, batch, runtime, numerics)
+    batch = read_sample_batch(eval_set, where, reading, runtime.device)
+    facts = check_evaluation(model, loss, eval_set, batch, runtime, numerics, where=where)
     chunks = EvalSampler(
-        len(eval_set), batch_size=reading.batch_size, in_step=facts.communicates, **runtime.shard
+        len(eval_set), batch_size=reading.chunk_size, in_step=facts.communicates, **runtime.shard
     )
     loader = EvalLoader(
         eval_set,
@@ -295,7 +329,9 @@ def build_scorer(
         device=runtime.device,
         collate=reading.collate,
         transforms=reading.eval_transforms,
-        arrays=place_arrays(eval_set, "data.eval", reading, runtime),
+        selection=reading.selection,
+        arrays=place_arrays(eval_set, where, reading, runtime),
+        where=where,
     )
     begin_chunk = partial(facts.begin_chunk, reading.seed)
     score = partial(
@@ -306,8 +342,10 @@ def build_scorer(
         facts.buffers.keep()
         try:
             with memory_for(Use.EVALUATION):
-                return score(*interrupted)
+                scores = score(*interrupted)
         finally:
             facts.buffers.restore()
+        prefix = prefix_of(where)
+        return {f"{prefix}{name.removeprefix('eval')}": v for name, v in scores.items()}
 
     return score_without_trace

@@ -175,6 +175,14 @@ class SideEffects:
         """List the parameters whose values differ."""
         return [p for p, form in self._parameters.items() if self._has_other_values(p, form)]
 
+    def written_parameters(self) -> list[nn.Parameter]:
+        """List the parameters that were written or given other memory, even with equal values."""
+        return [
+            p
+            for p, form in self._parameters.items()
+            if _version(p) != form.version or self._has_other_values(p, form)
+        ]
+
     def changed_attributes(self) -> list[str]:
         """List the plain attributes that differ from those at the last ``keep_attributes``."""
         return [

@@ -72,6 +72,8 @@ class StaticBatches:
         return kept._replace(epoch=self._epoch, indices=self._keep_tensor(_indices_of(batch)))
 
     def _keep_leaf(self, leaf: Any) -> Any:
+        if leaf is None:
+            return None
         if not isinstance(leaf, Rows):
             return self._keep_tensor(leaf)
         if leaf.indices is None:
@@ -90,7 +92,7 @@ class StaticBatches:
             for part in (batch.inputs, batch.targets):
                 if type(part) is Rows or type(part) is torch.Tensor:  # soonest: this is every step
                     found.append(_tensor_of(part))
-                else:
+                elif part is not None:  # there may be no targets
                     found += [_tensor_of(leaf) for _, leaf in leaves(part)]
         if self._transforms:
             found += [_indices_of(batch) for batch in batches.micro_batches]

@@ -1,22 +1,23 @@
 """One step: the exact mean gradient over every sample of every rank, then SGD."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.nn.utils import clip_grads_with_norm_
 
-from ddp_sgd.data.device import move
-from ddp_sgd.data.loader import StepBatches
-from ddp_sgd.distributed.collectives import sum_over_ranks
+from ddp_sgd.data.loader import MicroBatch, StepBatches
 from ddp_sgd.distributed.data_parallel import DataParallelModel
 from ddp_sgd.distributed.progress import Phase, ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import TrainingBuffers
+from ddp_sgd.engine.logged_numbers import logged_names, sum_numbers, times
 from ddp_sgd.engine.precision import LossScale
-from ddp_sgd.losses import Objective, counts_on_host, wide_float
+from ddp_sgd.engine.units import CutOutputs, Part, StepUnits, backward, count_units
+from ddp_sgd.losses import Objective
+from ddp_sgd.named_losses import LOSS
 from ddp_sgd.optim.sgd import SGD
 
 
@@ -25,13 +26,15 @@ class StepResult:
     """What a step leaves behind, on the device, so that nothing waits for it.
 
     Args:
-        losses: Mean loss of each micro-batch of this rank.
-        weights: Units in each of them; the sum of losses by weights is this rank's loss.
+        losses: Mean loss of each micro-batch of this rank; its sum over units, where units are not
+            known on the host; none, where it is a sum of means over different units.
+        weights: Units in each of them, or 1; the sum of losses by weights is this rank's loss.
         units: Units of the loss over all ranks: samples, unless the loss weighs targets.
         local_units: Units of this rank; on the device if they were counted there.
         grad_norm: L2 norm of the whole mean gradient, before clipping; equal on all ranks. Where it
             is not finite the step was skipped, on all ranks.
         scaling: With a loss scale, that of the step, and the overflows of the run so far.
+        numbers: Of what is logged beside the loss, this rank's sums, then its units.
     """
 
     losses: list[torch.Tensor]
@@ -40,12 +43,13 @@ class StepResult:
     local_units: float | torch.Tensor
     grad_norm: torch.Tensor
     scaling: tuple[torch.Tensor, torch.Tensor] | None = None
+    numbers: list[torch.Tensor] = field(default_factory=list)
 
     def tensors(self) -> list[torch.Tensor]:
-        """List what is still on the device: losses, units if they are, norm and scaling."""
+        """List what is still on the device: losses, units if they are, norm, scaling, numbers."""
         units = (self.units, self.local_units)
         counted = [each for each in units if isinstance(each, torch.Tensor)]
-        return [*self.losses, *counted, self.grad_norm, *(self.scaling or ())]
+        return [*self.losses, *counted, self.grad_norm, *(self.scaling or ()), *self.numbers]
 
     def with_tensors(self, tensors: Sequence[torch.Tensor]) -> "StepResult":
         """Return what another step of the same form leaves behind.
@@ -61,7 +65,15 @@ class StepResult:
         )
         norm = next(rest)
         scaling = (next(rest), next(rest)) if self.scaling else None
-        return StepResult(losses, self.weights, units, own, norm, scaling)
+        return StepResult(losses, self.weights, units, own, norm, scaling, list(rest))
+
+
+class _Pass(NamedTuple):
+    """What the passes of a micro-batch leave behind: loss, weight, and sums of other numbers."""
+
+    loss: torch.Tensor | None
+    weight: int
+    numbers: torch.Tensor | None
 
 
 class StepTaker(Protocol):
@@ -87,6 +99,7 @@ class Stepper:
         runtime: This process.
         progress: Updated at every phase.
         clip_norm: Largest L2 norm of the gradient, above 0; None does not clip.
+        clip_value: Largest absolute value of an element of it, above 0; None does not clip.
         buffers: The buffers that steps change; None: there are none.
         loss_scale: Scale of the loss, for gradients of 16 bits; None: they are not scaled.
 
@@ -103,6 +116,7 @@ class Stepper:
         progress: ProgressTracker,
         *,
         clip_norm: float | None = None,
+        clip_value: float | None = None,
         buffers: TrainingBuffers | None = None,
         loss_scale: LossScale | None = None,
     ) -> None:
@@ -112,10 +126,17 @@ class Stepper:
         self._runtime = runtime
         self._progress = progress
         self._clip_norm = clip_norm
+        self._clip_value = clip_value
         self._buffers = buffers or None
         self.loss_scale = loss_scale
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._logs_numbers = bool(logged_names(objective))
         self._factors: dict[tuple[float, torch.dtype], torch.Tensor] = {}
+
+    @property
+    def momentum(self) -> float:
+        """Momentum of the next step."""
+        return self._optimizer.momentum
 
     def step(self, batches: StepBatches, lr: float | torch.Tensor) -> StepResult:
         """Take one step on the mean gradient over every unit of every rank.
@@ -133,22 +154,14 @@ class Stepper:
         self._progress.enter(Phase.FORWARD, batches.step)
         for parameter in self._parameters:
             parameter.grad = None
-        local_units, units = self._count_units(batches)
-        divisor = self._wrapper.divisor
-        losses, weights = [], []
-        for batch in batches.micro_batches:
+        units = count_units(self._objective, batches, self._runtime)
+        passes = []
+        for number, batch in enumerate(batches.micro_batches):
             self._progress.touch()
             ready = batch.to(self._runtime.device)
             inputs = batches.transforms(ready.inputs, ready.indices, ready.epoch)
             with self._wrapper.sync_gradients(when=batch.is_last):
-                outputs = self._objective.outputs(self._wrapper.forward, inputs)
-                loss = self._objective(outputs, ready.targets)
-                weight = self._objective.weight(ready.samples)
-                if batch.is_last:
-                    self._progress.enter(Phase.BACKWARD)
-                backward(loss, self._as_gradient(weight * divisor / units, loss))
-            losses.append(loss.detach())
-            weights.append(weight)
+                passes.append(self._forward_backward(ready, inputs, units, number))
         self._progress.enter(Phase.ALL_REDUCE)
         gradient = self._wrapper.reduce(batches.step)
         self._progress.enter(Phase.OPTIMIZER)
@@ -158,28 +171,56 @@ class Stepper:
             self._wrapper.average()
             if self.loss_scale:
                 self.loss_scale.agree(self._runtime)
-        return StepResult(losses, weights, units, local_units, grad_norm, scaling)
+        losses = [each.loss for each in passes if each.loss is not None]
+        weights = [each.weight for each in passes][: len(losses)]
+        numbers = _sum_over(passes)
+        return StepResult(losses, weights, units.total, units.local, grad_norm, scaling, numbers)
 
-    def _count_units(
-        self, batches: StepBatches
-    ) -> tuple[float | torch.Tensor, float | torch.Tensor]:
-        """Count the units of this rank and of all; weighed targets need one small all-reduce."""
-        if self._objective.counts_samples:
-            return sum([b.samples for b in batches.micro_batches]), batches.samples
-        own: float | torch.Tensor
-        device, objective = self._runtime.device, self._objective
-        if counts_on_host(device):
-            own = sum(objective.units(b.targets, b.samples) for b in batches.micro_batches)
-            if self._runtime.alone:  # a number costs less than a tensor, in a step of small layers
-                return own, own if own > 0 else 1.0
-            units = torch.tensor(own, dtype=wide_float(device))
+    def _forward_backward(
+        self, batch: MicroBatch, inputs: Any, units: StepUnits, number: int
+    ) -> _Pass:
+        """Take a micro-batch forward and backward.
+
+        Args:
+            batch: The micro-batch, on the device.
+            inputs: Its inputs after the transforms.
+            units: Units of the step.
+            number: Number of the micro-batch in the step.
+        """
+        objective, given = self._objective, units.given[number] if units.given else None
+        outputs = objective.outputs(self._wrapper.forward, inputs, batch.targets)
+        cut = None if given is None else CutOutputs(outputs)
+        values = objective.values(outputs if cut is None else cut.outputs, batch.targets)
+        if batch.is_last:
+            self._progress.enter(Phase.BACKWARD)
+        loss: torch.Tensor | None = values[LOSS].detach()
+        weight = objective.weight(batch.samples)
+        if cut is None or given is None:
+            factor = weight * self._wrapper.divisor / units.total
+            backward(values[LOSS], self._as_gradient(factor, values[LOSS]))
         else:
-            pairs = [(move(b.targets, device), b.samples) for b in batches.micro_batches]
-            own = torch.stack([objective.units_on_device(*pair) for pair in pairs]).sum()
-            units = own.clone()
-        sum_over_ranks(units, self._runtime)
-        # None at all: the gradient is zero. A number in place of the ones would be sent each time.
-        return own, torch.where(units > 0, units, torch.ones_like(units))
+            cut.backward(
+                [self._part(name, values, given, units) for name in objective.form.trained]
+            )
+            loss = None
+            if not objective.form.sums_means:
+                loss = times(values[LOSS].detach().to(given[LOSS].dtype), given[LOSS])
+        numbers = None
+        if self._logs_numbers:
+            numbers = sum_numbers(
+                objective, values, outputs, batch.targets, samples=batch.samples, units=given
+            )
+        return _Pass(loss, weight, numbers)
+
+    def _part(
+        self,
+        name: str,
+        values: Mapping[str, torch.Tensor],
+        given: Mapping[str, torch.Tensor],
+        units: StepUnits,
+    ) -> Part:
+        factor = given[name] * self._wrapper.divisor / units.totals[name]
+        return Part(values[name], self._as_gradient(factor, values[name]), given[name])
 
     def _update(
         self, gradient: list[torch.Tensor], lr: float | torch.Tensor
@@ -195,6 +236,8 @@ class Stepper:
         skipped = (norm - norm).nan_to_num_(nan=1.0).float()  # 0 where it is finite, else 1
         if self._clip_norm is not None:
             clip_grads_with_norm_(self._parameters, self._clip_norm, norm)
+        if self._clip_value is not None and gradient:
+            _clip_elements(gradient, self._clip_value)
         self._optimizer.step(lr, skipped)
         if self._buffers:
             self._buffers.restore_where(skipped)
@@ -223,24 +266,17 @@ class Stepper:
         buffers.keep()
 
 
-def backward(loss: torch.Tensor, gradient: torch.Tensor) -> None:
-    """Add the gradient of ``loss * gradient`` to that of each parameter.
+def _sum_over(passes: list[_Pass]) -> list[torch.Tensor]:
+    """Sum what is logged beside the loss over micro-batches; empty if there is nothing."""
+    numbers = [each.numbers for each in passes if each.numbers is not None]
+    return list(torch.stack(numbers).sum(dim=0).flatten().unbind()) if numbers else []
 
-    Args:
-        loss: Tensor without dimensions.
-        gradient: The same, on the same device.
 
-    What ``loss.backward(gradient)`` comes to. That imports sympy for a look at the shape, half a
-    second in the first step, and takes 18 us more in every step. ``(loss * factor).backward()``
-    gives the same bits without sympy, but makes forward and backward pass of the digits MLP a
-    quarter slower.
-    """
-    keep_graph = create_graph = False
-    torch.autograd.Variable._execution_engine.run_backward(
-        *((loss,), (gradient,), keep_graph, create_graph, ()),
-        allow_unreachable=True,
-        accumulate_grad=True,
-    )
+def _clip_elements(tensors: list[torch.Tensor], most: float) -> None:
+    """Clamp every number to [-most, most], in place; of a complex one, both of its parts."""
+    real = [torch.view_as_real(each) if each.is_complex() else each for each in tensors]
+    torch._foreach_clamp_min_(real, -most)
+    torch._foreach_clamp_max_(real, most)
 
 
 def _total_norm(tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -4,6 +4,7 @@ Time shares of a run: data, compute, waiting for other ranks, bookkeeping.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +13,12 @@ from ddp_sgd.checkpointing.store import SkippedSteps
 from ddp_sgd.distributed.collectives import at_own_rank, sum_over_ranks
 from ddp_sgd.distributed.progress import Phase, ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
+from ddp_sgd.engine.logged_numbers import logged_names, sum_of_means
 from ddp_sgd.engine.step import StepResult
 from ddp_sgd.engine.train_state import State
 from ddp_sgd.engine.triggers import StopRequest, Timetable
-from ddp_sgd.losses import wide_float
+from ddp_sgd.losses import Objective
+from ddp_sgd.named_losses import wide_float
 from ddp_sgd.plan import Plan
 
 _KINDS = ("data", "compute", "waiting", "bookkeeping")
@@ -182,6 +185,7 @@ class RankSync:
         timetable: When rows are written, the state is saved, and the run must be over.
         shares: Where the time goes.
         state: Where the run begins.
+        objective: What is minimized, of which other numbers may be logged; None: there are none.
     """
 
     def __init__(
@@ -192,7 +196,10 @@ class RankSync:
         timetable: Timetable,
         shares: TimeShares,
         state: State,
+        objective: Objective | None = None,
     ) -> None:
+        self._names = logged_names(objective) if objective else ()
+        self._sums_means = bool(objective and objective.form.sums_means)
         self._plan = plan
         self._runtime = runtime
         self._stop = stop
@@ -241,29 +248,53 @@ class RankSync:
         wishes = [float(self._stop.reason is not None), float(self._timetable.save_is_due_now())]
         peak = peak_bytes(device)
         peaks = [] if peak is None else at_own_rank(peak, self._runtime)
+        numbers = self._tally.numbers or [0.0] * (2 * len(self._names))
         everything = torch.tensor(
-            [self._tally.loss, *wishes, *peaks, *own], dtype=wide_float(device), device=device
+            [self._tally.loss, *wishes, *peaks, *numbers, *own],
+            dtype=wide_float(device),
+            device=device,
         )
         loss, stop, save_now, *summed = sum_over_ranks(everything, self._runtime).tolist()
-        peaks, times = summed[: len(peaks)], summed[len(peaks) :]
+        peaks, summed = summed[: len(peaks)], summed[len(peaks) :]
+        means, times = self._means(summed), summed[2 * len(self._names) :]
         spent = self._shares.read(times)
         save = save or stop > 0 or save_now > 0
         if save:
             self._timetable.start_over()
         pause = int(_PERIOD_S * steps / spent.elapsed_s)
         self._next_sync = step + min(max(1, pause), _MOST_STEPS)
-        row = self._row(step, lr, loss, spent) if row_is_due or save else None
+        row = self._row(step, lr, loss, means, spent) if row_is_due or save else None
         if row is not None and peaks:
             row["memory/peak_bytes"] = max(peaks)
         return SyncResult(row, stop > 0, save, self._tally.skipped)
 
-    def _row(self, step: int, lr: float, loss: float, spent: Spent) -> dict[str, float | None]:
+    def _means(self, numbers: list[float]) -> dict[str, float | None]:
+        """Divide the sums of what is logged beside the loss by their units."""
+        count = len(self._names)
+        pairs = zip(numbers[:count], numbers[count : 2 * count], strict=True)
+        means = (total / units if units else None for total, units in pairs)
+        return dict(zip(self._names, means, strict=True))
+
+    def _losses(self, loss: float, means: Mapping[str, float | None]) -> dict[str, float | None]:
+        """Give the mean losses of all ranks and of this one."""
+        tally = self._tally
+        if not self._sums_means:
+            return {
+                "train/loss": loss / tally.units if tally.units else None,
+                "train/loss_rank0": tally.loss / tally.own_units if tally.own_units else None,
+            }
+        own = self._means(tally.numbers) if tally.numbers else {}
+        return {"train/loss": sum_of_means(means), "train/loss_rank0": sum_of_means(own)}
+
+    def _row(
+        self, step: int, lr: float, loss: float, means: Mapping[str, float | None], spent: Spent
+    ) -> dict[str, float | None]:
         tally, steps = self._tally, max(1, step - self._last_row)
         samples = self._plan.samples_at(step) - self._plan.samples_at(self._last_row)
         step_ms = {kind: 1e3 * seconds / steps for kind, seconds in spent.by_kind.items()}
-        row = {
-            "train/loss": loss / tally.units if tally.units else None,
-            "train/loss_rank0": tally.loss / tally.own_units if tally.own_units else None,
+        row: dict[str, float | None] = {
+            **self._losses(loss, means),
+            **{f"train/{name}": mean for name, mean in means.items()},
             "train/lr": lr,
             "train/grad_norm": tally.grad_norm,
             "train/skipped_steps": float(tally.skipped.total),
@@ -289,6 +320,8 @@ class _Tally:
         loss: Loss of this rank, summed over its units since the last row.
         units: Units of all ranks since the last row.
         own_units: Units of this rank since the last row.
+        numbers: Sums and units of this rank of what is logged beside the loss, since the last row;
+            empty if there was nothing.
         grad_norm: L2 norm of the last gradient.
         skipped: Steps of the run that were skipped; without overflows, which the loss scale needs.
         scaling: ``train/loss_scale`` and ``train/overflow_steps`` of the last step; empty without a
@@ -305,13 +338,14 @@ class _Tally:
     def forget_losses(self) -> None:
         """Start the sums of the next row."""
         self.loss = self.units = self.own_units = 0.0
+        self.numbers: list[float] = []
 
     def read(self) -> None:
         """Wait for the device, once, and add the steps up; what was skipped has no loss."""
         tensors = [tensor for result in self.unread for tensor in result.tensors()]
         numbers = iter(torch.stack(tensors).tolist() if tensors else ())
         for result in self.unread:
-            losses = [next(numbers) for _ in result.weights]
+            losses = [next(numbers) for _ in result.losses]
             units = next(numbers) if isinstance(result.units, torch.Tensor) else result.units
             own = result.local_units
             own = next(numbers) if isinstance(own, torch.Tensor) else own
@@ -321,6 +355,7 @@ class _Tally:
             if result.scaling:
                 scale, overflows = next(numbers), next(numbers)
                 self.scaling = {"train/loss_scale": scale, "train/overflow_steps": overflows}
+            logged = [next(numbers) for _ in result.numbers]
             if is_finite or scale <= 1.0:
                 self.skipped = self.skipped.after(is_finite=is_finite)
             if is_finite:
@@ -328,4 +363,6 @@ class _Tally:
                 self.loss += sum([weight * loss for weight, loss in pairs if weight])  # no dummy
                 self.units += units
                 self.own_units += own
+                before = self.numbers or [0.0] * len(logged)
+                self.numbers = [a + b for a, b in zip(before, logged, strict=True)]
         self.unread.clear()

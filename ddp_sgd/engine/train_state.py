@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from ddp_sgd import __version__
 from ddp_sgd.checkpointing.serialization import read_tensors
 from ddp_sgd.checkpointing.store import Header, SkippedSteps
-from ddp_sgd.data.sampler import ORDER
+from ddp_sgd.data.order import ORDER, name_order
 from ddp_sgd.distributed.collectives import broadcast_buffers, broadcast_parameters, from_rank_0
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import (
@@ -96,7 +96,7 @@ def run_state_dict(
             "ddp_sgd": __version__,
             "python": platform.python_version(),
             "torch": str(torch.__version__),
-            "order": ORDER,
+            "order": name_order(config["data"]["order"]),
         },
     )
     return header, {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -142,7 +142,13 @@ def describe_loss(loss: LossFunction) -> str:
 
 
 def refuse_misfit(
-    header: Header, tensors: Mapping[str, Any], model: nn.Module, *, samples: int, loss: str
+    header: Header,
+    tensors: Mapping[str, Any],
+    model: nn.Module,
+    *,
+    samples: int,
+    loss: str,
+    order: str = ORDER,
 ) -> None:
     """Refuse a checkpoint of another model, data set or loss.
 
@@ -152,14 +158,15 @@ def refuse_misfit(
         model: The model of today.
         samples: Length of the training set.
         loss: What the loss is, from ``describe_loss``.
+        order: What the order of samples is, from ``name_order``.
 
     Raises:
         RefusedError: It does not fit; the message lists what differs.
     """
     differences = model_misfits(tensors["model"], model) + _other_parts(header, samples, loss)
-    order = header.versions.get("order", "torch.randperm")
-    if header.position and order != ORDER:  # some samples of the epoch would count twice
-        differences.append(f"the order of samples was {order}, is {ORDER}")
+    before = header.versions.get("order", "torch.randperm")
+    if header.position and before != order:  # some samples of the epoch would count twice
+        differences.append(f"the order of samples was {before}, is {order}")
     if differences:
         raise _misfit(header.step, differences)
 
@@ -305,13 +312,17 @@ def broadcast_state(model: nn.Module, runtime: Runtime) -> None:
     """Give every rank the parameters, the buffers and the extra state of rank 0."""
     broadcast_parameters(model, runtime)
     broadcast_buffers(model, runtime)
+    model.load_state_dict(from_rank_0(other_entries(model), runtime), strict=False)
+
+
+def other_entries(model: nn.Module) -> dict[str, Any]:
+    """Return what the ``state_dict`` of a model holds besides parameters and buffers."""
     known = {
         name
         for named in (model.named_parameters, model.named_buffers)
         for name, _ in named(remove_duplicate=False)
     }
-    other = {name: value for name, value in model.state_dict().items() if name not in known}
-    model.load_state_dict(from_rank_0(other, runtime), strict=False)
+    return {name: value for name, value in model.state_dict().items() if name not in known}
 
 
 def _step_of(tensors: Mapping[str, Any]) -> int:

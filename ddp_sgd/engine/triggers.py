@@ -16,7 +16,7 @@ from datetime import datetime
 from types import FrameType
 from typing import Protocol
 
-from ddp_sgd.config.sections import CheckpointConfig
+from ddp_sgd.config.sections import CheckpointConfig, EvalConfig
 from ddp_sgd.console import report_error
 from ddp_sgd.distributed.environment import end_of_job
 from ddp_sgd.distributed.process_exit import leave_for_launcher
@@ -251,7 +251,7 @@ class Timetable:
         config: Section ``checkpoint`` of the configuration.
         plan: The run's arithmetic.
         row_steps: Steps between rows, at least 1.
-        score_epochs: Epochs between evaluations, at least 1.
+        score: Section ``eval`` of the configuration; None: its defaults.
         deadline: When the run must be over; None: never.
 
     Attributes:
@@ -264,14 +264,14 @@ class Timetable:
         plan: Plan,
         *,
         row_steps: int,
-        score_epochs: int = 1,
+        score: EvalConfig | None = None,
         deadline: "Deadline | None" = None,
     ) -> None:
         self.deadline = deadline or Deadline(None)
         self._config = config
         self._plan = plan
         self._row_steps = row_steps
-        self._score_epochs = score_epochs
+        self._score = score or EvalConfig()
         self._last_save = time.monotonic()
 
     def row_is_due_at(self, step: int, last_row: int) -> bool:
@@ -282,11 +282,22 @@ class Timetable:
             last_row: Step of the row before.
         """
         passed = step // self._row_steps > last_row // self._row_steps
-        return passed or step % self._plan.steps_per_epoch == 0
+        return passed or self._plan.ends_epochs(step, 1)
 
     def score_is_due_at(self, step: int) -> bool:
         """Whether the model is scored after this many steps, as at the end of the run."""
-        return self._plan.ends_epochs(step, self._score_epochs)
+        score = self._score
+        auto = None if score.every_steps else 1
+        epochs = auto if score.every_epochs == "auto" else score.every_epochs
+        return (
+            step == self._plan.total_steps
+            or self._score_is_due_by_steps(step)
+            or (epochs is not None and self._plan.ends_epochs(step, epochs))
+        )
+
+    def _score_is_due_by_steps(self, step: int) -> bool:
+        steps = self._score.every_steps
+        return steps is not None and step % steps == 0
 
     def save_is_due_at(self, step: int) -> bool:
         """Whether the plan has a save after this many steps; known to all ranks beforehand."""
@@ -295,13 +306,17 @@ class Timetable:
             step == self._plan.total_steps
             or (steps is not None and step % steps == 0)
             or (epochs is not None and self._plan.ends_epochs(step, epochs))
+            or (epochs is not None and self._score_is_due_by_steps(step))  # it may be the best
         )
 
     def next_date(self, step: int) -> int:
         """First step after this one at which a row or a save may be due by the plan."""
-        periods = (self._row_steps, self._plan.steps_per_epoch, self._config.every_steps)
+        periods = (
+            *(self._row_steps, self._plan.steps_per_epoch),
+            *(self._config.every_steps, self._score.every_steps),
+        )
         dates = [step - step % period + period for period in periods if period is not None]
-        return min(dates)
+        return min(*dates, max(self._plan.total_steps, step + 1))
 
     def save_is_due_now(self) -> bool:
         """Whether a save is due by the clock of this rank; the ranks must agree on it."""

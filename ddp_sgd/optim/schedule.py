@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from ddp_sgd.config.sections import ScheduleConfig
 from ddp_sgd.errors import ConfigError
+from ddp_sgd.optim.curve import build_curve, check_curve
 from ddp_sgd.plan import Plan
 
 Schedule = Callable[[float], float]
@@ -179,8 +180,59 @@ def warm_up(then: Schedule, steps: int, start: float) -> Schedule:
     return lambda step: then(step) * _blend(start, 1.0, _part(step, steps))
 
 
+def shifted(then: Schedule, steps: int) -> Schedule:
+    """Begin another schedule later: f(t) = then(max(0, t - steps)).
+
+    Args:
+        then: The schedule.
+        steps: Optimizer steps before it begins, at least 0.
+
+    Returns:
+        A function of the step.
+
+    Source:
+        The cosine after a warm-up in the reference script for classification of torchvision.
+    """
+    return lambda step: then(max(0, step - steps))
+
+
+def ramp(then: Schedule, steps: int, start: float) -> Schedule:
+    """Rise in a straight line to the peak, in place of the first steps of another schedule.
+
+    f(t) = start + (1 - start) t / steps for t < steps, and then(t) from there on.
+
+    Args:
+        then: Schedule that goes on.
+        steps: Length of the ramp in optimizer steps, at least 0.
+        start: Factor of the peak at step 0, in (0, 1].
+
+    Returns:
+        A function of the step.
+
+    Source:
+        ``warmup_prefix=False`` of the schedulers of timm.
+    """
+    rise = warm_up(constant(), steps, start)
+    return lambda step: rise(step) if step < steps else then(step)
+
+
+def by_epoch(then: Schedule, steps_per_epoch: int) -> Schedule:
+    """Change at the beginning of an epoch only: f(t) = then(t - t mod steps_per_epoch).
+
+    Args:
+        then: Schedule that is looked at there.
+        steps_per_epoch: Length of an epoch in optimizer steps, at least 1.
+
+    Returns:
+        A function of the step.
+    """
+    return lambda step: then(step - step % steps_per_epoch)
+
+
 def build_schedule(config: ScheduleConfig, plan: Plan) -> Schedule:
     """Join the curve that a configuration names with its warm-up; the rate is peak_lr x factor.
+
+    A curve of the user is checked over the whole run; see ``check_curve``.
 
     Args:
         config: Name and arguments of the curve; milestones are in epochs.
@@ -190,28 +242,68 @@ def build_schedule(config: ScheduleConfig, plan: Plan) -> Schedule:
         A function of the step, to be multiplied with ``plan.peak_lr``.
 
     Raises:
-        ConfigError: An argument lies outside its range.
+        ConfigError: An argument lies outside its range, or a curve of the user fails.
     """
-    steps = plan.total_steps
+    length = plan.total_steps
+    if plan.warmup == "shift":
+        length = max(1, length - plan.warmup_steps)  # none is left where the run cuts the rise off
+    if config.curve is None:
+        return _join(_named(config, plan, length), plan)
+    curve = build_curve(config.curve, plan, length)
+    schedule = _join(curve, plan)
+    check_curve(schedule, plan)
+    return schedule
+
+
+def _named(config: ScheduleConfig, plan: Plan, steps: int) -> Schedule:
     match config.name:
         case "constant":
-            curve = constant()
+            return constant()
         case "step":
             milestones = [step_of(milestone, plan) for milestone in config.milestones]
-            curve = step_decay(milestones, config.gamma)
+            return step_decay(milestones, config.gamma)
         case "cosine":
-            curve = cosine(steps, config.final)
+            return cosine(steps, config.final)
         case "linear":
-            curve = linear(steps, config.final)
+            return linear(steps, config.final)
         case "polynomial":
-            curve = polynomial(steps, config.power, config.final)
+            return polynomial(steps, config.power, config.final)
         case "one_cycle":
-            curve = one_cycle(steps, config.peak_at, config.final)
-    return warm_up(curve, plan.warmup_steps, plan.warmup_start)
+            return one_cycle(steps, config.peak_at, config.final)
+
+
+def _join(curve: Schedule, plan: Plan) -> Schedule:
+    """Put the warm-up before a curve, or on it, and let it change when the plan says."""
+    if plan.warmup == "shift":
+        curve = shifted(curve, plan.warmup_steps)
+    join = ramp if plan.warmup == "replace" else warm_up
+    return _paced(join(curve, plan.warmup_steps, plan.warmup_start), plan)
+
+
+def _paced(schedule: Schedule, plan: Plan) -> Schedule:
+    return by_epoch(schedule, plan.steps_per_epoch) if plan.by == "epoch" else schedule
+
+
+def build_momentum(plan: Plan) -> Schedule | None:
+    """Let momentum go from its first value to its last along the warm-up.
+
+    With m0 and m these values, m(t) = m0 + (m - m0) t / warmup_steps, and m from there on.
+
+    Args:
+        plan: Both values, the length of the warm-up, and whether momentum changes by epoch.
+
+    Returns:
+        A function of the step; None if momentum does not change.
+    """
+    start = plan.momentum_start
+    if start is None:
+        return None
+    steps = plan.warmup_steps
+    return _paced(lambda step: _blend(start, plan.momentum, _part(step, steps)), plan)
 
 
 def step_of(milestone: float, plan: Plan) -> int:
-    """Return the step from which a milestone counts, which is given in epochs."""
+    """Return the step of the curve from which a milestone counts, which is given in epochs."""
     return round(milestone * plan.steps_per_epoch)
 
 

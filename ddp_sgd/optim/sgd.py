@@ -1,6 +1,7 @@
 """Stochastic gradient descent with momentum, by one fused call per group."""
 
 import re
+import sys
 from collections.abc import Callable, Mapping
 from itertools import compress
 from typing import Any, TypedDict
@@ -111,6 +112,7 @@ class SGD:
 
     Attributes:
         param_groups: The groups.
+        momentum: m, which may be set between steps where there are momentum buffers.
         momentum_buffers: v of each parameter; empty without momentum.
 
     Source:
@@ -128,7 +130,7 @@ class SGD:
         self.param_groups = param_groups
         parameters = [p for group in param_groups for p in group["params"]]
         self._names = names or {p: str(number) for number, p in enumerate(parameters)}
-        self._momentum = momentum
+        self.momentum = momentum
         self._nesterov = nesterov
         self.momentum_buffers: dict[nn.Parameter, torch.Tensor] = (
             {p: torch.zeros_like(p) for p in parameters} if momentum else {}
@@ -166,6 +168,8 @@ class SGD:
             skipped: float32 tensor without dimensions on the parameters' device; where it is 1,
                 everything stays as it is, and nothing waits to find out.
         """
+        # The kernel of CUDA refuses 0 where there are buffers; this number times any of them is 0.
+        momentum = self.momentum or (sys.float_info.min if self.momentum_buffers else 0.0)
         for call in self._calls:
             call.follow_storage()
             gradients = call.gradients()
@@ -184,7 +188,7 @@ class SGD:
                 gradients,  # type: ignore[arg-type]  # none of them is None by now
                 momentum_buffers,
                 weight_decay=call.weight_decay,
-                momentum=self._momentum,
+                momentum=momentum,
                 lr=lr,  # type: ignore[arg-type]  # it takes both
                 dampening=0.0,
                 nesterov=self._nesterov,

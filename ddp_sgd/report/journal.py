@@ -116,7 +116,9 @@ class Journal:
         self._path = record.folder / FILE_NAME
         origin = record.origin
         if origin.has_rows:
-            _cut_back(self._path, origin.samples, is_scored=origin.is_scored)
+            plan = record.plan
+            is_over = origin.samples == plan.samples_at(plan.total_steps)
+            _cut_back(self._path, origin.samples, is_scored=origin.is_scored, is_over=is_over)
         with translate_os_errors(self._path):
             # Unbuffered: a line that met a full disk is not tried again when the file is closed.
             self._file = self._path.open("ab", buffering=0)
@@ -225,27 +227,36 @@ def place_of(row: Mapping[str, Any]) -> int | None:
 
     Returns:
         ``2 * samples``, plus 1 for an evaluation, which comes after the row of training of the same
-        samples; None for any other row.
+        samples, plus 2 for that of the test set at the end; None for any other row.
     """
     event, samples = row.get("event"), row.get("samples")
     if event not in ("train", "eval"):
         return None
-    return 2 * (samples if isinstance(samples, int) else 0) + int(event == "eval")
+    return 2 * (samples if isinstance(samples, int) else 0) + int(event == "eval") + _is_test(row)
 
 
-def _cut_back(path: Path, samples: int, *, is_scored: bool) -> None:
+def _is_test(row: Mapping[str, Any]) -> bool:
+    return "test/count" in row
+
+
+def _cut_back(path: Path, samples: int, *, is_scored: bool, is_over: bool) -> None:
     """Keep the rows up to a place in the run, in a new file that takes the place of the old.
 
     Args:
         path: The journal.
         samples: Samples trained up to that place.
         is_scored: Whether the evaluation at that very place was done; if not it is to come.
+        is_over: Whether the run ends there: then the test set is scored again.
     """
     rows = [
         row
         for row in read_journal(path)
         if row["samples"] < samples
-        or (row["samples"] == samples and (is_scored or row["event"] != "eval"))
+        or (
+            row["samples"] == samples
+            and (is_scored or row["event"] != "eval")
+            and not (is_over and _is_test(row))
+        )
     ]
     with translate_os_errors(path):
         replace_file(path, "".join(f"{json.dumps(row)}\n" for row in rows))

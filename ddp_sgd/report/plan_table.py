@@ -4,10 +4,11 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from ddp_sgd.config import ComputeConfig
-from ddp_sgd.config.sections import DataConfig
+from ddp_sgd.config import ComputeConfig, RunConfig
+from ddp_sgd.config.sections import Choice, DataConfig, EvalConfig
 from ddp_sgd.optim.schedule import Schedule, step_of
 from ddp_sgd.plan import Plan, micro_batch_sizes
+from ddp_sgd.scores import prefix_of
 from ddp_sgd.text import columns
 
 _RULES = {
@@ -33,6 +34,8 @@ def plan_lines(
     milestones: Sequence[float],
     compute: ComputeConfig | None = None,
     data: DataConfig | None = None,
+    update: Sequence[str] = (),
+    evaluation: EvalConfig | None = None,
 ) -> list[str]:
     """Sum the plan up for the head of a log.
 
@@ -41,22 +44,33 @@ def plan_lines(
         milestones: Those of the schedule, in epochs.
         compute: Section ``compute`` of the configuration; None: its defaults.
         data: Section ``data`` of the configuration; None: its defaults.
+        update: What else is set of a step, from ``update_words``.
+        evaluation: Section ``eval`` of the configuration; None: its defaults.
 
     Returns:
-        Five lines: precision, batches, steps, rates, schedule; one for transforms, if there are
-        any, and for each note on the schedule.
+        Five lines: precision, batches, steps, rates, schedule; one for the order of samples,
+        unless they are shuffled, one for momentum, if it changes, for the loss and the gradient,
+        chosen parts of samples, transforms, several held-out sets or a test set, if something is
+        set, and for each note on the schedule.
     """
-    transforms = "; ".join(_transforms(data or DataConfig()))
+    data = data or DataConfig()
+    transforms, scored = "; ".join(_transforms(data)), "; ".join(_scored(data))
+    samples = "; ".join(_samples(data, evaluation))
     return [
         f"precision {', '.join(_compute_words(compute or ComputeConfig()))}",
         f"batch     {_product(plan)} = {_count(plan.global_batch, 'sample')} per step; "
         f"the data set has {plan.samples:,}",
         f"steps     {plan.steps_per_epoch:,} per epoch, {plan.total_steps:,} in "
-        f"{_count(plan.epochs, 'epoch')}; {_tail(plan)}",
+        f"{_epochs(plan)}; {_tail(plan)}",
+        *(f"order     {words}" for words in _order(plan, data)),
         f"rate      {plan.base_lr:.6g} for {_count(plan.reference_batch, 'sample')} -> "
         f"{plan.peak_lr:.6g} for {plan.global_batch:,} ({plan.scaling}, k = {plan.scale:.6g})",
-        f"schedule  {plan.schedule}; warm-up: {_warm_up(plan)}",
+        f"schedule  {_curve_words(plan)}; warm-up: {_warm_up(plan)}",
+        *([f"momentum  {_momentum(plan)}"] if plan.momentum_start is not None else []),
+        *([f"update    {'; '.join(update)}"] if update else []),
+        *([f"samples   {samples}"] if samples else []),
         *([f"transform {transforms}"] if transforms else []),
+        *([f"scores    {scored}"] if scored else []),
         *(f"note      {note}" for note in _schedule_notes(plan, milestones)),
     ]
 
@@ -67,6 +81,8 @@ def plan_table(
     milestones: Sequence[float],
     compute: ComputeConfig | None = None,
     data: DataConfig | None = None,
+    update: Sequence[str] = (),
+    evaluation: EvalConfig | None = None,
 ) -> str:
     """Show every number of the plan, and the rate at each tenth of the run.
 
@@ -76,21 +92,43 @@ def plan_table(
         milestones: Those of the schedule, in epochs.
         compute: Section ``compute`` of the configuration; None: its defaults.
         data: Section ``data`` of the configuration; None: its defaults.
+        update: What else is set of a step, from ``update_words``.
+        evaluation: Section ``eval`` of the configuration; None: its defaults.
 
     Returns:
         Sections with a heading each, as text of several lines without a newline at the end.
     """
+    data = data or DataConfig()
     sections = {
-        "Batches": [*_batch_rows(plan), *_transform_rows(data or DataConfig())],
-        "Steps": _step_rows(plan),
+        "Batches": [
+            *_batch_rows(plan),
+            *_wrapped("samples", *_samples(data, evaluation)),
+            *_data_rows(data),
+        ],
+        "Steps": [*_wrapped("order", *_order(plan, data)), *_step_rows(plan)],
         "Learning rate": [*_rate_rows(plan), *_note_rows(plan, milestones)],
-        "Computation": _compute_rows(compute or ComputeConfig()),
+        "Computation": [
+            *_compute_rows(compute or ComputeConfig()),
+            *(("" if number else "update", words) for number, words in enumerate(update)),
+        ],
     }
     every_row = [row for rows in sections.values() for row in rows]
     lines = iter(columns(every_row, left=(0, 1), gap="   "))
     blocks = {title: [f"  {next(lines)}" for _ in rows] for title, rows in sections.items()}
     blocks["Rate over the run"] = _tenths(plan, schedule)
     return "\n\n".join("\n".join([title, *block]) for title, block in blocks.items())
+
+
+def update_words(config: RunConfig) -> list[str]:
+    """Name what is set of the loss and of the gradient, other than by default."""
+    optim = config.optim
+    words = {
+        "the output of the model is the loss": config.loss is None,
+        f"gradient clipped to an L2 norm of {optim.clip_norm}": optim.clip_norm is not None,
+        f"elements of the gradient clipped to +-{optim.clip_value}": optim.clip_value is not None,
+        "accuracy of training logged": config.log.train_accuracy,
+    }
+    return [each for each, is_set in words.items() if is_set]
 
 
 def _batch_rows(plan: Plan) -> list[tuple[str, str]]:
@@ -104,9 +142,18 @@ def _batch_rows(plan: Plan) -> list[tuple[str, str]]:
     ]
 
 
-def _transform_rows(data: DataConfig) -> list[tuple[str, str]]:
-    lines = [line for part in _transforms(data) for line in textwrap.wrap(part, _NOTE_WIDTH)]
-    return [("" if number else "transforms", line) for number, line in enumerate(lines)]
+def _data_rows(data: DataConfig) -> list[tuple[str, str]]:
+    """Show transforms, and what is scored besides one held-out set."""
+    return [*_wrapped("transforms", *_transforms(data)), *_wrapped("scores", *_scored(data))]
+
+
+def _scored(data: DataConfig) -> list[str]:
+    """Name held-out sets that have names, the first of which chooses, and the test set."""
+    names = [prefix_of(key) for key in data.eval_sets]
+    has_names = bool(names) and names != ["eval"]
+    named = [f"{', '.join(names)}; the best checkpoint by {names[0]}"] if has_names else []
+    weights = "the weights of the best checkpoint" if names else "the last weights"
+    return [*named, *([f"test, once at the end, with {weights}"] if data.test else [])]
 
 
 def _transforms(data: DataConfig) -> list[str]:
@@ -119,10 +166,38 @@ def _transforms(data: DataConfig) -> list[str]:
     ]
 
 
+def _samples(data: DataConfig, evaluation: EvalConfig | None) -> Iterator[str]:
+    """Name the parts of samples that are chosen, and how many an evaluation takes at a time."""
+    if data.input is not None:
+        target = "no target" if data.target is None else f"target {_part(data.target)}"
+        yield f"input {_part(data.input)}, {target}"
+    if evaluation is not None and evaluation.batch_size is not None:
+        yield f"evaluated by {evaluation.batch_size:,} on one rank in one pass"
+
+
+def _part(choice: Choice) -> str:
+    return f"[{', '.join(map(str, choice))}]" if isinstance(choice, tuple) else str(choice)
+
+
+def _order(plan: Plan, data: DataConfig) -> Iterator[str]:
+    """Name an order that is no shuffling, and what it reads, where that is not each sample once."""
+    if isinstance(data.order, str):
+        if data.order != "shuffled":
+            yield data.order
+        return
+    words = data.order.class_path.rpartition(".")[2]
+    if plan.order_length == plan.distinct_samples == plan.samples:
+        yield f"{words}, each sample once"
+        return
+    words += f", reads {plan.distinct_samples:,} of {_count(plan.samples, 'sample')}"
+    more = f", {plan.repeated_samples:,} of them more than once" if plan.repeated_samples else ""
+    yield words + more
+
+
 def _step_rows(plan: Plan) -> list[tuple[str, str]]:
     return [
         ("an epoch", _length(plan.steps_per_epoch, plan.samples_per_epoch)),
-        (_count(plan.epochs, "epoch"), _length(plan.total_steps, plan.total_samples)),
+        (_epochs(plan), _length(plan.total_steps, plan.total_samples)),
         (f"tail ({plan.tail})", _tail(plan)),
         *(("", line) for line in _shares(plan)),
     ]
@@ -135,8 +210,9 @@ def _rate_rows(plan: Plan) -> list[tuple[str, str]]:
         ("k", f"{plan.scale:.6g} = {reference}"),
         ("rule", _RULES[plan.scaling]),
         ("peak", f"{plan.peak_lr:.6g} for {_count(plan.global_batch, 'sample')} per step"),
-        ("schedule", plan.schedule),
-        ("warm-up", _warm_up(plan)),
+        *_wrapped("schedule", _curve_words(plan)),
+        *_wrapped("warm-up", _warm_up(plan)),
+        *([("momentum", _momentum(plan))] if plan.momentum_start is not None else []),
     ]
 
 
@@ -157,16 +233,18 @@ def _compute_rows(compute: ComputeConfig) -> list[tuple[str, str]]:
 
 
 def _note_rows(plan: Plan, milestones: Sequence[float]) -> list[tuple[str, str]]:
-    return [
-        ("" if number else "note", line)
-        for note in _schedule_notes(plan, milestones)
-        for number, line in enumerate(textwrap.wrap(note, _NOTE_WIDTH))
-    ]
+    return [row for note in _schedule_notes(plan, milestones) for row in _wrapped("note", note)]
+
+
+def _wrapped(title: str, *texts: str) -> list[tuple[str, str]]:
+    """Rows of a text of several lines, of which the first has the title."""
+    lines = [line for text in texts for line in textwrap.wrap(text, _NOTE_WIDTH)]
+    return [("" if number else title, line) for number, line in enumerate(lines)]
 
 
 def _tail(plan: Plan) -> str:
     """Describe what becomes of the samples that do not fill a global batch."""
-    left_out = plan.samples - plan.samples_per_epoch
+    left_out = plan.order_length - plan.samples_per_epoch
     if left_out:
         return f"{_count(left_out, 'sample')} of each epoch left out"
     if plan.last_batch == plan.global_batch:
@@ -190,7 +268,7 @@ def _shares(plan: Plan) -> Iterator[str]:
     else:
         idle = plan.world_size - plan.last_batch
         yield f"note: {idle:,} of {plan.world_size:,} ranks idle in that step, which stays exact"
-    if plan.samples < plan.global_batch:
+    if plan.order_length < plan.global_batch:
         yield "note: no step fills the global batch, for which the rate is scaled"
 
 
@@ -205,19 +283,38 @@ def _share(ranks: range, sizes: tuple[int, ...]) -> str:
     return f"{owner}{_count(sum(sizes), 'sample')}{' each' if several else ''} ({shape})"
 
 
+def _curve_words(plan: Plan) -> str:
+    """Name the curve, and when the rate changes if that is not at every step."""
+    return plan.schedule + (", by epoch" if plan.by == "epoch" else "")
+
+
+_JOINED = {
+    "multiply": "",
+    "shift": ", then the schedule begins",
+    "replace": ", in place of the schedule",
+}
+
+
 def _warm_up(plan: Plan) -> str:
-    if plan.warmup_steps == 0 or plan.warmup_start == 1:  # a ramp from the peak to the peak
+    is_flat = plan.warmup_start == 1 and plan.warmup == "multiply"  # from the peak to the peak
+    if plan.warmup_steps == 0 or is_flat:
         return "none"
-    part = f"{plan.epoch_at(plan.warmup_steps):.4g} of {_count(plan.epochs, 'epoch')}"
+    part = f"{plan.epoch_at(plan.warmup_steps):.4g} of {_epochs(plan)}"
     samples = _count(plan.samples_at(plan.warmup_steps), "sample")
-    start = f"{plan.peak_lr * plan.warmup_start:.6g}"
+    start = f"{plan.peak_lr * plan.warmup_start:.6g}{_JOINED[plan.warmup]}"
     return f"{_count(plan.warmup_steps, 'step')} ({samples}, {part}) from {start}"
+
+
+def _momentum(plan: Plan) -> str:
+    steps = _count(plan.warmup_steps, "step")
+    return f"{plan.momentum_start:.6g} -> {plan.momentum:.6g} over {steps}"
 
 
 def _schedule_notes(plan: Plan, milestones: Sequence[float]) -> Iterator[str]:
     """List what a run leaves out of its schedule, as a run does that is shortened for a trial."""
-    epochs = _count(plan.epochs, "epoch")
-    late = [epoch for epoch in milestones if step_of(epoch, plan) >= plan.total_steps]
+    epochs = _epochs(plan)
+    begin = plan.warmup_steps if plan.warmup == "shift" else 0
+    late = [epoch for epoch in milestones if begin + step_of(epoch, plan) >= plan.total_steps]
     if late:
         shown = ", ".join(f"{epoch:.6g}" for epoch in late)
         yield f"milestones [{shown}] are not reached in {epochs}"
@@ -251,6 +348,11 @@ def _product(plan: Plan) -> str:
 
 def _length(steps: int, samples: int) -> str:
     return f"{_count(steps, 'step')} ({_count(samples, 'sample')})"
+
+
+def _epochs(plan: Plan) -> str:
+    """Write the length of the run in epochs, of which the last may be a part."""
+    return f"{plan.passes:,.6g} epoch{'' if plan.passes == 1 else 's'}"
 
 
 def _count(number: int, noun: str) -> str:
@@ -288,7 +390,7 @@ def curve(plan: Plan, schedule: Schedule, *, width: int = 60, height: int = 10) 
             f"{'rate':>{margin}}",
             *(f"{labels.get(row, ''):>{margin}} |{line}" for row, line in enumerate(lines)),
             f"{'':>{margin}} +{'-' * width}",
-            f"{'':>{margin}}  {_epochs_axis(plan.epochs, width)}",
+            f"{'':>{margin}}  {_epochs_axis(plan, width)}",
         ]
     )
 
@@ -305,8 +407,8 @@ def _draw(levels: list[int], height: int) -> list[str]:
     return ["".join(line).rstrip() for line in reversed(canvas)]
 
 
-def _epochs_axis(epochs: int, width: int) -> str:
+def _epochs_axis(plan: Plan, width: int) -> str:
     """Label the start, the middle and the end of the axis."""
-    middle, end = f"{epochs / 2:g}", f"{epochs:,} epoch{'s' if epochs > 1 else ''}"
+    middle, end = f"{plan.passes / 2:g}", _epochs(plan)
     left = f"0{middle:>{(width + len(middle)) // 2 - 1}}"
     return f"{left}{end:>{width - len(left)}}"

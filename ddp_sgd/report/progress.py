@@ -10,9 +10,16 @@ from tqdm import tqdm
 
 from ddp_sgd.console import is_terminal, say, silence
 from ddp_sgd.report.journal import EventRow, Row, RunRecord
-from ddp_sgd.report.plan_table import plan_lines
+from ddp_sgd.report.plan_table import plan_lines, update_words
+from ddp_sgd.scores import scored_sets
 
 _KINDS = ("compute", "data", "waiting", "bookkeeping")
+
+_OTHERS = {
+    *("loss", "loss_rank0", "lr", "momentum", "grad_norm", "skipped_steps", "loss_scale"),
+    *("overflow_steps", "step", "count", "accuracy", "correct", "accuracy_top5", "correct_top5"),
+}
+"""Measurements that are not named by the loss."""
 
 _SILENCE_S = 30.0
 """Longest time without a plain line, as far as rows come in, in seconds."""
@@ -25,6 +32,7 @@ class Progress:
         self._bar: tqdm[Any] | None = None
         self._record: RunRecord | None = None
         self._loss = _Mean()
+        self._named: dict[str, _Mean] = {}
         self._last_line = time.monotonic()
 
     def say(self, line: str) -> None:
@@ -49,7 +57,7 @@ class Progress:
         """Print the plan, and open the bar on a terminal."""
         self._record = record
         config = record.config
-        sections = config.compute, config.data
+        sections = config.compute, config.data, update_words(config), config.eval
         for line in plan_lines(record.plan, config.schedule.milestones, *sections):
             self.say(line)
         for note in record.notes:
@@ -70,7 +78,8 @@ class Progress:
         if event == "train":
             self._show_training(row)
         elif event == "eval":
-            self.say(f"{'':26}{_scores(row)}")
+            for scores in _scores(row):
+                self.say(f"{'':26}{scores}")
         elif event == "resume":
             for line in _origin_lines(row):
                 self.say(line)
@@ -92,19 +101,26 @@ class Progress:
 
     def _show_training(self, row: Mapping[str, Any]) -> None:
         self._loss.add(row["train/loss"], row["samples"])
-        epoch_ends = row["epoch"] == int(row["epoch"])
+        for name, mean in _named_numbers("train", row, "accuracy"):
+            self._named.setdefault(name, _Mean(self._loss.start_samples)).add(mean, row["samples"])
+        plan = self._record.plan if self._record else None
+        run_ends = plan is not None and row["step"] == plan.total_steps
+        epoch_ends = row["epoch"] == int(row["epoch"]) or run_ends
         self._draw(lambda bar: _move(bar, row))
         if epoch_ends or (self._bar is None and time.monotonic() - self._last_line > _SILENCE_S):
             self.say(self._line(row))
         if epoch_ends:
-            self._loss.start(row["samples"])
+            for each in (self._loss, *self._named.values()):
+                each.start(row["samples"])
 
     def _line(self, row: Mapping[str, Any]) -> str:
         plan = self._record.plan if self._record else None
-        epochs = plan.epochs if plan else 0
+        epochs = plan.passes if plan else 0
+        means = {name: each.value for name, each in self._named.items()}
+        named = "".join(f"  {name} {v:.4f}" for name, v in means.items() if v is not None)
         line = (
-            f"epoch {row['epoch']:6.4g}/{epochs}  step {row['step']:7d}  "
-            f"loss {_text(self._loss.value)}  lr {row['train/lr']:.4g}  "
+            f"epoch {row['epoch']:6.4g}/{epochs:.6g}  step {row['step']:7d}  "
+            f"loss {_text(self._loss.value)}{named}  lr {row['train/lr']:.4g}  "
             f"{row['throughput/samples_per_s']:,.0f} samples/s"
         )
         skipped = int(row["train/skipped_steps"] or 0)
@@ -120,7 +136,7 @@ def last_line(result: Mapping[str, Any]) -> str:
     wall_s = result.get("wall_s")
     parts = (
         f"{result['status']}: {result['step']} steps{f' in {wall_s:.1f} s' if wall_s else ''}",
-        _scores(result),
+        *_scores(result),
         f"{result['samples'] / wall_s:,.0f} samples/s in all" if wall_s else "",
     )
     return ", ".join(filter(None, parts))
@@ -158,12 +174,12 @@ def _move(bar: "tqdm[Any]", row: Mapping[str, Any]) -> None:
 class _Mean:
     """Mean loss over the samples of an epoch, from the means of its rows."""
 
-    def __init__(self) -> None:
-        self._last = 0
-        self.start(0)
+    def __init__(self, samples: int = 0) -> None:
+        self.start(samples)
 
     def start(self, samples: int) -> None:
         self._total, self._counted, self._last = 0.0, 0, samples
+        self.start_samples = samples
 
     def add(self, mean: float | None, samples: int) -> None:
         if mean is not None:
@@ -176,15 +192,26 @@ class _Mean:
         return self._total / self._counted if self._counted else None
 
 
+def _named_numbers(
+    prefix: str, row: Mapping[str, Any], *wanted: str
+) -> Iterator[tuple[str, float | None]]:
+    """Yield the numbers that the loss has named, and those that are wanted besides."""
+    for key, value in row.items():
+        before, _, name = key.rpartition("/")
+        if before == prefix and (name not in _OTHERS or name in wanted):
+            yield name, value
+
+
 def _text(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4f}"
 
 
-def _scores(row: Mapping[str, Any]) -> str:
-    if "eval/count" not in row:
-        return ""
-    text = f"eval loss {_text(row['eval/loss'])}"
-    if "eval/accuracy" in row:
-        share = f"{100 * row['eval/accuracy']:.2f} %"
-        text += f"  accuracy {share} ({row['eval/correct']}/{row['eval/count']})"
-    return text
+def _scores(row: Mapping[str, Any]) -> Iterator[str]:
+    """Describe the scores of each held-out set in a row, and of the test set."""
+    for prefix in scored_sets(row):
+        named = "".join(f"  {name} {_text(value)}" for name, value in _named_numbers(prefix, row))
+        text = f"{prefix} loss {_text(row[f'{prefix}/loss'])}{named}"
+        if f"{prefix}/accuracy" in row:
+            share = f"{100 * row[f'{prefix}/accuracy']:.2f} %"
+            text += f"  accuracy {share} ({row[f'{prefix}/correct']}/{row[f'{prefix}/count']})"
+        yield text

@@ -36,6 +36,7 @@ from ddp_sgd.report.wandb_logger import (
     tear_down,
     wandb_file,
 )
+from ddp_sgd.scores import choosing_score
 from ddp_sgd.text import first_line
 
 if TYPE_CHECKING:
@@ -49,8 +50,6 @@ _POLL_S = 0.5
 
 _LOCK_TIMEOUT_S = 40.0
 """How long to wait for another follower, which may outlive its trainer by FINISH_TIMEOUT_S."""
-
-_BEST = "best/eval/accuracy"
 
 
 def follow_trainer() -> None:
@@ -126,7 +125,8 @@ def _log_rows(attempt: WandbRun, run: "wandb.Run", wait: Callable[[float], bool]
     """Log the rows of the journal that W&B does not have, until the run is over."""
     mark = attempt.folder / "wandb" / "last_row"
     last, is_over = _position(attempt, run, mark), False
-    best = shown = float("-inf")
+    best: dict[str, float] = {}
+    shown: dict[str, float] = {}
     tail = JournalTail(attempt.folder / FILE_NAME)
     pause_s = 0.0
     while not is_over:
@@ -140,16 +140,31 @@ def _log_rows(attempt: WandbRun, run: "wandb.Run", wait: Callable[[float], bool]
             if place is None:
                 continue
             numbers = _numbers(row)
-            best = max(best, numbers.get("eval/accuracy", best))
+            best |= _best_accuracy(row, best)
             if place > last:
                 run.log(numbers, step=place, commit=True)
                 last = place
-        if best > shown:
-            run.summary[_BEST] = shown = best
+        if best != shown:
+            run.summary.update(best)
+            shown = dict(best)
         if last > before:
             with suppress(OSError):
                 mark.write_text(f"{last} {wandb_file(run)}\n", encoding="utf-8")
     tail.close()
+
+
+def _best_accuracy(row: Mapping[str, Any], best: Mapping[str, float]) -> dict[str, float]:
+    """Give the best accuracy so far of the held-out set that chooses, such as best/eval/accuracy.
+
+    Args:
+        row: A row; of one without an accuracy nothing is given.
+        best: The best one before.
+    """
+    name = choosing_score(row)
+    accuracy = row.get(name) if name.endswith("/accuracy") else None
+    if not isinstance(accuracy, (int, float)):
+        return {}
+    return {f"best/{name}": max(accuracy, best.get(f"best/{name}", accuracy))}
 
 
 def _position(attempt: WandbRun, run: "wandb.Run", mark: Path) -> int:

@@ -1,7 +1,7 @@
 import pytest
 
 from ddp_sgd.config import RunConfig, changes_that_matter, rank_batch
-from ddp_sgd.config.sources import rounding_notes, without_places
+from ddp_sgd.config.sources import rounding_notes, shortened, without_places
 
 DIGITS = {"class_path": "ddp_sgd.data.Digits"}
 
@@ -21,7 +21,9 @@ def before(**changes):
         {"data": {"eval_transforms": [{"class_path": "my.Crop"}]}},
         {"data": {"device": "host"}},
         {"compute": {"cuda_graphs": True}},
-        {"eval": {"every_epochs": 3}},
+        {"eval": {"every_epochs": 3, "batch_size": 64}},
+        {"eval": {"every_steps": 3}},
+        {"steps": 10},  # in another unit: known with the steps of an epoch
         {"log": {"every_steps": 1}, "wandb": {"mode": "disabled"}},
         {"checkpoint": {"every_steps": 5, "keep": 1}},
         {"parallel": {"bucket_mb": 1.0}, "runtime": {"hang_s": None}},
@@ -39,7 +41,22 @@ def test_what_leaves_the_weights_alone_is_no_change(changes):
         ({"epochs": 19}, "epochs was 20, is 19"),
         ({"optim": {"lr": 0.1}}, "optim.lr was 0.05, is 0.1"),
         ({"schedule": {"name": "linear"}}, "schedule.name was cosine, is linear"),
+        ({"schedule": {"by": "epoch"}}, "schedule.by was step, is epoch"),
+        ({"schedule": {"warmup": "shift"}}, "schedule.warmup was multiply, is shift"),
+        ({"schedule": {"warmup_steps": 3}}, "schedule.warmup_steps was None, is 3"),
+        ({"schedule": {"momentum_start": 0.5}}, "schedule.momentum_start was None, is 0.5"),
+        (
+            {"schedule": {"curve": {"class_path": "my.curve"}}},
+            "schedule.curve.class_path was None, is my.curve",
+        ),
         ({"data": {"tail": "drop"}}, "data.tail was exact, is drop"),
+        ({"data": {"order": "sequential"}}, "data.order was shuffled, is sequential"),
+        (
+            {"data": {"order": {"class_path": "my.Order"}}},
+            "data.order.class_path was None, is my.Order",
+        ),
+        ({"data": {"input": "ids"}}, "data.input was None, is ids"),
+        ({"data": {"input": 0, "target": [1, 2]}}, "data.target was None, is [1, 2]"),
         ({"data": {"batch_size": 64}}, "data.batch_size x data.accumulate was 32, is 64"),
         ({"data": {"accumulate": 2}}, "data.batch_size x data.accumulate was 32, is 64"),
         (
@@ -83,11 +100,45 @@ def test_what_moves_the_weights_is_named_with_both_values(changes, line):
 
 def test_a_key_that_an_older_release_did_not_have_was_at_its_default():
     old = before()
-    del old["optim"]["clip_norm"], old["data"]["train_transforms"]
+    del old["optim"]["clip_norm"], old["optim"]["clip_value"], old["data"]["train_transforms"]
     assert changes_that_matter(old, RunConfig()) == []
     assert changes_that_matter(old, RunConfig(optim={"clip_norm": 2.0})) == [
         "optim.clip_norm was None, is 2.0"
     ]
+
+
+def test_a_run_of_a_release_without_steps_and_curves_had_none():
+    old = before()
+    del old["steps"], old["eval"]["every_steps"]
+    for key in ("curve", "by", "warmup", "warmup_steps", "momentum_start"):
+        del old["schedule"][key]
+    assert changes_that_matter(old, RunConfig()) == []
+    assert shortened(old, RunConfig(), 45) == []
+    assert changes_that_matter(old, RunConfig(schedule={"by": "epoch"})) == [
+        "schedule.by was step, is epoch"
+    ]
+    assert shortened(old, RunConfig(steps=899), 45) == ["epochs was 20, steps is 899"]
+
+
+def test_more_steps_are_no_change_and_fewer_are_one():
+    assert changes_that_matter(before(steps=10), RunConfig(steps=11)) == []
+    assert changes_that_matter(before(steps=10), RunConfig(steps=9)) == ["steps was 10, is 9"]
+
+
+@pytest.mark.parametrize(
+    ("was", "is_now", "lines"),
+    [
+        ({"epochs": 2}, {"steps": 90}, []),
+        ({"epochs": 2}, {"steps": 89}, ["epochs was 2, steps is 89"]),
+        ({"steps": 90}, {"epochs": 2}, []),
+        ({"steps": 91}, {"epochs": 2}, ["steps was 91, epochs is 2"]),
+        ({"steps": 9}, {"steps": 8}, []),  # one unit: a change like any other
+        ({"epochs": 9}, {"epochs": 8}, []),
+    ],
+)
+def test_a_length_in_another_unit_is_compared_in_steps(was, is_now, lines):
+    assert changes_that_matter(before(**was), RunConfig(**is_now)) == [] or not lines
+    assert shortened(before(**was), RunConfig(**is_now), 45) == lines
 
 
 def test_a_run_of_a_release_without_compute_was_computed_as_torch_does():
@@ -221,3 +272,26 @@ def test_paths_are_found_at_any_depth():
 )
 def test_only_arguments_of_data_sets_are_places(key, is_argument):
     assert without_places(key, "/x") == (PLACE if is_argument else "/x")
+
+
+def test_a_run_of_a_release_without_orders_was_shuffled_and_gave_pairs():
+    old = before()
+    for key in ("order", "input", "target"):
+        del old["data"][key]
+    del old["eval"]["batch_size"]
+    assert changes_that_matter(old, RunConfig()) == []
+    assert rounding_notes(old, RunConfig()) == []
+    assert changes_that_matter(old, RunConfig(data={"order": "sequential"})) == [
+        "data.order was shuffled, is sequential"
+    ]
+    assert rounding_notes(old, RunConfig(eval={"batch_size": 64})) == [
+        "eval.batch_size was None, is 64: the last bits of later scores may differ"
+    ]
+
+
+def test_an_order_that_is_a_component_stays_one():
+    order = {"data": {"order": {"class_path": "my.Order", "init_args": {"lengths": "a.npy"}}}}
+    assert changes_that_matter(before(**order), RunConfig(**order)) == []
+    assert "data.order was None, is sequential" in changes_that_matter(
+        before(**order), RunConfig(data={"order": "sequential"})
+    )

@@ -30,12 +30,12 @@ def _message(values, origins=None, options=()):
         ({"optim": {"epoch": 1}}, "unknown key optim.epoch; did you mean epochs?"),
         (
             {"log": {"zzz": 1}},
-            "unknown key log.zzz; the keys of log are every_steps, tensorboard.",
+            "unknown key log.zzz; the keys of log are every_steps, train_accuracy, tensorboard.",
         ),
         (
             {"zzz": 1},
-            "unknown key zzz; the keys at the top are name, output_dir, seed, epochs, resume, "
-            "on_resize, model, loss, data, optim, schedule, eval, log, checkpoint, wandb, "
+            "unknown key zzz; the keys at the top are name, output_dir, seed, epochs, steps, "
+            "resume, on_resize, model, loss, data, optim, schedule, eval, log, checkpoint, wandb, "
             "parallel, runtime, compute.",
         ),
         ({"optim.lr": 1}, "unknown key optim.lr; nest it, as optim: {lr: ...}."),

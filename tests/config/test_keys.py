@@ -23,6 +23,8 @@ def test_every_setting_that_is_offered_is_accepted():
             shape = {"power": "polynomial", "peak_at": "one_cycle"}.get(key.leaf, "step")
             overrides += [("schedule.name", shape), ("epochs", "90")]
             overrides += [("schedule.milestones", "[30]")] if key.leaf == "gamma" else []
+        if key.name == "data.target":
+            overrides += [("data.input", "image")]
         RunConfig.model_validate(gather((), {}, overrides).values)
 
 
@@ -45,7 +47,8 @@ def test_choices_examples_and_kinds():
 def test_keys_that_take_any_text():
     assert [name for name, key in all_keys().items() if key.is_text] == [
         "name", "output_dir", "resume", "model.class_path", "loss.class_path",
-        "data.train.class_path", "data.eval.class_path", "data.collate.class_path",
+        "data.train.class_path", "data.eval.class_path", "data.test.class_path",
+        "data.collate.class_path", "data.order.class_path", "schedule.curve.class_path",
         "wandb.project", "wandb.entity", "wandb.group", "wandb.name",
     ]  # fmt: skip
     assert all_keys()["wandb.name"].may_be_null

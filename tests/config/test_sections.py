@@ -7,6 +7,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from ddp_sgd.config.schema import ParallelConfig, RunConfig, RuntimeConfig
+from ddp_sgd.config.sections import ScheduleConfig
 
 
 def _bounds(annotation, metadata):
@@ -35,7 +36,8 @@ def _numbers(model, parent=()):
             yield pytest.param(path, *found, is_list, id=".".join(path))
 
 
-NUMBERS = list(_numbers(RunConfig))
+NAMES_TOO = ("data.input", "data.target")
+NUMBERS = [each for each in _numbers(RunConfig) if each.id not in NAMES_TOO]
 
 
 def _nested(path, value, is_list):
@@ -100,6 +102,11 @@ def test_what_is_not_a_finite_number_is_refused(path, kind, bounds, is_list):
         {"schedule": {"name": "step", "milestones": [2, 2]}},
         {"schedule": {"milestones": [2]}},
         {"schedule": {"name": "one_cycle", "warmup_epochs": 1}},
+        {"data": {"target": "label"}},
+        {"data": {"input": "image", "collate": {"class_path": "torch.stack"}}},
+        {"schedule": {"name": "one_cycle", "warmup_steps": 1}},
+        {"schedule": {"curve": "my.curve"}},
+        {"eval": {"every_epochs": None}},
         {"model": {"class_path": "Linear"}},
         {"model": {"class_path": "a..b"}},
         {"model": {"class_path": "os; import x.y"}},
@@ -117,10 +124,52 @@ def test_combinations_that_cannot_be(values):
         {"schedule": {"name": "step", "milestones": [1, 2.5], "gamma": 0.5}},
         {"schedule": {"name": "one_cycle", "warmup_epochs": 0, "peak_at": 0.5}},
         {"schedule": {"name": "constant", "final": 0.0}},
+        {"data": {"input": "image", "target": 1}},
+        {"data": {"order": "sequential", "collate": {"class_path": "torch.stack"}}},
+        {"schedule": {"name": "one_cycle", "warmup_steps": 0}},
+        {"schedule": {"curve": {"class_path": "my.curve"}, "name": "cosine", "final": 0.0}},
+        {"schedule": {"warmup_epochs": "auto", "warmup_steps": 3}},
+        {"eval": {"every_epochs": 2, "every_steps": 5}},
     ],
 )
 def test_combinations_that_fit(values):
     RunConfig.model_validate(values)
+
+
+@pytest.mark.parametrize("key", ["input", "target"])
+def test_parts_of_samples_are_positions_or_names(key):
+    def accepts(value):
+        return _is_accepted(("data",), {"input": "image", key: value}, is_list=False)
+
+    assert all(map(accepts, [0, 7, "ids", "0", [0], [2, 0], ["ids", "mask"]]))
+    assert accepts(None)
+    assert not any(map(accepts, [-1, 1.0, True, "", [], [-1], [0, "ids"], [[0]], {"a": 1}]))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "words"),
+    [
+        ({"name": "linear"}, "schedule.name is linear"),
+        ({"milestones": [2.0]}, "schedule.milestones is [2.0]"),
+        ({"gamma": 0.5}, "schedule.gamma is 0.5"),
+        ({"power": 3.0}, "schedule.power is 3.0"),
+        ({"final": 0.1}, "schedule.final is 0.1"),
+        ({"peak_at": 0.5}, "schedule.peak_at is 0.5"),
+    ],
+)
+def test_a_curve_takes_no_arguments_of_the_named_ones(schedule, words):
+    with pytest.raises(ValidationError) as caught:
+        ScheduleConfig(curve={"class_path": "my.curve"}, **schedule)
+    (fault,) = caught.value.errors()
+    key = words.split()[0]
+    assert str(fault["ctx"]["error"]) == (
+        f"{words} while schedule.curve is my.curve; leave {key} out, or set schedule.curve=null"
+    )
+
+
+def test_a_warm_up_has_one_length():
+    with pytest.raises(ValidationError, match="warmup_steps is 3 while schedule.warmup_epochs is"):
+        ScheduleConfig(warmup_steps=3, warmup_epochs=0)
 
 
 def test_the_models_are_frozen():
@@ -187,6 +236,13 @@ def test_a_save_between_two_averages_is_refused_with_a_number_that_fits():
         RunConfig(parallel=local, checkpoint={"every_steps": 20})
     RunConfig(parallel=local, checkpoint={"every_steps": 24})
     RunConfig(parallel={"local_sgd": {"period": 8}}, checkpoint={"every_steps": 20})  # never local
+
+
+def test_a_score_between_two_averages_is_refused_with_a_number_that_fits():
+    local = {"local_sgd": {"start_step": 100, "period": 8}}
+    with pytest.raises(ValidationError, match="eval.every_steps is 20 .* set eval.every_steps=16"):
+        RunConfig(parallel=local, eval={"every_steps": 20})
+    RunConfig(parallel=local, eval={"every_steps": 24})
 
 
 def test_a_deadline_is_a_date():

@@ -54,6 +54,24 @@ def test_later_sources_win(tmp_path):
     }
 
 
+def test_a_length_takes_the_place_of_one_below_in_the_other_unit(tmp_path):
+    """A configuration in epochs may run as a short trial, with ``--steps``."""
+    epochs, steps = _file(tmp_path, "epochs: 90"), _file(tmp_path, "steps: 1000", "b.yaml")
+
+    def lengths(*overrides, **more):
+        sources = _gather(*overrides, **more)
+        return sources.values["epochs"], sources.values["steps"], sorted(sources.origins)
+
+    assert lengths("steps=10", files=[epochs]) == (20, 10, ["steps"])
+    assert lengths("epochs=3", files=[steps]) == (3, None, ["epochs"])
+    assert lengths("epochs=3", files=[epochs, steps]) == (3, None, ["epochs"])
+    assert lengths(files=[epochs], environ={"DDP_SGD_STEPS": "7"}) == (20, 7, ["steps"])
+    assert lengths("steps=null", files=[epochs]) == (90, None, ["epochs", "steps"])
+    assert lengths("steps=10", "epochs=3") == (3, 10, ["epochs", "steps"])  # which is refused
+    both = _file(tmp_path, "epochs: 20\nsteps: 5", "c.yaml")
+    assert lengths(files=[epochs, both]) == (20, 5, ["epochs", "steps"])
+
+
 def test_values_are_yaml():
     values = _gather(
         "schedule.milestones=[3, 5]", "wandb.name=on", "optim.clip_norm=1e-3", "data.eval=null"

@@ -1,3 +1,4 @@
+import re
 from collections import UserDict
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 from ddp_sgd.config.sections import Component
 from ddp_sgd.data import Columns
 from ddp_sgd.data.fetcher import Fetcher, Request
+from ddp_sgd.data.selection import Selection
 from ddp_sgd.errors import DataError
 from ddp_sgd.instantiate import instantiate
 
@@ -74,18 +76,22 @@ def test_transforms_see_their_own_half():
 @pytest.mark.parametrize(
     ("rows", "input", "message"),
     [
-        (ROWS, "digit", "column digit is not in image, label, file; name one of those"),
-        (ROWS, ["image", "digit"], "column digit is not in image, label, file; name one"),
-        (ROWS, 0, "column 0 is not in image, label, file; name one"),
-        (TRIPLES, 3, "position 3 is not in a tuple of 3; give a position from 0 to 2"),
-        (TRIPLES, [0, -4], "position -4 is not in a tuple of 3; give a position from 0 to 2"),
-        (TRIPLES, "image", "column image is not in a tuple of 3; give a position from 0 to 2"),
-        ([1, 2], 0, "a row is a int; give ddp_sgd.data.Columns rows that are mappings, tuples or"),
+        (ROWS, "digit", "names digit while {} has image, label, file; name one of those."),
+        (ROWS, ["image", "digit"], "names digit while {} has image, label, file; name one"),
+        (ROWS, 0, "names 0 while {} has image, label, file; name one"),
+        ([{}], 0, "names 0 while {} has no columns; name one"),
+        (TRIPLES, 3, "names 3 while {} is a tuple of 3; give a position from 0 to 2."),
+        (TRIPLES, [0, -4], "names -4 while {} is a tuple of 3; give a position from 0 to 2"),
+        (TRIPLES, "image", "names image while {} is a tuple of 3; give a position from 0 to 2"),
+        ([1, 2], 0, "names 0 while {} is a int; let samples be mappings, tuples or lists, or"),
     ],
 )
 def test_a_missing_part_is_named_with_those_that_exist(rows, input, message):
-    with pytest.raises(DataError, match=message):
+    words = re.escape(message.format("rows[0]"))
+    with pytest.raises(DataError, match=f"^input {words}"):
         Columns(rows, input, input)[0]
+    with pytest.raises(DataError, match=rf"^data\.input {words}"):
+        Selection(input)(rows[0], "rows[0]")
 
 
 @pytest.mark.parametrize("choice", [1.5, [], [0, "a"], [True], None, {"a": 1}, [None]])

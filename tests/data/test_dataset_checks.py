@@ -9,9 +9,10 @@ import torch
 
 from ddp_sgd.config import load_config
 from ddp_sgd.config.sections import Component
-from ddp_sgd.data import Columns, InMemory
+from ddp_sgd.data import InMemory
 from ddp_sgd.data.dataset_checks import is_pair, shape_of
 from ddp_sgd.data.fetcher import Fetcher, Request, Unreadable
+from ddp_sgd.data.selection import Selection
 from ddp_sgd.instantiate import instantiate
 
 
@@ -28,8 +29,8 @@ class Samples:
         return self.give(index)
 
 
-def fetch(dataset, indices=(2, 3), collate=None):
-    fetcher = Fetcher(dataset, "data.train", 0, collate)
+def fetch(dataset, indices=(2, 3), collate=None, selection=None):
+    fetcher = Fetcher(dataset, "data.train", 0, collate, selection)
     return fetcher.__getitems__(Request(0, np.array(indices)))
 
 
@@ -53,18 +54,16 @@ def as_lists(samples):
         (lambda i: {"x": i, "id": None, "y": -i}, "a mapping with x, id, y", ([2, 3], [-2, -3])),
     ],
 )
-def test_columns_choose_as_the_message_says(give, what, chosen):
+def test_parts_are_chosen_as_the_message_says(give, what, chosen):
     message = fault_of(Samples(give))
     assert message.startswith(f"data.train[2] is {what}, not (input, target); return a pair, ")
     choices = re.search(
-        r"data.train.class_path=(\S+) and init_args {rows: .*, input: (\w+), "
-        r"target: (\w+)}, or name a function from samples to a batch by "
+        r"(--data.input=\S+) (--data.target=\S+), or name a function from samples to a batch by "
         r"data.collate\.$",
         message,
     )
-    assert choices[1] == "ddp_sgd.data.Columns"
-    input, target = (int(each) if each.isdigit() else each for each in choices.groups()[1:])
-    batch = fetch(Columns(Samples(give), input, target))
+    data = load_config(choices.groups(), environ={}).data
+    batch = fetch(Samples(give), selection=Selection(data.input, data.target))
     assert [part.tolist() for part in batch] == list(chosen)
     assert fetch(Samples(give), collate=as_lists) == ([give(2), give(3)], None)
 

@@ -44,7 +44,7 @@ class Sulking(Augmented):
         return super().__getitem__(index)
 
 
-def loader(dataset, rank=0, world_size=1, *, workers=0, accumulate=2, epochs=2, collate=None):
+def loader(dataset, rank=0, world_size=1, *, accumulate=2, epochs=2, workers=0, **more):
     order = TrainSampler(
         len(dataset),
         global_batch=4 * accumulate * world_size,
@@ -53,7 +53,7 @@ def loader(dataset, rank=0, world_size=1, *, workers=0, accumulate=2, epochs=2, 
         world_size=world_size,
         seed=3,
     )
-    return TrainLoader(dataset, order, epochs=epochs, workers=workers, device=CPU, collate=collate)
+    return TrainLoader(dataset, order, epochs=epochs, workers=workers, device=CPU, **more)
 
 
 def read(batches):
@@ -85,6 +85,33 @@ def test_starting_late_gives_the_same_batches(start):
     assert (
         read(loader(Augmented()).from_step(start)) == read(loader(Augmented()).from_step(0))[start:]
     )
+
+
+class Counted(Augmented):
+    """Samples that are counted where they are read."""
+
+    def __init__(self):
+        self.read = 0
+
+    def __getitem__(self, index):
+        self.read += 1
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("total_steps", [1, 3, 4, 5])
+def test_a_run_that_ends_within_an_epoch_has_the_first_batches_of_it(total_steps, workers):
+    epochs = -(-total_steps // 3)
+    cut = {"epochs": epochs, "total_steps": total_steps, "workers": workers}
+    steps = read(loader(Augmented(), **cut).from_step(0))
+    assert steps == read(loader(Augmented()).from_step(0))[:total_steps]
+    assert read(loader(Augmented(), **cut).from_step(total_steps)) == []
+
+
+def test_no_sample_is_read_beyond_the_end_of_a_run():
+    samples = Counted()
+    read(loader(samples, epochs=2, total_steps=4).from_step(0))
+    assert samples.read == 23 + 8
 
 
 def test_worker_processes_change_nothing():

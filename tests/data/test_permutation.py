@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ddp_sgd.data import Digits
-from ddp_sgd.data.sampler import Permutation
+from ddp_sgd.data.order import Permutation
 from ddp_sgd.models import MLP
 from ddp_sgd.seeds import seed_for
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DistributedSampler
 
-from ddp_sgd.data.sampler import EvalSampler, Permutation, TrainSampler
+from ddp_sgd.data.order import Permutation
+from ddp_sgd.data.sampler import EvalSampler, TrainSampler
 from ddp_sgd.plan import micro_batch_sizes
 
 
@@ -102,6 +103,23 @@ def test_every_rank_takes_part_in_every_step(run):
             start += len(sizes)
 
 
+@given(runs, st.data())
+def test_a_run_that_ends_within_an_epoch_reads_the_first_steps_of_it(run, data):
+    n, world_size, batch, accumulate, epoch = run
+    for order in orders(n, world_size, batch=batch, accumulate=accumulate):
+        order.set_epoch(epoch)
+        whole = [drawn.indices.tolist() for drawn in order]
+        micro_batches = [len(order.share(step)[1]) for step in range(order.steps_per_epoch)]
+        stop = data.draw(st.integers(0, order.steps_per_epoch + 1))
+        first = data.draw(st.integers(0, stop))
+        order.set_epoch(epoch, first, 0, stop)
+        part = [drawn.indices.tolist() for drawn in order]
+        assert part == whole[sum(micro_batches[:first]) : sum(micro_batches[:stop])]
+        assert len(part) == len(order)
+        order.set_epoch(epoch)
+        assert [drawn.indices.tolist() for drawn in order] == whole
+
+
 def test_a_rank_without_a_sample_borrows_one_of_the_same_step():
     first, second = orders(1, 2)
     assert [d.indices.tolist() for d in first] == [d.indices.tolist() for d in second] == [[0]]
@@ -181,7 +199,7 @@ def test_work_and_memory_up_to_the_first_batch_depend_on_neither_samples_nor_pla
             asked_for.append(len(positions))
             return super().__call__(positions)
 
-    monkeypatch.setattr("ddp_sgd.data.sampler.Permutation", Counted)
+    monkeypatch.setattr("ddp_sgd.data.order.Permutation", Counted)
     peaks = []
     for n in (10**6, 10**9, 10**12):
         tracemalloc.start()

@@ -79,6 +79,7 @@ def options(runtime, folder):
     ignoring = nn.CrossEntropyLoss(ignore_index=2)
     cases = {
         "clipped": {"clip_norm": 0.05},
+        "clipped by value": {"clip_value": 0.001},
         "nesterov": {"nesterov": True, "weight_decay": 0.01},
         "class weights": {"loss": weighted},
         "ignored class": {"loss": ignoring},

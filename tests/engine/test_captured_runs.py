@@ -43,7 +43,7 @@ def build():
     return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 4))
 
 
-def train(folder, *, captured, stop=None, model=None, **sections):
+def train(folder, *, captured, stop=None, model=None, loss=None, **sections):
     sections["data"] = {"batch_size": 4, **sections.get("data", {})}
     return train_captured(
         folder,
@@ -52,9 +52,24 @@ def train(folder, *, captured, stop=None, model=None, **sections):
         TensorDataset(X, Y),
         captured=captured,
         stop=stop,
-        log={"every_steps": 2},
-        **sections,
+        loss=loss,
+        **{"log": {"every_steps": 2}, **sections},
     )
+
+
+class Terms:
+    """Two numbers by name, with units of their own, of which there may be none."""
+
+    def __init__(self, main="most"):
+        self.main = main
+
+    def __call__(self, outputs, targets):
+        each = nn.functional.cross_entropy(outputs, targets, reduction="none")
+        is_rare = targets == 3
+        return {self.main: each.mean(), "rare": (each * is_rare).sum() / is_rare.sum()}
+
+    def units(self, targets):
+        return {self.main: len(targets), "rare": (targets == 3).sum()}
 
 
 NOISE = {"class_path": "user_code.add_noise", "call": False}
@@ -63,7 +78,23 @@ VARIANTS = {
     "micro-batches": {"data": {"batch_size": 3, "accumulate": 3}},
     "tail dropped": {"data": {"tail": "drop"}},
     "clipping": {"optim": {"clip_norm": 0.1, "nesterov": True, "weight_decay": 0.01}},
+    "clipping by value": {"optim": {"clip_value": 0.01}},
+    "by epoch, shifted": {
+        "schedule": {"by": "epoch", "warmup": "shift", "warmup_epochs": 1, "warmup_start": 0.1}
+    },
+    "momentum along the warm-up": {
+        "schedule": {"momentum_start": 0.0, "warmup_steps": 8, "warmup_start": 0.5},
+        "optim": {"nesterov": True},
+    },
+    "momentum by epoch": {
+        "schedule": {"momentum_start": 0.5, "warmup_steps": 8, "by": "epoch"},
+    },
+    "a curve of one's own": {"schedule": {"curve": {"class_path": "user_code.Triangle"}}},
+    "in steps": {"steps": 17, "epochs": 20, "eval": {"every_steps": 5}},
     "bf16": {"compute": {"precision": "bf16"}},
+    "a sum of means": {"loss": Terms(), "data": {"batch_size": 3, "accumulate": 3}},
+    "a loss and another number": {"loss": Terms("loss"), "compute": {"precision": "fp16"}},
+    "accuracy": {"log": {"every_steps": 2, "train_accuracy": True}},
     "fp16": {"compute": {"precision": "fp16"}},
     "transforms": {
         "data": {"train_transforms": [{"class_path": "user_code.add_noise", "call": False}]}
@@ -83,6 +114,24 @@ def test_a_captured_run_has_the_bits_of_an_eager_one_and_so_has_its_resume(name,
         digests[captured, "resumed"] = train(folder, captured=captured, **sections).weights_digest
     assert len(set(digests.values())) == 1, digests
     assert measured(tmp_path / "wholeTrue") == measured(tmp_path / "wholeFalse")
+
+
+def test_steps_are_replayed_once_momentum_has_come_to_its_end(tmp_path, monkeypatch):
+    """27 samples in steps of 4: 7 steps per epoch, the last of each with 3."""
+    replayed, replay = [], captured_step.CapturedStep._replay
+
+    def counted(step, batches):
+        replayed.append(batches.step)
+        return replay(step, batches)
+
+    monkeypatch.setattr(captured_step.CapturedStep, "_replay", counted)
+    for by, begin in (("step", 8), ("epoch", 14)):
+        replayed.clear()
+        schedule = {"momentum_start": 0.5, "warmup_steps": 8, "by": by}
+        train(tmp_path / by, captured=True, schedule=schedule)
+        assert replayed[:3] == [0, 1, 2]  # which are checked before the first one
+        full = [step for step in range(begin, 21) if step % 7 != 6]
+        assert list(dict.fromkeys(replayed[3:])) == full  # the first of an epoch is checked, too
 
 
 def test_a_run_without_a_full_step_is_eager_with_a_line(tmp_path, capsys):

@@ -22,7 +22,7 @@ def test_everything_from_the_configuration():
     components = gather(RunConfig(), **NOTHING)
     assert isinstance(components.model, MLP)
     assert isinstance(components.loss, nn.CrossEntropyLoss)
-    assert (len(components.train_set), len(components.eval_set)) == (1437, 360)
+    assert (len(components.train_set), len(components.eval_sets["data.eval"])) == (1437, 360)
 
 
 def test_weights_follow_from_the_seed_alone():
@@ -46,7 +46,7 @@ def test_what_is_given_is_taken():
         given["loss"],
         given["train_set"],
     )
-    assert components.eval_set is None  # the digits are not held out from somebody else's data
+    assert components.eval_sets == {}  # the digits are not held out from somebody else's data
 
 
 @pytest.mark.parametrize(

@@ -14,21 +14,22 @@ from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine import evaluation as module
 from ddp_sgd.engine.components import read_batch
 from ddp_sgd.engine.evaluation import Interrupted, evaluate, evaluating
-from ddp_sgd.engine.loss_check import is_classification
+from ddp_sgd.engine.labels import is_classification
 from ddp_sgd.engine.sanity_check import check_evaluation
 from ddp_sgd.losses import Objective
 from ddp_sgd.models import MLP, ConvNet
+from ddp_sgd.named_losses import LossForm
 
 CPU = torch.device("cpu")
 
 
-def score(runtime, dataset, model, loss, batch_size=32, workers=0):
+def score(runtime, dataset, model, loss, batch_size=32, workers=0, **options):
     chunks = EvalSampler(
         len(dataset), batch_size=batch_size, rank=runtime.rank, world_size=runtime.world_size
     )
     loader = EvalLoader(dataset, chunks, seed=0, workers=workers, device=CPU)
     targets = torch.as_tensor(dataset.targets)
-    return evaluate(model, Objective(loss, targets), loader, runtime)
+    return evaluate(model, Objective(loss, targets, **options), loader, runtime)
 
 
 def digits_model():
@@ -57,6 +58,31 @@ def test_the_same_bits_on_any_number_of_ranks():
     for world_size in (2, 3, 4):
         assert run_ranks(world_size, score_in_batches) == [expected] * world_size
     assert all(each[2:] == (True, 0) for each in expected)  # mode and buffers are left alone
+
+
+class Terms:
+    """Two numbers by name, each with units of its own; in half of the chunks one has none."""
+
+    def __call__(self, outputs, targets):
+        each = nn.functional.cross_entropy(outputs, targets, reduction="none")
+        is_first = (targets == 0).double()
+        return {"all": each.mean(), "zeros": (each * is_first).sum() / is_first.sum()}
+
+    def units(self, targets):
+        return {"all": len(targets), "zeros": (targets == 0).sum()}
+
+
+def score_terms(runtime):
+    dataset = Digits("eval", shape="image")
+    form = LossForm(("all", "zeros"), is_mapping=True, adds_up=True, units_by_name=True)
+    return score(runtime, dataset, digits_model(), Terms(), batch_size=7, form=form)
+
+
+def test_named_numbers_have_the_same_bits_on_any_number_of_ranks():
+    expected = score_terms(Runtime())
+    assert expected["eval/loss"] == expected["eval/all"] + expected["eval/zeros"]
+    for world_size in (2, 3):
+        assert run_ranks(world_size, score_terms) == [expected] * world_size
 
 
 def test_units_that_are_counted_on_the_device_give_the_same_scores(monkeypatch):
@@ -135,6 +161,14 @@ def test_targets_may_be_containers():
 )
 def test_is_classification(outputs, targets, answer):
     assert is_classification(outputs, targets) is answer
+
+
+def test_a_prediction_of_an_ignored_class_is_no_correct_one():
+    scores = torch.tensor([[0.0, 9.0], [9.0, 0.0], [0.0, 9.0]])
+    dataset = InMemory(scores.numpy(), np.array([1, 0, 0]))
+    loss = nn.CrossEntropyLoss(ignore_index=1)
+    metrics = score(Runtime(), dataset, nn.Identity(), loss)
+    assert (metrics["eval/correct"], metrics["eval/accuracy"]) == (1, 0.5)
 
 
 def test_ignored_targets_are_not_judged():

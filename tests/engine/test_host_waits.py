@@ -10,13 +10,16 @@ from ranks import run_ranks
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ddp_sgd import named_losses
 from ddp_sgd.config import RunConfig
 from ddp_sgd.data import Digits, loader
-from ddp_sgd.engine import captured_step, step
+from ddp_sgd.engine import captured_step, sanity_check, units
 from ddp_sgd.engine import fit as module
+from ddp_sgd.engine.after_step import AfterStep, check_after_step
 from ddp_sgd.engine.fit import fit
 from ddp_sgd.engine.sync import RankSync
 from ddp_sgd.losses import Objective
+from ddp_sgd.models import MLP
 
 WAITS = {
     torch.ops.aten._local_scalar_dense.default,  # item(), tolist(), float(), bool(), if
@@ -72,7 +75,7 @@ class CountWaits(TorchDispatchMode):
 def train(runtime, folder, changes):
     """Train, and tell which steps had waits, and which had a heartbeat."""
     changes = dict(changes)
-    seen = {}
+    loss, seen = changes.pop("loss", None), {}
 
     class Watching(RankSync):
         def after(self, step, result, *, lr):
@@ -92,8 +95,14 @@ def train(runtime, folder, changes):
     if changes.pop("as on", "cpu") == "gpu":
         device = FakeDevice(random.Random(0), eagerness=1.0)
         loader.open_transfer = lambda _: device
-        step.counts_on_host = lambda _: False
+        units.counts_on_host = named_losses.counts_on_host = lambda _: False
         Objective.units = None
+
+        def check(*args):
+            found = check_after_step(*args)
+            return found and AfterStep(args[0], found.places, runtime, waits=False)
+
+        sanity_check.check_after_step = check
     if "cuda_graphs" in str(changes):
 
         class Uncounted(Again):
@@ -112,13 +121,38 @@ def train(runtime, folder, changes):
         output_dir=str(folder),
         epochs=2,
         wandb={"mode": "disabled"},
-        log={"every_steps": 7},
-        **changes,
+        **{"log": {"every_steps": 7}, **changes},
     )
-    loss = nn.CrossEntropyLoss(weight=torch.ones(10)) if "accumulate" in str(changes) else None
+    if "accumulate" in str(changes):
+        loss = loss or nn.CrossEntropyLoss(weight=torch.ones(10))
     with CountWaits() as count:
         fit(config, runtime, train_set=Digits(), loss=loss)
     return seen
+
+
+class EvenDigits:
+    """Two numbers by name; each is a mean over units of its own, counted on the device."""
+
+    def __call__(self, outputs, targets):
+        each = nn.functional.cross_entropy(outputs, targets, reduction="none")
+        even = targets % 2 == 0
+        return {"all": each.mean(), "even": (each * even).sum() / even.sum()}
+
+    def units(self, targets):
+        return {"all": targets.numel(), "even": (targets % 2 == 0).sum()}
+
+
+class Following(MLP):
+    """A network with a mean of its weights, and a buffer that is replaced."""
+
+    def __init__(self):
+        super().__init__(64, [16], 10)
+        self.mean = nn.Parameter(self[-1].weight.detach().clone(), requires_grad=False)
+        self.register_buffer("center", torch.zeros(16))
+
+    def after_step(self, step):
+        self.mean.lerp_(self[-1].weight, 0.5)
+        self.center = self.mean.mean(dim=0)
 
 
 class AsImages:
@@ -169,6 +203,14 @@ CHANGES = {
     "as on a GPU": {
         "data": {"batch_size": 32, "accumulate": 2, "eval": None},
         "optim": {"clip_norm": 0.5},
+        "model": {"class_path": f"{__name__}.Following"},
+        "as on": "gpu",
+    },
+    "named numbers and units": {
+        "data": {"batch_size": 32, "accumulate": 2, "eval": None},
+        "optim": {"clip_value": 0.5},
+        "log": {"every_steps": 7, "train_accuracy": True},
+        "loss": EvenDigits(),
         "as on": "gpu",
     },
 }

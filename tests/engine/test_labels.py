@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ddp_sgd.engine.loss_check import check_labels, count_classes, listed_targets
+from ddp_sgd.engine.labels import check_labels, count_classes, listed_targets
 from ddp_sgd.errors import DataError
 
 

@@ -5,10 +5,14 @@ from functools import partial
 
 import pytest
 import torch
+from ranks import run_ranks
 from torch import nn
 from torch.nn import functional
 
-from ddp_sgd.engine.loss_check import examine_loss, is_classification
+from ddp_sgd.engine.labels import is_classification
+from ddp_sgd.engine.loss_check import examine_loss, find_form, judge_loss, require_same_form
+from ddp_sgd.errors import ConfigError
+from ddp_sgd.named_losses import ONE_NUMBER, LossForm
 
 GENERATOR = torch.Generator().manual_seed(0)
 SCORES = torch.randn(8, 10, generator=GENERATOR)
@@ -173,3 +177,80 @@ def test_one_sample_cannot_tell():
 )
 def test_classification_is_a_matter_of_shapes(outputs, targets, right):
     assert is_classification(outputs, targets) is right
+
+
+class OfEven:
+    """The mean over even labels, and what else it gives."""
+
+    def __init__(self, units):
+        self.counts = units
+
+    def units(self, targets):
+        return self.counts((targets % 2 == 0).sum().item())
+
+    def __call__(self, outputs, targets):
+        is_even = targets % 2 == 0
+        each = functional.cross_entropy(outputs, targets, reduction="none")
+        return (each * is_even).sum() / is_even.sum()
+
+
+class ByName(OfEven):
+    def __call__(self, outputs, targets):
+        return {"even": super().__call__(outputs, targets), "all": focal(outputs, targets)}
+
+    def units(self, targets):
+        return {"even": super().units(targets), "all": len(targets)}
+
+
+@pytest.mark.parametrize(
+    ("loss", "notes"),
+    [
+        (OfEven(lambda even: even), ()),
+        (OfEven(lambda even: 3.0 * even), ()),
+        (OfEven(lambda even: even + 1), ("the loss of a batch is not the mean",)),
+        (ByName(lambda even: even), ("the loss is the sum of all, even",)),
+        (ByName(lambda even: 1), ("the loss is the sum of all, even", "the loss of a batch")),
+        (triplet, ("the loss of a batch is not the mean",)),
+    ],
+)
+def test_units_that_a_loss_gives_are_tried_out(loss, notes):
+    form = find_form(loss, loss(SCORES, LABELS), LABELS, torch.device("cpu"))
+    _, found = judge_loss(loss, form, SCORES, LABELS, one_by_one(LABELS))
+    assert len(found) == len(notes)
+    assert all(map(str.startswith, found, notes))
+
+
+def test_the_note_on_a_loss_that_depends_on_the_split_names_the_fix():
+    (note,) = judge_loss(triplet, ONE_NUMBER, SCORES, LABELS, one_by_one(LABELS))[1]
+    assert "by a method units(targets) of the loss" in note
+
+
+@pytest.mark.parametrize(
+    ("units", "message"),
+    [
+        (lambda even: 0, "loss.units gives 0 for a batch of the first samples"),
+        (lambda even: -even, "loss.units gives -3; let it give a finite number"),
+        (lambda even: 1 / 0, "loss.units fails on targets of int64 of shape .*ZeroDivisionError"),
+        (lambda even: {"even": 1}, "while loss gives one number"),
+    ],
+)
+def test_units_that_cannot_be_used_are_found_before_the_run(units, message):
+    loss = OfEven(units)
+    with pytest.raises(ConfigError, match=message):
+        find_form(loss, loss(SCORES, LABELS), LABELS, torch.device("cpu"))
+
+
+def names_by_rank(runtime, differ):
+    form = LossForm((f"a{runtime.rank if differ else 0}",), is_mapping=True)
+    require_same_form(form, runtime)
+    return form.names
+
+
+def test_names_that_differ_between_ranks_are_refused():
+    assert run_ranks(2, names_by_rank, False) == [("a0",)] * 2
+    errors = run_ranks(2, names_by_rank, True, raises=True)
+    found = [rank for rank, error in enumerate(errors) if error.error == "ConfigError"]
+    for rank in found:
+        line = f"loss gives a{rank} on rank {rank} and a{1 - rank} on rank {1 - rank}; let it give"
+        assert line in errors[rank].text
+    assert found

@@ -69,6 +69,15 @@ def test_synchronized_normalization_needs_all_ranks_in_each_pass(samples, tail, 
         assert "synchronized batch normalization of SyncBatchNorm" in refused(SYNCHRONIZED, plan)
 
 
+def test_a_run_that_ends_before_the_last_step_of_an_epoch_does_not_take_it():
+    config = RunConfig(data={"batch_size": 64}, steps=1)
+    check(SEPARATE, make_plan(config, samples=65, world_size=1))
+    config = RunConfig(data={"batch_size": 64}, steps=2)
+    assert "the last step of an epoch" in refused(
+        SEPARATE, make_plan(config, samples=65, world_size=1)
+    )
+
+
 def test_without_a_full_step_there_is_no_other_than_the_last():
     """Dropped, it would leave no step."""
     said = refused(SEPARATE, plan_of(3, 2, batch_size=64))

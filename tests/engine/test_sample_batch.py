@@ -3,7 +3,8 @@ import torch
 from torch.utils.data import IterableDataset
 
 from ddp_sgd.data import InMemory
-from ddp_sgd.engine.components import check_dataset, read_batch
+from ddp_sgd.engine.components import read_batch
+from ddp_sgd.engine.data_sets import check_dataset
 from ddp_sgd.errors import ConfigError, DataError
 
 

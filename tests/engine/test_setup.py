@@ -33,7 +33,7 @@ def test_a_collate_function_is_built_once_and_tried_on_both_data_sets():
 def test_evaluation_may_be_left_out():
     config = RunConfig(data={"eval": None})
     components = gather(config, **NOTHING)
-    assert components.eval_set is None
+    assert components.eval_sets == {}
     assert context_of(config, components, Runtime(), FRESH).score(lambda: False) == {}
 
 

@@ -8,7 +8,7 @@ from ddp_sgd.data.loader import MicroBatch, StepBatches
 from ddp_sgd.distributed.data_parallel import DataParallelModel
 from ddp_sgd.distributed.progress import ProgressTracker
 from ddp_sgd.distributed.runtime import Runtime
-from ddp_sgd.engine import step as module
+from ddp_sgd.engine import units as module
 from ddp_sgd.engine.step import Stepper
 from ddp_sgd.losses import Objective
 from ddp_sgd.optim.sgd import build_sgd
@@ -85,11 +85,21 @@ def test_clipping_shortens_the_gradient_and_reports_the_true_norm():
     )
 
 
-@pytest.mark.parametrize("poison", [math.nan, math.inf])
-@pytest.mark.parametrize("clip_norm", [None, 1.0])
-def test_a_step_without_a_finite_gradient_changes_nothing(poison, clip_norm):
+def test_clipping_by_value_clamps_each_element_and_reports_the_norm_before():
     model = linear()
-    take = stepper(model, clip_norm=clip_norm)
+    gradient = 2 * ((X @ model.weight.detach().T - Y) * X).mean(0)
+    assert gradient.abs().min() < 3.0 < gradient.abs().max()
+    result = stepper(model, clip_value=3.0).step(batches(2, 1), lr=1.0)
+    clamped = torch.tensor([0.5, -0.5]) - gradient.clamp(-3.0, 3.0)
+    torch.testing.assert_close(model.weight.detach()[0], clamped)
+    assert result.grad_norm.item() == pytest.approx(gradient.norm().item())
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("clipping", [{}, {"clip_norm": 1.0}, {"clip_value": 1.0}])
+def test_a_step_without_a_finite_gradient_changes_nothing(poison, clipping):
+    model = linear()
+    take = stepper(model, **clipping)
     take.step(batches(3), lr=0.1)
     weight = model.weight.detach().clone()
     momentum_buffer = take._optimizer.momentum_buffers[model.weight].clone()

@@ -2,11 +2,12 @@ import time
 
 import pytest
 
-from ddp_sgd.config import CheckpointConfig, RunConfig
+from ddp_sgd.config import CheckpointConfig, EvalConfig, RunConfig
 from ddp_sgd.engine import triggers as module
 from ddp_sgd.engine.triggers import Deadline, Timetable, read_deadline
 from ddp_sgd.plan import make_plan
 
+CUT = make_plan(RunConfig(steps=37), samples=320, world_size=1)
 PLAN = make_plan(RunConfig(epochs=4), samples=320, world_size=1)  # 10 steps per epoch, 40 in all
 
 
@@ -23,6 +24,44 @@ def test_saves_by_epochs_by_steps_and_always_at_the_end():
     assert due(every_epochs=2, every_steps=15) == [15, 20, 30, 40]
 
 
+def scored(plan=PLAN, **section):
+    table = Timetable(CheckpointConfig(), plan, row_steps=10, score=EvalConfig(**section))
+    return [step for step in range(1, plan.total_steps + 1) if table.score_is_due_at(step)]
+
+
+def test_scores_by_epochs_by_steps_and_always_at_the_end():
+    assert scored() == [10, 20, 30, 40]
+    assert scored(every_epochs=3) == [30, 40]
+    assert scored(every_steps=15) == [15, 30, 40]
+    assert scored(every_steps=15, every_epochs=1) == [10, 15, 20, 30, 40]
+    assert scored(every_steps=1000) == [40]
+
+
+def test_a_run_that_ends_within_an_epoch_is_scored_and_saved_there():
+    assert scored(CUT) == [10, 20, 30, 37]
+    assert scored(CUT, every_epochs=2) == [20, 37]
+    assert scored(CUT, every_steps=18) == [18, 36, 37]
+    table = Timetable(CheckpointConfig(every_epochs=2), CUT, row_steps=100)
+    assert [step for step in range(1, 38) if table.save_is_due_at(step)] == [20, 37]
+    assert [step for step in range(1, 38) if table.row_is_due_at(step, 0)] == [10, 20, 30, 37]
+
+
+@pytest.mark.parametrize(
+    ("section", "saves"),
+    [
+        ({}, [10, 12, 20, 24, 30, 36, 40]),
+        ({"every_epochs": 4}, [12, 24, 36, 40]),
+        ({"every_epochs": None}, [40]),
+        ({"every_epochs": None, "every_steps": 15}, [15, 30, 40]),
+    ],
+)
+def test_what_is_scored_by_steps_is_saved_unless_saves_by_epochs_are_off(section, saves):
+    table = Timetable(
+        CheckpointConfig(**section), PLAN, row_steps=10, score=EvalConfig(every_steps=12)
+    )
+    assert [step for step in range(1, 41) if table.save_is_due_at(step)] == saves
+
+
 def test_rows_by_steps_and_at_the_end_of_each_epoch():
     table = Timetable(CheckpointConfig(), PLAN, row_steps=7)
     rows = [0]
@@ -37,11 +76,13 @@ def test_rows_by_steps_and_at_the_end_of_each_epoch():
     "section", [{}, {"every_epochs": 3, "every_steps": 15}, {"every_epochs": None}]
 )
 @pytest.mark.parametrize("row_steps", [1, 7, 1000])
-def test_nothing_is_due_before_the_next_date(section, row_steps):
-    table = Timetable(CheckpointConfig(**section), PLAN, row_steps=row_steps)
-    for step in range(40):
+@pytest.mark.parametrize(("plan", "every_steps"), [(PLAN, None), (CUT, None), (PLAN, 6), (CUT, 6)])
+def test_nothing_is_due_before_the_next_date(section, row_steps, plan, every_steps):
+    score = EvalConfig(every_steps=every_steps)
+    table = Timetable(CheckpointConfig(**section), plan, row_steps=row_steps, score=score)
+    for step in range(plan.total_steps):
         date = table.next_date(step)
-        assert step < date <= 40
+        assert step < date <= plan.total_steps
         for between in range(step + 1, date):
             assert not table.save_is_due_at(between)
             assert not table.row_is_due_at(between, step)

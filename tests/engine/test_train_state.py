@@ -12,7 +12,7 @@ from torch import nn
 from ddp_sgd.checkpointing.serialization import read_tensors, refuse_foreign, write_checkpoint
 from ddp_sgd.checkpointing.store import CheckpointFolder, SkippedSteps
 from ddp_sgd.config import RunConfig
-from ddp_sgd.data.sampler import ORDER
+from ddp_sgd.data.order import ORDER
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine.buffers import TrainingBuffers
 from ddp_sgd.engine.train_state import (

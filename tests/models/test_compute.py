@@ -265,36 +265,48 @@ def test_a_gradient_that_no_scale_makes_finite_ends_the_run(tmp_path):
     assert [row["train/overflow_steps"] for row in rows_of(tmp_path)][-1] == 16
 
 
+CLIP = 0.001
+
+
 def small_loss(outputs, targets):
     """Give a loss whose gradient fits into 16 bits at a scale of 2^16."""
     return 0.01 * nn.functional.mse_loss(outputs, targets)
 
 
-def test_scaled_steps_against_a_replay(tmp_path):
+def shorten(gradient):
+    norm = torch.cat([g.flatten() for g in gradient]).norm()
+    assert norm > CLIP
+    return [g * (CLIP / norm) for g in gradient]
+
+
+def clamp(gradient):
+    assert max(g.abs().max() for g in gradient) > CLIP
+    return [g.clamp(-CLIP, CLIP) for g in gradient]
+
+
+@pytest.mark.parametrize(("key", "clip"), [("clip_norm", shorten), ("clip_value", clamp)])
+def test_scaled_steps_against_a_replay(key, clip, tmp_path):
     """Unscaled, clipped and accumulated by hand, from the gradients that autocast gives."""
     targets = ROWS.sum(dim=1, keepdim=True)
     case = Case(
         model=partial(nn.Linear, 4, 1), data=partial(TensorDataset, ROWS, targets), dtype=None,
         loss=lambda: small_loss,
     )  # fmt: skip
-    clip = 0.001
     outcome = train(
         case,
         Runtime(),
         tmp_path,
         accumulate=3,
         compute=FP16,
-        optim={"clip_norm": clip, "weight_decay": 0.0},
+        optim={key: CLIP, "weight_decay": 0.0},
     )
     model = case.build_model()
     weights = [p.detach().clone() for p in model.parameters()]
     buffers = [torch.zeros_like(w) for w in weights]
     for epoch in range(3):
         gradient = gradient_under_autocast(model, targets, epoch)
-        norm = torch.cat([g.flatten() for g in gradient]).norm()
-        assert norm > clip
-        for weight, buffer, g in zip(weights, buffers, gradient, strict=True):
-            buffer.mul_(MOMENTUM).add_(g * (clip / norm))
+        for weight, buffer, g in zip(weights, buffers, clip(gradient), strict=True):
+            buffer.mul_(MOMENTUM).add_(g)
             weight.sub_(LR * buffer)
         for p, weight in zip(model.parameters(), weights, strict=True):
             p.data.copy_(weight)

@@ -77,7 +77,7 @@ CASES = {
     "a loss in a mapping": (
         Case(**MLP, loss=lambda: networks.as_mapping),
         (ALONE, TOGETHER),
-        ("loss is as_mapping, which gives a dict", "a tensor without dimensions"),
+        ("loss is as_mapping, which gives float64 of shape", "for each; let it give a tensor"),
     ),
     "a loss without a gradient": (
         Case(**MLP, loss=lambda: networks.detached),

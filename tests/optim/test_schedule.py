@@ -14,6 +14,7 @@ from torch.optim import lr_scheduler
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.errors import ConfigError
 from ddp_sgd.optim.schedule import (
+    build_momentum,
     build_schedule,
     constant,
     cosine,
@@ -223,6 +224,174 @@ def _build(samples=1000, world_size=4, **sections):
     config = RunConfig.model_validate({"epochs": 10, **sections})
     plan = make_plan(config, samples=samples, world_size=world_size)
     return build_schedule(config.schedule, plan), plan
+
+
+EPOCHS, PEAK = 90, 0.4
+
+
+def _per_epoch(build):
+    """Rates of a recipe that steps torch's scheduler after each epoch, by epoch."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return [PEAK * rate for rate in _rates_of_torch(EPOCHS, build)]
+
+
+def _torchvision(main, warmup_epochs=5, decay=0.01):
+    """The schedule of torchvision's reference script for classification."""
+
+    def build(optimizer):
+        warm = lr_scheduler.LinearLR(optimizer, start_factor=decay, total_iters=warmup_epochs)
+        both = [warm, main(optimizer, EPOCHS - warmup_epochs)]
+        return lr_scheduler.SequentialLR(optimizer, both, milestones=[warmup_epochs])
+
+    return _per_epoch(build)
+
+
+def _timm(**arguments):
+    """What timm's script takes by default: a cosine that is stepped by epoch."""
+    from timm.scheduler import CosineLRScheduler  # which takes seconds to import
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=PEAK)
+    scheduler = CosineLRScheduler(optimizer, **arguments)
+    rates = []
+    for epoch in range(EPOCHS):
+        scheduler.step(epoch)
+        rates.append(optimizer.param_groups[0]["lr"])
+    return rates
+
+
+def _annealed(optimizer, length):
+    return lr_scheduler.CosineAnnealingLR(optimizer, T_max=length)
+
+
+SHIFTED = {"by": "epoch", "warmup": "shift", "warmup_epochs": 5, "warmup_start": 0.01}
+TIMM = {"by": "epoch", "warmup_epochs": 5, "warmup_start": 1e-5 / PEAK}
+RECIPES = {
+    "torchvision, StepLR": (
+        {"name": "step", "milestones": [30, 60], "by": "epoch", "warmup_epochs": 0},
+        lambda: _per_epoch(lambda o: lr_scheduler.StepLR(o, 30, 0.1)),
+    ),
+    "torchvision, cosine after a warm-up": (SHIFTED, lambda: _torchvision(_annealed)),
+    "torchvision, cosine to lr_min": (
+        SHIFTED | {"final": 0.05},
+        lambda: _torchvision(lambda o, n: lr_scheduler.CosineAnnealingLR(o, T_max=n, eta_min=0.05)),
+    ),
+    "torchvision, StepLR after a warm-up": (
+        SHIFTED | {"name": "step", "milestones": [30, 60]},
+        lambda: _torchvision(lambda o, _: lr_scheduler.StepLR(o, 30, 0.1)),
+    ),
+    "timm": (
+        TIMM | {"warmup": "replace"},
+        lambda: _timm(t_initial=90, warmup_t=5, warmup_lr_init=1e-5),
+    ),
+    "timm, warmup_prefix": (
+        TIMM | {"warmup": "shift", "final": 0.1},
+        lambda: _timm(
+            t_initial=85, warmup_t=5, warmup_lr_init=1e-5, warmup_prefix=True, lr_min=0.04
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_of_torchvision_and_timm_at_every_step_of_90_epochs(recipe):
+    section, theirs = RECIPES[recipe]
+    schedule, plan = _build(
+        epochs=EPOCHS,
+        schedule=section,
+        optim={"lr": PEAK, "scaling": "none"},
+    )
+    assert (plan.steps_per_epoch, plan.peak_lr) == (8, PEAK)
+    rates = [plan.peak_lr * schedule(step) for step in range(plan.total_steps)]
+    expected = [rate for rate in theirs() for _ in range(8)]
+    assert rates == pytest.approx(expected, rel=0, abs=1e-6 * PEAK)
+
+
+def test_by_step_a_shifted_warm_up_is_sequential_in_torch():
+    section = {"warmup": "shift", "warmup_steps": 13, "warmup_start": 0.1}
+    schedule, plan = _build(schedule=section)
+    assert plan.total_steps == 80
+
+    def theirs(optimizer):
+        warm = lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=13)
+        both = [warm, lr_scheduler.CosineAnnealingLR(optimizer, T_max=80 - 13)]
+        return lr_scheduler.SequentialLR(optimizer, both, milestones=[13])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        rates = _rates_of_torch(80, theirs)
+    assert [schedule(step) for step in range(80)] == pytest.approx(rates, rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("warmup", ["multiply", "shift", "replace"])
+@pytest.mark.parametrize("name", ["constant", "cosine", "linear", "polynomial"])
+def test_a_warm_up_begins_at_its_start_and_ends_at_the_curve(name, warmup):
+    section = {"name": name, "warmup_steps": 20, "warmup_start": 0.1}
+    schedule, plan = _build(schedule=section | {"warmup": warmup})
+    alone, _ = _build(schedule={"name": name, "warmup_steps": 0})
+    steps = range(20, 80)
+    assert schedule(0) == pytest.approx(0.1, rel=ROUNDING)
+    if warmup == "shift":
+        shorter = {"constant": constant(), "cosine": cosine(60, 0.0), "linear": linear(60, 0.0)}
+        then = shorter.get(name, polynomial(60, 2.0, 0.0))
+        assert [schedule(step) for step in steps] == [then(step - 20) for step in steps]
+        assert schedule(10) == pytest.approx(0.55, rel=ROUNDING)
+    else:
+        assert [schedule(step) for step in steps] == [alone(step) for step in steps]
+        whole = 1.0 if warmup == "replace" else alone(10)
+        assert schedule(10) == pytest.approx(0.55 * whole, rel=ROUNDING)
+    assert plan.warmup == warmup
+
+
+def test_a_warm_up_that_shifts_beyond_the_end_of_the_run_is_cut_off():
+    schedule, plan = _build(epochs=2, schedule={"warmup": "shift", "warmup_epochs": 4})
+    assert plan.warmup_steps == 2 * plan.total_steps == 32
+    assert schedule(15) == pytest.approx(0.25 + 0.75 * 15 / 32)
+
+
+@pytest.mark.parametrize("name", ["constant", "cosine", "linear", "polynomial", "one_cycle"])
+def test_by_epoch_all_steps_of_an_epoch_have_the_rate_of_the_first(name):
+    schedule, plan = _build(schedule={"name": name, "by": "epoch"})
+    by_step, _ = _build(schedule={"name": name})
+    for step in range(plan.total_steps):
+        assert schedule(step) == by_step(step // 8 * 8)
+
+
+MOMENTUM = {"momentum_start": 0.5, "warmup_epochs": 2}
+
+
+def test_momentum_rises_along_the_warm_up_in_a_straight_line():
+    _, plan = _build(schedule=MOMENTUM)
+    momentum = build_momentum(plan)
+    assert plan.warmup_steps == 16
+    for step in range(80):
+        expected = 0.5 + 0.4 * min(1.0, step / 16)
+        assert momentum(step) == pytest.approx(expected, rel=ROUNDING)
+    assert {momentum(step) for step in range(16, 80)} == {0.9}  # to the bit
+
+
+def test_momentum_may_fall_and_may_change_by_epoch():
+    section = {"momentum_start": 0.95, "warmup_epochs": 1.5, "by": "epoch"}
+    _, plan = _build(schedule=section, optim={"momentum": 0.85})
+    momentum = build_momentum(plan)
+    assert {momentum(step) for step in range(8)} == {0.95}
+    assert momentum(8) == momentum(15) == pytest.approx(0.95 - 0.1 * 8 / 12)
+    assert {momentum(step) for step in range(16, 80)} == {0.85}
+
+
+def test_momentum_that_does_not_change_has_no_schedule():
+    assert build_momentum(_build()[1]) is None
+
+
+@pytest.mark.parametrize("warm", [{"warmup_epochs": 0}, {"warmup_steps": 0}, {}])
+def test_momentum_along_no_warm_up_is_refused(warm):
+    """Whether ``auto`` is none is known with the plan: it is one rank at its own batch."""
+    with pytest.raises(ConfigError) as caught:
+        _build(world_size=1, schedule={"momentum_start": 0.5, **warm})
+    assert str(caught.value) == (
+        "schedule.momentum_start is 0.5 while the run has no warm-up; set "
+        "schedule.warmup_epochs=3 or so."
+    )
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 30, 31, 90])

@@ -53,6 +53,37 @@ def test_twenty_steps_against_the_formula(momentum, nesterov, decay):
     assert steps(model, optimizer, gradients, rates) == pytest.approx(expected, rel=1e-13)
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_momentum_that_changes_between_steps_is_that_of_each_step(dtype, nesterov):
+    """From 0 on, which is a momentum like any other."""
+    momenta = [0.0, 0.0, 0.3, 0.6, 0.9, 0.9]
+    gradients = torch.randn(6, 3, 2, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    model, start = nn.Linear(2, 3, bias=False, dtype=dtype), torch.ones(3, 2, dtype=dtype)
+    model.weight.data.copy_(start)
+    optimizer = build_sgd(model, momentum=0.9, nesterov=nesterov)
+    p, v = start.double(), torch.zeros(3, 2, dtype=torch.float64)
+    for momentum, gradient in zip(momenta, gradients, strict=True):
+        optimizer.momentum = momentum
+        model.weight.grad = gradient.clone()
+        optimizer.step(0.1)
+        v = momentum * v + gradient
+        p = p - 0.1 * (gradient + momentum * v if nesterov else v)
+    # 6 steps of a handful of roundings each
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-14
+    assert torch.allclose(model.weight.double(), p, rtol=tolerance, atol=tolerance)
+
+
+def test_no_momentum_forgets_what_was_before_to_the_bit():
+    model = One(0.7)
+    optimizer = build_sgd(model, momentum=0.9)
+    steps(model, optimizer, [1.0], [0.1])
+    optimizer.momentum = 0.0
+    before = model.weight.item()
+    assert steps(model, optimizer, [0.5], [0.1]) == [before - 0.1 * 0.5]
+    assert optimizer.momentum_buffers[model.weight].item() == 0.5
+
+
 def test_who_decays():
     model = ConvNet(widths=[4, 4], batch_norm=True)
     decayed, spared = build_sgd(model, weight_decay=0.5).param_groups

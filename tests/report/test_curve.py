@@ -26,8 +26,8 @@ COSINE = """\
         0              10      20 epochs"""
 
 
-def _draw(schedule, *, samples=1437, world_size=4, epochs=20, **size):
-    config = RunConfig.model_validate({"epochs": epochs, "schedule": schedule})
+def _draw(schedule, *, samples=1437, world_size=4, epochs=20, steps=None, **size):
+    config = RunConfig.model_validate({"epochs": epochs, "steps": steps, "schedule": schedule})
     plan = make_plan(config, samples=samples, world_size=world_size)
     return curve(plan, build_schedule(config.schedule, plan), **size)
 
@@ -56,6 +56,12 @@ def test_every_curve_fits_its_frame_and_is_ascii(name, samples, epochs):
     assert labels.endswith(f" {epochs} epoch" + "s" * (epochs > 1))
     columns = list(zip(*(line[margin + 1 :].ljust(60) for line in plot), strict=True))
     assert all(set(column) != {" "} for column in columns)
+
+
+def test_the_axis_of_a_run_of_some_steps_ends_with_it():
+    text = _draw({}, epochs=20, steps=30)
+    assert text.endswith(" 2.53445 epochs")
+    assert " 1.26722 " in text.splitlines()[-1]
 
 
 def test_a_rate_of_zero_is_drawn_as_such():

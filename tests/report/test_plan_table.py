@@ -3,8 +3,10 @@ import pytest
 from ddp_sgd.config.schema import ComputeConfig, RunConfig
 from ddp_sgd.config.sections import DataConfig
 from ddp_sgd.optim.schedule import build_schedule
-from ddp_sgd.plan import make_plan
-from ddp_sgd.report.plan_table import plan_lines, plan_table
+from ddp_sgd.plan import OrderFacts, make_plan
+from ddp_sgd.report.plan_table import plan_lines, plan_table, update_words
+
+HALVES = {"class_path": "user_code.decay_by_halves", "call": False}
 
 GOLDEN = """\
 Batches
@@ -83,6 +85,52 @@ def test_table_word_for_word():
 
 def test_lines_word_for_word():
     assert _lines(_accumulating()) == GOLDEN_LINES
+
+
+def _folded(text):
+    return " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"schedule": {"by": "epoch"}}, "cosine, by epoch"),
+        ({"schedule": {"curve": HALVES}}, "user_code.decay_by_halves"),
+        ({"schedule": {"warmup_steps": 5, "warmup": "shift"}}, "then the schedule begins"),
+        ({"schedule": {"warmup_steps": 5, "warmup": "replace"}}, "in place of the schedule"),
+        ({"schedule": {"warmup_steps": 5, "momentum_start": 0.5}}, "0.5 -> 0.9 over 5 steps"),
+    ],
+)
+def test_what_a_schedule_has_beside_its_name(sections, words):
+    parts = _plan(epochs=3, **sections)
+    assert words in _folded(plan_table(*parts))
+    assert words in " ".join(_lines(parts))
+    assert words not in _folded(plan_table(*_plan(epochs=3)))
+
+
+def test_a_run_of_some_steps_has_a_part_of_an_epoch():
+    parts = _plan(steps=30, schedule={"warmup_steps": 5})
+    (line,) = [line for line in _lines(parts) if line.startswith("steps")]
+    start, *_ = line.split(";")
+    assert start == "steps     12 per epoch, 30 in 2.53445 epochs"
+    table = plan_table(*parts)
+    assert "  2.53445 epochs        30 steps (3,642 samples)\n" in table
+    assert "5 steps (640 samples, 0.4454 of 2.53445 epochs) from" in _folded(table)
+    assert table.splitlines()[-1].split() == ["29", "2.45", "3,514", "0.00054781"]
+
+
+def test_a_run_that_ends_in_its_first_epoch_has_no_last_step_of_one():
+    table = plan_table(*_plan(steps=3))
+    assert "every step is full" in table
+    assert "the last step of an epoch" not in table
+    assert "smallest micro-batch of the run: 32 samples" in table
+
+
+def test_milestones_that_shift_beyond_the_end_are_noted():
+    section = {"name": "step", "milestones": [2.0], "warmup_epochs": 1, "warmup": "shift"}
+    note = "milestones [2] are not reached in 3 epochs"
+    assert note in plan_table(*_plan(epochs=3, schedule=section))
+    assert note not in plan_table(*_plan(epochs=3, schedule=section | {"warmup": "multiply"}))
 
 
 @pytest.mark.parametrize(
@@ -193,6 +241,28 @@ def test_transforms_are_named(data, line, rows):
     assert [" ".join(row.split()) for row in batches[7:]] == rows
 
 
+def test_several_held_out_sets_and_a_test_set_are_named():
+    plan, factors, milestones = _plan()
+    (one, two) = _listed("A", "B")
+    sets = "eval/b, eval/a; the best checkpoint by eval/b"
+    best = "test, once at the end, with the weights of the best checkpoint"
+    for data, words in (
+        ({"eval": one}, []),
+        ({"eval": {"b": one}}, ["eval/b; the best checkpoint by eval/b"]),
+        ({"eval": {"b": one, "a": two}}, [sets]),
+        ({"eval": {"b": one, "a": two}, "test": two}, [sets, best]),
+        ({"eval": None, "test": two}, ["test, once at the end, with the last weights"]),
+    ):
+        section = DataConfig(**data)
+        lines = plan_lines(plan, milestones, data=section)
+        assert lines[5:] == ([f"scores    {'; '.join(words)}"] if words else [])
+        table = plan_table(plan, factors, milestones, data=section)
+        batches = table.partition("\n\nSteps")[0].splitlines()
+        text = " ".join(" ".join(batches[7:]).split())
+        assert text == (f"scores {' '.join(words)}" if words else "")
+        assert max(map(len, table.splitlines())) <= 80
+
+
 def test_many_transforms_are_wrapped():
     many = DataConfig(train_transforms=_listed(*["RandomHorizontalFlip"] * 20))
     table = plan_table(*_plan(), data=many)
@@ -262,4 +332,78 @@ def test_the_precision_is_named_first(compute, rows):
     table = plan_table(plan, schedule, milestones, compute)
     block = table.split("Computation\n")[1].split("\n\n")[0]
     assert [line.removeprefix("  precision").strip() for line in block.splitlines()] == rows
+    assert max(map(len, table.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("data", "size", "words"),
+    [
+        ({}, None, None),
+        ({"input": "image", "target": 1}, None, "input image, target 1"),
+        ({"input": ["ids", "mask"]}, None, "input [ids, mask], no target"),
+        ({}, 256, "evaluated by 256 on one rank in one pass"),
+    ],
+)
+def test_parts_of_samples_and_the_batch_of_evaluations_are_named(data, size, words):
+    config = RunConfig(data=data, eval={"batch_size": size})
+    plan, *rest = _plan()
+    sections = config.compute, config.data, config.eval
+    lines = [line for line in plan_lines(plan, (), *sections) if line.startswith("samples")]
+    assert lines == ([f"samples   {words}"] if words else [])
+    table = plan_table(plan, *rest, *sections)
+    assert (f"  samples               {words}\n" in table) is bool(words)
+    assert ("\n  samples  " in table) is bool(words)
+
+
+@pytest.mark.parametrize(
+    ("order", "facts", "words"),
+    [
+        ("shuffled", (1437, 1437), None),
+        ("sequential", (1437, 1437), "sequential"),
+        ("my.Buckets", (1437, 1437), "Buckets, each sample once"),
+        ("my.Buckets", (1400, 1400), "Buckets, reads 1,400 of 1,437 samples"),
+        (
+            "my.Buckets",
+            (2000, 1437, 400),
+            "Buckets, reads 1,437 of 1,437 samples, 400 of them more than once",
+        ),
+    ],
+)
+def test_an_order_that_is_no_shuffling_is_named_with_what_it_reads(order, facts, words):
+    chosen = {"class_path": order} if "." in order else order
+    config = RunConfig(data={"order": chosen})
+    plan = make_plan(
+        config, samples=1437, world_size=4, facts_of_order=lambda _: OrderFacts(*facts)
+    )
+    lines = plan_lines(plan, (), data=config.data)
+    table = plan_table(plan, build_schedule(config.schedule, plan), (), data=config.data)
+    found = [line for line in lines if line.startswith("order")]
+    assert found == ([f"order     {words}"] if words else [])
+    first, _, rest = (words or "").partition(" than once")
+    assert (f"  order                 {first}\n" in table) is bool(words)
+    assert not rest or f"\n{' ' * 24}once" in table
+    assert ("order" in table) is bool(words)
+    steps = -(-facts[0] // 128)
+    assert f"steps     {steps} per epoch" in "\n".join(lines)
+
+
+def test_what_is_set_of_the_update_is_named():
+    assert update_words(RunConfig()) == []
+    words = update_words(
+        RunConfig(loss=None, optim={"clip_value": 0.5}, log={"train_accuracy": True})
+    )
+    assert words == [
+        "the output of the model is the loss",
+        "elements of the gradient clipped to +-0.5",
+        "accuracy of training logged",
+    ]
+    assert update_words(RunConfig(optim={"clip_norm": 2.0})) == [
+        "gradient clipped to an L2 norm of 2.0"
+    ]
+    plan, schedule, milestones = _plan()
+    lines = plan_lines(plan, milestones, update=words)
+    assert lines[5] == f"update    {'; '.join(words)}"
+    table = plan_table(plan, schedule, milestones, update=words)
+    block = table.split("Computation\n")[1].split("\n\n")[0].splitlines()
+    assert [line.removeprefix("  update").strip() for line in block[1:]] == words
     assert max(map(len, table.splitlines())) <= 80

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import termios
+from dataclasses import replace
 
 import pytest
 from limits import WAIT_S
@@ -45,6 +46,34 @@ END = {"status": "finished", "step": 4, "samples": 128, "wall_s": 2.0, "eval/los
        "eval/accuracy": 0.5, "eval/correct": 5, "eval/count": 10}  # fmt: skip
 
 
+def test_numbers_that_a_loss_names_stand_beside_it(record, capsys):
+    progress = Progress()
+    progress.start(record)
+    for step, box in enumerate([1.0, 2.0, None, 5.0], start=1):
+        named = {"train/box": box, "train/none": None, "train/accuracy": 0.5}
+        progress.write([("train", train_row(step, 4.0, **named))])
+    progress.write([("eval", {"eval/loss": 0.25, "eval/box": 0.125, "eval/count": 10})])
+    progress.finish({**END, "eval/box": 0.125})
+    out = capsys.readouterr().out
+    assert "step       2  loss 4.0000  box 1.5000  accuracy 0.5000  lr 0.1" in out
+    assert "step       4  loss 4.0000  box 5.0000  accuracy 0.5000  lr 0.1" in out
+    assert "eval loss 0.2500  box 0.1250\n" in out
+    assert "eval loss 0.2500  box 0.1250  accuracy 50.00 % (5/10), 64" in out
+
+
+def test_numbers_that_a_loss_names_stand_beside_it_for_each_set(record, capsys):
+    progress = Progress()
+    progress.start(record)
+    sets = {"eval/near/loss": 0.25, "eval/near/box": 0.125, "eval/near/count": 10}
+    sets |= {"eval/far/loss": 0.5, "eval/far/box": 0.75, "eval/far/count": 10}
+    progress.write([("eval", sets)])
+    progress.write([("eval", {"test/step": 2, "test/loss": 1.0, "test/box": 2.0, "test/count": 3})])
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert "eval/near loss 0.2500  box 0.1250" in lines
+    assert "eval/far loss 0.5000  box 0.7500" in lines
+    assert "test loss 1.0000  box 2.0000" in lines
+
+
 def test_plain_lines_where_nobody_watches(record, capsys):
     progress = Progress()
     progress.start(record)
@@ -69,6 +98,19 @@ def test_plain_lines_where_nobody_watches(record, capsys):
         "all, "
         f"results in {record.folder}\n"
     )
+
+
+def test_a_line_at_the_end_of_a_run_within_an_epoch(record, capsys):
+    plan = make_plan(RunConfig(steps=3), samples=64, world_size=1)
+    progress = Progress()
+    progress.start(replace(record, plan=plan))
+    for step in (1, 2, 3):
+        progress.write([("train", train_row(step, 4.0 / step))])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+    assert [line.partition("  loss")[0] for line in lines] == [
+        "epoch      1/1.5  step       2",
+        "epoch    1.5/1.5  step       3",
+    ]
 
 
 def test_skipped_steps_and_a_lost_loss_are_said(record, capsys):

@@ -163,6 +163,32 @@ def test_the_best_accuracy_is_that_of_all_attempts(record, said):
     assert (summary["best/eval/accuracy"], summary["eval/accuracy"]) == (0.7, 0.4)
 
 
+def test_the_first_of_several_sets_has_the_best_accuracy_and_the_test_set_a_row(record, said):
+    """The test set is scored where the last evaluation is: its row comes after that."""
+
+    def scores(step, share):
+        place = {"time": 1.7e9 + step, "step": step, "epoch": step / 60, "samples": 32 * step}
+        named = {"eval/b/accuracy": share, "eval/a/loss": 0.1, "eval/a/accuracy": 1.0}
+        return "eval", {**place, "eval/b/loss": 0.5, **named}
+
+    _, last = scores(60, 0.5)
+    place = {key: last[key] for key in ("time", "step", "epoch", "samples")}
+    tested = "eval", {**place, "test/step": 30, "test/loss": 0.2, "test/count": 8}
+    attempt(record, said, rows=[scores(30, 0.75), ("eval", last), tested])
+    summary = {}
+    for item in offline_records(record.folder, "summary"):
+        summary.update(item["summary"]["update"])
+    assert summary["best/eval/b/accuracy"] == 0.75
+    assert "best/eval/a/accuracy" not in summary
+    assert (summary["eval/b/accuracy"], summary["test/loss"], summary["test/step"]) == (
+        0.5,
+        0.2,
+        30,
+    )
+    history = [item["history"]["item"] for item in offline_records(record.folder, "history")]
+    assert [row["_step"] for row in history] == [1921, 3841, 3842]
+
+
 def test_the_journal_is_followed_where_a_resumed_run_has_replaced_it(record, said):
     """By hand, over two attempts of a trainer that has W&B disabled."""
     off = WandbConfig(mode="disabled")
