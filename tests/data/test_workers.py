@@ -66,7 +66,13 @@ def leave_garbage_to_a_loader_process(runtime):
     batches = list(start_workers(loader))
     gc.collect()
     pids = [told.recv() for _ in iter(told.poll, False)]
-    return len(batches), all(is_on for _, is_on, _ in batches), gc.isenabled(), set(pids), os.getpid()
+    return (
+        len(batches),
+        all(is_on for _, is_on, _ in batches),
+        gc.isenabled(),
+        set(pids),
+        os.getpid(),
+    )
 
 
 def test_garbage_of_a_rank_is_not_collected_by_its_loader_processes():
