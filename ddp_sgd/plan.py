@@ -303,8 +303,8 @@ def _warmup_steps(
 ) -> int:
     steps = schedule.warmup_steps
     if steps is None:
-        rises = schedule.name == "one_cycle" or schedule.curve is not None  # if it is to rise
-        auto = 0.0 if scale <= 1 or rises else min(5.0, total_steps / steps_per_epoch / 10)
+        has_own_rise = schedule.name == "one_cycle" or schedule.curve is not None
+        auto = 0.0 if scale <= 1 or has_own_rise else min(5.0, total_steps / steps_per_epoch / 10)
         epochs = auto if schedule.warmup_epochs == "auto" else schedule.warmup_epochs
         steps = round(epochs * steps_per_epoch)
     if steps == 0 and schedule.momentum_start is not None:

@@ -209,7 +209,7 @@ def _rate_rows(plan: Plan) -> list[tuple[str, str]]:
         ("k", f"{plan.scale:.6g} = {reference}"),
         ("rule", _RULES[plan.scaling]),
         ("peak", f"{plan.peak_lr:.6g} for {_count(plan.global_batch, 'sample')} per step"),
-        *_wrapped("schedule", _curve_words(plan)),
+        ("schedule", _curve_words(plan)),
         *_wrapped("warm-up", _warm_up(plan)),
         *([("momentum", _momentum(plan))] if plan.momentum_start is not None else []),
     ]
