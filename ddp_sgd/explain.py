@@ -13,7 +13,8 @@ from ddp_sgd.errors import ConfigError, DataError
 from ddp_sgd.instantiate import instantiate
 from ddp_sgd.optim.schedule import build_schedule
 from ddp_sgd.plan import OrderFacts, Plan, make_plan
-from ddp_sgd.report.plan_table import curve, plan_table, update_words
+from ddp_sgd.report.curve import curve
+from ddp_sgd.report.plan_table import plan_table, update_words
 from ddp_sgd.scaling import Network, Workload, scaling_table
 
 _RANGES = {

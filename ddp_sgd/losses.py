@@ -7,6 +7,7 @@ from contextlib import suppress
 from functools import partial
 from types import FunctionType
 from typing import Any, Literal, cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -217,6 +218,10 @@ class ModelLoss:
         return outputs
 
 
+_KNOWN: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+"""Losses whose signature was looked at, which takes longer than a small layer."""
+
+
 def call_loss(loss: LossFunction, outputs: Any, targets: Any) -> Any:
     """Call a loss: with outputs alone where there are no targets, unless it takes both."""
     if targets is None and not _takes_both(loss):
@@ -226,14 +231,19 @@ def call_loss(loss: LossFunction, outputs: Any, targets: Any) -> Any:
 
 def _takes_both(loss: Any) -> bool:
     """Whether a loss has two positional arguments without a default value."""
+    with suppress(KeyError, TypeError):  # not known yet, or no key of a dictionary
+        return _KNOWN[loss]
     function = loss.forward if isinstance(loss, nn.Module) else loss
+    takes_both = False
     try:
         inspect.signature(function).bind(None)
     except TypeError:
-        return True
+        takes_both = True
     except ValueError:  # a function that is not written in Python
-        return False
-    return False
+        pass
+    with suppress(TypeError):
+        _KNOWN[loss] = takes_both
+    return takes_both
 
 
 def refuse_reduction(loss: LossFunction) -> None:

@@ -187,9 +187,8 @@ def make_plan(
     steps_per_epoch, samples_per_epoch = _epoch(data, read.length, world_size, global_batch)
     total_steps = config.steps or config.epochs * steps_per_epoch
     epochs, rest = divmod(total_steps, steps_per_epoch)
-    before_last = (steps_per_epoch - 1) * global_batch
-    last_batch = samples_per_epoch - before_last if epochs else global_batch
-    sizes = min(global_batch, samples_per_epoch), last_batch
+    tail = samples_per_epoch - (steps_per_epoch - 1) * global_batch
+    sizes = min(global_batch, samples_per_epoch), tail if epochs else global_batch
     scale = global_batch / reference_batch
     peak_lr = _peak_lr(optim, scale)
     local = config.parallel.local_sgd
@@ -205,7 +204,7 @@ def make_plan(
         repeated_samples=read.repeated,
         steps_per_epoch=steps_per_epoch,
         samples_per_epoch=samples_per_epoch,
-        last_batch=last_batch,
+        last_batch=sizes[1],
         smallest_micro_batch=_smallest_micro_batch(sizes, world_size, data.batch_size),
         epochs=epochs + (rest > 0),
         total_steps=total_steps,
@@ -215,7 +214,6 @@ def make_plan(
         scaling=optim.scaling,
         base_lr=optim.lr,
         peak_lr=peak_lr,
-        momentum=optim.momentum,
         **_schedule(config, total_steps, steps_per_epoch, scale, peak_lr),
         local_start=local.start_step if world_size > 1 else None,
         local_period=local.period,
@@ -286,7 +284,7 @@ def _peak_lr(optim: OptimConfig, scale: float) -> float:
 def _schedule(
     config: RunConfig, total_steps: int, steps_per_epoch: int, scale: float, peak_lr: float
 ) -> dict[str, Any]:
-    """Fields of the plan that follow from the section ``schedule``."""
+    """Fields of the plan that follow from the section ``schedule``, and momentum."""
     schedule = config.schedule
     start = schedule.warmup_start
     return {
@@ -295,6 +293,7 @@ def _schedule(
         "warmup": schedule.warmup,
         "warmup_steps": _warmup_steps(schedule, total_steps, steps_per_epoch, scale),
         "warmup_start": min(1.0, config.optim.lr / peak_lr) if start == "auto" else start,
+        "momentum": config.optim.momentum,
         "momentum_start": schedule.momentum_start,
     }
 
@@ -304,8 +303,8 @@ def _warmup_steps(
 ) -> int:
     steps = schedule.warmup_steps
     if steps is None:
-        rises = schedule.name == "one_cycle" or schedule.curve is not None  # if it is to rise
-        auto = 0.0 if scale <= 1 or rises else min(5.0, total_steps / steps_per_epoch / 10)
+        has_own_rise = schedule.name == "one_cycle" or schedule.curve is not None
+        auto = 0.0 if scale <= 1 or has_own_rise else min(5.0, total_steps / steps_per_epoch / 10)
         epochs = auto if schedule.warmup_epochs == "auto" else schedule.warmup_epochs
         steps = round(epochs * steps_per_epoch)
     if steps == 0 and schedule.momentum_start is not None:

@@ -47,6 +47,12 @@ def user_data(name, **init_args):
     return [f"--data.train={train}", "--data.eval=null", "--model.init_args.inputs=4"]
 
 
+def curve(name, **init_args):
+    """Option for a curve of ``user_code``."""
+    component = {"class_path": f"user_code.{name}", "init_args": init_args}
+    return f"--schedule.curve={json.dumps(component)}"
+
+
 def npz(**arrays):
     file = io.BytesIO()
     np.savez(file, **arrays)
@@ -95,7 +101,11 @@ RANGES = [
     wrong_value("schedule.final=1.5", "[0, 1]"),
     wrong_value("schedule.peak_at=0", "(0, 1)", "--schedule.name=one_cycle"),
     wrong_value("schedule.peak_at=1", "(0, 1)", "--schedule.name=one_cycle"),
+    wrong_value("schedule.momentum_start=1.0", "[0, 1) or null, such as 0.5"),
+    wrong_value("schedule.warmup_steps=-1", "at least 0"),
+    wrong_value("steps=0", "at least 1"),
     wrong_value("eval.every_epochs=0", "at least 1"),
+    wrong_value("eval.every_steps=0", "at least 1"),
     wrong_value("log.every_steps=0", "at least 1"),
     wrong_value("parallel.bucket_mb=0", "above 0"),
     wrong_value("runtime.timeout_s=0", "(0, 86400]"),
@@ -130,6 +140,51 @@ COMMAND_LINE = [
     case("name of dots", ["--name=.."], CONFIG, "name is '..'", "use a letter or a digit."),
     case("empty folder", ["--output_dir="], CONFIG, "output_dir is ''; choose"),
     case("no such home", ["--output_dir=~no_such_user"], CONFIG, "name a user who has a home"),
+    case(
+        "two lengths",
+        ["--steps=10", "--epochs=5"],
+        CONFIG,
+        "epochs is 5 while steps is 10; leave one of them out, or set steps=null.",
+    ),
+    case(
+        "steps of other ranks",
+        ["--steps=10", "--on_resize=rescale"],
+        CONFIG,
+        "on_resize is rescale while steps is 10, and other ranks would take steps of another size",
+    ),
+    case(
+        "momentum along no warm-up",
+        ["--schedule.momentum_start=0.5"],
+        CONFIG,
+        "schedule.momentum_start is 0.5 while the run has no warm-up; set schedule.warmup_epochs=3",
+    ),
+    case(
+        "curve that is negative somewhere",
+        [curve("BadCurve", at=300, value=-0.5)],
+        CONFIG,
+        "schedule.curve is -0.5 for step=300, steps_per_epoch=45, total_steps=900; return a finite",
+    ),
+    case(
+        "curve that is not finite at the end",
+        [curve("BadCurve", at=899, value="=inf")],
+        CONFIG,
+        "schedule.curve is inf for step=899",
+    ),
+    case(
+        "curve that raises",
+        [curve("BadCurve", at=300, value="raise")],
+        CONFIG,
+        "schedule.curve raises RuntimeError: no such step, for step=300",
+    ),
+    case(
+        "curve with a memory", [curve("Counting")], CONFIG, "schedule.curve is not the same twice"
+    ),
+    case(
+        "curve beside a name",
+        [curve("Triangle"), "--schedule.name=linear"],
+        CONFIG,
+        "schedule.name is linear while schedule.curve is user_code.Triangle; leave schedule.name",
+    ),
     case(
         "nesterov without momentum",
         ["--optim.nesterov=true", "--optim.momentum=0"],

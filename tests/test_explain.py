@@ -10,7 +10,8 @@ from ddp_sgd.errors import ExitCode
 from ddp_sgd.explain import main
 from ddp_sgd.optim.schedule import build_schedule
 from ddp_sgd.plan import make_plan
-from ddp_sgd.report.plan_table import curve, plan_table
+from ddp_sgd.report.curve import curve
+from ddp_sgd.report.plan_table import plan_table
 from ddp_sgd.scaling import Network, Workload, scaling_table
 
 SCALING = ("--step_ms=12.5", "--bandwidth_gbit=10", "--latency_us=20")

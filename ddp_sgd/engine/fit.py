@@ -11,12 +11,11 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ddp_sgd.checkpointing.checkpointer import Checkpointer, open_checkpointer
 from ddp_sgd.checkpointing.store import SkippedSteps
-from ddp_sgd.config.schema import ComputeConfig, RunConfig
+from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.data.loader import StepBatches
 from ddp_sgd.data.order import build_order
 from ddp_sgd.distributed.error_propagation import end_process, propagate_errors
@@ -33,6 +32,7 @@ from ddp_sgd.engine.finished_run import lacks_test, repeat_result
 from ddp_sgd.engine.order_check import refuse_other_order, require_equal_orders
 from ddp_sgd.engine.precision import torch_settings
 from ddp_sgd.engine.rank_consistency import Identity, require_consistency
+from ddp_sgd.engine.rates import Rates, build_rates
 from ddp_sgd.engine.reading import build_reading
 from ddp_sgd.engine.result import RunResult, build_result
 from ddp_sgd.engine.resume import (
@@ -45,12 +45,8 @@ from ddp_sgd.engine.sync import RankSync, SyncResult
 from ddp_sgd.engine.triggers import Deadline, HasReason, StopRequest, Timetable, stop_on_signal
 from ddp_sgd.errors import DivergedError, translate_errors
 from ddp_sgd.losses import LossFunction
-from ddp_sgd.optim.schedule import Schedule, build_momentum, build_schedule
-from ddp_sgd.optim.sgd import RateTable
 from ddp_sgd.report.reporter import Reporter, open_report
 from ddp_sgd.report.run_folder import RunFolder, claim_run_folder
-
-_DOUBLE = (torch.float64, torch.complex128)
 
 _PATIENCE = 10
 """Steps in a row without a finite gradient that end a run."""
@@ -61,33 +57,26 @@ class Loop:
 
     Args:
         context: The run; its state moves.
-        schedule: Factor of the peak rate for each step.
+        rates: Learning rate and momentum of each step.
         seed_for_step: Seed of what the model draws in a step, on this rank.
         timetable: When the model is scored; receives how long saves and evaluations take.
         rank_sync: The periodic all-reduce besides that of gradients.
         checkpointer: Saves the state.
         report: Where measurements go.
-        rates: The rates on the device, if steps read them there.
-        momentum: Momentum for each step; None: it does not change.
     """
 
-    def __init__(  # noqa: PLR0913  # what a loop turns
+    def __init__(  # what a loop turns
         self,
         context: TrainContext,
-        schedule: Schedule,
+        rates: Rates,
         seed_for_step: Callable[[int], int],
         timetable: Timetable,
         rank_sync: RankSync,
         checkpointer: Checkpointer,
         report: Reporter,
-        *,
-        rates: RateTable | None = None,
-        momentum: Schedule | None = None,
     ) -> None:
         self._context = context
         self._rates = rates
-        self._momentum = momentum
-        self._schedule = schedule
         self._seed_for_step = seed_for_step
         self._timetable = timetable
         self._rank_sync = rank_sync
@@ -127,11 +116,9 @@ class Loop:
     def _take_step(self, batches: StepBatches) -> SyncResult | None:
         """Take a step, and log what the ranks have synchronized, if it was time."""
         context, state = self._context, self._context.state
-        lr = context.plan.peak_lr * self._schedule(state.step)
+        lr = self._rates.lr_at(state.step)
         context.randomness.seed(self._seed_for_step(state.step))
-        rate = lr if self._rates is None else self._rates.at(state.step)
-        if self._momentum is not None:
-            context.optimizer.momentum = self._momentum(state.step)
+        rate = self._rates.begin_step(state.step, lr, context.optimizer)
         result = context.stepper.step(batches, rate)
         state.step += 1
         if context.after_step is not None:
@@ -247,7 +234,7 @@ def _train(
     """Set the run up, train, and build the result."""
     context = _set_up(config, given, runtime, resume_point)
     plan = context.plan
-    schedule, momentum = build_schedule(config.schedule, plan), build_momentum(plan)
+    rates = build_rates(context, config.schedule, config.compute)
     report.start(plan, context.state, (*resume_point.notes, *context.notes))
     timetable = Timetable(
         config.checkpoint,
@@ -260,18 +247,17 @@ def _train(
     rank_sync = RankSync(plan, runtime, request, timetable, shares, state, objective)
     run_folder = Path(config.output_dir) / config.name
     seed_for_step = partial(runtime.seed_for, "model", config.seed)
-    rates = _rate_table(context, schedule, config.compute)
     hang_s, logs = config.runtime.hang_s, run_folder / "logs"
     with compiled(context, config.compute, run_folder / CACHE_NAME):
         if config.compute.cuda_graphs:
-            context = capture_step(context, rates, seed_for_step, report.notice)
+            context = capture_step(context, rates.table, seed_for_step, report.notice)
         with (
             _checkpointer(context, folder, report, keep=config.checkpoint.keep) as checkpointer,
             _hang_watch(context, report, request, hang_s=hang_s, stacks=logs),
         ):
             request.defer()  # from here on a stop waits for the end of a step
             parts = timetable, rank_sync, checkpointer, report
-            Loop(context, schedule, seed_for_step, *parts, rates=rates, momentum=momentum).run()
+            Loop(context, rates, seed_for_step, *parts).run()
             tested = score_test_set(context, folder.path if folder else None, report.notice)
             report.eval(tested)
             ranks = context.wrapper, context.shares, runtime
@@ -318,17 +304,6 @@ def _set_up(
         parallel=config.parallel,
         compute=config.compute,
     )
-
-
-def _rate_table(
-    context: TrainContext, schedule: Schedule, compute: ComputeConfig
-) -> RateTable | None:
-    """Make a table of rates where steps read them on the device; None: they take numbers."""
-    plan, device = context.plan, context.runtime.device
-    is_double = any(p.dtype in _DOUBLE for p in context.wrapper.inner.parameters())
-    if is_double or (device.type != "cuda" and not compute.cuda_graphs):
-        return None
-    return RateTable(lambda step: plan.peak_lr * schedule(step), plan.total_steps, device)
 
 
 def _checkpointer(

@@ -85,7 +85,7 @@ def examine_loss(
 def examine_parts(
     loss: LossFunction, form: LossForm, outputs: Any, targets: Any, targets_of_one: Sequence[Any]
 ) -> LossKind:
-    """Examine each number of a loss that is trained, by the units that the loss gives.
+    """Examine each number of a loss, by the units that the loss gives.
 
     Args:
         loss: See ``examine_loss``; it may return several numbers by name.
@@ -95,7 +95,8 @@ def examine_parts(
         targets_of_one: See ``examine_loss``.
 
     Returns:
-        What all of them are; ``other`` if they differ.
+        What the numbers that are trained are, ``other`` if they differ; and whether targets are
+        classes for any number, as for the labels in a distillation.
     """
 
     def part(name: str, outputs: Any, targets: Any) -> torch.Tensor:
@@ -104,14 +105,18 @@ def examine_parts(
     def weight(name: str, targets: Any) -> float:
         return float(read_units(given(targets), form, _HOST)[name]) if given else 1.0
 
+    def examine(name: str) -> LossKind:
+        parts = outputs, targets, targets_of_one
+        return examine_loss(partial(part, name), *parts, units=partial(weight, name))
+
     given = units_of(loss)
-    kinds = [
-        examine_loss(partial(part, name), outputs, targets, targets_of_one, partial(weight, name))
-        for name in form.trained
-    ]
+    kinds = [examine(name) for name in form.trained]
     reductions = {kind.reduction for kind in kinds}
-    reduction = reductions.pop() if len(reductions) == 1 else "other"
-    return LossKind(reduction, takes_classes=all(kind.takes_classes for kind in kinds))
+    others = (name for name in form.names if name not in form.trained)
+    takes_classes = any(kind.takes_classes for kind in kinds) or any(
+        examine(name).takes_classes for name in others
+    )
+    return LossKind(reductions.pop() if len(reductions) == 1 else "other", takes_classes)
 
 
 def find_form(loss: LossFunction, returned: Any, targets: Any, device: torch.device) -> LossForm:

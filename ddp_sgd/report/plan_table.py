@@ -1,8 +1,7 @@
-"""Plan table and plot of the learning rate: a run in words and numbers, before it starts."""
+"""Plan table: a run in words and numbers, before it starts."""
 
 import textwrap
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 
 from ddp_sgd.config import ComputeConfig, RunConfig
 from ddp_sgd.config.sections import Choice, DataConfig, EvalConfig
@@ -34,8 +33,8 @@ def plan_lines(
     milestones: Sequence[float],
     compute: ComputeConfig | None = None,
     data: DataConfig | None = None,
-    update: Sequence[str] = (),
     evaluation: EvalConfig | None = None,
+    update: Sequence[str] = (),
 ) -> list[str]:
     """Sum the plan up for the head of a log.
 
@@ -44,8 +43,8 @@ def plan_lines(
         milestones: Those of the schedule, in epochs.
         compute: Section ``compute`` of the configuration; None: its defaults.
         data: Section ``data`` of the configuration; None: its defaults.
-        update: What else is set of a step, from ``update_words``.
         evaluation: Section ``eval`` of the configuration; None: its defaults.
+        update: What else is set of a step, from ``update_words``.
 
     Returns:
         Five lines: precision, batches, steps, rates, schedule; one for the order of samples,
@@ -61,7 +60,7 @@ def plan_lines(
         f"batch     {_product(plan)} = {_count(plan.global_batch, 'sample')} per step; "
         f"the data set has {plan.samples:,}",
         f"steps     {plan.steps_per_epoch:,} per epoch, {plan.total_steps:,} in "
-        f"{_epochs(plan)}; {_tail(plan)}",
+        f"{epochs_in_words(plan)}; {_tail(plan)}",
         *(f"order     {words}" for words in _order(plan, data)),
         f"rate      {plan.base_lr:.6g} for {_count(plan.reference_batch, 'sample')} -> "
         f"{plan.peak_lr:.6g} for {plan.global_batch:,} ({plan.scaling}, k = {plan.scale:.6g})",
@@ -81,8 +80,8 @@ def plan_table(
     milestones: Sequence[float],
     compute: ComputeConfig | None = None,
     data: DataConfig | None = None,
-    update: Sequence[str] = (),
     evaluation: EvalConfig | None = None,
+    update: Sequence[str] = (),
 ) -> str:
     """Show every number of the plan, and the rate at each tenth of the run.
 
@@ -92,8 +91,8 @@ def plan_table(
         milestones: Those of the schedule, in epochs.
         compute: Section ``compute`` of the configuration; None: its defaults.
         data: Section ``data`` of the configuration; None: its defaults.
-        update: What else is set of a step, from ``update_words``.
         evaluation: Section ``eval`` of the configuration; None: its defaults.
+        update: What else is set of a step, from ``update_words``.
 
     Returns:
         Sections with a heading each, as text of several lines without a newline at the end.
@@ -197,7 +196,7 @@ def _order(plan: Plan, data: DataConfig) -> Iterator[str]:
 def _step_rows(plan: Plan) -> list[tuple[str, str]]:
     return [
         ("an epoch", _length(plan.steps_per_epoch, plan.samples_per_epoch)),
-        (_epochs(plan), _length(plan.total_steps, plan.total_samples)),
+        (epochs_in_words(plan), _length(plan.total_steps, plan.total_samples)),
         (f"tail ({plan.tail})", _tail(plan)),
         *(("", line) for line in _shares(plan)),
     ]
@@ -210,7 +209,7 @@ def _rate_rows(plan: Plan) -> list[tuple[str, str]]:
         ("k", f"{plan.scale:.6g} = {reference}"),
         ("rule", _RULES[plan.scaling]),
         ("peak", f"{plan.peak_lr:.6g} for {_count(plan.global_batch, 'sample')} per step"),
-        *_wrapped("schedule", _curve_words(plan)),
+        ("schedule", _curve_words(plan)),
         *_wrapped("warm-up", _warm_up(plan)),
         *([("momentum", _momentum(plan))] if plan.momentum_start is not None else []),
     ]
@@ -299,7 +298,7 @@ def _warm_up(plan: Plan) -> str:
     is_flat = plan.warmup_start == 1 and plan.warmup == "multiply"  # from the peak to the peak
     if plan.warmup_steps == 0 or is_flat:
         return "none"
-    part = f"{plan.epoch_at(plan.warmup_steps):.4g} of {_epochs(plan)}"
+    part = f"{plan.epoch_at(plan.warmup_steps):.4g} of {epochs_in_words(plan)}"
     samples = _count(plan.samples_at(plan.warmup_steps), "sample")
     start = f"{plan.peak_lr * plan.warmup_start:.6g}{_JOINED[plan.warmup]}"
     return f"{_count(plan.warmup_steps, 'step')} ({samples}, {part}) from {start}"
@@ -312,7 +311,7 @@ def _momentum(plan: Plan) -> str:
 
 def _schedule_notes(plan: Plan, milestones: Sequence[float]) -> Iterator[str]:
     """List what a run leaves out of its schedule, as a run does that is shortened for a trial."""
-    epochs = _epochs(plan)
+    epochs = epochs_in_words(plan)
     begin = plan.warmup_steps if plan.warmup == "shift" else 0
     late = [epoch for epoch in milestones if begin + step_of(epoch, plan) >= plan.total_steps]
     if late:
@@ -350,7 +349,7 @@ def _length(steps: int, samples: int) -> str:
     return f"{_count(steps, 'step')} ({_count(samples, 'sample')})"
 
 
-def _epochs(plan: Plan) -> str:
+def epochs_in_words(plan: Plan) -> str:
     """Write the length of the run in epochs, of which the last may be a part."""
     return f"{plan.passes:,.6g} epoch{'' if plan.passes == 1 else 's'}"
 
@@ -358,57 +357,3 @@ def _epochs(plan: Plan) -> str:
 def _count(number: int, noun: str) -> str:
     plural = "es" if noun.endswith("batch") else "s"
     return f"{number:,} {noun}{'' if number == 1 else plural}"
-
-
-_LEVELS = ".-'"
-"""Marks for the lower, the middle and the upper third of a line of text."""
-
-
-def curve(plan: Plan, schedule: Schedule, *, width: int = 60, height: int = 10) -> str:
-    """Draw the learning rate against the epoch.
-
-    Args:
-        plan: The run's arithmetic.
-        schedule: Factor of ``plan.peak_lr`` at each step.
-        width: Columns of the plot itself, at least 30; labels come on top.
-        height: Lines of the plot itself, at least 2.
-
-    Returns:
-        ``height`` lines with the rate on the left, from 0 to its largest value, then the axis and
-        its labels, in epochs.
-    """
-    last = plan.total_steps - 1
-    steps = [round(column * last / (width - 1)) for column in range(width)]
-    rates = [plan.peak_lr * schedule(step) for step in steps]
-    top = max(rates) or 1.0
-    finest = height * len(_LEVELS) - 1
-    lines = _draw([round(rate / top * finest) for rate in rates], height)
-    labels = {0: f"{top:.4g}", height - 1: "0"}
-    margin = max(len("rate"), *map(len, labels.values()))
-    return "\n".join(
-        [
-            f"{'rate':>{margin}}",
-            *(f"{labels.get(row, ''):>{margin}} |{line}" for row, line in enumerate(lines)),
-            f"{'':>{margin}} +{'-' * width}",
-            f"{'':>{margin}}  {_epochs_axis(plan, width)}",
-        ]
-    )
-
-
-def _draw(levels: list[int], height: int) -> list[str]:
-    """Put a mark in every column and join those more than a line apart; top line first."""
-    rows = [divmod(level, len(_LEVELS)) for level in levels]
-    canvas = [[" "] * len(levels) for _ in range(height)]
-    for column, ((before, _), (now, _)) in enumerate(pairwise(rows)):
-        for row in range(min(before, now) + 1, max(before, now)):
-            canvas[row][column + 1] = "|"
-    for column, (row, third) in enumerate(rows):
-        canvas[row][column] = _LEVELS[third]
-    return ["".join(line).rstrip() for line in reversed(canvas)]
-
-
-def _epochs_axis(plan: Plan, width: int) -> str:
-    """Label the start, the middle and the end of the axis."""
-    middle, end = f"{plan.passes / 2:g}", _epochs(plan)
-    left = f"0{middle:>{(width + len(middle)) // 2 - 1}}"
-    return f"{left}{end:>{width - len(left)}}"

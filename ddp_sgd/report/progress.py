@@ -57,7 +57,7 @@ class Progress:
         """Print the plan, and open the bar on a terminal."""
         self._record = record
         config = record.config
-        sections = config.compute, config.data, update_words(config), config.eval
+        sections = config.compute, config.data, config.eval, update_words(config)
         for line in plan_lines(record.plan, config.schedule.milestones, *sections):
             self.say(line)
         for note in record.notes:

@@ -21,6 +21,7 @@ from ddp_sgd.data.device import Prefetcher, move, prefetch_rows
 from ddp_sgd.data.loader import EvalLoader, TrainLoader
 from ddp_sgd.data.placement import ArrayPair, Rows, find_arrays
 from ddp_sgd.data.sampler import EvalSampler, TrainSampler
+from ddp_sgd.data.selection import Selection
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.errors import DataError
 from ddp_sgd.tree import leaves
@@ -318,6 +319,51 @@ def test_steps_on_a_device_are_those_of_the_host(dataset, workers, request):
                 loading.read_ahead()
         device.finish()
         assert watched.wrong == []
+
+
+TRIPLE = TensorDataset(torch.rand(23, 3), torch.arange(23), torch.rand(23))
+
+
+@pytest.mark.parametrize("selection", [Selection([0, 2], 1), Selection([2, 0]), Selection(1)])
+def test_chosen_parts_on_a_device_are_those_of_the_host(selection, request):
+    def batches(arrays=None):
+        sampler = TrainSampler(23, global_batch=8, batch_size=4, rank=0, world_size=1, seed=3)
+        options = {"epochs": 2, "workers": 0, "device": CPU, "selection": selection}
+        loading = TrainLoader(TRIPLE, sampler, arrays=arrays, **options)
+        for step in loading.from_step(1):
+            yield from step.micro_batches
+
+    def without_none(batch):
+        return batch.inputs, () if batch.targets is None else batch.targets
+
+    expected = [(batch.indices, values(without_none(batch))) for batch in batches()]
+    has_target = selection.has_target
+    device = request.getfixturevalue("fake")
+    for arrays in (None, find_arrays(TRIPLE, selection)):
+        watched = Watched(device)
+        for batch, (indices, each) in zip(batches(arrays), expected, strict=True):
+            assert np.array_equal(batch.indices, indices)
+            assert (batch.targets is not None) is has_target
+            watched.compute(without_none(batch), each)
+        device.finish()
+        assert watched.wrong == []
+
+
+@given(st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=5), max_size=8), MOMENTS)
+def test_rows_of_several_arrays_on_the_device_share_their_indices(sizes, moments):
+    device = FakeDevice(moments, moments.choice([0.0, 0.5]))
+    watched = Watched(device)
+    blocks = [[np.array(moments.sample(range(70), m)) for m in block] for block in sizes]
+    arrays = ArrayPair({"x": ROWS, "y": ROWS[:, 0]}, None)
+    batches = prefetch_rows(arrays, blocks, device)
+    for indices in [each for block in blocks for each in block]:
+        inputs, targets = next(batches)
+        assert targets is None
+        assert inputs["x"].indices is inputs["y"].indices
+        watched.compute([inputs["x"], inputs["y"]], [ROWS[indices], ROWS[indices, 0]])
+    assert next(batches, None) is None
+    device.finish()
+    assert watched.wrong == []
 
 
 @pytest.mark.usefixtures("fake")

@@ -13,6 +13,7 @@ from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine import captured_step
 from ddp_sgd.engine.fit import fit
 from ddp_sgd.errors import ConfigError, RefusedError
+from ddp_sgd.evaluate import look_up, score_again
 from ddp_sgd.report.journal import read_journal
 
 N = 27
@@ -170,3 +171,23 @@ def test_evaluations_of_another_size_score_the_same(tmp_path, plain):
         assert result.weights_digest == plain[0].weights_digest
         assert result.scores["eval/count"] == N
         assert result.scores["eval/loss"] == pytest.approx(plain[0].scores["eval/loss"], rel=1e-6)
+
+
+def test_a_saved_model_is_scored_again_with_the_same_parts_and_batch(tmp_path):
+    config = RunConfig(
+        output_dir=str(tmp_path),
+        epochs=1,
+        wandb={"mode": "disabled"},
+        model={"class_path": f"{__name__}.Views"},
+        loss={"class_path": f"{__name__}.apart", "call": False},
+        data={
+            "train": {"class_path": f"{__name__}.Mappings"},
+            "eval": {"class_path": f"{__name__}.Whole"},
+            "input": ["left", "right"],
+        },
+        eval={"batch_size": 4},
+    )
+    result = fit(config, Runtime())
+    saved = look_up(tmp_path / "digits", RunConfig.model_validate, Runtime())
+    scores, digest = score_again(saved, Runtime())
+    assert (scores, digest) == (result.scores, result.weights_digest)

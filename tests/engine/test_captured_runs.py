@@ -9,7 +9,7 @@ from torch.utils.data import TensorDataset
 from ddp_sgd.config import RunConfig
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine import captured_step
-from ddp_sgd.engine import fit as module
+from ddp_sgd.engine import rates as module
 from ddp_sgd.engine.fit import fit
 from ddp_sgd.errors import ConfigError
 from ddp_sgd.optim.sgd import RateTable

@@ -220,6 +220,18 @@ def test_units_that_a_loss_gives_are_tried_out(loss, notes):
     assert all(map(str.startswith, found, notes))
 
 
+def test_targets_are_classes_if_they_are_for_any_number():
+    teacher = SCORES.flip(1).softmax(dim=1)
+
+    def distill(outputs, targets):
+        soft = -(teacher[: len(outputs)] * outputs.log_softmax(dim=1)).sum(dim=1).mean()
+        return {"hard": functional.cross_entropy(outputs, targets), "soft": 9.0 * soft}
+
+    form = find_form(distill, distill(SCORES, LABELS), LABELS, torch.device("cpu"))
+    assert judge_loss(distill, form, SCORES, LABELS, one_by_one(LABELS))[0]
+    assert not judge_loss(triplet, ONE_NUMBER, SCORES, LABELS, one_by_one(LABELS))[0]
+
+
 def test_the_note_on_a_loss_that_depends_on_the_split_names_the_fix():
     (note,) = judge_loss(triplet, ONE_NUMBER, SCORES, LABELS, one_by_one(LABELS))[1]
     assert "by a method units(targets) of the loss" in note

@@ -52,6 +52,20 @@ def test_an_epoch_does_not_go_on_with_a_batch_that_the_order_depends_on(tmp_path
         )
 
 
+def test_an_epoch_goes_on_with_another_batch_where_the_order_stays(tmp_path):
+    train(Runtime(), tmp_path, named(with_repeats), looks=2)
+    halves = {"batch_size": 4}
+    result, _ = train(
+        Runtime(),
+        tmp_path,
+        named(with_repeats),
+        name="y",
+        resume=str(tmp_path / "digits"),
+        data=halves,
+    )
+    assert (result.status, result.samples) == ("finished", 3 * 37)
+
+
 def test_an_order_that_was_edited_does_not_end_an_epoch(tmp_path, monkeypatch):
     train(Runtime(), tmp_path, named(with_repeats), looks=2)
     monkeypatch.setattr("orders.with_repeats", lambda *_: range(30))

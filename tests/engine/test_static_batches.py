@@ -60,6 +60,19 @@ def test_of_rows_only_the_indices_are_copied_and_once():
         assert torch.equal(batch.targets.to(CPU), Y[at : at + 2])
 
 
+def test_there_may_be_several_arrays_and_no_targets():
+    arrays = ArrayPair((X, Y), None)
+    static = StaticBatches(step(0, (*arrays.rows(Y[:2]), Y[:2])), CPU)
+    assert len(static._tensors) == 1
+    assert static.fill(step(1, (*arrays.rows(Y[4:6]), Y[4:6])))
+    (batch,) = static.batches.micro_batches
+    assert batch.targets is None
+    assert [rows.to(CPU).tolist() for rows in batch.inputs] == [X[4:6].tolist(), [4, 5]]
+    copied = copy_batch(batch)
+    assert copied.targets is None
+    assert torch.equal(copied.inputs[1].to(CPU), Y[4:6])
+
+
 def test_transforms_get_indices_and_epoch_from_memory():
     transforms = Transforms([lambda batch, draws: batch + draws.uniform(2)])
     static = StaticBatches(step(0, *tensors(0, 2), transforms=transforms), CPU)

@@ -29,6 +29,7 @@ def build(kind):
 
 def train(folder, kind="mlp", *, captured, model=None, stop=None, samples=None, **sections):
     sections["data"] = {"batch_size": 16, **sections.get("data", {})}
+    schedule = sections.pop("schedule", {})
     return train_captured(
         folder,
         Runtime(device=torch.device("cuda", 0)),
@@ -37,7 +38,7 @@ def train(folder, kind="mlp", *, captured, model=None, stop=None, samples=None, 
         captured=captured,
         stop=stop,
         log={"every_steps": 3},
-        schedule={"name": "cosine", "warmup_epochs": 0.5, "warmup_start": 0.1},
+        schedule={"warmup_steps": 3, "warmup_start": 0.1, **schedule},
         **sections,
     )
 
@@ -46,6 +47,8 @@ VARIANTS = {
     "defaults": {},
     "micro-batches": {"data": {"batch_size": 4, "accumulate": 4}},
     "clipping": {"optim": {"clip_norm": 0.1, "nesterov": True, "weight_decay": 0.01}},
+    "momentum from 0 on": {"schedule": {"momentum_start": 0.0, "warmup_steps": 7}},
+    "by epoch": {"schedule": {"by": "epoch", "warmup": "shift", "warmup_steps": 5}},
     "bf16": {"compute": {"precision": "bf16", "channels_last": True}},
     "fp16": {"compute": {"precision": "fp16"}},
     "host": {"data": {"device": "host"}},

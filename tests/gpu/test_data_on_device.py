@@ -13,6 +13,9 @@ from ddp_sgd.models import MLP
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 
+DEVICE = torch.device("cuda", 0)
+
+
 class Samples(TensorDataset):
     """Read one by one."""
 
@@ -32,7 +35,7 @@ def test_data_on_the_device_give_the_run_of_data_on_the_host(kind, weights, tmp_
         config = RunConfig(
             output_dir=str(tmp_path), name=name, epochs=1, wandb={"mode": "disabled"}
         )
-        runtime = Runtime(device=torch.device("cuda", 0))
+        runtime = Runtime(device=DEVICE)
         result = fit(
             config,
             runtime,
@@ -43,3 +46,47 @@ def test_data_on_the_device_give_the_run_of_data_on_the_host(kind, weights, tmp_
         )
         scores.append(result.scores)
     assert scores[0] == scores[1]
+
+
+class Added(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(64, 10)
+
+    def forward(self, pixels, noise):
+        return self.layer(pixels + noise)
+
+
+def spread(outputs):
+    return (outputs.square().mean(dim=1) - 1).square().mean()
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("target", [None, 1])
+@pytest.mark.parametrize("order", ["sequential", {"class_path": "orders.by_batch", "call": False}])
+def test_orders_and_chosen_parts_are_the_same_on_the_device(order, target, captured, tmp_path):
+    digits = Digits()
+    pixels, labels = torch.from_numpy(digits.inputs), torch.from_numpy(digits.targets)
+    noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(1))
+    data = TensorDataset(pixels, labels, 0.1 * noise)
+    ends = []
+    for place in ("host", "accelerator"):
+        torch.manual_seed(0)
+        config = RunConfig(
+            output_dir=str(tmp_path),
+            name=place,
+            epochs=2,
+            data={"device": place, "order": order, "input": [0, 2], "target": target},
+            compute={"cuda_graphs": captured},
+            wandb={"mode": "disabled"},
+        )
+        result = fit(
+            config,
+            Runtime(device=DEVICE),
+            model=Added(),
+            train_set=data,
+            eval_set=data,
+            loss=spread if target is None else torch.nn.CrossEntropyLoss(),
+        )
+        ends.append((result.weights_digest, result.scores))
+    assert ends[0] == ends[1]

@@ -25,7 +25,7 @@ CONFIG = {
         "test": {"class_path": "ports.held_out_sets.line", "init_args": {"samples": 9}},
         "batch_size": 8,
     },
-    "optim": {"lr": 0.1, "reference_batch": 8, "momentum": 0.9},
+    "optim": {"lr": 0.2, "reference_batch": 8, "momentum": 0.9},
     "schedule": {"name": "constant"},
 }
 
@@ -45,7 +45,7 @@ def build_model():
 
 def by_hand(model, epochs):
     """Train as a script does that keeps the weights which are best on the first set."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
     best, lowest = None, float("inf")
     for epoch in epochs:
         for inputs, targets in epoch:

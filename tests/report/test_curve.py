@@ -3,7 +3,7 @@ import pytest
 from ddp_sgd.config.schema import RunConfig
 from ddp_sgd.optim.schedule import build_schedule
 from ddp_sgd.plan import make_plan
-from ddp_sgd.report.plan_table import curve
+from ddp_sgd.report.curve import curve
 
 STEPS = """\
 rate
