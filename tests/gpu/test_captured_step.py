@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from graphs import StopAt, measured, train_captured
+from graphs import StopAt, Terms, measured, train_captured
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -46,6 +46,9 @@ VARIANTS = {
     "defaults": {},
     "micro-batches": {"data": {"batch_size": 4, "accumulate": 4}},
     "clipping": {"optim": {"clip_norm": 0.1, "nesterov": True, "weight_decay": 0.01}},
+    "clipping by value": {"optim": {"clip_value": 0.01}},
+    "a sum of means": {"loss": Terms(), "data": {"batch_size": 4, "accumulate": 4}},
+    "a loss and another number": {"loss": Terms("loss"), "compute": {"precision": "fp16"}},
     "bf16": {"compute": {"precision": "bf16", "channels_last": True}},
     "fp16": {"compute": {"precision": "fp16"}},
     "host": {"data": {"device": "host"}},
