@@ -2,6 +2,8 @@
 
 import json
 
+from torch import nn
+
 from ddp_sgd.config import RunConfig
 from ddp_sgd.engine.fit import fit
 
@@ -26,6 +28,21 @@ class StopAt:
     def reason(self):
         self.looks -= 1
         return "enough" if self.looks < 0 else None
+
+
+class Terms:
+    """Two numbers by name, with units of their own, of which there may be none."""
+
+    def __init__(self, main="most"):
+        self.main = main
+
+    def __call__(self, outputs, targets):
+        each = nn.functional.cross_entropy(outputs, targets, reduction="none")
+        is_rare = targets == 3
+        return {self.main: each.mean(), "rare": (each * is_rare).sum() / is_rare.sum()}
+
+    def units(self, targets):
+        return {self.main: len(targets), "rare": (targets == 3).sum()}
 
 
 def train_captured(folder, runtime, model, samples, *, captured, stop=None, loss=None, **sections):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from graphs import Again, StopAt, measured, train_captured
+from graphs import Again, StopAt, Terms, measured, train_captured
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -55,21 +55,6 @@ def train(folder, *, captured, stop=None, model=None, loss=None, **sections):
         loss=loss,
         **{"log": {"every_steps": 2}, **sections},
     )
-
-
-class Terms:
-    """Two numbers by name, with units of their own, of which there may be none."""
-
-    def __init__(self, main="most"):
-        self.main = main
-
-    def __call__(self, outputs, targets):
-        each = nn.functional.cross_entropy(outputs, targets, reduction="none")
-        is_rare = targets == 3
-        return {self.main: each.mean(), "rare": (each * is_rare).sum() / is_rare.sum()}
-
-    def units(self, targets):
-        return {self.main: len(targets), "rare": (targets == 3).sum()}
 
 
 NOISE = {"class_path": "user_code.add_noise", "call": False}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from graphs import StopAt, measured, train_captured
+from graphs import StopAt, Terms, measured, train_captured
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -49,6 +49,9 @@ VARIANTS = {
     "clipping": {"optim": {"clip_norm": 0.1, "nesterov": True, "weight_decay": 0.01}},
     "momentum from 0 on": {"schedule": {"momentum_start": 0.0, "warmup_steps": 7}},
     "by epoch": {"schedule": {"by": "epoch", "warmup": "shift", "warmup_steps": 5}},
+    "clipping by value": {"optim": {"clip_value": 0.01}},
+    "a sum of means": {"loss": Terms(), "data": {"batch_size": 4, "accumulate": 4}},
+    "a loss and another number": {"loss": Terms("loss"), "compute": {"precision": "fp16"}},
     "bf16": {"compute": {"precision": "bf16", "channels_last": True}},
     "fp16": {"compute": {"precision": "fp16"}},
     "host": {"data": {"device": "host"}},

@@ -29,7 +29,7 @@ CONFIG = {
 
 def labels():
     """Give the identity of each image."""
-    return torch.arange(SAMPLES) ** 2 % IDENTITIES
+    return torch.arange(SAMPLES) // 5
 
 
 def faces():
