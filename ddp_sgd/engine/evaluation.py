@@ -62,7 +62,8 @@ def evaluate(
         seed_chunk: Seeds what the model draws for a chunk, given its number.
 
     Returns:
-        ``eval/loss``, the mean over all units, and ``eval/count``, the samples scored. For scores
+        ``eval/loss``, the mean over all units, ``eval/count``, the samples scored, and what else
+        the loss names, each the mean over its units, if there are any. For scores
         of shape (m, C) and integer targets of shape (m,), C > 1, also ``eval/correct`` and
         ``eval/accuracy`` in [0, 1], with C > 5 ``eval/correct_top5`` and ``eval/accuracy_top5``,
         if the loss takes classes and no score is NaN.
@@ -243,14 +244,14 @@ class _Scored:
 
 
 def _losses(objective: Objective, sums: list[float]) -> Metrics:
-    """Divide the sums of the loss, and of what is logged with it, by their units."""
+    """Divide the sums of the loss, and of what is logged with it and has units, by these."""
     names = objective.form.names
     totals, counts = sums[2 : 2 + len(names)], sums[2 + len(names) :]
-    means = {n: t / c if c else None for n, t, c in zip(names, totals, counts, strict=True)}
+    means = {n: t / c for n, t, c in zip(names, totals, counts, strict=True) if c}
     loss = sums[0] / sums[1] if sums[1] else None
     whole = sum_of_means(means) if objective.form.sums_means else loss
-    shown = {LOSS: whole, **means}
-    return {f"eval/{name}": math.nan if v is None else v for name, v in shown.items()}
+    shown = {LOSS: math.nan if whole is None else whole, **means}
+    return {f"eval/{name}": value for name, value in shown.items()}
 
 
 def _scores(counts: Sequence[int]) -> Metrics:

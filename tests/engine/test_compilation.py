@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from gathered import context_of, gather
+from graphs import Terms
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -32,7 +33,7 @@ class Sizes(nn.Linear):
         return super().forward(inputs)
 
 
-def train(folder, model, epochs=2, **compute):
+def train(folder, model, epochs=2, *, given=None, null=False, **compute):
     config = RunConfig.model_validate(
         {
             "output_dir": str(folder),
@@ -41,10 +42,12 @@ def train(folder, model, epochs=2, **compute):
             "schedule": {"name": "constant"},
             "data": {"batch_size": 8},
             "compute": {"deterministic": False, **compute},
+            **({"loss": None} if null else {}),
         }
     )
     samples = TensorDataset(X, Y)
-    return fit(config, Runtime(), model=model, train_set=samples, eval_set=samples)
+    data = {"train_set": samples, "eval_set": samples}
+    return fit(config, Runtime(), model=model, loss=given, **data)
 
 
 def build(kind=nn.Linear):
@@ -71,6 +74,24 @@ def test_a_compiled_run_is_that_of_the_model_and_keeps_its_code(tmp_path, monkey
     assert model.seen == [8]  # after the run it is the model that was given
     resumed = train(tmp_path, build(Sizes), epochs=2, compile=True)
     assert resumed.weights_digest == result.weights_digest
+
+
+class GivesLoss(nn.Linear):
+    def forward(self, inputs, targets):
+        scores = super().forward(inputs)
+        return {"fit": nn.functional.cross_entropy(scores, targets), "size": scores.square().mean()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [(nn.Linear, {"given": Terms()}), (GivesLoss, {"null": True})]
+)
+def test_losses_of_several_numbers_are_those_of_the_model(kind, options, tmp_path):
+    eager, model = build(kind), build(kind)
+    expected = train(tmp_path / "eager", eager, **options)
+    result = train(tmp_path / "compiled", model, compile=True, **options)
+    assert result.scores == pytest.approx(expected.scores, rel=1e-5)
+    assert "eval/rare" not in result.scores  # of which there is no sample
+    torch.testing.assert_close(model.weight, eager.weight)
 
 
 def test_batches_of_another_size_run_uncompiled(monkeypatch):
