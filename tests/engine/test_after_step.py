@@ -14,7 +14,7 @@ from ddp_sgd.config import RunConfig
 from ddp_sgd.data.sampler import TrainSampler
 from ddp_sgd.distributed.runtime import Runtime
 from ddp_sgd.engine import captured_step, sanity_check
-from ddp_sgd.engine import fit as fit_module
+from ddp_sgd.engine import rates as rates_module
 from ddp_sgd.engine.after_step import AfterStep, check_after_step
 from ddp_sgd.engine.fit import fit
 from ddp_sgd.engine.step import StepResult
@@ -263,7 +263,7 @@ def test_a_captured_run_has_the_bits_of_an_eager_one(make, forced, tmp_path, mon
         rates = lambda step: context.plan.peak_lr * schedule(step)  # noqa: E731
         return RateTable(rates, context.plan.total_steps, torch.device("cpu"))
 
-    monkeypatch.setattr(fit_module, "_rate_table", rate_table)
+    monkeypatch.setattr(rates_module, "_rate_table", rate_table)
     if forced:
         force_the_way_of_devices(monkeypatch)
     states = []
@@ -289,7 +289,7 @@ class Resizing(Taught):
 def test_a_captured_run_refuses_another_shape(tmp_path, monkeypatch):
     monkeypatch.setattr(captured_step, "new_graph", lambda _: Again())
     monkeypatch.setattr(
-        fit_module,
+        rates_module,
         "_rate_table",
         lambda context, schedule, _: RateTable(
             lambda step: context.plan.peak_lr * schedule(step),
