@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch.utils.data import TensorDataset
 
+from ddp_sgd.data.arrays import Arrays
 from ddp_sgd.data.dataset_checks import may_give_whole_batches
-from ddp_sgd.data.datasets import Arrays, InMemory
+from ddp_sgd.data.datasets import InMemory
 from ddp_sgd.errors import ConfigError, Use, memory_for
 
 _SHARE_OF_MEMORY = 4
@@ -81,8 +82,10 @@ def find_arrays(dataset: Any) -> ArrayPair | None:
         inputs, targets = dataset.tensors
     elif type(dataset).__getitems__ in (InMemory.__getitems__, Arrays.__getitems__):
         inputs, targets = _as_tensor(dataset.inputs), _as_tensor(dataset.targets)
-        if type(dataset).__getitems__ is Arrays.__getitems__ and _is_bytes(inputs):
-            convert = scale_bytes
+        if type(dataset).__getitems__ is Arrays.__getitems__:
+            if dataset.is_mapped and getattr(targets, "dtype", None) not in _TARGET_TYPES:
+                return None
+            convert = _conversion(dataset.is_mapped, inputs)
     else:
         return None
     is_sound = _has_rows(inputs) and _has_rows(targets) and inputs.device == targets.device
@@ -103,8 +106,16 @@ def _as_tensor(part: Any) -> Any:
     return None
 
 
-def _is_bytes(part: Any) -> bool:
-    return isinstance(part, torch.Tensor) and part.dtype == torch.uint8
+_TARGET_TYPES = (torch.int64, torch.float32)
+"""What ``Arrays`` gives as it is stored; other memory-mapped targets become one of these."""
+
+
+def _conversion(is_mapped: bool, inputs: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """Return what ``Arrays`` makes of rows of inputs; None if it gives them as they are stored."""
+    dtype = getattr(inputs, "dtype", None)
+    if is_mapped:
+        return None if dtype in (torch.uint8, torch.float32) else torch.Tensor.float
+    return scale_bytes if dtype == torch.uint8 else None
 
 
 _ROW_TYPES = {
