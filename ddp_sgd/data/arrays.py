@@ -97,20 +97,25 @@ def _find_files(path: Path, split: str, targets: str | None) -> tuple[Path, Path
 
 
 def _map(files: tuple[Path, Path]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Map inputs and targets; one target per sample becomes a number that torch has, in memory."""
+    """Map the files of inputs and of targets.
+
+    Targets of one number per sample are looked through before the run, by torch, which warns of
+    arrays that cannot be written to and computes with few number types. They become one of these.
+    """
     inputs, targets = _map_file(files[0], "r"), _map_file(files[1], "c")
     return inputs, as_targets(targets) if targets.ndim == 1 else targets
 
 
 def _map_file(path: Path, mode: Literal["r", "c"]) -> NDArray[Any]:
-    """Map an array; the pages of mode ``c``, which are copied if written to, torch does not mind."""
+    """Map an array, to read only or, by mode ``c``, to copy pages that are written to."""
     try:
         array = np.lib.format.open_memmap(path, mode=mode)
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing; write it with numpy.save.") from error
     except (OSError, ValueError, EOFError) as error:
+        reason = str(error).rstrip(".")
         raise DataError(
-            f"{path} is not a readable .npy file: {str(error).rstrip('.')}; write it with numpy.save."
+            f"{path} is not a readable .npy file: {reason}; write it with numpy.save."
         ) from error
     require_numbers(array, str(path))
     return np.asarray(array)

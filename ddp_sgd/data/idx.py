@@ -141,4 +141,4 @@ def read_idx(path: Path) -> NDArray[Any]:
             f"{tuple(sizes)}; download or install it again."
         )
     numbers = np.frombuffer(data, dtype, offset=start).reshape(sizes)
-    return numbers.astype(dtype.newbyteorder("="), copy=False)
+    return numbers.astype(dtype.newbyteorder("="))  # a copy: torch warns of read-only arrays

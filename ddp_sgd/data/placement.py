@@ -85,7 +85,7 @@ def find_arrays(dataset: Any) -> ArrayPair | None:
         if type(dataset).__getitems__ is Arrays.__getitems__:
             if dataset.is_mapped and getattr(targets, "dtype", None) not in _TARGET_TYPES:
                 return None
-            convert = _conversion(dataset.is_mapped, inputs)
+            convert = _conversion(dataset, inputs)
     else:
         return None
     is_sound = _has_rows(inputs) and _has_rows(targets) and inputs.device == targets.device
@@ -110,10 +110,10 @@ _TARGET_TYPES = (torch.int64, torch.float32)
 """What ``Arrays`` gives as it is stored; other memory-mapped targets become one of these."""
 
 
-def _conversion(is_mapped: bool, inputs: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+def _conversion(dataset: Arrays, inputs: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """Return what ``Arrays`` makes of rows of inputs; None if it gives them as they are stored."""
     dtype = getattr(inputs, "dtype", None)
-    if is_mapped:
+    if dataset.is_mapped:
         return None if dtype in (torch.uint8, torch.float32) else torch.Tensor.float
     return scale_bytes if dtype == torch.uint8 else None
 

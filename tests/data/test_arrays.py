@@ -95,7 +95,10 @@ def pair(folder, inputs=BYTES, targets=CLASSES):
 
 def test_a_folder_of_files_has_both_splits(tmp_path):
     save(tmp_path)
-    train, test = Arrays(str(tmp_path)), Arrays(save(tmp_path, BYTES[:4], CLASSES[:4], "test"), "test")
+    train, test = (
+        Arrays(str(tmp_path)),
+        Arrays(save(tmp_path, BYTES[:4], CLASSES[:4], "test"), "test"),
+    )
     assert (len(train), len(test)) == (20, 4)
     for data in (train, test, pair(tmp_path)):
         assert data.is_mapped
@@ -125,7 +128,8 @@ def test_other_inputs_become_float32_row_by_row(tmp_path, kind):
 
 @pytest.mark.parametrize("shape", [(20,), (20, 2)])
 @pytest.mark.parametrize(
-    ("kind", "given"), [("u1", "i8"), ("u2", "i8"), (">i4", "i8"), ("?", "i8"), ("f8", "f4"), ("f4", "f4")]
+    ("kind", "given"),
+    [("u1", "i8"), ("u2", "i8"), (">i4", "i8"), ("?", "i8"), ("f8", "f4"), ("f4", "f4")],
 )
 def test_whole_numbers_as_targets_become_classes(tmp_path, shape, kind, given):
     stored = np.arange(np.prod(shape)).reshape(shape).astype(kind)
@@ -148,9 +152,8 @@ def test_all_labels_are_known_before_the_first_step(tmp_path):
 
 def test_samples_may_be_changed_and_the_files_stay(tmp_path):
     data = pair(tmp_path, BYTES, CLASSES[:, None])
-    for inputs, targets in (data[4], data.__getitems__([4])):
-        inputs += 1
-        targets += 1
+    for part in (*data[4], *data.__getitems__([4])):
+        np.add(part, 1, out=part)
     assert np.array_equal(np.load(tmp_path / "x_train.npy"), BYTES)
     assert np.array_equal(data.inputs, BYTES)
     with pytest.raises(ValueError, match="read-only"):
@@ -215,7 +218,9 @@ def test_wrong_files_are_named(tmp_path):
     assert f"{inputs} is of type float32 and shape (); save numbers, one row" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"\x93NUM", b"rubbish" * 30, "half", "half a header", "zip"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\x93NUM", b"rubbish" * 30, "half", "half a header", "zip"]
+)
 def test_a_file_that_is_no_npy_is_named(tmp_path, content):
     save(tmp_path, BYTES.repeat(50, axis=1))
     path = tmp_path / "x_train.npy"
@@ -271,7 +276,9 @@ def train_on_large(runtime, folder, workers):
     data = {"class_path": "ddp_sgd.data.Arrays", "init_args": {"path": str(folder)}}
     model = {"class_path": "ddp_sgd.models.MLP"}
     model["init_args"] = {"inputs": 64 * 64, "hidden": [], "classes": 1}
-    transforms = [{"class_path": "ddp_sgd.data.augment.Normalize", "init_args": {"mean": 0, "std": 1}}]
+    transforms = [
+        {"class_path": "ddp_sgd.data.augment.Normalize", "init_args": {"mean": 0, "std": 1}}
+    ]
     config = RunConfig(
         output_dir=str(folder / f"runs{workers}"),
         model=model,

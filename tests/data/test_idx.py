@@ -66,6 +66,7 @@ def test_every_number_type_is_read(tmp_path, kind):
     found = read_idx(path)
     assert found.dtype == np.dtype(kind)
     assert found.dtype.isnative
+    assert found.flags.writeable  # or torch warns
     assert np.array_equal(found, limits)
     data = Idx(str(path), targets=str(path))
     assert data.inputs.dtype == (np.uint8 if kind == "u1" else np.float32)
@@ -138,7 +139,9 @@ def test_missing_files_and_wrong_arguments(tmp_path):
     assert refusal(images, targets=f"{folder}/y") == (
         f"{folder}/y is missing; give the path of an IDX file."
     )
-    assert refusal(folder, targets=images).startswith(f"{folder} cannot be read: [Errno 21] Is a di")
+    assert refusal(folder, targets=images).startswith(
+        f"{folder} cannot be read: [Errno 21] Is a di"
+    )
     assert "split is 'eval'; choose train or test." in refusal(folder, "eval")
     assert "split is test while targets is" in refusal(images, "test", targets=images)
 
