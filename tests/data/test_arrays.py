@@ -1,3 +1,4 @@
+import multiprocessing
 import pickle
 import warnings
 from pathlib import Path
@@ -271,7 +272,8 @@ def memory(*kinds):
     return sum(kb[kind] for kind in kinds) / 1024
 
 
-def train_on_large(runtime, folder, workers):
+def train_on_large(runtime, folder, workers, method):
+    multiprocessing.set_start_method(method, force=True)
     before = memory("Private_Clean", "Private_Dirty"), memory("Rss")
     data = {"class_path": "ddp_sgd.data.Arrays", "init_args": {"path": str(folder)}}
     model = {"class_path": "ddp_sgd.models.MLP"}
@@ -293,7 +295,7 @@ def train_on_large(runtime, folder, workers):
         wandb={"mode": "disabled"},
     )
     stop = SimpleNamespace(reason=None)
-    steps = iter(range(20))
+    steps = iter(range(10))
 
     class Model(MLP):
         def forward(self, images):
@@ -306,10 +308,10 @@ def train_on_large(runtime, folder, workers):
     return result.step, *(now - then for now, then in zip(after, before, strict=True))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_two_ranks_share_an_array_of_two_gigabytes(tmp_path, workers):
+@pytest.mark.parametrize(("workers", "method"), [(0, None), (1, "fork"), (1, "spawn")])
+def test_two_ranks_share_an_array_of_two_gigabytes(tmp_path, workers, method):
     large(tmp_path)
-    for step, private, resident in run_ranks(2, train_on_large, tmp_path, workers):
+    for step, private, resident in run_ranks(2, train_on_large, tmp_path, workers, method):
         assert step > 0
         assert private < 300
         assert resident < 1000  # the shared part is what the batches had, not the whole array
