@@ -258,6 +258,31 @@ def test_files_without_rows_are_empty(tmp_path):
     assert len(Arrays(save(tmp_path, BYTES[:0], CLASSES[:0]))) == 0
 
 
+def train_each_way(runtime, folder):
+    """Train on the same floats from a file of both, from mapped files, and by loader processes."""
+    digests = []
+    for number, (path, workers) in enumerate((("x.npz", 0), (".", 0), (".", 1))):
+        data = {"class_path": "ddp_sgd.data.Arrays", "init_args": {"path": str(folder / path)}}
+        config = RunConfig(
+            output_dir=str(folder / str(number)),
+            epochs=2,
+            data={"train": data, "eval": None, "batch_size": 3, "workers": workers},
+            wandb={"mode": "disabled"},
+        )
+        torch.manual_seed(0)
+        digests.append(fit(config, runtime, model=MLP(3, [4], 7)).weights_digest)
+    return digests
+
+
+def test_mapped_arrays_train_the_same_weights(tmp_path):
+    floats = BYTES / np.float32(255)
+    np.savez(tmp_path / "x.npz", x_train=floats, y_train=CLASSES)
+    save(tmp_path, floats, CLASSES.astype(np.uint8))
+    (first, *others), on_rank_1 = run_ranks(2, train_each_way, tmp_path)
+    assert others == [first, first]
+    assert on_rank_1 == [first, *others]
+
+
 def large(folder):
     """Two GiB of bytes and float targets, which take no room on the disk."""
     for name, kind, shape in (("x", np.uint8, (2**19, 64, 64)), ("y", np.float32, (2**19, 1))):
