@@ -732,7 +732,7 @@ DATA_SETS = [
         "data.tail is drop while the global batch is 32 of 8 samples",
         "set data.tail=exact, or data.batch_size=8 or less.",
     ),
-    case("missing arrays", [ARRAYS], DATA, "x.npz is missing; give the path of a .npz file."),
+    case("missing arrays", [ARRAYS], DATA, "x.npz is missing; give the path of a .npz file, or"),
     case(
         "file that is no archive",
         [ARRAYS],

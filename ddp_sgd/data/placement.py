@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch.utils.data import TensorDataset
 
+from ddp_sgd.data.arrays import Arrays
 from ddp_sgd.data.dataset_checks import has_epochs, may_give_whole_batches
-from ddp_sgd.data.datasets import Arrays, InMemory
+from ddp_sgd.data.datasets import InMemory
 from ddp_sgd.data.selection import Selection
 from ddp_sgd.errors import ConfigError, Use, memory_for
 from ddp_sgd.tree import leaves, map_leaves, tensors_in
@@ -114,8 +115,10 @@ def find_arrays(dataset: Any, selection: Selection | None = None) -> ArrayPair |
         parts = dataset.tensors
     elif type(dataset).__getitems__ in (InMemory.__getitems__, Arrays.__getitems__):
         parts = _as_tensor(dataset.inputs), _as_tensor(dataset.targets)
-        if type(dataset).__getitems__ is Arrays.__getitems__ and _is_bytes(parts[0]):
-            convert = scale_bytes
+        if type(dataset).__getitems__ is Arrays.__getitems__:
+            if dataset.is_mapped and getattr(parts[1], "dtype", None) not in _TARGET_TYPES:
+                return None
+            convert = _conversion(dataset, parts[0])
     else:
         return None
     if convert is not None and selection is not None and selection.input != 0:
@@ -142,8 +145,16 @@ def _as_tensor(part: Any) -> Any:
     return None
 
 
-def _is_bytes(part: Any) -> bool:
-    return isinstance(part, torch.Tensor) and part.dtype == torch.uint8
+_TARGET_TYPES = (torch.int64, torch.float32)
+"""What ``Arrays`` gives as it is stored; other memory-mapped targets become one of these."""
+
+
+def _conversion(dataset: Arrays, inputs: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """Return what ``Arrays`` makes of rows of inputs; None if it gives them as they are stored."""
+    dtype = getattr(inputs, "dtype", None)
+    if dataset.is_mapped:
+        return None if dtype in (torch.uint8, torch.float32) else torch.Tensor.float
+    return scale_bytes if dtype == torch.uint8 else None
 
 
 _ROW_TYPES = {

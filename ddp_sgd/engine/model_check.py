@@ -4,7 +4,7 @@ Batch normalization: whether every step of a run has the samples that it needs.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from ddp_sgd.errors import ConfigError
 from ddp_sgd.plan import Plan, micro_batch_sizes
+from ddp_sgd.tree import tensors_in
 
 _TRAINABLE = (
     *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
@@ -162,6 +163,22 @@ def check_loss_parameters(modules: Mapping[str, nn.Module]) -> None:
                     "would not be trained; make it a part of the model, whose forward then gives "
                     "what the loss needs, or freeze it with requires_grad_(False)."
                 )
+
+
+def how_to_fit(inputs: Any, where: str) -> str:
+    """Return the remedy for a model that fails on inputs, such as images of bytes.
+
+    Args:
+        inputs: Inputs of a batch.
+        where: Key of the data set, which begins with ``data.train`` or ``data.eval``.
+    """
+    if all(tensor.dtype != torch.uint8 for tensor in tensors_in(inputs)):
+        return "make model.init_args fit the data, or transform the data"
+    split = "eval" if where.startswith("data.eval") else "train"
+    return (
+        "make numbers of bytes by {class_path: ddp_sgd.data.augment.Normalize, init_args: {mean: "
+        f"0, std: 1}}}} in data.{split}_transforms, or make model.init_args fit the data"
+    )
 
 
 def is_dense(tensor: torch.Tensor) -> bool:

@@ -33,6 +33,7 @@ from ddp_sgd.engine.model_check import (
     check_embeddings,
     check_gradients,
     check_registered,
+    how_to_fit,
     list_registered,
 )
 from ddp_sgd.engine.precision import Numerics
@@ -257,8 +258,8 @@ class _Check:
             refuse_out_of_memory(error, self._use)
             raise ConfigError(
                 f"model is {type(self._model).__name__}, which fails on inputs of "
-                f"{describe(self._inputs)}{self._mode}, {type(error).__name__}: {error}; make "
-                "model.init_args fit the data, or transform the data."
+                f"{describe(self._inputs)}{self._mode}, {type(error).__name__}: {error}; "
+                f"{how_to_fit(self._inputs, self._where)}."
             ) from error
 
     def _call_loss(self, outputs: Any) -> Any:

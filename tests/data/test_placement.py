@@ -34,6 +34,12 @@ def saved(folder, inputs):
     return Arrays(str(path))
 
 
+def mapped(folder, inputs, targets=None):
+    np.save(folder / "x_train.npy", inputs)
+    np.save(folder / "y_train.npy", np.arange(len(inputs)) if targets is None else targets)
+    return Arrays(str(folder))
+
+
 def read_only(array):
     array.flags.writeable = False
     return array
@@ -51,6 +57,11 @@ SETS = {
     "TensorDataset": lambda _: TensorDataset(torch.rand(8, 2), torch.arange(8)),
     "file of floats": lambda folder: saved(folder, np.random.default_rng(0).random((8, 3))),
     "file of bytes": lambda folder: saved(folder, BYTES),
+    "mapped bytes": lambda folder: mapped(folder, BYTES),
+    "mapped floats": lambda folder: mapped(folder, FLOATS),
+    "mapped doubles": lambda folder: mapped(folder, np.random.default_rng(0).random((8, 3))),
+    "mapped numbers": lambda folder: mapped(folder, BYTES.astype(np.int16) - 99, BYTES[:, 0]),
+    "mapped maps": lambda folder: mapped(folder, BYTES, BYTES.astype(np.float32)),
 }
 
 
@@ -68,8 +79,14 @@ def test_rows_have_the_bits_that_the_data_set_gives(name, tmp_path):
         assert torch.equal(part, each)
 
 
-def test_bytes_of_a_file_stay_bytes_until_they_are_used(tmp_path):
-    assert find_arrays(saved(tmp_path, BYTES)).inputs.dtype == torch.uint8
+@pytest.mark.parametrize("keep", [saved, mapped])
+def test_bytes_of_a_file_stay_bytes_until_they_are_used(tmp_path, keep):
+    assert find_arrays(keep(tmp_path, BYTES)).inputs.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("targets", [BYTES, BYTES.astype(np.float64), BYTES.astype(">i8")])
+def test_mapped_targets_that_are_converted_by_batches_are_no_rows(tmp_path, targets):
+    assert find_arrays(mapped(tmp_path, FLOATS, targets[:8])) is None
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,13 @@ class OnlyInTraining(nn.Linear):
         (
             MLP(3, [], 2),
             CE,
+            InMemory(X.byte(), torch.zeros(6).long()),
+            r"inputs of uint8 of shape \(6, 3\) in training mode, .*; make numbers of bytes by "
+            r"\{class_path: ddp_sgd.data.augment.Normalize, .*\} in data.train_transforms, or",
+        ),
+        (
+            MLP(3, [], 2),
+            CE,
             InMemory(X, torch.zeros(6)),
             r"float32 of shape \(6, 2\) in training mode, which does not fit targets of float32 of",
         ),
