@@ -72,7 +72,7 @@ def test_survivors_end_with_the_code_of_the_rank_that_failed(tmp_path):
     result = json.loads((tmp_path / "x" / "result.json").read_text())
     assert (result["status"], result["exit_code"]) == ("failed", 65)
     assert result["error"] == "data.train[7] is bad; remove it."
-    assert took_s < scaled(10.0)
+    assert took_s < scaled(60.0)  # a collective waits for 300
     assert (tmp_path / "code").read_text() == "65\n"
     for rank in range(3):
         report = json.loads((tmp_path / f"error-{rank}.json").read_text())
