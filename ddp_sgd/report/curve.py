@@ -55,6 +55,6 @@ def _draw(levels: list[int], height: int) -> list[str]:
 
 def _epochs_axis(plan: Plan, width: int) -> str:
     """Label the start, the middle and the end of the axis."""
-    middle, end = f"{plan.passes / 2:g}", epochs_in_words(plan)
+    middle, end = f"{plan.passes / 2:.4g}", epochs_in_words(plan)
     left = f"0{middle:>{(width + len(middle)) // 2 - 1}}"
     return f"{left}{end:>{width - len(left)}}"

@@ -351,7 +351,12 @@ def _length(steps: int, samples: int) -> str:
 
 def epochs_in_words(plan: Plan) -> str:
     """Write the length of the run in epochs, of which the last may be a part."""
-    return f"{plan.passes:,.6g} epoch{'' if plan.passes == 1 else 's'}"
+    return f"{passes_in_words(plan)} epoch{'' if plan.passes == 1 else 's'}"
+
+
+def passes_in_words(plan: Plan) -> str:
+    """Write the number of epochs: a whole number, or four digits of another."""
+    return f"{plan.passes:,.0f}" if plan.passes == plan.epochs else f"{plan.passes:.4g}"
 
 
 def _count(number: int, noun: str) -> str:

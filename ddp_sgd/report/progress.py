@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ddp_sgd.console import is_terminal, say, silence
 from ddp_sgd.report.journal import EventRow, Row, RunRecord
-from ddp_sgd.report.plan_table import plan_lines, update_words
+from ddp_sgd.report.plan_table import passes_in_words, plan_lines, update_words
 from ddp_sgd.scores import scored_sets
 
 _KINDS = ("compute", "data", "waiting", "bookkeeping")
@@ -115,11 +115,11 @@ class Progress:
 
     def _line(self, row: Mapping[str, Any]) -> str:
         plan = self._record.plan if self._record else None
-        epochs = plan.passes if plan else 0
+        epochs = passes_in_words(plan) if plan else "0"
         means = {name: each.value for name, each in self._named.items()}
         named = "".join(f"  {name} {v:.4f}" for name, v in means.items() if v is not None)
         line = (
-            f"epoch {row['epoch']:6.4g}/{epochs:.6g}  step {row['step']:7d}  "
+            f"epoch {row['epoch']:6.4g}/{epochs}  step {row['step']:7d}  "
             f"loss {_text(self._loss.value)}{named}  lr {row['train/lr']:.4g}  "
             f"{row['throughput/samples_per_s']:,.0f} samples/s"
         )

@@ -112,10 +112,10 @@ def test_a_run_of_some_steps_has_a_part_of_an_epoch():
     parts = _plan(steps=30, schedule={"warmup_steps": 5})
     (line,) = [line for line in _lines(parts) if line.startswith("steps")]
     start, *_ = line.split(";")
-    assert start == "steps     12 per epoch, 30 in 2.53445 epochs"
+    assert start == "steps     12 per epoch, 30 in 2.534 epochs"
     table = plan_table(*parts)
-    assert "  2.53445 epochs        30 steps (3,642 samples)\n" in table
-    assert "5 steps (640 samples, 0.4454 of 2.53445 epochs) from" in _folded(table)
+    assert "  2.534 epochs          30 steps (3,642 samples)\n" in table
+    assert "5 steps (640 samples, 0.4454 of 2.534 epochs) from" in _folded(table)
     assert table.splitlines()[-1].split() == ["29", "2.45", "3,514", "0.00054781"]
 
 
