@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -42,8 +43,20 @@ class StuckInTheStep(nn.Linear):
         return super().forward(inputs)
 
 
-def test_survivors_end_with_the_code_of_the_rank_that_failed(tmp_path):
-    port, said = free_port(), tmp_path / "said"
+@pytest.fixture
+def memory_path(tmp_path):
+    """A folder in memory, where there is one: on a disk, syncs may take half a minute each."""
+    shared = Path("/dev/shm")
+    if not shared.is_dir():
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=shared) as folder:
+        yield Path(folder)
+
+
+def test_survivors_end_with_the_code_of_the_rank_that_failed(memory_path):
+    tmp_path, port = memory_path, free_port()
+    said = tmp_path / "said"
     options = [
         "--name=x", f"--output_dir={tmp_path}", "--wandb.mode=disabled", "--runtime.device=cpu",
         "--model={class_path: test_error_watch.StuckInTheStep}",
@@ -72,7 +85,7 @@ def test_survivors_end_with_the_code_of_the_rank_that_failed(tmp_path):
     result = json.loads((tmp_path / "x" / "result.json").read_text())
     assert (result["status"], result["exit_code"]) == ("failed", 65)
     assert result["error"] == "data.train[7] is bad; remove it."
-    assert took_s < scaled(60.0)  # a collective waits for 300
+    assert took_s < scaled(10.0)
     assert (tmp_path / "code").read_text() == "65\n"
     for rank in range(3):
         report = json.loads((tmp_path / f"error-{rank}.json").read_text())
