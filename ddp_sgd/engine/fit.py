@@ -65,7 +65,7 @@ class Loop:
         report: Where measurements go.
     """
 
-    def __init__(  # what a loop turns
+    def __init__(
         self,
         context: TrainContext,
         rates: Rates,
